@@ -1,0 +1,59 @@
+"""What a run shows: a table on the terminal, summary.json and a learning curve as PNG."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from statistics import fmean, pstdev
+
+import matplotlib
+import torch
+from tensordict import TensorDictBase
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+LABELS = {"random": "random", "behaviour": "behaviour", "behaviour_cloning": "behaviour cloning", "bcq": "BCQ"}
+
+
+def episode_returns(transitions: TensorDictBase) -> list[float]:
+    """Sum of rewards of each episode of a dataset."""
+    episode = transitions["episode"]
+    returns = torch.zeros(int(episode.max()) + 1, dtype=torch.float64)
+    return returns.index_add_(0, episode, transitions["next", "reward"].squeeze(-1).double()).tolist()
+
+
+def write(out: Path, returns: dict[str, list[float]], title: str) -> None:
+    """Print the table, and write ``summary.json`` and ``learning_curve.png`` into the run folder.
+
+    Args:
+        out: run folder, with TorchRL's CSV log of ``return`` in ``log/scalars``.
+        returns: undiscounted return of each episode, by policy.
+        title: of the picture.
+    """
+    summary = {name: {"mean": fmean(r), "std": pstdev(r), "episodes": len(r)} for name, r in returns.items()}
+    print(f"\n{'policy':<20}{'return':>10}{'std':>10}{'episodes':>10}")
+    for name, row in summary.items():
+        print(f"{LABELS[name]:<20}{row['mean']:>10.1f}{row['std']:>10.1f}{row['episodes']:>10}")
+    aside = out / "summary.json.part"
+    aside.write_text(json.dumps(summary, indent=2) + "\n")
+    aside.replace(out / "summary.json")
+    plot(out, summary, title)
+    print(f"\ncheckpoint, log/scalars/*.csv, learning_curve.png and summary.json are in {out.resolve()}")
+
+
+def plot(out: Path, summary: dict[str, dict[str, float]], title: str) -> None:
+    """Draw the return on the way over gradient steps, with the other policies as lines."""
+    with open(out / "log" / "scalars" / "return.csv", newline="") as file:
+        steps, means = zip(*((int(step), float(mean)) for step, mean in csv.reader(file)), strict=True)
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(steps, means, marker="o", color="C0", label=LABELS["bcq"])
+    for name, style, color in (("behaviour_cloning", "-.", "C1"), ("behaviour", "--", "C2"), ("random", ":", "C3")):
+        axes.axhline(summary[name]["mean"], linestyle=style, color=color, label=LABELS[name])
+    axes.set(xlabel="gradient steps", ylabel=f"mean return of {summary['bcq']['episodes']} episodes", title=title)
+    axes.legend()
+    aside = out / "learning_curve.part.png"
+    figure.savefig(aside, dpi=150)
+    aside.replace(out / "learning_curve.png")
+    plt.close(figure)

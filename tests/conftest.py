@@ -1,0 +1,60 @@
+"""What several tests need: small specs, networks and transitions, and a place for figures worth reading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import Bounded, Unbounded
+
+from torchrl_bcq import make_bcq_modules
+
+OBSERVATION_SPEC = Unbounded((3,))
+ACTION_SPEC = Bounded(low=torch.tensor([-1.0, 0.0]), high=torch.tensor([1.0, 4.0]), shape=(2,))  # asymmetric on purpose
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def modules():
+    """``(vae, actor, critics)`` with small layers."""
+    return make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, hidden=(16, 16), vae_hidden=(16, 16))
+
+
+@pytest.fixture
+def make_batch() -> Callable[..., TensorDict]:
+    """Random transitions of any batch size, with actions in bounds and no episode end."""
+
+    def make(*batch: int, dtype: torch.dtype = torch.float32) -> TensorDict:
+        outcome = {
+            "observation": torch.randn(*batch, 3, dtype=dtype),
+            "reward": torch.randn(*batch, 1, dtype=dtype),
+            "done": torch.zeros(*batch, 1, dtype=torch.bool),
+            "terminated": torch.zeros(*batch, 1, dtype=torch.bool),
+        }
+        action = torch.rand(*batch, 2, dtype=dtype) * torch.tensor([2, 4]) - torch.tensor([1, 0])
+        columns = {"observation": torch.randn(*batch, 3, dtype=dtype), "action": action, "next": outcome}
+        return TensorDict(columns, batch_size=batch)
+
+    return make
+
+
+_figures: list[str] = []
+
+
+@pytest.fixture
+def show_figure() -> Callable[[str], None]:
+    """Print a line at the end of the run."""
+    return _figures.append
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if _figures:
+        terminalreporter.section("figures")
+        for line in _figures:
+            terminalreporter.write_line(line)

@@ -1,0 +1,157 @@
+"""Layout against a table written by hand, and the whole message of each refusal."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torchrl.data import Bounded
+
+from torchrl_bcq import from_arrays
+
+# Two episodes, the second cut off, and an unfinished third: observations are 10 * episode + time.
+OBSERVATIONS = np.array([[10.0], [11], [12], [20], [21], [30], [31]])
+ACTIONS = np.array([[0.1], [0.2], [0.3], [0.4], [0.5], [0.6], [0.7]])
+REWARDS = np.array([1.0, 2, 3, 4, 5, 6, 7])
+TERMINATED = np.array([0, 0, 1, 0, 0, 0, 0], dtype=bool)
+TRUNCATED = np.array([0, 0, 0, 0, 1, 0, 0], dtype=bool)
+
+
+def arrays(**changes):
+    fields = {"observations": OBSERVATIONS, "actions": ACTIONS, "rewards": REWARDS, "terminated": TERMINATED}
+    return {**fields, "truncated": TRUNCATED, **changes}
+
+
+def column(td, *key):
+    return td[key if len(key) > 1 else key[0]].flatten().tolist()
+
+
+def test_rows_never_join_two_episodes(caplog):
+    """Slip 5. Without next observations the truncated row (4) and the unfinished last one (6) are dropped."""
+    with caplog.at_level(logging.INFO):
+        td = from_arrays(**arrays())
+    assert td.batch_size == (5,)
+    assert column(td, "observation") == [10, 11, 12, 20, 30]
+    assert column(td, "next", "observation") == [11, 12, 12, 21, 31]  # the final state repeats its own
+    assert column(td, "next", "reward") == [1, 2, 3, 4, 6]
+    assert column(td, "next", "terminated") == [False, False, True, False, False]
+    assert column(td, "next", "truncated") == [False] * 5
+    assert column(td, "next", "done") == [False, False, True, False, False]
+    assert column(td, "episode") == [0, 0, 0, 1, 2]
+    assert "dropped 2 rows (first: 4) without a next observation" in caplog.text
+
+
+def test_given_next_observations_keep_every_row_and_both_flags():
+    following = OBSERVATIONS + 1
+    td = from_arrays(**arrays(next_observations=following))
+    assert td.batch_size == (7,)
+    assert column(td, "next", "observation") == [11, 12, 13, 21, 22, 31, 32]
+    assert column(td, "next", "terminated") == TERMINATED.tolist()
+    assert column(td, "next", "truncated") == TRUNCATED.tolist()
+    assert column(td, "next", "done") == (TERMINATED | TRUNCATED).tolist()
+    assert column(td, "episode") == [0, 0, 0, 1, 1, 2, 2]
+
+
+def test_row_that_is_both_terminated_and_truncated_is_kept():
+    td = from_arrays(**arrays(truncated=TERMINATED))
+    assert column(td, "next", "truncated") == [False, False, True, False, False, False]
+    assert column(td, "episode") == [0, 0, 0, 1, 1, 1]
+
+
+def test_layout_and_dtypes_are_torchrls():
+    columns = {
+        "rewards": REWARDS[:, None],
+        "terminated": torch.tensor(TERMINATED)[:, None],
+        "truncated": TRUNCATED * 1.0,
+    }
+    td = from_arrays(**arrays(**columns))
+    dtypes = {key: (tuple(value.shape[1:]), value.dtype) for key, value in td.items(True, True)}
+    flag = ((1,), torch.bool)
+    assert dtypes == {
+        "observation": ((1,), torch.float32),
+        "action": ((1,), torch.float32),
+        "episode": ((), torch.int64),
+        ("next", "observation"): ((1,), torch.float32),
+        ("next", "reward"): ((1,), torch.float32),
+        ("next", "done"): flag,
+        ("next", "terminated"): flag,
+        ("next", "truncated"): flag,
+    }
+
+
+def put(array, row, value):
+    array = np.array(array, dtype=float)
+    array[row] = value
+    return array
+
+
+SPEC = Bounded(-1, 1, (1,))
+BAD = [
+    (
+        {"rewards": put(REWARDS, [2, 5], np.nan)},
+        "rewards has 2 rows (first: 2) that are not finite in float32; drop or repair them.",
+    ),
+    (
+        {"actions": put(ACTIONS, 6, np.inf)},
+        "actions has 1 row (first: 6) that are not finite in float32; drop or repair them.",
+    ),
+    (
+        {"observations": put(OBSERVATIONS, 1, 1e39)},
+        "observations has 1 row (first: 1) that are not finite in float32; drop or repair them.",
+    ),
+    (
+        {"next_observations": put(OBSERVATIONS, 3, -np.inf)},
+        "next_observations has 1 row (first: 3) that are not finite in float32; drop or repair them.",
+    ),
+    ({"observations": OBSERVATIONS * 0}, "observations is zero in all 7 rows; was it written and read properly?"),
+    ({"actions": ACTIONS * 0}, "actions is zero in all 7 rows; was it written and read properly?"),
+    ({"rewards": REWARDS * 0}, "rewards is zero in all 7 rows; was it written and read properly?"),
+    (
+        {"observations": OBSERVATIONS[:, 0]},
+        "observations has shape (7,), expected [N, features]; use observations[:, None] for a single feature.",
+    ),
+    ({"actions": ACTIONS[:, :, None]}, "actions has shape (7, 1, 1), expected [N, features]."),
+    ({"rewards": np.ones((7, 2))}, "rewards has shape (7, 2), expected [N] or [N, 1]."),
+    ({"terminated": np.ones((7, 2))}, "terminated has shape (7, 2), expected [N] or [N, 1]."),
+    (
+        {"actions": np.ones((7, 1), dtype=int)},
+        "actions has dtype int64, expected real numbers. BCQLoss needs continuous actions; cast them if they are.",
+    ),
+    ({"rewards": np.array(["1"] * 7)}, "rewards has dtype <U1, expected real numbers."),
+    ({"observations": OBSERVATIONS + 1j}, "observations has dtype complex128, expected real numbers."),
+    ({"terminated": np.array([None] * 7)}, "terminated has dtype object, expected booleans."),
+    (
+        {"terminated": put(TERMINATED, [3, 4], 2)},
+        "terminated has 2 rows (first: 3) that are neither 0 nor 1, such as 2.0.",
+    ),
+    ({"truncated": put(TRUNCATED, 5, np.nan)}, "truncated has 1 row (first: 5) that are neither 0 nor 1, such as nan."),
+    ({"observations": np.ones((0, 1))}, "observations is empty (shape (0, 1)); there is nothing to learn from."),
+    ({"actions": np.ones((7, 0))}, "actions is empty (shape (7, 0)); there is nothing to learn from."),
+    (
+        {"rewards": REWARDS[:6]},
+        "fields differ in length: {'observations': 7, 'actions': 7, 'rewards': 6, 'terminated': 7, 'truncated': 7}; "
+        "each needs one row per step, and the last observation of an episode belongs to next_observations.",
+    ),
+    ({"next_observations": np.ones((7, 2))}, "next_observations has shape (7, 2), observations (7, 1)."),
+    (
+        {"actions": put(ACTIONS, [1, 3], 1.5), "action_spec": SPEC},
+        "actions has 2 rows (first: 1) outside the action spec: they span [0.10000000149011612] to [1.5], "
+        "the spec [-1.0] to [1.0]; clip or rescale them.",
+    ),
+    ({"action_spec": Bounded(-1, 1, (2,))}, "actions have shape (7, 1), but the action spec has shape (2,)."),
+    ({"truncated": np.ones(7)}, None),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), BAD, ids=[f"{i}-{'-'.join(changes)}" for i, (changes, _) in enumerate(BAD)]
+)
+def test_refusals_name_field_count_and_first_row(changes, message):
+    if message is None:
+        changes = {**changes, "terminated": TERMINATED & False}
+        message = "all 7 rows are truncated and next_observations is not given: no transition is complete."
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole message is compared below)
+        from_arrays(**arrays(**changes))
+    assert str(error.value) == message

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
+
+from torchrl_bcq import make_bcq_modules
+from torchrl_bcq.modules.bounds import action_bounds
+
+from ..conftest import ACTION_SPEC, OBSERVATION_SPEC
+
+
+def sizes(net) -> list[int]:
+    return [layer.in_features for layer in net if hasattr(layer, "in_features")] + [net[-1].out_features]
+
+
+def test_author_sizes_are_the_default():
+    vae, actor, critics = make_bcq_modules(Unbounded((11,)), Bounded(-1, 1, (3,)))
+    assert sizes(vae.encoder) == [14, 750, 750, 12]  # two heads of 2 * action size
+    assert sizes(vae.decoder) == [17, 750, 750, 3]
+    assert sizes(actor.network) == [14, 400, 300, 3]
+    assert [sizes(critic.module) for critic in critics.critics] == [[14, 400, 300, 1]] * 2
+    assert (vae.latent_clip, vae.log_std_range, actor.phi) == (0.5, (-4.0, 15.0), 0.05)
+
+
+def test_several_observations_are_concatenated():
+    spec = Composite(camera=Composite(features=Unbounded((4,))), joints=Unbounded((3,)))
+    vae, actor, critics = make_bcq_modules(spec, ACTION_SPEC, hidden=(8,), vae_hidden=(8,))
+    assert set(vae.observation_keys) == {("camera", "features"), "joints"}
+    states = TensorDict({"camera": {"features": torch.randn(5, 4)}, "joints": torch.randn(5, 3)}, [5])
+    value = critics(actor(vae.decode(states)))["state_action_value"]
+    assert value.shape == (5, 2)
+    states["joints"] = states["joints"] + 1
+    assert (critics(states)["state_action_value"] != value).all()
+
+
+def test_dtype_and_device_reach_everything():
+    for module in make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, hidden=(4,), vae_hidden=(4,), dtype=torch.float64):
+        assert {tensor.dtype for tensor in module.state_dict().values()} == {torch.float64}
+    for module in make_bcq_modules(
+        OBSERVATION_SPEC, ACTION_SPEC, hidden=(4,), vae_hidden=(4,), device="meta", num_critics=1
+    ):
+        assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (Unbounded((2,)), "action_spec.low is .* BCQ needs finite bounds"),
+        (Categorical(4), "must be a continuous Bounded spec, got Categorical, torch.int64"),
+        (Bounded(-1, 1, (4, 2)), r"has shape \(4, 2\), expected \[A\]; of a vectorised environment"),
+        (Bounded(-1, float("inf"), (2,)), "action_spec.high is .* BCQ needs finite bounds"),
+        (Bounded(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]), (2,)), "action_spec is empty in a dimension"),
+        (Composite(action=Bounded(-1, 1, (2,))), r"Composite with keys \['action'\]; pass its leaf"),
+    ],
+)
+def test_action_specs_that_cannot_work(spec, message):
+    with pytest.raises(ValueError, match=message):
+        action_bounds(spec)
+
+
+def test_observation_that_is_no_vector_is_refused():
+    with pytest.raises(ValueError, match=r"observation 'pixels' has shape \(3, 8, 8\) and dtype torch.float32"):
+        make_bcq_modules(Composite(pixels=Unbounded((3, 8, 8))), ACTION_SPEC)
+    with pytest.raises(ValueError, match="observation 'step_count' has shape .* and dtype torch.int64"):
+        make_bcq_modules(Composite(step_count=Unbounded((1,), dtype=torch.int64)), ACTION_SPEC)

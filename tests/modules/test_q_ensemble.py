@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.modules import MLP, ValueOperator
+
+from torchrl_bcq import QEnsemble
+
+
+def critic(cells=(16, 8), activation=nn.ReLU, **kwargs) -> TensorDictModule:
+    net = MLP(in_features=5, out_features=1, num_cells=list(cells), activation_class=activation, **kwargs)
+    return TensorDictModule(net, in_keys=["observation", "action"], out_keys=["state_action_value"])
+
+
+def one_by_one(critics, batch):
+    return torch.stack([c(batch.clone())["state_action_value"].squeeze(-1) for c in critics], -1)
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 3), (4, 1, 2)])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+def test_batched_pass_equals_the_critics_one_by_one(make_batch, shape, activation):
+    critics = [critic(activation=activation).double() for _ in range(3)]
+    ensemble, batch = QEnsemble(critics), make_batch(*shape, dtype=torch.float64)
+    assert ensemble._batched
+    value = ensemble(batch.clone())["state_action_value"]
+    torch.testing.assert_close(value, one_by_one(critics, batch))
+    gradients = torch.autograd.grad(value.square().sum(), ensemble.parameters())
+    expected = torch.autograd.grad(one_by_one(critics, batch).square().sum(), ensemble.parameters())
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_critics_of_different_architecture(make_batch):
+    linear = ValueOperator(MLP(in_features=5, out_features=1, num_cells=[4]), in_keys=["observation", "action"])
+    critics = [
+        critic(),
+        linear,
+        critic(norm_class=nn.LayerNorm, norm_kwargs=[{"normalized_shape": n} for n in (16, 8)]),
+    ]
+    batch = make_batch(6)
+    ensemble = QEnsemble(critics)
+    assert not ensemble._batched
+    torch.testing.assert_close(ensemble(batch.clone())["state_action_value"], one_by_one(critics, batch))
+
+
+def test_first_is_critic_zero(make_batch):
+    critics, batch = [critic(), critic()], make_batch(6)
+    ensemble = QEnsemble(critics)
+    first = ensemble.first(batch.clone())["state_action_value"]
+    torch.testing.assert_close(first, ensemble(batch.clone())["state_action_value"][:, :1])
+
+
+def test_critics_handed_in_stay_live(make_batch):
+    critics, batch = [critic(), critic()], make_batch(2)
+    ensemble = QEnsemble(critics)
+    before = ensemble(batch.clone())["state_action_value"]
+    with torch.no_grad():
+        critics[1].module[-1].bias += 2
+    after = ensemble(batch.clone())["state_action_value"]
+    torch.testing.assert_close(after - before, torch.tensor([[0.0, 2.0], [0.0, 2.0]]))
+
+
+def test_equal_critics_are_refused():
+    """Slip 3: a deep copy has the same weights, and the mixture of minimum and maximum does nothing."""
+    first = critic()
+    with pytest.raises(ValueError, match="critics 0 and 2 hold equal weights"):
+        QEnsemble([first, critic(), copy.deepcopy(first)])
+    with pytest.raises(ValueError, match="critics 0 and 1 hold equal weights"):
+        QEnsemble([first, first])
+
+
+def test_default_critics_differ_at_the_start(modules, make_batch):
+    """Slip 3."""
+    value = modules[2](make_batch(20))["state_action_value"]
+    assert (value[:, 0] - value[:, 1]).abs().min() > 1e-3
+
+
+def test_bad_lists_are_refused():
+    with pytest.raises(ValueError, match="critics is empty"):
+        QEnsemble([])
+    other = TensorDictModule(nn.Linear(3, 1), in_keys=["observation"], out_keys=["state_action_value"])
+    with pytest.raises(ValueError, match="critic 1 maps \\['observation'\\] to 'state_action_value'"):
+        QEnsemble([critic(), other])

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from torchrl_bcq import ActionVAE
+
+from ..conftest import ACTION_SPEC
+
+
+class Encoder(nn.Module):
+    """A posterior with the same mean and log standard deviation everywhere."""
+
+    def __init__(self, loc: float, log_std: float) -> None:
+        super().__init__()
+        self.posterior = nn.Parameter(torch.tensor([loc] * 4 + [log_std] * 4))
+
+    def forward(self, observation, action):
+        return self.posterior.expand(*action.shape[:-1], -1)
+
+
+class Decoder(nn.Module):
+    """Logits that are the first two latents, scaled."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, observation, latent):
+        return self.scale * latent[..., :2]
+
+
+def test_latents_are_clipped_when_sampled_and_never_in_the_reconstruction(make_batch):
+    """Slip 6. With mean 3 and almost no spread the reconstruction is tanh(3), beyond any clipped latent's tanh(0.5)."""
+    vae = ActionVAE(Encoder(3.0, -4.0), Decoder(), ACTION_SPEC, latent_dim=4)
+    reconstruction = vae(make_batch(64))["reconstruction"][:, 0]
+    assert reconstruction.min() > torch.tanh(torch.tensor(2.8))
+    sampled = vae.decode(make_batch(4096))["action"][:, 0]
+    torch.testing.assert_close(sampled.max(), torch.tanh(torch.tensor(0.5)))
+    torch.testing.assert_close(sampled.min(), torch.tanh(torch.tensor(-0.5)))
+
+
+def test_reparametrisation_by_hand(make_batch):
+    vae = ActionVAE(Encoder(0.5, 0.0), Decoder(), ACTION_SPEC, latent_dim=4)
+    out = vae(make_batch(1), noise=torch.tensor([[1.0, -1.0, 0.0, 0.0]]))
+    # z = 0.5 + 1 * noise = 1.5, -0.5; action = tanh(1.5), 2 + 2 * tanh(-0.5)
+    torch.testing.assert_close(out["reconstruction"], torch.tensor([[0.9051483, 1.0757656]]))
+
+
+@pytest.mark.parametrize(("log_std", "expected"), [(-100.0, -4.0), (0.3, 0.3), (100.0, 15.0)])
+def test_log_std_is_clamped(make_batch, log_std, expected):
+    vae = ActionVAE(Encoder(0.0, log_std), Decoder(), ACTION_SPEC, latent_dim=4)
+    torch.testing.assert_close(vae.encode(make_batch(2))["log_std"], torch.full((2, 4), expected))
+
+
+def test_decoder_stays_inside_the_bounds_for_any_logits(make_batch):
+    """Slip 4."""
+    vae = ActionVAE(Encoder(0.0, 0.0), Decoder(scale=1e6), ACTION_SPEC, latent_dim=4)
+    action = vae.decode(make_batch(1000))["action"]
+    assert (action >= ACTION_SPEC.space.low).all()
+    assert (action <= ACTION_SPEC.space.high).all()
+    # and it reaches them, on the side that the logits say
+    latent = torch.tensor([[0.5, -0.5, 0.0, 0.0]])
+    assert vae.decode(make_batch(1), latent)["action"].tolist() == [[1.0, 0.0]]
+
+
+def test_rows_do_not_mix(modules, make_batch):
+    vae, _, _ = modules
+    batch, latent = make_batch(5), torch.randn(5, 4)
+    together = vae.decode(batch.clone(), latent)["action"]
+    for i in range(5):
+        alone = vae.decode(batch[i : i + 1].clone(), latent[i : i + 1])["action"]
+        torch.testing.assert_close(alone[0], together[i])
+
+
+def test_encoder_of_the_wrong_size_is_refused(make_batch):
+    vae = ActionVAE(Encoder(0.0, 0.0), Decoder(), ACTION_SPEC, latent_dim=3)
+    with pytest.raises(ValueError, match="encoder gives 8 features, expected 2 \\* latent_dim = 6"):
+        vae(make_batch(1))
+
+
+def test_sampling_needs_no_action(modules):
+    vae, _, _ = modules
+    sampled = vae.decode(TensorDict({"observation": torch.randn(2, 3, 3)}, [2, 3]))["action"]
+    assert sampled.shape == (2, 3, 2)
+    assert sampled.unique(dim=0).shape[0] == 2

@@ -1,0 +1,359 @@
+"""BCQLoss: what the paper says, what TorchRL expects, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.objectives import HardUpdate, SoftUpdate
+from torchrl.objectives.utils import ValueEstimators
+
+from torchrl_bcq import BCQLoss, BCQPolicy
+
+LOSSES = ("vae", "qvalue", "actor")
+
+
+@pytest.fixture
+def loss(modules):
+    loss = BCQLoss(*modules)
+    SoftUpdate(loss, tau=0.005)
+    return loss
+
+
+def target_values(loss: BCQLoss, batch: TensorDict, latent: torch.Tensor) -> torch.Tensor:
+    return loss.qvalue_loss(batch.clone(), latent)[1]["target_value"]
+
+
+@pytest.fixture
+def latent():
+    return torch.randn(6, 10, 4).clamp(-0.5, 0.5)
+
+
+# The slips that other implementations made
+
+
+def test_target_of_row_i_depends_on_row_i_alone(loss, make_batch, latent):
+    """Slip 1."""
+    batch = make_batch(6)
+    before = target_values(loss, batch, latent)
+    batch["next", "observation"][0] += 1
+    batch["next", "reward"][0] += 1
+    after = target_values(loss, batch, latent)
+    assert before.shape == (6,)
+    assert before[0] != after[0]
+    torch.testing.assert_close(before[1:], after[1:])
+    alone = torch.cat([target_values(loss, batch[i : i + 1], latent[i : i + 1]) for i in range(6)])
+    torch.testing.assert_close(alone, after)
+
+
+def test_target_uses_the_target_perturbation(loss, make_batch, latent):
+    """Slip 2."""
+    batch = make_batch(6)
+    before = target_values(loss, batch, latent)
+    loss.target_actor_network_params["network", "4", "bias"].data.add_(10)
+    moved = target_values(loss, batch, latent)
+    assert (before != moved).all()
+    loss.actor_network_params["network", "4", "bias"].data.sub_(10)  # the live one has no say
+    torch.testing.assert_close(target_values(loss, batch, latent), moved)
+
+
+def test_target_uses_the_target_critics(loss, make_batch, latent):
+    batch = make_batch(6)
+    before = target_values(loss, batch, latent)
+    for i in "01":
+        loss.target_qvalue_network_params["critics", i, "module", "4", "bias"].data.add_(1)
+    torch.testing.assert_close(target_values(loss, batch, latent), before + 0.99)
+    loss.qvalue_network_params["critics", "0", "module", "4", "bias"].data.add_(1)
+    torch.testing.assert_close(target_values(loss, batch, latent), before + 0.99)
+
+
+def test_terminated_ends_the_bootstrap_and_truncated_does_not(loss, make_batch, latent):
+    """Slip 5."""
+    batch = make_batch(6)
+    running = target_values(loss, batch, latent)
+    batch["next", "done"][:] = True
+    batch["next", "truncated"] = torch.ones(6, 1, dtype=torch.bool)
+    torch.testing.assert_close(target_values(loss, batch, latent), running)
+    batch["next", "terminated"][:3] = True
+    ended = target_values(loss, batch, latent)
+    torch.testing.assert_close(ended[:3], batch["next", "reward"][:3, 0])
+    torch.testing.assert_close(ended[3:], running[3:])
+
+
+def test_sampled_latents_of_the_target_are_clipped(loss, make_batch, monkeypatch):
+    """Slip 6, through the loss: whatever is drawn, the decoder sees at most 0.5."""
+    seen = []
+    vae = loss.vae_network
+    monkeypatch.setattr(vae.decoder, "forward", lambda *x: seen.append(x[-1]) or x[-1][..., :2])
+    loss.qvalue_loss(make_batch(500))
+    loss.actor_loss(make_batch(500))
+    assert [tuple(z.shape) for z in seen] == [(500, 10, 4), (500, 4)]
+    assert all(z.abs().max() == 0.5 for z in seen)
+    loss.vae_loss(make_batch(500))
+    assert seen[-1].abs().max() > 1
+
+
+def test_target_by_hand(loss, make_batch):
+    """Two candidates, two critics that are constants per candidate: 0.75 * min + 0.25 * max, then the larger."""
+    values = torch.tensor([[1.0, 5.0], [3.0, 2.5]])  # mixtures 2 and 2.625
+    loss.num_target_samples = 2
+
+    def fake(td):
+        return td.set(
+            "state_action_value", values.expand(*td.batch_size[:-1], 2, 2) if td.ndim == 2 else torch.zeros(4, 2)
+        )
+
+    object.__setattr__(loss.qvalue_network, "forward", fake)
+    batch = make_batch(4)
+    batch["next", "reward"] = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+    target = loss.qvalue_loss(batch)[1]["target_value"]
+    torch.testing.assert_close(target, torch.tensor([0.0, 1.0, 2.0, 3.0]) + 0.99 * 2.625)
+
+
+# Gradients and live modules
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_reach_their_own_network_only(loss, make_batch, name):
+    value, _ = getattr(loss, f"{name}_loss")(make_batch(32))
+    value.backward()
+    for other in LOSSES:
+        grads = [p.grad for p in getattr(loss, f"{other}_network_params").parameters()]
+        if other == name:
+            assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
+        else:
+            assert all(grad is None for grad in grads)
+
+
+def test_forward_gives_the_same_gradients_as_the_single_losses(loss, make_batch):
+    batch = make_batch(8)
+    torch.manual_seed(1)
+    out = loss(batch)
+    assert set(out.keys()) == set(loss.out_keys)
+    (out["loss_vae"] + out["loss_qvalue"] + out["loss_actor"]).backward()
+    together = {name: p.grad.clone() for name, p in loss.named_parameters()}
+    loss.zero_grad()
+    torch.manual_seed(1)
+    for name in LOSSES:
+        getattr(loss, f"{name}_loss")(batch)[0].backward()
+    torch.testing.assert_close({name: p.grad for name, p in loss.named_parameters()}, together)
+
+
+def test_actor_ascends_the_first_critic(loss, make_batch):
+    batch, latent = make_batch(64), torch.zeros(64, 4)
+    optimizer = torch.optim.SGD(loss.actor_network_params.parameters(), lr=1.0)
+
+    def value_of_critic(i: int) -> torch.Tensor:
+        td = loss.actor_network(loss.vae_network.decode(batch.clone(), latent))
+        return loss.qvalue_network(td)["state_action_value"][:, i].mean()
+
+    before = value_of_critic(0)
+    loss_actor = loss.actor_loss(batch, latent)[0]
+    torch.testing.assert_close(loss_actor, -before)
+    loss_actor.backward()
+    optimizer.step()
+    assert value_of_critic(0) > before
+
+
+def test_policy_acts_with_what_was_just_learned(modules, loss, make_batch):
+    policy, states = BCQPolicy(*modules), make_batch(16).select("observation")
+
+    def act() -> torch.Tensor:
+        torch.manual_seed(1)
+        return policy(states.clone())["action"]
+
+    before = act()
+    torch.testing.assert_close(act(), before)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2)
+    for _ in range(5):
+        out = loss(make_batch(32))
+        optimizer.zero_grad()
+        sum(out[f"loss_{name}"] for name in LOSSES).backward()
+        optimizer.step()
+    assert (act() - before).abs().amax(-1).min() > 1e-3
+
+
+def test_casting_the_loss_takes_the_policy_along(modules, loss):
+    policy = BCQPolicy(*modules)
+    loss.double()
+    assert {tensor.dtype for tensor in policy.state_dict().values()} == {torch.float64}
+    for ours, theirs in zip(loss.vae_network_params.parameters(), modules[0].parameters(), strict=False):
+        assert ours.data_ptr() == theirs.data_ptr()
+    states = TensorDict({"observation": torch.randn(2, 3, dtype=torch.float64)}, [2])
+    assert policy(states)["action"].dtype == torch.float64
+
+
+# TorchRL's contract
+
+
+def test_soft_and_hard_update_find_both_targets(modules):
+    loss = BCQLoss(*modules)
+    updater = SoftUpdate(loss, tau=0.25)
+    for name in ("actor_network_params", "qvalue_network_params"):
+        source, target = getattr(loss, name), getattr(loss, f"target_{name}")
+        start = target.clone()
+        source.data.apply_(lambda p: p.add_(1))
+        updater.step()
+        for key, p in target.items(True, True):
+            if key not in ("low", "high"):
+                torch.testing.assert_close(p.data, start[key].data + 0.25)
+    HardUpdate(loss, value_network_update_interval=1)
+
+
+def test_metadata_by_hand(loss, make_batch):
+    batch = make_batch(5)
+    out = loss(batch)
+    error = out["pred_value"] - out["target_value"].unsqueeze(-1)
+    torch.testing.assert_close(out["td_error"], error.abs())
+    torch.testing.assert_close(out["loss_qvalue"], error.square().mean(0).sum())
+    torch.testing.assert_close(out["loss_vae"], (out["vae_reconstruction"] + 0.5 * out["vae_kl"]).mean())
+    torch.testing.assert_close(batch["td_error"], error.abs().amax(-1))
+    assert not any(out[key].requires_grad for key in loss.out_keys if not key.startswith("loss_"))
+
+
+@pytest.mark.parametrize("batch", [(6,), (2, 3), (3, 1, 2)])
+def test_batches_of_any_rank_give_the_same_losses(loss, make_batch, batch, latent):
+    flat = make_batch(6)
+    shaped = flat.reshape(batch)
+    noise = torch.randn(6, 4)
+    for name, draw in (("vae", noise), ("qvalue", latent), ("actor", noise)):
+        expected = getattr(loss, f"{name}_loss")(flat, draw)[0]
+        torch.testing.assert_close(
+            getattr(loss, f"{name}_loss")(shaped, draw.reshape(*batch, *draw.shape[1:]))[0], expected
+        )
+
+
+def test_reductions_and_importance_weights(modules, make_batch, latent):
+    batch = make_batch(6)
+    losses = {}
+    for reduction in ("none", "sum", "mean"):
+        loss = BCQLoss(*modules, reduction=reduction)
+        SoftUpdate(loss, tau=0.005)
+        losses[reduction] = loss.qvalue_loss(batch, latent)[0]
+    assert losses["none"].shape == (6,)
+    torch.testing.assert_close(losses["none"].sum(), losses["sum"])
+    torch.testing.assert_close(losses["none"].mean(), losses["mean"])
+    batch["priority_weight"] = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 3.0])
+    weighted = loss.qvalue_loss(batch, latent)[0]
+    torch.testing.assert_close(weighted, (losses["none"][0] + 3 * losses["none"][5]) / 4)
+
+
+def test_keyword_call_without_a_tensordict(loss, make_batch):
+    batch = make_batch(5)
+    torch.manual_seed(1)
+    expected = loss(batch)
+    torch.manual_seed(1)
+    entries = {"_".join(key) if isinstance(key, tuple) else key: batch[key] for key in loss.in_keys}
+    out = loss(**entries)
+    for key, value in zip(loss.out_keys, out, strict=True):
+        torch.testing.assert_close(value, expected[key])
+
+
+def test_own_keys(modules, make_batch, latent):
+    loss = BCQLoss(*modules)
+    SoftUpdate(loss, tau=0.005)
+    expected = loss.qvalue_loss(make_batch(6).clone(), latent)
+    loss.set_keys(reward="r", terminated=("end", "real"), priority="urgency")
+    torch.manual_seed(0)
+    batch = make_batch(6)
+    batch["next"].rename_key_("reward", "r")
+    batch["next"].rename_key_("terminated", ("end", "real"))
+    torch.manual_seed(0)
+    torch.testing.assert_close(loss.qvalue_loss(batch, latent)[1]["pred_value"].shape, expected[1]["pred_value"].shape)
+    assert "urgency" in batch.keys()
+    assert ("next", "end", "real") in loss.in_keys
+
+
+def test_gamma_belongs_to_the_value_estimator(loss, make_batch, latent):
+    batch = make_batch(6)
+    reward = batch["next", "reward"][:, 0]
+    at_099 = target_values(loss, batch, latent) - reward
+    loss.make_value_estimator(gamma=0.5)
+    torch.testing.assert_close((target_values(loss, batch, latent) - reward) * 0.99, at_099 * 0.5)
+    with pytest.raises(NotImplementedError, match="TDLambda"):
+        loss.make_value_estimator(ValueEstimators.TDLambda)
+
+
+def test_state_dict_of_a_fresh_loss_round_trips(modules, make_batch, latent):
+    loss = BCQLoss(*modules)
+    SoftUpdate(loss, tau=0.005)
+    other = BCQLoss(*copy.deepcopy(modules))
+    SoftUpdate(other, tau=0.005)
+    loss.target_actor_network_params["network", "4", "bias"].data.add_(1)
+    for p in loss.parameters():
+        p.data.add_(0.1)
+    state = loss.state_dict()
+    batch = make_batch(6)
+    assert not torch.equal(target_values(other, batch, latent), target_values(loss, batch, latent))
+    other.load_state_dict(state)
+    assert torch.equal(target_values(other, batch, latent), target_values(loss, batch, latent))
+    loss(batch)
+    assert loss.state_dict().keys() == state.keys()  # the first call adds nothing
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lmbda": 1.5}, "lmbda is 1.5"),
+        ({"num_target_samples": 0}, "num_target_samples is 0"),
+        ({"reduction": "max"}, "reduction is 'max'"),
+    ],
+)
+def test_settings_out_of_range(modules, settings, message):
+    with pytest.raises(ValueError, match=message):
+        BCQLoss(*modules, **settings)
+
+
+@pytest.mark.parametrize(
+    "key", ["action", "observation", ("next", "terminated"), ("next", "reward"), ("next", "observation")]
+)
+def test_missing_entry_is_named(loss, make_batch, key):
+    with pytest.raises(KeyError, match="the batch lacks"):
+        loss(make_batch(4).exclude(key))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (("next", "reward"), torch.zeros(4), "does not fit"),
+        (
+            ("next", "reward"),
+            torch.zeros(4, 1, dtype=torch.float64),
+            "reward.* has dtype torch.float64, expected torch.float32",
+        ),
+        (("next", "reward"), torch.zeros(4, 2), "expected \\[\\*B, 1\\] for reward"),
+        (("next", "terminated"), torch.zeros(4, 1), "terminated.* has dtype torch.float32, expected torch.bool"),
+        (("next", "terminated"), torch.zeros(4, dtype=torch.bool), "terminated.* has shape \\(4,\\)"),
+    ],
+)
+def test_misshapen_entry_is_named(loss, make_batch, key, value, message):
+    batch = make_batch(4)
+    batch[key] = value
+    with pytest.raises(ValueError, match=message):
+        loss(batch)
+
+
+def test_shapes_that_would_broadcast_are_refused(loss, make_batch):
+    batch = make_batch(4)
+    batch.batch_size = batch["next"].batch_size = []
+    batch["next", "reward"] = batch["next", "reward"][:1]
+    with pytest.raises(ValueError, match="reward.* has shape \\(1, 1\\), which does not fit the action's \\(4, 2\\)"):
+        loss.qvalue_loss(batch)
+    batch["observation"] = batch["observation"][:1]
+    with pytest.raises(
+        ValueError, match="observation has shape \\(1, 3\\), which does not fit the action's \\(4, 2\\)"
+    ):
+        loss.vae_loss(batch)
+
+
+def test_vae_and_actor_losses_need_no_outcome(loss, make_batch):
+    """So that a generative model can be learned from states and actions alone."""
+    batch, draw = make_batch(6), torch.zeros(6, 4)
+    alone = batch.select("observation", "action")
+    for method in (loss.vae_loss, loss.actor_loss):
+        torch.testing.assert_close(method(alone, draw)[0], method(batch, draw)[0])

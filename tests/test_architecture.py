@@ -1,0 +1,59 @@
+"""The arrows between the packages point one way."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import torchrl_bcq
+
+ROOT = Path(torchrl_bcq.__file__).parent
+MAY_IMPORT = {
+    "functional": set(),
+    "modules": {"functional", "modules"},
+    "objectives": {"functional", "objectives"},
+    "data": {"data"},
+    "trainers": {"functional", "objectives", "data", "trainers"},
+}
+
+
+def rooms_imported_by(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+    return {name.split(".")[1] for name in names if name.startswith("torchrl_bcq.")}
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_arrows_point_one_way(room):
+    path = ROOT / room
+    files = list(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    assert files
+    for file in files:
+        assert rooms_imported_by(file) <= MAY_IMPORT[room], file
+
+
+def test_every_room_is_listed():
+    assert {p.stem for p in ROOT.iterdir() if not p.name.startswith(("_", "py."))} == set(MAY_IMPORT)
+
+
+def test_functional_imports_torch_alone():
+    tree = ast.parse((ROOT / "functional.py").read_text())
+    names = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)} | {
+        alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names
+    }
+    assert {name.split(".")[0] for name in names} == {"__future__", "collections", "torch"}
+
+
+def test_readers_packages_are_imported_only_when_used():
+    code = "import torchrl_bcq, sys; print([m for m in ('minari', 'h5py', 'matplotlib') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,70 @@
+"""Each equation against numbers computed by hand, and against PyTorch's own distributions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from torchrl_bcq import functional as F
+
+LOW, HIGH = torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 4.0])
+
+
+def test_soft_clipped_double_q():
+    q = torch.tensor([[1.0, 3.0], [4.0, 2.0], [5.0, 5.0]])
+    # 0.75 * min + 0.25 * max
+    torch.testing.assert_close(F.soft_clipped_double_q(q, 0.75), torch.tensor([1.5, 2.5, 5.0]))
+    assert F.soft_clipped_double_q(q, 1.0).tolist() == [1.0, 2.0, 5.0]
+    assert F.soft_clipped_double_q(q, 0.0).tolist() == [3.0, 4.0, 5.0]
+    # five critics: only the extremes count
+    assert F.soft_clipped_double_q(torch.tensor([0.0, 9.0, 1.0, 8.0, 4.0]), 0.5).item() == 4.5
+
+
+def test_best_sample_value_maximises_the_mixture_not_each_critic():
+    q = torch.tensor([[[0.0, 8.0], [3.0, 3.0], [8.0, -8.0]]])  # [B=1, n=3, C=2], mixtures 2, 3, -4
+    value = F.best_sample_value(q, 0.75)
+    assert value.shape == (1, 1)
+    assert value.item() == 3.0
+
+
+def test_squash_to_bounds():
+    torch.testing.assert_close(F.squash_to_bounds(torch.zeros(2), LOW, HIGH), torch.tensor([0.0, 2.0]))
+    half = math.atanh(0.5)
+    torch.testing.assert_close(F.squash_to_bounds(torch.tensor([half, -half]), LOW, HIGH), torch.tensor([0.5, 1.0]))
+
+
+@pytest.mark.parametrize("logit", [-1e30, -40.0, -1e-3, 0.0, 5.0, 40.0, 1e30])
+def test_squash_never_leaves_the_bounds(logit):
+    low, high = torch.tensor([-0.1, 0.3, 1e-3]), torch.tensor([0.7, 0.30001, 1e3])
+    action = F.squash_to_bounds(torch.full((3,), logit), low, high)
+    assert (action >= low).all()
+    assert (action <= high).all()
+
+
+def test_perturb_moves_by_phi_half_ranges_and_clips():
+    action = torch.tensor([[0.5, 1.0], [0.99, 0.05]])
+    logits = torch.tensor([[1e3, -1e3], [1e3, -1e3]])  # tanh is 1 and -1
+    # half-ranges are 1 and 2; phi = 0.05 moves by 0.05 and 0.1
+    expected = torch.tensor([[0.55, 0.9], [1.0, 0.0]])
+    torch.testing.assert_close(F.perturb(action, logits, 0.05, LOW, HIGH), expected)
+    torch.testing.assert_close(F.perturb(action, logits, 0.0, LOW, HIGH), action)
+
+
+def test_gaussian_kl_equals_the_distribution_librarys():
+    loc, log_std = torch.randn(50, 4, dtype=torch.float64), torch.randn(50, 4, dtype=torch.float64)
+    expected = kl_divergence(Normal(loc, log_std.exp()), Normal(torch.zeros_like(loc), torch.ones_like(loc)))
+    torch.testing.assert_close(F.gaussian_kl(loc, log_std), expected)
+    assert F.gaussian_kl(torch.tensor(2.0), torch.tensor(0.0)).item() == 2.0  # mean^2 / 2
+
+
+def test_clipped_normal():
+    like = torch.empty(0, dtype=torch.float64)
+    z = F.clipped_normal((100_000,), 0.5, like)
+    assert z.dtype == torch.float64
+    assert z.abs().max() == 0.5
+    # mass at each clip is P(N > 0.5) = 0.3085; 4 standard errors
+    assert (z == 0.5).double().mean().item() == pytest.approx(0.3085, abs=0.006)
+    assert z.mean().item() == pytest.approx(0.0, abs=0.006)

@@ -1,0 +1,163 @@
+"""BCQTrainer: what it logs, when it stops, and that a break in the middle changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torchrl.checkpoint import Checkpoint
+from torchrl.data import LazyTensorStorage, PrioritizedSampler, TensorDictReplayBuffer
+from torchrl.objectives import SoftUpdate
+from torchrl.record.loggers import CSVLogger
+
+from torchrl_bcq import BCQLoss, BCQTrainer, make_bcq_modules, make_replay_buffer
+
+from ..conftest import ACTION_SPEC, OBSERVATION_SPEC
+
+
+def make_trainer(transitions, total_steps=25, seed=0, buffer=None, **settings) -> BCQTrainer:
+    torch.manual_seed(seed)
+    loss = BCQLoss(*make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, hidden=(8,), vae_hidden=(8,)))
+    buffer = buffer or make_replay_buffer(transitions, batch_size=16, seed=seed)
+    settings = {"log_interval": 10, "progress_bar": False, "seed": seed, **settings}
+    return BCQTrainer(loss, buffer, target_net_updater=SoftUpdate(loss, tau=0.005), total_steps=total_steps, **settings)
+
+
+def weights(trainer: BCQTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.loss_module.state_dict().items()}
+
+
+def test_takes_exactly_the_steps_asked_for(make_batch):
+    trainer = make_trainer(make_batch(100))
+    trainer.train()
+    assert trainer._optim_count == trainer.collected_frames == 25
+    steps = trainer.optimization_stepper.optimizers["actor"].state_dict()["state"][0]["step"]
+    assert steps == 25
+
+
+def test_targets_move_once_a_step(make_batch):
+    """At a learning rate of 0 and from a distance of 1, 25 soft updates leave 0.995^25 of it."""
+    trainer = make_trainer(make_batch(100))
+    for optimizer in trainer.optimization_stepper.optimizers.values():
+        optimizer.param_groups[0]["lr"] = 0.0
+    key = "target_actor_network_params.network.0.bias"
+    trainer.loss_module.state_dict()[key].add_(1)
+    trainer.train()
+    state = trainer.loss_module.state_dict()
+    distance = state[key] - state[key.removeprefix("target_")]
+    torch.testing.assert_close(distance, torch.full_like(distance, 0.995**25))
+
+
+def test_run_save_load_run_equals_run_run(make_batch, tmp_path):
+    """Slip 7: networks, targets, optimizers, sampler and random state; bitwise."""
+    transitions = make_batch(200)
+    undisturbed = make_trainer(transitions, 40)
+    undisturbed.train()
+
+    first = make_trainer(transitions, 20, checkpoint=Checkpoint(), save_trainer_file=tmp_path / "checkpoint")
+    first.train()
+    torch.manual_seed(1234)  # the break
+    second = make_trainer(transitions, 40, seed=99, checkpoint=Checkpoint())
+    second.load_from_file(tmp_path / "checkpoint")
+    assert second.collected_frames == 20
+    second.train()
+
+    expected = weights(undisturbed)
+    torch.testing.assert_close(weights(second), expected, rtol=0, atol=0)
+    for name, optimizer in second.optimization_stepper.optimizers.items():
+        twin = undisturbed.optimization_stepper.optimizers[name].state_dict()
+        torch.testing.assert_close(optimizer.state_dict()["state"], twin["state"], rtol=0, atol=0)
+    size = sum(file.stat().st_size for file in (tmp_path / "checkpoint").rglob("*") if file.is_file())
+    assert size < 100_000  # the dataset is not in it
+
+
+def test_seed_decides_the_run(make_batch):
+    transitions = make_batch(100)
+    runs = []
+    for seed in (3, 3, 4):
+        runs.append(make_trainer(transitions, seed=seed))
+        runs[-1].train()
+    torch.testing.assert_close(weights(runs[0]), weights(runs[1]), rtol=0, atol=0)
+    key = "actor_network_params.network.0.weight"
+    assert not torch.equal(weights(runs[0])[key], weights(runs[2])[key])
+
+
+def test_logs_the_means_of_each_tick(make_batch, tmp_path):
+    trainer = make_trainer(make_batch(100), logger=CSVLogger("log", log_dir=str(tmp_path)))
+    seen = []
+    step = trainer.optimization_stepper.step
+    trainer.optimization_stepper.step = lambda *args: seen.append(step(*args).clone()) or seen[-1].clone()
+    trainer.train()
+    for key in trainer.loss_module.out_keys:
+        rows = [line.split(",") for line in (tmp_path / "log" / "scalars" / f"{key}.csv").read_text().splitlines()]
+        assert [int(row[0]) for row in rows] == [10, 20, 25]
+        means = [torch.stack([logs[key] for logs in seen[a:b]]).mean().item() for a, b in ((0, 10), (10, 20), (20, 25))]
+        assert [float(row[1]) for row in rows] == pytest.approx(means, rel=1e-4)
+
+
+def test_two_trainers_keep_their_logs_apart(make_batch, tmp_path):
+    trainers = [make_trainer(make_batch(50), 10, logger=CSVLogger(name, log_dir=str(tmp_path))) for name in "ab"]
+    for trainer, name in zip(trainers, "ab", strict=True):
+        trainer.train()
+        assert (tmp_path / name / "scalars" / "loss_vae.csv").read_text().startswith("10,")
+
+
+def test_progress_bar_counts_gradient_steps_and_goes_on(make_batch, tmp_path, capsys):
+    transitions = make_batch(50)
+    settings = {"progress_bar": True, "checkpoint": Checkpoint(), "save_trainer_file": tmp_path / "checkpoint"}
+    make_trainer(transitions, 20, **settings).train()
+    shown = capsys.readouterr().err
+    assert "20/20" in shown
+    assert all(f"loss_{name}:" in shown for name in ("vae", "qvalue", "actor"))
+    resumed = make_trainer(transitions, 30, progress_bar=True, checkpoint=Checkpoint())
+    resumed.load_from_file(tmp_path / "checkpoint")
+    resumed.train()
+    shown = capsys.readouterr().err
+    assert "20/30" in shown
+    assert "30/30" in shown
+    assert "10/30" not in shown
+
+
+def test_loss_that_is_not_finite_stops_the_run(make_batch):
+    transitions = make_batch(50)
+    transitions["next", "reward"][:] = 1e38
+    trainer = make_trainer(transitions)
+    message = r"not finite within gradient steps 1 to 10: \{.*'loss_qvalue': (inf|nan).*Lower the learning rate"
+    with pytest.raises(FloatingPointError, match=message):
+        trainer.train()
+
+
+def test_prioritised_replay_gets_the_td_error(make_batch):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sampler = PrioritizedSampler(50, alpha=1.0, beta=1.0)
+    except (RuntimeError, NotImplementedError, ImportError, NameError) as error:
+        pytest.skip(f"TorchRL's compiled extension does not fit the installed torch: {error}")
+    buffer = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(50), sampler=sampler, batch_size=16, priority_key="td_error"
+    )
+    transitions = make_batch(50)
+    transitions["next", "reward"][7] = 100.0  # the row with by far the largest error
+    buffer.extend(transitions)
+    trainer = make_trainer(None, 60, buffer=buffer)
+    trainer.train()
+    drawn = torch.cat([buffer.sample()["index"] for _ in range(50)])
+    assert (drawn == 7).float().mean() > 0.3  # 1 in 50 if drawn uniformly
+
+
+def test_settings_of_torchrls_trainer_pass_through(make_batch):
+    trainer = make_trainer(make_batch(20), clip_norm=0.5)
+    assert trainer.clip_norm == 0.5
+    with pytest.raises(TypeError, match="clip_nrm"):
+        make_trainer(make_batch(20), clip_nrm=0.5)
+
+
+def test_modules_can_be_copied_after_training(make_batch):
+    trainer = make_trainer(make_batch(50), 10)
+    trainer.train()
+    twin, batch = copy.deepcopy(trainer.loss_module), make_batch(4)
+    latent = torch.zeros(4, 10, 4)
+    torch.testing.assert_close(twin.qvalue_loss(batch, latent)[0], trainer.loss_module.qvalue_loss(batch, latent)[0])

@@ -1,0 +1,54 @@
+"""The equations of BCQ as pure functions of tensors. This file imports torch and nothing else.
+
+Shapes: ``*B`` any batch, ``n`` sampled actions, ``A`` action size, ``L`` latent size, ``C`` critics.
+
+Source: Fujimoto, Meger, Precup, "Off-Policy Deep Reinforcement Learning without Exploration", arXiv:1812.02900.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def clipped_normal(shape: Sequence[int], clip: float, like: Tensor) -> Tensor:
+    """Draw ``clip(N(0, 1), -clip, clip)``, the latents of sampled actions (appendix D.1).
+
+    Args:
+        shape: shape of the result.
+        clip: largest magnitude, in standard deviations.
+        like: tensor whose dtype and device the result takes.
+    """
+    return torch.randn(shape, dtype=like.dtype, device=like.device).clamp_(-clip, clip)
+
+
+def squash_to_bounds(logits: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """``tanh(logits)`` stretched onto ``[low, high]``. ``[*B, A], [A], [A] -> [*B, A]``."""
+    action = (high + low) / 2 + (high - low) / 2 * torch.tanh(logits)
+    return action.clamp(low, high)  # rounding at saturation may step over a bound
+
+
+def perturb(action: Tensor, logits: Tensor, phi: float, low: Tensor, high: Tensor) -> Tensor:
+    """Move an action by at most ``phi`` half-ranges and stay in bounds (eq. 11 and appendix D.1).
+
+    ``clip(a + phi * (high - low) / 2 * tanh(logits), low, high)``; with symmetric bounds the half-range is the
+    author's ``max_action``. ``[*B, A], [*B, A], scalar, [A], [A] -> [*B, A]``.
+    """
+    return (action + phi * (high - low) / 2 * torch.tanh(logits)).clamp(low, high)
+
+
+def gaussian_kl(loc: Tensor, log_std: Tensor) -> Tensor:
+    """``KL(N(loc, exp(log_std)) || N(0, 1))`` of each latent dimension, in nats. ``[*B, L], [*B, L] -> [*B, L]``."""
+    return 0.5 * (loc.square() + (2 * log_std).exp() - 1) - log_std
+
+
+def soft_clipped_double_q(qvalue: Tensor, lmbda: float) -> Tensor:
+    """``lmbda * min + (1 - lmbda) * max`` over critics (inside eq. 13). ``[*B, C] -> [*B]``."""
+    return lmbda * qvalue.amin(-1) + (1 - lmbda) * qvalue.amax(-1)
+
+
+def best_sample_value(qvalue: Tensor, lmbda: float) -> Tensor:
+    """Value of the best of ``n`` sampled actions, the bracket of eq. 13. ``[*B, n, C] -> [*B, 1]``."""
+    return soft_clipped_double_q(qvalue, lmbda).amax(-1, keepdim=True)

@@ -1,0 +1,43 @@
+"""Reads the bounds of an action space off its spec, once for every module that needs them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchrl.data import Composite, TensorSpec
+
+
+def action_bounds(action_spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """Lower and upper bound of each action dimension.
+
+    Args:
+        action_spec: spec of ONE action, shape ``[A]`` (of a vectorised environment: ``env.action_spec_unbatched``).
+
+    Returns:
+        ``(low, high)``, each a new tensor of shape ``[A]`` in the spec's dtype and units.
+
+    Raises:
+        ValueError: if the spec is not a continuous, finite, non-empty box of rank 1.
+    """
+    if isinstance(action_spec, Composite):
+        raise ValueError(
+            f"action_spec is a Composite with keys {list(action_spec.keys())}; pass its leaf, e.g. spec['action']."
+        )
+    low, high = (getattr(getattr(action_spec, "space", None), side, None) for side in ("low", "high"))
+    if low is None or high is None or not action_spec.dtype.is_floating_point:
+        raise ValueError(
+            f"action_spec must be a continuous Bounded spec, got {type(action_spec).__name__}, {action_spec.dtype}."
+        )
+    if len(action_spec.shape) != 1:
+        raise ValueError(
+            f"action_spec has shape {tuple(action_spec.shape)}, expected [A]; of a vectorised environment pass "
+            "env.action_spec_unbatched."
+        )
+    for name, bound in (("low", low), ("high", high)):
+        if not torch.isfinite(bound).all() or bound.abs().max() >= torch.finfo(bound.dtype).max:
+            raise ValueError(
+                f"action_spec.{name} is {bound.tolist()}: BCQ needs finite bounds; rescale the actions to a box."
+            )
+    if (low >= high).any():
+        raise ValueError(f"action_spec is empty in a dimension: low {low.tolist()}, high {high.tolist()}.")
+    return low.clone(), high.clone()

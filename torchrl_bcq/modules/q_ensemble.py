@@ -1,0 +1,96 @@
+"""Several critics as one module, so that a loss, its targets and a policy share the very same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.modules import MLP
+
+
+class QEnsemble(TensorDictModuleBase):
+    """``C`` independent critics; writes all their values. The first one guides the actor and the policy.
+
+    Equal :class:`~torchrl.modules.MLP` critics are evaluated in one batched pass, others one after the other.
+
+    Args:
+        critics: modules that read the same entries and write ``[*B, 1]`` to the same, last out-key.
+
+    Writes: the critics' out-key, ``state_action_value [*B, C]`` by default.
+
+    Raises:
+        ValueError: if there is no critic, if keys differ, or if two critics hold equal weights: their minimum and
+            maximum would be the same, and the mixture of both would do nothing.
+
+    Source: arXiv:1812.02900, eq. 13.
+    """
+
+    def __init__(self, critics: Sequence[TensorDictModuleBase]) -> None:
+        super().__init__()
+        _check_critics(critics)
+        self.critics = nn.ModuleList(critics)
+        self.in_keys = list(critics[0].in_keys)
+        self.out_keys = [critics[0].out_keys[-1]]
+        self._batched = len(critics) > 1 and _are_equal_mlps(critics)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the value of each critic, ``[*B, C]``."""
+        key = self.out_keys[0]
+        if self._batched:
+            inputs = torch.cat([tensordict.get(in_key) for in_key in self.in_keys], -1)
+            return tensordict.set(key, self._batched_values(inputs))
+        inputs = tensordict.select(*self.in_keys)
+        return tensordict.set(key, torch.cat([critic(inputs.copy()).get(key) for critic in self.critics], -1))
+
+    def first(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the value of the first critic alone, ``[*B, 1]``."""
+        return self.critics[0](tensordict)
+
+    def _batched_values(self, inputs: Tensor) -> Tensor:
+        batch = inputs.shape[:-1]
+        x = inputs.reshape(1, -1, inputs.shape[-1]).expand(len(self.critics), -1, -1)  # [*B, in] -> [C, N, in]
+        for layers in zip(*(critic.module for critic in self.critics), strict=True):
+            if isinstance(layers[0], nn.Linear):
+                weight = torch.stack([layer.weight for layer in layers])  # [C, out, in]
+                bias = torch.stack([layer.bias for layer in layers]).unsqueeze(1)  # [C, 1, out]
+                x = torch.baddbmm(bias, x, weight.mT)  # [C, N, in] -> [C, N, out]
+            else:
+                x = layers[0](x)
+        return x.squeeze(-1).mT.reshape(*batch, len(self.critics))  # [C, N, 1] -> [*B, C]
+
+
+def _check_critics(critics: Sequence[TensorDictModuleBase]) -> None:
+    if not critics:
+        raise ValueError("critics is empty; a QEnsemble needs at least one.")
+    for i, critic in enumerate(critics):
+        if critic.in_keys != critics[0].in_keys or critic.out_keys[-1] != critics[0].out_keys[-1]:
+            raise ValueError(
+                f"critic {i} maps {critic.in_keys} to {critic.out_keys[-1]!r}, but critic 0 maps "
+                f"{critics[0].in_keys} to {critics[0].out_keys[-1]!r}; give all critics the same keys."
+            )
+    for (i, one), (j, other) in combinations(enumerate(critics), 2):
+        pairs = list(zip(one.parameters(), other.parameters()))  # noqa: B905 (critics may differ in length)
+        if pairs and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+            raise ValueError(f"critics {i} and {j} hold equal weights (a deep copy?); initialise each on its own.")
+
+
+def _are_equal_mlps(critics: Sequence[TensorDictModuleBase]) -> bool:
+    """Whether all critics are MLPs of linear layers with bias and parameterless activations, of equal sizes."""
+
+    def signature(critic: TensorDictModuleBase) -> list[str] | None:
+        if not isinstance(critic, TensorDictModule) or type(critic.module) is not MLP:
+            return None
+        for layer in critic.module:
+            if isinstance(layer, nn.Linear):
+                if type(layer) is not nn.Linear or layer.bias is None:
+                    return None
+            elif list(layer.parameters()) or list(layer.buffers()) or not type(layer).__module__.endswith("activation"):
+                return None
+        return [repr(layer) for layer in critic.module]
+
+    signatures = [signature(critic) for critic in critics]
+    return signatures[0] is not None and all(other == signatures[0] for other in signatures)

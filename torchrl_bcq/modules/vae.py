@@ -1,0 +1,99 @@
+"""The generative model of the behaviour: which actions does the dataset hold for a state?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torchrl.data import TensorSpec
+
+from torchrl_bcq.functional import clipped_normal, squash_to_bounds
+from torchrl_bcq.modules.bounds import action_bounds
+
+
+class ActionVAE(TensorDictModuleBase):
+    """Conditional variational auto-encoder over actions, ``p(a | s) = E_z[D(s, z)]``.
+
+    Calling it reconstructs the action of a transition; :meth:`decode` samples a new one for a state.
+
+    Args:
+        encoder: ``(*observations, action [*B, A]) -> [*B, 2 * L]``, mean and log standard deviation of the latent.
+        decoder: ``(*observations, latent [*B, L]) -> [*B, A]``, squashed here by tanh onto the action bounds.
+        action_spec: bounded spec of one action, shape ``[A]``.
+        latent_dim: ``L``, the author's value is ``2 * A``.
+        latent_clip: sampled latents are clipped to this many standard deviations; reconstructions are not.
+        log_std_range: clamp of the encoder's log standard deviation.
+        observation_keys: entries given to both networks, in this order.
+        action_key: entry that is read by the encoder and written by :meth:`decode`.
+
+    Writes: ``reconstruction [*B, A]``, ``loc [*B, L]``, ``log_std [*B, L]``.
+
+    Raises:
+        ValueError: if ``action_spec`` is not a finite box of rank 1.
+
+    Source: arXiv:1812.02900, section 4.1 and appendix D.1.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        action_spec: TensorSpec,
+        *,
+        latent_dim: int,
+        latent_clip: float = 0.5,
+        log_std_range: tuple[float, float] = (-4.0, 15.0),
+        observation_keys: Sequence[NestedKey] = ("observation",),
+        action_key: NestedKey = "action",
+    ) -> None:
+        super().__init__()
+        self.observation_keys = list(observation_keys)
+        self.action_key = action_key
+        self.in_keys = [*self.observation_keys, action_key]
+        self.out_keys = ["reconstruction", "loc", "log_std"]
+        self.encoder = encoder
+        self.decoder = decoder
+        self.latent_dim = latent_dim
+        self.latent_clip = latent_clip
+        self.log_std_range = log_std_range
+        low, high = action_bounds(action_spec)
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+
+    def encode(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the posterior of the latent: ``loc`` and ``log_std``, each ``[*B, L]``."""
+        posterior = self.encoder(*self._observations(tensordict), tensordict.get(self.action_key))
+        if posterior.shape[-1] != 2 * self.latent_dim:
+            raise ValueError(
+                f"encoder gives {posterior.shape[-1]} features, expected 2 * latent_dim = {2 * self.latent_dim}."
+            )
+        loc, log_std = posterior.chunk(2, -1)  # [*B, 2L] -> 2 x [*B, L]
+        return tensordict.set("loc", loc).set("log_std", log_std.clamp(*self.log_std_range))
+
+    def decode(self, tensordict: TensorDictBase, latent: Tensor | None = None) -> TensorDictBase:
+        """Write an action ``[*B, A]`` for each state.
+
+        Args:
+            tensordict: holds the observations, batch size ``*B``.
+            latent: ``[*B, L]``; drawn from the clipped standard normal if not given.
+        """
+        if latent is None:
+            latent = clipped_normal((*tensordict.batch_size, self.latent_dim), self.latent_clip, like=self.low)
+        return tensordict.set(self.action_key, self._decode(tensordict, latent))
+
+    def forward(self, tensordict: TensorDictBase, noise: Tensor | None = None) -> TensorDictBase:
+        """Write posterior and reconstruction. ``noise [*B, L]`` is standard normal, drawn if not given."""
+        tensordict = self.encode(tensordict)
+        loc, std = tensordict.get("loc"), tensordict.get("log_std").exp()
+        noise = torch.randn_like(loc) if noise is None else noise
+        return tensordict.set("reconstruction", self._decode(tensordict, loc + std * noise))
+
+    def _observations(self, tensordict: TensorDictBase) -> list[Tensor]:
+        return [tensordict.get(key) for key in self.observation_keys]
+
+    def _decode(self, tensordict: TensorDictBase, latent: Tensor) -> Tensor:
+        return squash_to_bounds(self.decoder(*self._observations(tensordict), latent), self.low, self.high)

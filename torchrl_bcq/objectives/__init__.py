@@ -1,0 +1,5 @@
+"""What is minimised."""
+
+from torchrl_bcq.objectives.bcq import BCQLoss
+
+__all__ = ["BCQLoss"]

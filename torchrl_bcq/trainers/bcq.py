@@ -1,0 +1,123 @@
+"""BCQ in TorchRL's Trainer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.checkpoint import GlobalRNGState
+from torchrl.data import PrioritizedSampler, ReplayBuffer
+from torchrl.objectives.utils import TargetNetUpdater
+from torchrl.trainers.trainers import OptimizationStepper, ReplayBufferTrainer, TargetNetUpdaterHook, Trainer
+
+from torchrl_bcq.objectives import BCQLoss
+from torchrl_bcq.trainers.offline_collector import OfflineCollector
+from torchrl_bcq.trainers.stepper import BCQOptimizationStepper
+
+
+class BCQTrainer(Trainer):
+    """A :class:`torchrl.trainers.Trainer` whose frames are gradient steps on a fixed dataset.
+
+    Args:
+        loss_module: the objective.
+        replay_buffer: holds the transitions and knows its batch size.
+        target_net_updater: of ``loss_module``; stepped after each gradient step, the author's is
+            ``SoftUpdate(loss_module, tau=0.005)``.
+        total_steps: gradient steps in all, those before a resumed checkpoint included.
+        optimization_stepper: the author's Adam optimizers if not given.
+        log_interval: gradient steps between two updates of the progress bar and of the logger; what is logged is the
+            mean over them.
+        **trainer_kwargs: any other argument of TorchRL's Trainer: ``logger``, ``seed``, ``progress_bar``,
+            ``clip_norm``, ``checkpoint``, ``save_trainer_file``, ``save_trainer_interval`` ...
+
+    A checkpoint holds the networks, targets, optimizers, counters, the sampler and the random states, but not the
+    dataset: ``trainer.load_from_file(path)`` goes on as if there had been no break.
+
+    Raises:
+        FloatingPointError: in ``train``, if a loss was not finite within the last ``log_interval`` steps.
+    """
+
+    def __init__(
+        self,
+        loss_module: BCQLoss,
+        replay_buffer: ReplayBuffer,
+        *,
+        target_net_updater: TargetNetUpdater,
+        total_steps: int,
+        optimization_stepper: OptimizationStepper | None = None,
+        log_interval: int = 100,
+        **trainer_kwargs: Any,
+    ) -> None:
+        super().__init__(
+            collector=OfflineCollector(total_steps, log_interval),
+            total_frames=total_steps,
+            frame_skip=1,
+            optim_steps_per_batch=log_interval,
+            loss_module=loss_module,
+            optimization_stepper=optimization_stepper or BCQOptimizationStepper.adam(loss_module),
+            log_interval=0,  # a tick is the interval
+            auto_log_optim_steps=False,
+            **trainer_kwargs,
+        )
+        self._last_log: dict[str, int] = {}  # TorchRL's is shared by all live trainers
+        self._last_save = 0
+        replay = ReplayBufferTrainer(replay_buffer)
+        self.register_op("process_optim_batch", replay.sample)
+        if isinstance(replay_buffer.sampler, PrioritizedSampler):
+            self.register_op("post_optim_log", replay.update_priority)
+        self.register_op("post_optim", TargetNetUpdaterHook(target_net_updater))
+        self.register_op("post_optim_complete_log", self._log_losses)
+        self.register_op("setup", self._advance_progress_bar)
+        self.register_op("shutdown", self._close_progress_bar)
+        self.register_module("sampler", _SamplerState(replay_buffer))
+        self.register_module("random_state", GlobalRNGState())
+
+    def optim_steps(self, batch: TensorDictBase) -> None:
+        """Make as many gradient steps as the tick has frames."""
+        self.optim_steps_per_batch = batch.numel()
+        super().optim_steps(batch)
+
+    def _log_losses(self, optim_steps: int, average_losses: TensorDictBase) -> dict[str, Any]:
+        """Log the means of a tick, the losses also on the progress bar; one transfer from the device."""
+        names = list(average_losses.keys())
+        means = dict(zip(names, torch.stack([average_losses.get(name) for name in names]).tolist(), strict=True))
+        broken = {name: mean for name, mean in means.items() if not math.isfinite(mean)}
+        if broken:
+            raise FloatingPointError(
+                f"not finite within gradient steps {optim_steps - self.optim_steps_per_batch + 1} to {optim_steps}: "
+                f"{broken}. "
+                "Lower the learning rate, set clip_norm, or scale the rewards; then go on from the last checkpoint."
+            )
+        self._log(**{name: mean for name, mean in means.items() if not name.startswith("loss_")})
+        return {"log_pbar": True, **{name: mean for name, mean in means.items() if name.startswith("loss_")}}
+
+    def _advance_progress_bar(self) -> None:
+        """Start a resumed run's bar at its step."""
+        if self.progress_bar:
+            self._pbar.n = self._pbar.initial = self.collected_frames
+            self._pbar.refresh()
+
+    def _close_progress_bar(self) -> None:
+        if self.progress_bar:
+            self._pbar.close()
+
+
+class _SamplerState:
+    """What a replay buffer needs to go on drawing the same rows: its sampler and generator, without the data."""
+
+    def __init__(self, replay_buffer: ReplayBuffer) -> None:
+        self._buffer = replay_buffer
+
+    def state_dict(self) -> dict[str, Any]:
+        generator = self._buffer._rng
+        return {
+            "sampler": self._buffer.sampler.state_dict(),
+            "generator": None if generator is None else generator.get_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._buffer.sampler.load_state_dict(state_dict["sampler"])
+        if state_dict["generator"] is not None:
+            self._buffer._rng.set_state(state_dict["generator"].cpu())
