@@ -1,4 +1,4 @@
-"""What a run shows: a table on the terminal, summary.json and a learning curve as PNG."""
+"""What a policy is worth: returns, a table on the terminal, summary.json and a learning curve as PNG."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ from statistics import fmean, pstdev
 import matplotlib
 import torch
 from tensordict import TensorDictBase
+from torchrl.envs import EnvBase
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 LABELS = {"random": "random", "behaviour": "behaviour", "behaviour_cloning": "behaviour cloning", "bcq": "BCQ"}
+
+
+def evaluate(env: EnvBase, policy, episodes: int, seed: int) -> list[float]:
+    """Returns of whole episodes, from the same initial states for every policy; training's random state is kept."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        env.set_seed(seed)
+        return [env.rollout(1_000_000, policy)["next", "reward"].sum().item() for _ in range(episodes)]
 
 
 def episode_returns(transitions: TensorDictBase) -> list[float]:
@@ -32,7 +41,8 @@ def write(out: Path, returns: dict[str, list[float]], title: str) -> None:
         returns: undiscounted return of each episode, by policy.
         title: of the picture.
     """
-    summary = {name: {"mean": fmean(r), "std": pstdev(r), "episodes": len(r)} for name, r in returns.items()}
+    rows = {name: returns[name] for name in LABELS}
+    summary = {name: {"mean": fmean(r), "std": pstdev(r), "episodes": len(r)} for name, r in rows.items()}
     print(f"\n{'policy':<20}{'return':>10}{'std':>10}{'episodes':>10}")
     for name, row in summary.items():
         print(f"{LABELS[name]:<20}{row['mean']:>10.1f}{row['std']:>10.1f}{row['episodes']:>10}")

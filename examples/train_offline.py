@@ -18,7 +18,7 @@ import minari
 import record_pendulum
 import report
 import torch
-from torchrl.checkpoint import Checkpoint
+from tensordict import TensorDictBase
 from torchrl.envs import DoubleToFloat, EnvBase, GymEnv, TransformedEnv
 from torchrl.objectives import SoftUpdate
 from torchrl.record import CSVLogger
@@ -44,42 +44,38 @@ parser.add_argument(
 parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
 
 
-def find_dataset(name: str | None) -> tuple[str, str | None]:
-    """The dataset's name, recorded first if there is none yet, and its environment's id."""
+def open_dataset(name: str | None, env_id: str | None, device: str) -> tuple[EnvBase, TensorDictBase]:
+    """The environment to evaluate in, and the transitions to learn from, recorded first if none are named."""
     if name is None:
         if record_pendulum.DATASET_ID not in minari.list_local_datasets():
             record_pendulum.record()
         name = f"minari:{record_pendulum.DATASET_ID}"
-    if name.startswith("minari:"):
-        spec = minari.load_dataset(name.removeprefix("minari:"), download=True).env_spec
-        return name, None if spec is None else spec.id
-    with h5py.File(name) as file:
-        return name, file.attrs.get("env_id")
-
-
-def evaluate(env: EnvBase, policy, episodes: int, seed: int) -> list[float]:
-    """Returns of whole episodes, from the same initial states for every policy; training's random state is kept."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        env.set_seed(seed)
-        return [env.rollout(1_000_000, policy)["next", "reward"].sum().item() for _ in range(episodes)]
+    kind, _, dataset_id = name.partition(":")
+    if kind == "minari":
+        transitions = bcq.load_minari(dataset_id)
+        spec = minari.load_dataset(dataset_id).env_spec
+        env_id = env_id or (spec and spec.id)
+    elif not Path(name).is_file():
+        raise ValueError(f"there is no file {name}")
+    elif not env_id:
+        with h5py.File(name) as file:
+            env_id = file.attrs.get("env_id")
+    if not env_id:
+        raise ValueError(f"{name} does not name its environment; pass --env")
+    env = TransformedEnv(GymEnv(env_id, device=device), DoubleToFloat())
+    return env, transitions if kind == "minari" else bcq.load_hdf5(name, action_spec=env.action_spec)
 
 
 def main() -> None:
     args = parser.parse_args()
     logging.getLogger("torchrl").setLevel("WARNING")
-    name, env_id = find_dataset(args.dataset)
-    if not (env_id := args.env or env_id):
-        parser.error(f"{name} does not name its environment; pass --env")
-    out = args.out or Path("runs") / f"{env_id}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if out.exists() and not args.resume:
-        parser.error(f"{out} exists; pass another --out, or --resume to go on with it")
-
-    env = TransformedEnv(GymEnv(env_id, device=args.device), DoubleToFloat())
-    if name.startswith("minari:"):
-        transitions = bcq.load_minari(name.removeprefix("minari:"))
-    else:
-        transitions = bcq.load_hdf5(name, action_spec=env.action_spec)
+    if args.out and args.out.exists() and not args.resume:
+        parser.error(f"{args.out} exists; pass another --out, or --resume to go on with it")
+    try:
+        env, transitions = open_dataset(args.dataset, args.env, args.device)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    out = args.out or Path("runs") / time.strftime(f"{env.env_name}-%Y%m%d-%H%M%S")
     buffer = bcq.make_replay_buffer(transitions, batch_size=args.batch_size, device=args.device, seed=args.seed)
 
     torch.manual_seed(args.seed)
@@ -90,7 +86,6 @@ def main() -> None:
         vae_hidden=args.vae_hidden or ([750, 750] if args.dataset else [128, 128]),
         device=args.device,
     )
-    policy = bcq.BCQPolicy(vae, actor, critics, num_action_samples=100)
     loss = bcq.BCQLoss(vae, actor, critics)
     eval_every = args.eval_every or max(1, args.steps // 10)
     trainer = bcq.BCQTrainer(
@@ -100,16 +95,17 @@ def main() -> None:
         total_steps=args.steps,
         log_interval=math.gcd(100, eval_every),
         logger=CSVLogger("log", log_dir=str(out)),
-        checkpoint=Checkpoint(),
         save_trainer_file=out / "checkpoint",
-        save_trainer_interval=eval_every - 1,
+        save_trainer_interval=eval_every,
         seed=args.seed,
     )
+
+    policy = bcq.BCQPolicy(vae, actor, critics, num_action_samples=100)
 
     def log_return(tick) -> dict[str, float] | None:
         if trainer.collected_frames % eval_every:
             return None
-        returns = evaluate(env, policy, args.eval_episodes, args.seed)
+        returns = report.evaluate(env, policy, args.eval_episodes, args.seed)
         return {"return": sum(returns) / len(returns), "log_pbar": True}
 
     trainer.register_op("post_steps_log", log_return)
@@ -117,14 +113,10 @@ def main() -> None:
         trainer.load_from_file(out / "checkpoint")
     trainer.train()
 
-    cloning = bcq.BehaviorCloningPolicy(vae)
-    returns = {
-        "random": evaluate(env, None, args.eval_episodes, args.seed),
-        "behaviour": report.episode_returns(transitions),
-        "behaviour_cloning": evaluate(env, cloning, args.eval_episodes, args.seed),
-        "bcq": evaluate(env, policy, args.eval_episodes, args.seed),
-    }
-    report.write(out, returns, title=f"{env_id}, {args.steps} gradient steps")
+    policies = {"random": None, "behaviour_cloning": bcq.BehaviorCloningPolicy(vae), "bcq": policy}
+    returns = {name: report.evaluate(env, p, args.eval_episodes, args.seed) for name, p in policies.items()}
+    returns["behaviour"] = report.episode_returns(transitions)
+    report.write(out, returns, title=f"{env.env_name}, {args.steps} gradient steps")
 
 
 if __name__ == "__main__":

@@ -130,6 +130,10 @@ def test_minari_keeps_the_true_next_observation_at_every_end(store):
 @pytest.mark.filterwarnings("ignore::UserWarning:minari")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_minari_refusals(store):
+    with pytest.raises(
+        ValueError, match="Minari dataset 'nonsense' is not in the local store and cannot be downloaded"
+    ):
+        load_minari("nonsense")
     wild = episode(1, 3, True, False)
     wild.actions[1] = 7
     create("test/wild-v0", [wild])

@@ -36,7 +36,8 @@ def test_several_observations_are_concatenated():
 
 
 def test_dtype_and_device_reach_everything():
-    for module in make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, hidden=(4,), vae_hidden=(4,), dtype=torch.float64):
+    double = Unbounded((3,), dtype=torch.float64)
+    for module in make_bcq_modules(double, ACTION_SPEC, hidden=(4,), vae_hidden=(4,), dtype=torch.float64):
         assert {tensor.dtype for tensor in module.state_dict().values()} == {torch.float64}
     for module in make_bcq_modules(
         OBSERVATION_SPEC, ACTION_SPEC, hidden=(4,), vae_hidden=(4,), device="meta", num_critics=1
@@ -65,3 +66,7 @@ def test_observation_that_is_no_vector_is_refused():
         make_bcq_modules(Composite(pixels=Unbounded((3, 8, 8))), ACTION_SPEC)
     with pytest.raises(ValueError, match="observation 'step_count' has shape .* and dtype torch.int64"):
         make_bcq_modules(Composite(step_count=Unbounded((1,), dtype=torch.int64)), ACTION_SPEC)
+    with pytest.raises(
+        ValueError, match="observation 'observation' is torch.float64, the networks torch.float32: wrap"
+    ):
+        make_bcq_modules(Unbounded((3,), dtype=torch.float64), ACTION_SPEC)

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
+from torchrl.data import Unbounded
 from torchrl.objectives import SoftUpdate
 
 from torchrl_bcq import BCQLoss, BCQOptimizationStepper, make_bcq_modules
 
-from ..conftest import ACTION_SPEC, OBSERVATION_SPEC
+from ..conftest import ACTION_SPEC
 
 GAMMA, TAU, LMBDA, PHI, KL, LR, SAMPLES, ROWS, UPDATES = 0.97, 0.01, 0.6, 0.2, 0.5, 1e-3, 7, 32, 20
 
@@ -84,7 +85,7 @@ class Reference:
 
 def test_twenty_updates_equal_the_reference(make_batch, show_figure):
     sizes = {"hidden": (24, 16), "vae_hidden": (20, 20), "phi": PHI, "dtype": torch.float64}
-    vae, actor, critics = make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, **sizes)
+    vae, actor, critics = make_bcq_modules(Unbounded((3,), dtype=torch.float64), ACTION_SPEC, **sizes)
     reference = Reference(vae, actor, critics)
     loss = BCQLoss(vae, actor, critics, lmbda=LMBDA, num_target_samples=SAMPLES)
     loss.make_value_estimator(gamma=GAMMA)

@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from torchrl.checkpoint import Checkpoint
 from torchrl.data import LazyTensorStorage, PrioritizedSampler, TensorDictReplayBuffer
 from torchrl.objectives import SoftUpdate
 from torchrl.record.loggers import CSVLogger
@@ -56,10 +55,10 @@ def test_run_save_load_run_equals_run_run(make_batch, tmp_path):
     undisturbed = make_trainer(transitions, 40)
     undisturbed.train()
 
-    first = make_trainer(transitions, 20, checkpoint=Checkpoint(), save_trainer_file=tmp_path / "checkpoint")
+    first = make_trainer(transitions, 20, save_trainer_file=tmp_path / "checkpoint")
     first.train()
     torch.manual_seed(1234)  # the break
-    second = make_trainer(transitions, 40, seed=99, checkpoint=Checkpoint())
+    second = make_trainer(transitions, 40, seed=99)
     second.load_from_file(tmp_path / "checkpoint")
     assert second.collected_frames == 20
     second.train()
@@ -106,12 +105,12 @@ def test_two_trainers_keep_their_logs_apart(make_batch, tmp_path):
 
 def test_progress_bar_counts_gradient_steps_and_goes_on(make_batch, tmp_path, capsys):
     transitions = make_batch(50)
-    settings = {"progress_bar": True, "checkpoint": Checkpoint(), "save_trainer_file": tmp_path / "checkpoint"}
+    settings = {"progress_bar": True, "save_trainer_file": tmp_path / "checkpoint"}
     make_trainer(transitions, 20, **settings).train()
     shown = capsys.readouterr().err
     assert "20/20" in shown
     assert all(f"loss_{name}:" in shown for name in ("vae", "qvalue", "actor"))
-    resumed = make_trainer(transitions, 30, progress_bar=True, checkpoint=Checkpoint())
+    resumed = make_trainer(transitions, 30, progress_bar=True)
     resumed.load_from_file(tmp_path / "checkpoint")
     resumed.train()
     shown = capsys.readouterr().err

@@ -68,14 +68,20 @@ def load_minari(dataset_id: str) -> TensorDict:
         The transitions of :func:`from_arrays`.
 
     Raises:
-        ValueError: if a space is not a box, or the data does not pass :func:`from_arrays`.
+        ValueError: if there is no such dataset, a space is not a box, or the data does not pass :func:`from_arrays`.
 
     Source: Minari, https://minari.farama.org. TorchRL 0.14's own ``MinariExperienceReplay`` returns zeros.
     """
     import minari
     from gymnasium.spaces import Box
 
-    dataset = minari.load_dataset(dataset_id, download=True)
+    try:
+        dataset = minari.load_dataset(dataset_id, download=True)
+    except Exception as error:  # Minari and its download clients raise many kinds
+        raise ValueError(
+            f"Minari dataset {dataset_id!r} is not in the local store and cannot be downloaded: {error} "
+            "Ids look like 'mujoco/hopper/medium-v0'; `minari list local` and `minari list remote` show them."
+        ) from error
     for name, space in (("observation", dataset.observation_space), ("action", dataset.action_space)):
         if not isinstance(space, Box):
             raise ValueError(

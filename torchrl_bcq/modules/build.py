@@ -48,14 +48,14 @@ def make_bcq_modules(
         ``(vae, actor, critics)``, each initialised on its own from PyTorch's global random state.
 
     Raises:
-        ValueError: if an observation is not a vector, or the action is not a finite box.
+        ValueError: if an observation is not a vector of ``dtype``, or the action is not a finite box.
 
     Source: arXiv:1812.02900, appendix D.1, with the layer sizes of the author's code.
     """
-    keys, features = _observation_sizes(observation_spec)
+    dtype = dtype or torch.get_default_dtype()
+    keys, features = _observation_sizes(observation_spec, dtype)
     actions = action_bounds(action_spec)[0].numel()
     latents = latent_dim or 2 * actions
-    dtype = dtype or torch.get_default_dtype()
 
     def mlp(in_features: int, out_features: int, num_cells: Sequence[int]) -> MLP:
         net = MLP(
@@ -83,7 +83,7 @@ def make_bcq_modules(
     return vae.to(device=device, dtype=dtype), actor.to(device=device, dtype=dtype), critics
 
 
-def _observation_sizes(spec: TensorSpec) -> tuple[list[NestedKey], int]:
+def _observation_sizes(spec: TensorSpec, dtype: torch.dtype) -> tuple[list[NestedKey], int]:
     """Keys of all leaves, and the sum of their sizes."""
     leaves = list(spec.items(True, True)) if isinstance(spec, Composite) else [("observation", spec)]
     for key, leaf in leaves:
@@ -91,5 +91,10 @@ def _observation_sizes(spec: TensorSpec) -> tuple[list[NestedKey], int]:
             raise ValueError(
                 f"observation {key!r} has shape {tuple(leaf.shape)} and dtype {leaf.dtype}, expected a float "
                 "vector [D]; pass the leaf or a Composite of what the networks shall read, or build them by hand."
+            )
+        if leaf.dtype != dtype:
+            raise ValueError(
+                f"observation {key!r} is {leaf.dtype}, the networks {dtype}: wrap the environment in "
+                f"TransformedEnv(env, DoubleToFloat()), or pass dtype={leaf.dtype}."
             )
     return [key for key, _ in leaves], sum(leaf.shape[0] for _, leaf in leaves)

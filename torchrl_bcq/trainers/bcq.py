@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.checkpoint import GlobalRNGState
+from torchrl.checkpoint import Checkpoint, GlobalRNGState
 from torchrl.data import PrioritizedSampler, ReplayBuffer
 from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.trainers.trainers import OptimizationStepper, ReplayBufferTrainer, TargetNetUpdaterHook, Trainer
@@ -30,10 +30,11 @@ class BCQTrainer(Trainer):
         log_interval: gradient steps between two updates of the progress bar and of the logger; what is logged is the
             mean over them.
         **trainer_kwargs: any other argument of TorchRL's Trainer: ``logger``, ``seed``, ``progress_bar``,
-            ``clip_norm``, ``checkpoint``, ``save_trainer_file``, ``save_trainer_interval`` ...
+            ``clip_norm``, ``save_trainer_file``, ``save_trainer_interval``, ``checkpoint`` ...
 
-    A checkpoint holds the networks, targets, optimizers, counters, the sampler and the random states, but not the
-    dataset: ``trainer.load_from_file(path)`` goes on as if there had been no break.
+    With ``save_trainer_file=path`` it leaves a :class:`torchrl.checkpoint.Checkpoint` there, written aside and renamed.
+    That holds the networks, targets, optimizers, counters, the sampler and the random states, but not the dataset:
+    ``trainer.load_from_file(path)`` goes on as if there had been no break.
 
     Raises:
         FloatingPointError: in ``train``, if a loss was not finite within the last ``log_interval`` steps.
@@ -59,7 +60,7 @@ class BCQTrainer(Trainer):
             optimization_stepper=optimization_stepper or BCQOptimizationStepper.adam(loss_module),
             log_interval=0,  # a tick is the interval
             auto_log_optim_steps=False,
-            **trainer_kwargs,
+            **{"checkpoint": Checkpoint(), **trainer_kwargs},
         )
         self._last_log: dict[str, int] = {}  # TorchRL's is shared by all live trainers
         self._last_save = 0
