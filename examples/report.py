@@ -27,7 +27,7 @@ def evaluate(env: EnvBase, policy, episodes: int, seed: int) -> list[float]:
 
 
 def episode_returns(transitions: TensorDictBase) -> list[float]:
-    """Sum of rewards of each episode of a dataset."""
+    """Sum of rewards of each episode of a dataset (of the rows that were kept)."""
     episode = transitions["episode"]
     returns = torch.zeros(int(episode.max()) + 1, dtype=torch.float64)
     return returns.index_add_(0, episode, transitions["next", "reward"].squeeze(-1).double()).tolist()

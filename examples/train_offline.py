@@ -13,13 +13,14 @@ import math
 import time
 from pathlib import Path
 
+import gymnasium
 import h5py
 import minari
 import record_pendulum
 import report
 import torch
 from tensordict import TensorDictBase
-from torchrl.envs import DoubleToFloat, EnvBase, GymEnv, TransformedEnv
+from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, TransformedEnv
 from torchrl.objectives import SoftUpdate
 from torchrl.record import CSVLogger
 
@@ -28,12 +29,12 @@ import torchrl_bcq as bcq
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--dataset", help="PATH.hdf5 or minari:ID; default: recorded here")
 parser.add_argument("--env", help="Gymnasium id; default: the one that the dataset names")
-parser.add_argument("--steps", type=int, default=5_000, help="gradient steps (default: %(default)s)")
+parser.add_argument("--steps", type=int, default=4_000, help="gradient steps (default: %(default)s)")
 parser.add_argument("--batch-size", type=int, default=100, help="rows of a batch (default: %(default)s)")
 parser.add_argument(
-    "--hidden", type=int, nargs="+", help="actor and critics; default: 400 300, recorded Pendulum 128 128"
+    "--hidden", type=int, nargs="+", help="actor and critics; default: 400 300, recorded Pendulum 256 256"
 )
-parser.add_argument("--vae-hidden", type=int, nargs="+", help="VAE; default: 750 750, recorded Pendulum 128 128")
+parser.add_argument("--vae-hidden", type=int, nargs="+", help="VAE; default: 750 750, recorded Pendulum 256 256")
 parser.add_argument("--eval-every", type=int, help="gradient steps between two evaluations; default: a tenth of all")
 parser.add_argument("--eval-episodes", type=int, default=20, help="episodes of an evaluation (default: %(default)s)")
 parser.add_argument("--device", default=torch.get_default_device(), help="any torch device (default: %(default)s)")
@@ -53,8 +54,7 @@ def open_dataset(name: str | None, env_id: str | None, device: str) -> tuple[Env
     kind, _, dataset_id = name.partition(":")
     if kind == "minari":
         transitions = bcq.load_minari(dataset_id)
-        spec = minari.load_dataset(dataset_id).env_spec
-        env_id = env_id or (spec and spec.id)
+        env_id = env_id or minari.load_dataset(dataset_id).env_spec
     elif not Path(name).is_file():
         raise ValueError(f"there is no file {name}")
     elif not env_id:
@@ -62,28 +62,30 @@ def open_dataset(name: str | None, env_id: str | None, device: str) -> tuple[Env
             env_id = file.attrs.get("env_id")
     if not env_id:
         raise ValueError(f"{name} does not name its environment; pass --env")
-    env = TransformedEnv(GymEnv(env_id, device=device), DoubleToFloat())
+    env = TransformedEnv(GymWrapper(gymnasium.make(env_id), device=device), DoubleToFloat())
     return env, transitions if kind == "minari" else bcq.load_hdf5(name, action_spec=env.action_spec)
 
 
 def main() -> None:
     args = parser.parse_args()
     logging.getLogger("torchrl").setLevel("WARNING")
+    if args.resume and not (args.out and (args.out / "checkpoint").exists()):
+        parser.error("--resume needs the --out of a run that has a checkpoint")
     if args.out and args.out.exists() and not args.resume:
         parser.error(f"{args.out} exists; pass another --out, or --resume to go on with it")
     try:
         env, transitions = open_dataset(args.dataset, args.env, args.device)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, gymnasium.error.Error) as error:
         parser.error(str(error))
-    out = args.out or Path("runs") / time.strftime(f"{env.env_name}-%Y%m%d-%H%M%S")
+    out = args.out or Path("runs") / time.strftime(f"{env.spec.id}-%Y%m%d-%H%M%S")
     buffer = bcq.make_replay_buffer(transitions, batch_size=args.batch_size, device=args.device, seed=args.seed)
 
     torch.manual_seed(args.seed)
     vae, actor, critics = bcq.make_bcq_modules(
         env.observation_spec,
         env.action_spec,
-        hidden=args.hidden or ([400, 300] if args.dataset else [128, 128]),
-        vae_hidden=args.vae_hidden or ([750, 750] if args.dataset else [128, 128]),
+        hidden=args.hidden or ([400, 300] if args.dataset else [256, 256]),
+        vae_hidden=args.vae_hidden or ([750, 750] if args.dataset else [256, 256]),
         device=args.device,
     )
     loss = bcq.BCQLoss(vae, actor, critics)
@@ -96,14 +98,15 @@ def main() -> None:
         log_interval=math.gcd(100, eval_every),
         logger=CSVLogger("log", log_dir=str(out)),
         save_trainer_file=out / "checkpoint",
-        save_trainer_interval=eval_every,
+        save_trainer_interval=eval_every - 1,  # TorchRL saves once more than that has passed
         seed=args.seed,
     )
 
     policy = bcq.BCQPolicy(vae, actor, critics, num_action_samples=100)
 
     def log_return(tick) -> dict[str, float] | None:
-        if trainer.collected_frames % eval_every:
+        step = trainer.collected_frames
+        if step < args.steps and step // eval_every == (step - len(tick)) // eval_every:
             return None
         returns = report.evaluate(env, policy, args.eval_episodes, args.seed)
         return {"return": sum(returns) / len(returns), "log_pbar": True}
@@ -116,7 +119,7 @@ def main() -> None:
     policies = {"random": None, "behaviour_cloning": bcq.BehaviorCloningPolicy(vae), "bcq": policy}
     returns = {name: report.evaluate(env, p, args.eval_episodes, args.seed) for name, p in policies.items()}
     returns["behaviour"] = report.episode_returns(transitions)
-    report.write(out, returns, title=f"{env.env_name}, {args.steps} gradient steps")
+    report.write(out, returns, title=f"{env.spec.id}, {args.steps} gradient steps")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def rooms_imported_by(file: Path) -> set[str]:
             names.add(node.module)
         elif isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
+    assert "torchrl_bcq" not in names, f"{file} imports the whole package"
     return {name.split(".")[1] for name in names if name.startswith("torchrl_bcq.")}
 
 

@@ -40,3 +40,8 @@ def test_data_is_kept_as_given():
 def test_odd_batch_sizes_are_refused(bad):
     with pytest.raises(ValueError, match="transitions have batch size"):
         make_replay_buffer(bad)
+
+
+def test_empty_batches_are_refused():
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        make_replay_buffer(transitions(), batch_size=0)

@@ -50,14 +50,23 @@ def test_hdf5_is_read_like_its_arrays(tmp_path, steps):
     assert len(td) == 9
 
 
-def test_hdf5_without_next_observations_and_timeouts(tmp_path, steps):
-    """Old D4RL files: the last row has no successor."""
-    del steps["next_observations"], steps["timeouts"]
+def test_hdf5_without_next_observations(tmp_path, steps):
+    """As D4RL's own files: the row that was cut off has no successor."""
+    del steps["next_observations"]
     td = load_hdf5(write(tmp_path / "d.hdf5", steps))
     assert len(td) == 8
-    np.testing.assert_array_equal(td["next", "observation"][4:8], steps["observations"][5:9])
+    np.testing.assert_array_equal(td["next", "observation"][:3], steps["observations"][1:4])
     np.testing.assert_array_equal(td["next", "observation"][3], steps["observations"][3])
-    assert not td["next", "truncated"].any()
+    np.testing.assert_array_equal(td["next", "observation"][4:8], steps["observations"][5:9])
+    assert td["next", "terminated"].flatten().tolist() == steps["terminals"][:8].tolist()
+
+
+def test_hdf5_that_would_join_episodes_is_refused(tmp_path, steps):
+    del steps["next_observations"], steps["timeouts"]
+    with pytest.raises(
+        ValueError, match="has neither timeouts nor next_observations, so nothing says where an episode"
+    ):
+        load_hdf5(write(tmp_path / "d.hdf5", steps))
 
 
 def test_hdf5_refusals(tmp_path, steps):
@@ -130,9 +139,7 @@ def test_minari_keeps_the_true_next_observation_at_every_end(store):
 @pytest.mark.filterwarnings("ignore::UserWarning:minari")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_minari_refusals(store):
-    with pytest.raises(
-        ValueError, match="Minari dataset 'nonsense' is not in the local store and cannot be downloaded"
-    ):
+    with pytest.raises(ValueError, match="Minari dataset 'nonsense' can be neither opened nor downloaded"):
         load_minari("nonsense")
     wild = episode(1, 3, True, False)
     wild.actions[1] = 7

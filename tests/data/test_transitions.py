@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from torchrl.data import Bounded
+from torchrl.data import Bounded, Categorical
 
 from torchrl_bcq import from_arrays
 
@@ -81,6 +81,12 @@ def test_layout_and_dtypes_are_torchrls():
     }
 
 
+def test_bounds_are_compared_in_the_datas_precision():
+    """-0.4 in float32 is a little below -0.4 in float64, and no reason to refuse it."""
+    spec = Bounded(-0.4, 0.8, (1,), dtype=torch.float64)
+    assert len(from_arrays(**arrays(actions=put(ACTIONS, 0, -0.4), action_spec=spec))) == 5
+
+
 def put(array, row, value):
     array = np.array(array, dtype=float)
     array[row] = value
@@ -139,6 +145,10 @@ BAD = [
         {"actions": put(ACTIONS, [1, 3], 1.5), "action_spec": SPEC},
         "actions has 2 rows (first: 1) outside the action spec: they span [0.10000000149011612] to [1.5], "
         "the spec [-1.0] to [1.0]; clip or rescale them.",
+    ),
+    (
+        {"action_spec": Categorical(4)},
+        "action_spec is a Categorical, expected the Bounded spec of one action.",
     ),
     ({"action_spec": Bounded(-1, 1, (2,))}, "actions have shape (7, 1), but the action spec has shape (2,)."),
     ({"truncated": np.ones(7)}, None),

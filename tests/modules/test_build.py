@@ -39,9 +39,7 @@ def test_dtype_and_device_reach_everything():
     double = Unbounded((3,), dtype=torch.float64)
     for module in make_bcq_modules(double, ACTION_SPEC, hidden=(4,), vae_hidden=(4,), dtype=torch.float64):
         assert {tensor.dtype for tensor in module.state_dict().values()} == {torch.float64}
-    for module in make_bcq_modules(
-        OBSERVATION_SPEC, ACTION_SPEC, hidden=(4,), vae_hidden=(4,), device="meta", num_critics=1
-    ):
+    for module in make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, hidden=(4,), vae_hidden=(4,), device="meta"):
         assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
 
 

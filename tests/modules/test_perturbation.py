@@ -35,6 +35,7 @@ def test_stays_inside_the_spec_per_dimension(make_batch):
     assert actor(batch)["action"].tolist() == [[1.0, 4.0], [-1.0, 0.0]]
 
 
-def test_negative_phi_is_refused():
-    with pytest.raises(ValueError, match=r"phi is -0\.1"):
-        PerturbationActor(Push(), ACTION_SPEC, phi=-0.1)
+@pytest.mark.parametrize("phi", [-0.1, float("nan")])
+def test_phi_that_is_no_distance_is_refused(phi):
+    with pytest.raises(ValueError, match=f"phi is {phi}; it is a distance"):
+        PerturbationActor(Push(), ACTION_SPEC, phi=phi)

@@ -92,3 +92,16 @@ def test_behavior_cloning_is_the_decoder_alone(modules, make_batch):
     torch.manual_seed(3)
     latent = torch.randn(5, 4).clamp(-0.5, 0.5)
     torch.testing.assert_close(action, vae.decode(batch.clone(), latent)["action"])
+
+
+def test_policy_reads_what_only_the_critics_read(modules):
+    vae, actor, _ = modules
+    critics = QEnsemble(
+        [TensorDictModule(nn.Bilinear(1, 2, 1), in_keys=["goal", "action"], out_keys=["value"]) for _ in range(2)]
+    )
+    policy = BCQPolicy(vae, actor, critics, num_action_samples=5)
+    assert policy.in_keys == ["observation", "goal"]
+    assert policy(TensorDict({"observation": torch.randn(4, 3), "goal": torch.randn(4, 1)}, [4]))["action"].shape == (
+        4,
+        2,
+    )

@@ -46,6 +46,20 @@ def test_critics_of_different_architecture(make_batch):
     torch.testing.assert_close(ensemble(batch.clone())["state_action_value"], one_by_one(critics, batch))
 
 
+def test_hooks_and_activations_over_features_are_respected(make_batch):
+    """Whatever the batched pass would miss is evaluated critic by critic."""
+    batch = make_batch(6)
+    doubled, normed = [critic(), critic()], [critic(), critic()]
+    for one in doubled:
+        one.module[0].register_forward_hook(lambda module, args, output: 2 * output)
+    softmax = [critic(activation=nn.Softmax, activation_kwargs={"dim": 1}) for _ in range(2)]
+    late = QEnsemble(normed)
+    for one in normed:
+        nn.utils.spectral_norm(one.module[0]).eval()
+    for ensemble, critics in ((QEnsemble(doubled), doubled), (QEnsemble(softmax), softmax), (late, normed)):
+        torch.testing.assert_close(ensemble(batch.clone())["state_action_value"], one_by_one(critics, batch))
+
+
 def test_first_is_critic_zero(make_batch):
     critics, batch = [critic(), critic()], make_batch(6)
     ensemble = QEnsemble(critics)

@@ -81,6 +81,12 @@ def test_encoder_of_the_wrong_size_is_refused(make_batch):
         vae(make_batch(1))
 
 
+@pytest.mark.parametrize("settings", [{"latent_dim": 0}, {"latent_dim": 2, "latent_clip": -0.5}])
+def test_sizes_that_are_not_positive_are_refused(settings):
+    with pytest.raises(ValueError, match="both must be positive"):
+        ActionVAE(Encoder(0.0, 0.0), Decoder(), ACTION_SPEC, **settings)
+
+
 def test_sampling_needs_no_action(modules):
     vae, _, _ = modules
     sampled = vae.decode(TensorDict({"observation": torch.randn(2, 3, 3)}, [2, 3]))["action"]

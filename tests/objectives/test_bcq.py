@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torchrl.objectives import HardUpdate, SoftUpdate
 from torchrl.objectives.utils import ValueEstimators
+from torchrl.objectives.value import TD1Estimator
 
-from torchrl_bcq import BCQLoss, BCQPolicy
+from torchrl_bcq import ActionVAE, BCQLoss, BCQPolicy, PerturbationActor, QEnsemble
+
+from ..conftest import ACTION_SPEC
 
 LOSSES = ("vae", "qvalue", "actor")
 
@@ -179,7 +184,7 @@ def test_casting_the_loss_takes_the_policy_along(modules, loss):
     policy = BCQPolicy(*modules)
     loss.double()
     assert {tensor.dtype for tensor in policy.state_dict().values()} == {torch.float64}
-    for ours, theirs in zip(loss.vae_network_params.parameters(), modules[0].parameters(), strict=False):
+    for ours, theirs in zip(loss.vae_network_params.parameters(), modules[0].parameters(), strict=True):
         assert ours.data_ptr() == theirs.data_ptr()
     states = TensorDict({"observation": torch.randn(2, 3, dtype=torch.float64)}, [2])
     assert policy(states)["action"].dtype == torch.float64
@@ -199,7 +204,12 @@ def test_soft_and_hard_update_find_both_targets(modules):
         for key, p in target.items(True, True):
             if key not in ("low", "high"):
                 torch.testing.assert_close(p.data, start[key].data + 0.25)
-    HardUpdate(loss, value_network_update_interval=1)
+    hard = HardUpdate(loss, value_network_update_interval=1)
+    source.data.apply_(lambda p: p.add_(1))
+    for _ in range(2):
+        hard.step()
+    for key, p in target.items(True, True):
+        assert torch.equal(p.data, source[key].data)
 
 
 def test_metadata_by_hand(loss, make_batch):
@@ -225,19 +235,27 @@ def test_batches_of_any_rank_give_the_same_losses(loss, make_batch, batch, laten
         )
 
 
-def test_reductions_and_importance_weights(modules, make_batch, latent):
-    batch = make_batch(6)
-    losses = {}
-    for reduction in ("none", "sum", "mean"):
-        loss = BCQLoss(*modules, reduction=reduction)
+@pytest.mark.parametrize("name", LOSSES)
+def test_reductions_and_importance_weights(modules, make_batch, latent, name):
+    batch, draw = make_batch(6), latent if name == "qvalue" else torch.randn(6, 4)
+    weights = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 3.0])
+    weighted = batch.clone().set("priority_weight", weights)
+
+    def value(td: TensorDict, **settings) -> torch.Tensor:
+        loss = BCQLoss(*modules, **settings)
         SoftUpdate(loss, tau=0.005)
-        losses[reduction] = loss.qvalue_loss(batch, latent)[0]
-    assert losses["none"].shape == (6,)
-    torch.testing.assert_close(losses["none"].sum(), losses["sum"])
-    torch.testing.assert_close(losses["none"].mean(), losses["mean"])
-    batch["priority_weight"] = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 3.0])
-    weighted = loss.qvalue_loss(batch, latent)[0]
-    torch.testing.assert_close(weighted, (losses["none"][0] + 3 * losses["none"][5]) / 4)
+        return getattr(loss, f"{name}_loss")(td, draw)[0]
+
+    rows = value(batch, reduction="none")
+    assert rows.shape == (6,)
+    torch.testing.assert_close(value(batch, reduction="sum"), rows.sum())
+    torch.testing.assert_close(value(batch), rows.mean())
+    torch.testing.assert_close(value(weighted), (rows[0] + 3 * rows[5]) / 4)
+    torch.testing.assert_close(value(weighted, reduction="sum"), rows[0] + 3 * rows[5])
+    torch.testing.assert_close(value(weighted, reduction="none"), rows * weights)
+    torch.testing.assert_close(value(weighted, use_prioritized_weights=False), rows.mean())
+    with pytest.raises(ValueError, match=r"priority_weight has shape \(6, 1\), expected \(6,\)"):
+        value(weighted.set("priority_weight", weights.unsqueeze(-1)), reduction="none")
 
 
 def test_keyword_call_without_a_tensordict(loss, make_batch):
@@ -251,19 +269,48 @@ def test_keyword_call_without_a_tensordict(loss, make_batch):
         torch.testing.assert_close(value, expected[key])
 
 
-def test_own_keys(modules, make_batch, latent):
-    loss = BCQLoss(*modules)
-    SoftUpdate(loss, tau=0.005)
-    expected = loss.qvalue_loss(make_batch(6).clone(), latent)
-    loss.set_keys(reward="r", terminated=("end", "real"), priority="urgency")
-    torch.manual_seed(0)
+def test_own_keys(loss, make_batch, latent):
     batch = make_batch(6)
-    batch["next"].rename_key_("reward", "r")
-    batch["next"].rename_key_("terminated", ("end", "real"))
-    torch.manual_seed(0)
-    torch.testing.assert_close(loss.qvalue_loss(batch, latent)[1]["pred_value"].shape, expected[1]["pred_value"].shape)
-    assert "urgency" in batch.keys()
-    assert ("next", "end", "real") in loss.in_keys
+    batch["next", "terminated"][:3] = True
+    batch["priority_weight"] = torch.rand(6)
+    own = batch.clone()
+    expected = loss.qvalue_loss(batch, latent)
+    names = {"reward": "r", "done": "over", "terminated": ("end", "real")}
+    for old, new in names.items():
+        own["next"].rename_key_(old, new)
+    own.rename_key_("priority_weight", "w")
+    loss.set_keys(**names, priority="urgency", priority_weight="w")
+    torch.testing.assert_close(loss.qvalue_loss(own, latent), expected)
+    torch.testing.assert_close(own["urgency"], batch["td_error"])
+    assert {("next", "r"), ("next", "over"), ("next", "end", "real")} < set(loss.in_keys)
+    assert not {("next", "reward"), ("next", "done"), ("next", "terminated")} & set(loss.in_keys)
+
+
+def test_the_modules_decide_the_keys_of_action_and_value(make_batch, latent, modules):
+    vae, actor, critics = modules
+    own_vae = ActionVAE(vae.encoder, vae.decoder, ACTION_SPEC, latent_dim=4, action_key=("do", "this"))
+    own_actor = PerturbationActor(actor.network, ACTION_SPEC, action_key=("do", "this"))
+    own_critics = QEnsemble(
+        [TensorDictModule(c.module, in_keys=["observation", ("do", "this")], out_keys=["q"]) for c in critics.critics]
+    )
+    own, loss = BCQLoss(own_vae, own_actor, own_critics), BCQLoss(*modules)
+    SoftUpdate(own, tau=0.005), SoftUpdate(loss, tau=0.005)
+    batch = make_batch(6)
+    renamed = batch.clone()
+    renamed["do", "this"] = renamed.pop("action")
+    for name, draw in (("vae", torch.zeros(6, 4)), ("qvalue", latent), ("actor", torch.zeros(6, 4))):
+        expected = getattr(loss, f"{name}_loss")(batch, draw)
+        torch.testing.assert_close(getattr(own, f"{name}_loss")(renamed, draw), expected)
+    with pytest.raises(
+        ValueError, match="the modules handed in write the action to 'action'; rename it there, not to 'a'"
+    ):
+        loss.set_keys(action="a")
+    torch.testing.assert_close(loss.qvalue_loss(batch, latent)[0], own.qvalue_loss(renamed, latent)[0])
+
+
+def test_selected_out_keys(loss, make_batch):
+    out = loss.select_out_keys("loss_vae", "loss_actor")(make_batch(4))
+    assert set(out.keys()) == {"loss_vae", "loss_actor"}
 
 
 def test_gamma_belongs_to_the_value_estimator(loss, make_batch, latent):
@@ -274,6 +321,9 @@ def test_gamma_belongs_to_the_value_estimator(loss, make_batch, latent):
     torch.testing.assert_close((target_values(loss, batch, latent) - reward) * 0.99, at_099 * 0.5)
     with pytest.raises(NotImplementedError, match="TDLambda"):
         loss.make_value_estimator(ValueEstimators.TDLambda)
+    with pytest.raises(NotImplementedError, match="choose the estimator by its name"):
+        loss.make_value_estimator(TD1Estimator(gamma=0.9, value_network=None))
+    assert loss.make_value_estimator(ValueEstimators.TD0) is loss
 
 
 def test_state_dict_of_a_fresh_loss_round_trips(modules, make_batch, latent):
@@ -302,6 +352,8 @@ def test_state_dict_of_a_fresh_loss_round_trips(modules, make_batch, latent):
         ({"lmbda": 1.5}, "lmbda is 1.5"),
         ({"num_target_samples": 0}, "num_target_samples is 0"),
         ({"reduction": "max"}, "reduction is 'max'"),
+        ({"kl_weight": -1.0}, "kl_weight is -1.0"),
+        ({"use_prioritized_weights": "yes"}, "use_prioritized_weights is 'yes'"),
     ],
 )
 def test_settings_out_of_range(modules, settings, message):
@@ -313,8 +365,8 @@ def test_settings_out_of_range(modules, settings, message):
     "key", ["action", "observation", ("next", "terminated"), ("next", "reward"), ("next", "observation")]
 )
 def test_missing_entry_is_named(loss, make_batch, key):
-    with pytest.raises(KeyError, match="the batch lacks"):
-        loss(make_batch(4).exclude(key))
+    with pytest.raises(ValueError, match=f"the batch lacks {re.escape(str([key]))}; it holds"):
+        loss.qvalue_loss(make_batch(4).exclude(key))
 
 
 @pytest.mark.parametrize(

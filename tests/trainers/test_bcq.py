@@ -7,21 +7,27 @@ import warnings
 
 import pytest
 import torch
+from tensordict import TensorDict
+from torchrl.checkpoint import Checkpoint, CheckpointError
 from torchrl.data import LazyTensorStorage, PrioritizedSampler, TensorDictReplayBuffer
-from torchrl.objectives import SoftUpdate
+from torchrl.objectives import HardUpdate, SoftUpdate
 from torchrl.record.loggers import CSVLogger
 
-from torchrl_bcq import BCQLoss, BCQTrainer, make_bcq_modules, make_replay_buffer
+from torchrl_bcq import BCQLoss, BCQPolicy, BCQTrainer, make_bcq_modules, make_replay_buffer
 
 from ..conftest import ACTION_SPEC, OBSERVATION_SPEC
 
 
-def make_trainer(transitions, total_steps=25, seed=0, buffer=None, **settings) -> BCQTrainer:
+def soft_update(loss: BCQLoss) -> SoftUpdate:
+    return SoftUpdate(loss, tau=0.005)
+
+
+def make_trainer(transitions, total_steps=25, seed=0, buffer=None, updater=soft_update, **settings) -> BCQTrainer:
     torch.manual_seed(seed)
     loss = BCQLoss(*make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, hidden=(8,), vae_hidden=(8,)))
     buffer = buffer or make_replay_buffer(transitions, batch_size=16, seed=seed)
     settings = {"log_interval": 10, "progress_bar": False, "seed": seed, **settings}
-    return BCQTrainer(loss, buffer, target_net_updater=SoftUpdate(loss, tau=0.005), total_steps=total_steps, **settings)
+    return BCQTrainer(loss, buffer, target_net_updater=updater(loss), total_steps=total_steps, **settings)
 
 
 def weights(trainer: BCQTrainer) -> dict[str, torch.Tensor]:
@@ -49,27 +55,89 @@ def test_targets_move_once_a_step(make_batch):
     torch.testing.assert_close(distance, torch.full_like(distance, 0.995**25))
 
 
-def test_run_save_load_run_equals_run_run(make_batch, tmp_path):
+def hard_update(loss: BCQLoss) -> HardUpdate:
+    return HardUpdate(loss, value_network_update_interval=15)
+
+
+def prioritised_buffer(transitions: TensorDict, priority_key: str = "td_error") -> TensorDictReplayBuffer:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sampler = PrioritizedSampler(len(transitions), alpha=1.0, beta=1.0)
+    except RuntimeError as error:
+        pytest.skip(f"TorchRL's compiled extension does not fit the installed torch: {error}")
+    storage, generator = LazyTensorStorage(len(transitions)), torch.Generator().manual_seed(0)
+    buffer = TensorDictReplayBuffer(
+        storage=storage, sampler=sampler, batch_size=16, priority_key=priority_key, generator=generator
+    )
+    buffer.extend(transitions)
+    return buffer
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard", "unseeded", "prioritised"])
+def test_run_save_load_run_equals_run_run(make_batch, tmp_path, kind):
     """Slip 7: networks, targets, optimizers, sampler and random state; bitwise."""
     transitions = make_batch(200)
-    undisturbed = make_trainer(transitions, 40)
+
+    def make(total_steps: int, seed: int = 0, **settings) -> BCQTrainer:
+        if kind == "hard":
+            settings["updater"] = hard_update
+        if kind == "unseeded":
+            settings["buffer"] = make_replay_buffer(transitions, batch_size=16)
+        if kind == "prioritised":
+            settings["buffer"] = prioritised_buffer(transitions)
+        return make_trainer(transitions, total_steps, seed=seed, **settings)
+
+    undisturbed = make(40)
     undisturbed.train()
 
-    first = make_trainer(transitions, 20, save_trainer_file=tmp_path / "checkpoint")
-    first.train()
+    make(20, save_trainer_file=tmp_path / "checkpoint").train()
     torch.manual_seed(1234)  # the break
-    second = make_trainer(transitions, 40, seed=99)
+    second = make(40, seed=99)
     second.load_from_file(tmp_path / "checkpoint")
     assert second.collected_frames == 20
     second.train()
 
-    expected = weights(undisturbed)
-    torch.testing.assert_close(weights(second), expected, rtol=0, atol=0)
+    torch.testing.assert_close(weights(second), weights(undisturbed), rtol=0, atol=0)
     for name, optimizer in second.optimization_stepper.optimizers.items():
         twin = undisturbed.optimization_stepper.optimizers[name].state_dict()
         torch.testing.assert_close(optimizer.state_dict()["state"], twin["state"], rtol=0, atol=0)
-    size = sum(file.stat().st_size for file in (tmp_path / "checkpoint").rglob("*") if file.is_file())
-    assert size < 100_000  # the dataset is not in it
+
+
+def test_the_dataset_is_not_in_the_checkpoint(make_batch, tmp_path):
+    sizes = []
+    for rows in (50, 5000):
+        make_trainer(make_batch(rows), 10, save_trainer_file=tmp_path / str(rows)).train()
+        sizes.append(sum(file.stat().st_size for file in (tmp_path / str(rows)).rglob("*") if file.is_file()))
+    assert sizes[1] - sizes[0] < 1000  # numbers in JSON differ in length; 5000 rows take 200 kB
+
+
+@pytest.mark.parametrize("seeds", [(0, None), (None, 0)])
+def test_resume_with_a_buffer_of_another_kind_is_refused(make_batch, tmp_path, seeds):
+    transitions = make_batch(50)
+    buffers = [make_replay_buffer(transitions, batch_size=16, seed=seed) for seed in seeds]
+    make_trainer(None, 10, buffer=buffers[0], save_trainer_file=tmp_path / "checkpoint").train()
+    was_made = "with" if seeds[1] is None else "without"
+    with pytest.raises(
+        CheckpointError, match=f"the checkpoint's replay buffer was made {was_made} a seed, this one was not"
+    ):
+        make_trainer(None, 20, buffer=buffers[1]).load_from_file(tmp_path / "checkpoint")
+
+
+def test_checkpoint_serves_the_policy_alone(make_batch, tmp_path):
+    trainer = make_trainer(make_batch(50), 10, save_trainer_file=tmp_path / "checkpoint")
+    trainer.train()
+    modules = make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, hidden=(8,), vae_hidden=(8,))
+    loss = BCQLoss(*modules)
+    Checkpoint(loss_module=loss).load(tmp_path / "checkpoint")
+    trained, states = trainer.loss_module, make_batch(5).select("observation")
+    actions = []
+    for parts in (modules, (trained.vae_network, trained.actor_network, trained.qvalue_network)):
+        torch.manual_seed(0)
+        actions.append(BCQPolicy(*parts)(states.clone())["action"])
+    assert torch.equal(*actions)
+    suffixes = {file.suffix for file in (tmp_path / "checkpoint").rglob("*") if file.is_file()}
+    assert suffixes <= {".json", ".memmap"}  # nothing to unpickle
 
 
 def test_seed_decides_the_run(make_batch):
@@ -129,22 +197,24 @@ def test_loss_that_is_not_finite_stops_the_run(make_batch):
 
 
 def test_prioritised_replay_gets_the_td_error(make_batch):
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            sampler = PrioritizedSampler(50, alpha=1.0, beta=1.0)
-    except (RuntimeError, NotImplementedError, ImportError, NameError) as error:
-        pytest.skip(f"TorchRL's compiled extension does not fit the installed torch: {error}")
-    buffer = TensorDictReplayBuffer(
-        storage=LazyTensorStorage(50), sampler=sampler, batch_size=16, priority_key="td_error"
-    )
     transitions = make_batch(50)
     transitions["next", "reward"][7] = 100.0  # the row with by far the largest error
-    buffer.extend(transitions)
-    trainer = make_trainer(None, 60, buffer=buffer)
-    trainer.train()
+    buffer = prioritised_buffer(transitions)
+    make_trainer(None, 60, buffer=buffer).train()
     drawn = torch.cat([buffer.sample()["index"] for _ in range(50)])
     assert (drawn == 7).float().mean() > 0.3  # 1 in 50 if drawn uniformly
+
+
+def test_priorities_that_would_go_nowhere_are_refused(make_batch):
+    buffer = prioritised_buffer(make_batch(50), priority_key="urgency")
+    with pytest.raises(ValueError, match="the loss writes priorities to 'td_error', the buffer reads 'urgency'"):
+        make_trainer(None, buffer=buffer)
+
+
+@pytest.mark.parametrize("setting", [{"num_epochs": 2}, {"optimizer": None}, {"batch_size": 7}])
+def test_settings_without_effect_are_refused(make_batch, setting):
+    with pytest.raises(TypeError, match=f"BCQTrainer has no use for {[*setting]}".replace("[", "\\[")):
+        make_trainer(make_batch(50), **setting)
 
 
 def test_settings_of_torchrls_trainer_pass_through(make_batch):

@@ -24,12 +24,14 @@ def make_replay_buffer(
             random state if not given.
 
     Raises:
-        ValueError: if the transitions are not a batch of rank 1 with at least one row.
+        ValueError: if the transitions are not a batch of rank 1 with at least one row, or ``batch_size`` is below 1.
     """
     if len(transitions.batch_size) != 1 or not len(transitions):
         raise ValueError(
             f"transitions have batch size {tuple(transitions.batch_size)}, expected [N] with N at least 1."
         )
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1.")
     device = transitions.device or torch.device("cpu") if device is None else torch.device(device)
     buffer = TensorDictReplayBuffer(
         storage=LazyTensorStorage(len(transitions), device=device),

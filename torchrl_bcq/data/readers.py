@@ -18,8 +18,8 @@ def load_hdf5(path: str | Path, *, action_spec: TensorSpec | None = None) -> Ten
     """Read an HDF5 file in D4RL's layout.
 
     Args:
-        path: file with ``observations [N, D]``, ``actions [N, A]``, ``rewards [N]``, ``terminals [N]`` and, if it has
-            them, ``timeouts [N]`` and ``next_observations [N, D]``.
+        path: file with ``observations [N, D]``, ``actions [N, A]``, ``rewards [N]``, ``terminals [N]``,
+            and at least one of ``timeouts [N]`` and ``next_observations [N, D]``.
         action_spec: bounds that the actions must keep, if given.
 
     Returns:
@@ -47,6 +47,11 @@ def load_hdf5(path: str | Path, *, action_spec: TensorSpec | None = None) -> Ten
     missing = [name for name in _HDF5_FIELDS if name not in arrays]
     if missing:
         raise ValueError(f"{path} lacks {missing}; it holds {found}. D4RL's layout needs {list(_HDF5_FIELDS)}.")
+    if "timeouts" not in arrays and "next_observations" not in arrays:
+        raise ValueError(
+            f"{path} has neither timeouts nor next_observations, so nothing says where an episode was cut off and the "
+            "next one began. Add a timeouts field, or use from_arrays if no episode was cut."
+        )
     return from_arrays(
         observations=arrays["observations"],
         actions=arrays["actions"],
@@ -79,7 +84,7 @@ def load_minari(dataset_id: str) -> TensorDict:
         dataset = minari.load_dataset(dataset_id, download=True)
     except Exception as error:  # Minari and its download clients raise many kinds
         raise ValueError(
-            f"Minari dataset {dataset_id!r} is not in the local store and cannot be downloaded: {error} "
+            f"Minari dataset {dataset_id!r} can be neither opened nor downloaded: {error} "
             "Ids look like 'mujoco/hopper/medium-v0'; `minari list local` and `minari list remote` show them."
         ) from error
     for name, space in (("observation", dataset.observation_space), ("action", dataset.action_space)):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from tensordict import TensorDict
-from torchrl.data import TensorSpec
+from torchrl.data import Bounded, TensorSpec
 
 _logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def _real(name: str, values: ArrayLike, rank: int, integers: bool = True) -> np.
     """A finite float32 array of the given rank (``[N, 1]`` passes for ``[N]``), not all zero."""
     array = _column(name, values, rank)
     if array.dtype.kind not in ("fiu" if integers else "f"):
-        hint = " BCQLoss needs continuous actions; cast them if they are." if array.dtype.kind in "iub" else ""
+        hint = "" if integers else " BCQLoss needs continuous actions; cast them if they are."
         raise ValueError(f"{name} has dtype {array.dtype}, expected real numbers.{hint}")
     with np.errstate(over="ignore"):
         array = array.astype(np.float32)
@@ -133,7 +133,9 @@ def _check_lengths(fields: dict[str, np.ndarray]) -> None:
 
 
 def _check_bounds(actions: np.ndarray, spec: TensorSpec) -> None:
-    low, high = spec.space.low.cpu().numpy(), spec.space.high.cpu().numpy()
+    if not isinstance(spec, Bounded):
+        raise ValueError(f"action_spec is a {type(spec).__name__}, expected the Bounded spec of one action.")
+    low, high = (bound.cpu().float().numpy() for bound in (spec.space.low, spec.space.high))
     if actions.shape[1:] != low.shape:
         raise ValueError(f"actions have shape {actions.shape}, but the action spec has shape {low.shape}.")
     outside = ((actions < low) | (actions > high)).any(1)

@@ -55,7 +55,7 @@ def make_bcq_modules(
     dtype = dtype or torch.get_default_dtype()
     keys, features = _observation_sizes(observation_spec, dtype)
     actions = action_bounds(action_spec)[0].numel()
-    latents = latent_dim or 2 * actions
+    latents = 2 * actions if latent_dim is None else latent_dim
 
     def mlp(in_features: int, out_features: int, num_cells: Sequence[int]) -> MLP:
         net = MLP(

@@ -40,8 +40,8 @@ class PerturbationActor(TensorDictModuleBase):
         action_key: NestedKey = "action",
     ) -> None:
         super().__init__()
-        if phi < 0:
-            raise ValueError(f"phi is {phi}; it is a distance and cannot be negative.")
+        if not phi >= 0:
+            raise ValueError(f"phi is {phi}; it is a distance, 0 or more.")
         self.in_keys = [*observation_keys, action_key]
         self.out_keys = [action_key]
         self.network = network

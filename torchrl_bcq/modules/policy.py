@@ -40,7 +40,8 @@ class BCQPolicy(TensorDictModuleBase):
         self.actor = actor
         self.critics = critics
         self.num_action_samples = num_action_samples
-        self.in_keys = list(vae.observation_keys)
+        in_keys = dict.fromkeys([*vae.observation_keys, *actor.in_keys, *critics.in_keys])
+        self.in_keys = [key for key in in_keys if key != vae.action_key]
         self.out_keys = [vae.action_key]
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 
 import torch
@@ -11,11 +11,14 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.modules import MLP
 
+_ELEMENTWISE = (nn.ELU, nn.GELU, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh)
+
 
 class QEnsemble(TensorDictModuleBase):
     """``C`` independent critics; writes all their values. The first one guides the actor and the policy.
 
-    Equal :class:`~torchrl.modules.MLP` critics are evaluated in one batched pass, others one after the other.
+    Critics that are equal :class:`~torchrl.modules.MLP` s of linear layers and elementwise activations, without hooks,
+    are evaluated in one batched pass, others one after the other.
 
     Args:
         critics: modules that read the same entries and write ``[*B, 1]`` to the same, last out-key.
@@ -40,7 +43,7 @@ class QEnsemble(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the value of each critic, ``[*B, C]``."""
         key = self.out_keys[0]
-        if self._batched:
+        if self._batched and not _have_hooks(self.critics):
             inputs = torch.cat([tensordict.get(in_key) for in_key in self.in_keys], -1)
             return tensordict.set(key, self._batched_values(inputs))
         inputs = tensordict.select(*self.in_keys)
@@ -74,23 +77,26 @@ def _check_critics(critics: Sequence[TensorDictModuleBase]) -> None:
             )
     for (i, one), (j, other) in combinations(enumerate(critics), 2):
         pairs = list(zip(one.parameters(), other.parameters()))  # noqa: B905 (critics may differ in length)
-        if pairs and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+        if pairs and all(a is b or (a.shape == b.shape and not a.is_meta and torch.equal(a, b)) for a, b in pairs):
             raise ValueError(f"critics {i} and {j} hold equal weights (a deep copy?); initialise each on its own.")
 
 
 def _are_equal_mlps(critics: Sequence[TensorDictModuleBase]) -> bool:
-    """Whether all critics are MLPs of linear layers with bias and parameterless activations, of equal sizes."""
+    """Whether all critics are MLPs of linear layers with bias and elementwise activations, of equal sizes."""
 
     def signature(critic: TensorDictModuleBase) -> list[str] | None:
         if not isinstance(critic, TensorDictModule) or type(critic.module) is not MLP:
             return None
-        for layer in critic.module:
-            if isinstance(layer, nn.Linear):
-                if type(layer) is not nn.Linear or layer.bias is None:
-                    return None
-            elif list(layer.parameters()) or list(layer.buffers()) or not type(layer).__module__.endswith("activation"):
-                return None
-        return [repr(layer) for layer in critic.module]
+        plain = [
+            isinstance(layer, _ELEMENTWISE) or (type(layer) is nn.Linear and layer.bias is not None)
+            for layer in critic.module
+        ]
+        return [repr(layer) for layer in critic.module] if all(plain) else None
 
     signatures = [signature(critic) for critic in critics]
     return signatures[0] is not None and all(other == signatures[0] for other in signatures)
+
+
+def _have_hooks(critics: Iterable[nn.Module]) -> bool:
+    """Whether a critic does more than its layers say: hooks, which old-style weight and spectral norms use too."""
+    return any(module._forward_hooks or module._forward_pre_hooks for critic in critics for module in critic.modules())

@@ -33,7 +33,7 @@ class ActionVAE(TensorDictModuleBase):
     Writes: ``reconstruction [*B, A]``, ``loc [*B, L]``, ``log_std [*B, L]``.
 
     Raises:
-        ValueError: if ``action_spec`` is not a finite box of rank 1.
+        ValueError: if ``action_spec`` is not a finite box of rank 1, or a size or clip is not positive.
 
     Source: arXiv:1812.02900, section 4.1 and appendix D.1.
     """
@@ -51,6 +51,8 @@ class ActionVAE(TensorDictModuleBase):
         action_key: NestedKey = "action",
     ) -> None:
         super().__init__()
+        if latent_dim < 1 or not latent_clip > 0:
+            raise ValueError(f"latent_dim is {latent_dim} and latent_clip {latent_clip}; both must be positive.")
         self.observation_keys = list(observation_keys)
         self.action_key = action_key
         self.in_keys = [*self.observation_keys, action_key]

@@ -45,15 +45,14 @@ class BCQLoss(LossModule):
 
     Raises:
         ValueError: at construction, if a setting is out of its range.
-        KeyError: if a batch lacks an entry.
-        ValueError: if a batch's shapes or dtypes do not fit; nothing is broadcast.
+        ValueError: if a batch lacks an entry, or its shapes or dtypes do not fit; nothing is broadcast.
 
     Source: arXiv:1812.02900, eq. 11 to 13, algorithm 1, appendix D.1.
     """
 
     @dataclass
     class _AcceptedKeys:
-        """Entries of the tensordict, each of which ``set_keys`` can rename."""
+        """Entries of the tensordict. The modules decide the first two, ``set_keys`` can rename the others."""
 
         action: NestedKey = "action"
         state_action_value: NestedKey = "state_action_value"
@@ -106,6 +105,10 @@ class BCQLoss(LossModule):
             raise ValueError(f"num_target_samples is {num_target_samples}, expected at least 1.")
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'.")
+        if not kl_weight >= 0:
+            raise ValueError(f"kl_weight is {kl_weight}, expected 0 or more.")
+        if use_prioritized_weights not in (True, False, "auto"):
+            raise ValueError(f"use_prioritized_weights is {use_prioritized_weights!r}, expected True, False or 'auto'.")
         self.convert_to_functional(vae_network, "vae_network")
         self.convert_to_functional(actor_network, "actor_network", create_target_params=True)
         self.convert_to_functional(qvalue_network, "qvalue_network", create_target_params=True)
@@ -115,6 +118,8 @@ class BCQLoss(LossModule):
         self.reduction = reduction
         self.use_prioritized_weights = use_prioritized_weights
         self._in_keys: list[NestedKey] | None = None
+        self.tensor_keys.action = actor_network.out_keys[0]
+        self.tensor_keys.state_action_value = qvalue_network.out_keys[-1]
         self.make_value_estimator()
 
     @dispatch
@@ -178,14 +183,18 @@ class BCQLoss(LossModule):
 
     def _weigh(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
         """Importance weights, mask and reduction as TorchRL does them. ``[*B] -> []``, or ``[*B]`` for ``"none"``."""
-        return self._reduce_loss(loss, tensordict=tensordict, weights=self._maybe_get_priority_weight(tensordict))
+        weights = self._maybe_get_priority_weight(tensordict)
+        if weights is not None and weights.shape != loss.shape:
+            key, shape = self.tensor_keys.priority_weight, tuple(weights.shape)
+            raise ValueError(f"{key} has shape {shape}, expected {tuple(loss.shape)}, one weight for each row.")
+        return self._reduce_loss(loss, tensordict=tensordict, weights=weights)
 
     def _check(self, tensordict: TensorDictBase, keys: list[NestedKey]) -> TensorDictBase:
         """Select ``keys``, with the batch size of the action; say what is missing or misshapen."""
         missing = [key for key in keys if tensordict.get(key, None) is None]
         if missing:
             present = sorted(map(str, tensordict.keys(True, True)))
-            raise KeyError(f"the batch lacks {missing}; it holds {present}. Rename entries with loss.set_keys(...).")
+            raise ValueError(f"the batch lacks {missing}; it holds {present}. Rename entries with loss.set_keys(...).")
         action = tensordict.get(self.tensor_keys.action)
         batch, dtype = action.shape[:-1], self._dtype
         reward, *flags = (unravel_key(("next", getattr(self.tensor_keys, k))) for k in ("reward", "done", "terminated"))
@@ -203,8 +212,6 @@ class BCQLoss(LossModule):
                 )
         selected = tensordict.select(*keys)
         selected.batch_size = batch
-        if "next" in selected.keys():
-            selected.get("next").batch_size = batch
         return selected
 
     def _apply(self, fn, recurse: bool = True):
@@ -240,6 +247,13 @@ class BCQLoss(LossModule):
 
     def _forward_value_estimator_keys(self, **kwargs) -> None:
         self._in_keys = None
+        decided = {"action": self.actor_network.out_keys[0], "state_action_value": self.qvalue_network.out_keys[-1]}
+        for name, key in decided.items():
+            if (asked := getattr(self.tensor_keys, name)) != key:
+                setattr(self.tensor_keys, name, key)
+                raise ValueError(
+                    f"the modules handed in write the {name} to {key!r}; rename it there, not to {asked!r} here."
+                )
         if self._value_estimator is not None:
             self._value_estimator.set_keys(**self._value_estimator_keys)
 
@@ -253,11 +267,11 @@ class BCQLoss(LossModule):
             "terminated": keys.terminated,
         }
 
-    def make_value_estimator(self, value_type: ValueEstimators | ValueEstimatorBase | None = None, **hyperparams):
+    def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams) -> BCQLoss:
         """Choose the estimator of the target and its settings, such as ``gamma``. TD(0), with 0.99, is the paper's."""
         value_type = self.default_value_estimator if value_type is None else value_type
         if isinstance(value_type, (ValueEstimatorBase, type)):
-            return super().make_value_estimator(value_type, **hyperparams)
+            raise NotImplementedError(f"choose the estimator by its name, ValueEstimators.TD0; got {value_type}.")
         hyperparams = {**default_value_kwargs(value_type), "device": self._default_device, **hyperparams}
         dispatch_value_estimator(
             self,
@@ -271,3 +285,4 @@ class BCQLoss(LossModule):
         self._value_estimator.gamma = torch.as_tensor(
             hyperparams["gamma"], dtype=self._dtype, device=self._default_device
         )
+        return self

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torchrl.checkpoint import Checkpoint, GlobalRNGState
 from torchrl.data import PrioritizedSampler, ReplayBuffer
 from torchrl.objectives.utils import TargetNetUpdater
@@ -15,6 +16,9 @@ from torchrl.trainers.trainers import OptimizationStepper, ReplayBufferTrainer, 
 from torchrl_bcq.objectives import BCQLoss
 from torchrl_bcq.trainers.offline_collector import OfflineCollector
 from torchrl_bcq.trainers.stepper import BCQOptimizationStepper
+
+# arguments of TorchRL's Trainer that are settled here
+_NOT_OFFLINE = {"async_collection", "batch_size", "learner_backend", "num_epochs", "optimizer"}
 
 
 class BCQTrainer(Trainer):
@@ -37,6 +41,8 @@ class BCQTrainer(Trainer):
     ``trainer.load_from_file(path)`` goes on as if there had been no break.
 
     Raises:
+        TypeError: for an argument of TorchRL's Trainer that would have no effect here.
+        ValueError: if a prioritised buffer reads its priorities from another entry than the loss writes.
         FloatingPointError: in ``train``, if a loss was not finite within the last ``log_interval`` steps.
     """
 
@@ -51,6 +57,8 @@ class BCQTrainer(Trainer):
         log_interval: int = 100,
         **trainer_kwargs: Any,
     ) -> None:
+        if taken := _NOT_OFFLINE & trainer_kwargs.keys():
+            raise TypeError(f"BCQTrainer has no use for {sorted(taken)}; optimizers go into optimization_stepper.")
         super().__init__(
             collector=OfflineCollector(total_steps, log_interval),
             total_frames=total_steps,
@@ -58,6 +66,7 @@ class BCQTrainer(Trainer):
             optim_steps_per_batch=log_interval,
             loss_module=loss_module,
             optimization_stepper=optimization_stepper or BCQOptimizationStepper.adam(loss_module),
+            target_net_updater=target_net_updater,
             log_interval=0,  # a tick is the interval
             auto_log_optim_steps=False,
             **{"checkpoint": Checkpoint(), **trainer_kwargs},
@@ -67,6 +76,7 @@ class BCQTrainer(Trainer):
         replay = ReplayBufferTrainer(replay_buffer)
         self.register_op("process_optim_batch", replay.sample)
         if isinstance(replay_buffer.sampler, PrioritizedSampler):
+            _check_priority_key(loss_module, replay_buffer)
             self.register_op("post_optim_log", replay.update_priority)
         self.register_op("post_optim", TargetNetUpdaterHook(target_net_updater))
         self.register_op("post_optim_complete_log", self._log_losses)
@@ -89,7 +99,7 @@ class BCQTrainer(Trainer):
             raise FloatingPointError(
                 f"not finite within gradient steps {optim_steps - self.optim_steps_per_batch + 1} to {optim_steps}: "
                 f"{broken}. "
-                "Lower the learning rate, set clip_norm, or scale the rewards; then go on from the last checkpoint."
+                "Lower the learning rate, set clip_norm, or scale the rewards."
             )
         self._log(**{name: mean for name, mean in means.items() if not name.startswith("loss_")})
         return {"log_pbar": True, **{name: mean for name, mean in means.items() if name.startswith("loss_")}}
@@ -105,20 +115,35 @@ class BCQTrainer(Trainer):
             self._pbar.close()
 
 
+def _check_priority_key(loss_module: BCQLoss, replay_buffer: ReplayBuffer) -> None:
+    written, read = loss_module.tensor_keys.priority, replay_buffer.priority_key
+    if written != read:
+        raise ValueError(
+            f"the loss writes priorities to {written!r}, the buffer reads {read!r}; set priority_key={written!r}."
+        )
+
+
 class _SamplerState:
     """What a replay buffer needs to go on drawing the same rows: its sampler and generator, without the data."""
 
     def __init__(self, replay_buffer: ReplayBuffer) -> None:
         self._buffer = replay_buffer
 
-    def state_dict(self) -> dict[str, Any]:
+    def dump(self, path: Path) -> None:
+        """Write the sampler's own files, and the generator's state, into the folder ``path``."""
+        self._buffer.sampler.dumps(path / "sampler")
         generator = self._buffer._rng
-        return {
-            "sampler": self._buffer.sampler.state_dict(),
-            "generator": None if generator is None else generator.get_state(),
-        }
+        state = {} if generator is None else {"generator": generator.get_state()}
+        TensorDict(state).memmap(path / "generator")
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._buffer.sampler.load_state_dict(state_dict["sampler"])
-        if state_dict["generator"] is not None:
-            self._buffer._rng.set_state(state_dict["generator"].cpu())
+    def load(self, path: Path) -> None:
+        """Read them back."""
+        state, generator = TensorDict.load_memmap(path / "generator").to_dict(), self._buffer._rng
+        if (generator is None) == ("generator" in state):
+            with_seed = "with" if generator is None else "without"
+            raise ValueError(
+                f"the checkpoint's replay buffer was made {with_seed} a seed, this one was not; make it alike."
+            )
+        self._buffer.sampler.loads(path / "sampler")
+        if generator is not None:
+            generator.set_state(state["generator"].cpu())
