@@ -31,17 +31,13 @@ parser.add_argument("--dataset", help="PATH.hdf5 or minari:ID; default: recorded
 parser.add_argument("--env", help="Gymnasium id; default: the one that the dataset names")
 parser.add_argument("--steps", type=int, default=4_000, help="gradient steps (default: %(default)s)")
 parser.add_argument("--batch-size", type=int, default=100, help="rows of a batch (default: %(default)s)")
-parser.add_argument(
-    "--hidden", type=int, nargs="+", help="actor and critics; default: 400 300, recorded Pendulum 256 256"
-)
-parser.add_argument("--vae-hidden", type=int, nargs="+", help="VAE; default: 750 750, recorded Pendulum 256 256")
+parser.add_argument("--hidden", type=int, nargs="+", help="actor and critics; default: 400 300 (recorded: 256 256)")
+parser.add_argument("--vae-hidden", type=int, nargs="+", help="VAE; default: 750 750 (recorded: 256 256)")
 parser.add_argument("--eval-every", type=int, help="gradient steps between two evaluations; default: a tenth of all")
 parser.add_argument("--eval-episodes", type=int, default=20, help="episodes of an evaluation (default: %(default)s)")
 parser.add_argument("--device", default=torch.get_default_device(), help="any torch device (default: %(default)s)")
 parser.add_argument("--seed", type=int, default=0, help="of networks, batches and evaluations (default: %(default)s)")
-parser.add_argument(
-    "--out", type=Path, help="new folder of the run; default: one in runs/, named by environment and time"
-)
+parser.add_argument("--out", type=Path, help="new folder of the run; default: runs/ENVIRONMENT-TIME")
 parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
 
 

@@ -15,6 +15,9 @@ OBSERVATION_SPEC = Unbounded((3,))
 ACTION_SPEC = Bounded(low=torch.tensor([-1.0, 0.0]), high=torch.tensor([1.0, 4.0]), shape=(2,))  # asymmetric on purpose
 
 
+torch.set_num_threads(1)  # the tensors here are tiny; threads only wait for one another
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
