@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -18,12 +19,18 @@ import matplotlib.pyplot as plt
 LABELS = {"random": "random", "behaviour": "behaviour", "behaviour_cloning": "behaviour cloning", "bcq": "BCQ"}
 
 
-def evaluate(env: EnvBase, policy, episodes: int, seed: int) -> list[float]:
-    """Returns of whole episodes, from the same initial states for every policy; training's random state is kept."""
+def evaluate(envs: EnvBase, policy: Callable | None, seed: int) -> list[float]:
+    """Returns of one episode in each of a batch of environments; training's random state is left alone.
+
+    The same seed gives every policy the same initial states. Without a policy, actions are uniform.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        env.set_seed(seed)
-        return [env.rollout(1_000_000, policy)["next", "reward"].sum().item() for _ in range(episodes)]
+        envs.set_seed(seed)
+        rollout = envs.rollout(1_000_000, policy, break_when_any_done=False, break_when_all_done=True)
+    done = rollout["next", "done"].long()
+    running = done.cumsum(1) == done  # up to the first end; an environment idles from there until all have ended
+    return (rollout["next", "reward"] * running).sum((1, 2)).tolist()
 
 
 def episode_returns(transitions: TensorDictBase) -> list[float]:

@@ -11,6 +11,7 @@ import argparse
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium
@@ -20,7 +21,7 @@ import record_pendulum
 import report
 import torch
 from tensordict import TensorDictBase
-from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, TransformedEnv
+from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, SerialEnv, TransformedEnv
 from torchrl.objectives import SoftUpdate
 from torchrl.record import CSVLogger
 
@@ -29,7 +30,7 @@ import torchrl_bcq as bcq
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--dataset", help="PATH.hdf5 or minari:ID; default: recorded here")
 parser.add_argument("--env", help="Gymnasium id; default: the one that the dataset names")
-parser.add_argument("--steps", type=int, default=4_000, help="gradient steps (default: %(default)s)")
+parser.add_argument("--steps", type=int, default=3_500, help="gradient steps (default: %(default)s)")
 parser.add_argument("--batch-size", type=int, default=100, help="rows of a batch (default: %(default)s)")
 parser.add_argument("--hidden", type=int, nargs="+", help="actor and critics; default: 400 300 (recorded: 256 256)")
 parser.add_argument("--vae-hidden", type=int, nargs="+", help="VAE; default: 750 750 (recorded: 256 256)")
@@ -41,8 +42,8 @@ parser.add_argument("--out", type=Path, help="new folder of the run; default: ru
 parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
 
 
-def open_dataset(name: str | None, env_id: str | None, device: str) -> tuple[EnvBase, TensorDictBase]:
-    """The environment to evaluate in, and the transitions to learn from, recorded first if none are named."""
+def open_dataset(name: str | None, env_id: str | None) -> tuple[Callable[[], EnvBase], TensorDictBase]:
+    """What makes the environment to evaluate in, and the transitions to learn from, recorded if none are named."""
     if name is None:
         if record_pendulum.DATASET_ID not in minari.list_local_datasets():
             record_pendulum.record()
@@ -58,8 +59,11 @@ def open_dataset(name: str | None, env_id: str | None, device: str) -> tuple[Env
             env_id = file.attrs.get("env_id")
     if not env_id:
         raise ValueError(f"{name} does not name its environment; pass --env")
-    env = TransformedEnv(GymWrapper(gymnasium.make(env_id), device=device), DoubleToFloat())
-    return env, transitions if kind == "minari" else bcq.load_hdf5(name, action_spec=env.action_spec)
+
+    def make_env() -> EnvBase:
+        return TransformedEnv(GymWrapper(gymnasium.make(env_id)), DoubleToFloat())
+
+    return make_env, transitions if kind == "minari" else bcq.load_hdf5(name, action_spec=make_env().action_spec)
 
 
 def main() -> None:
@@ -70,9 +74,10 @@ def main() -> None:
     if args.out and args.out.exists() and not args.resume:
         parser.error(f"{args.out} exists; pass another --out, or --resume to go on with it")
     try:
-        env, transitions = open_dataset(args.dataset, args.env, args.device)
+        make_env, transitions = open_dataset(args.dataset, args.env)
     except (OSError, ValueError, gymnasium.error.Error) as error:
         parser.error(str(error))
+    env, envs = make_env(), SerialEnv(args.eval_episodes, make_env, device=args.device)
     out = args.out or Path("runs") / time.strftime(f"{env.spec.id}-%Y%m%d-%H%M%S")
     buffer = bcq.make_replay_buffer(transitions, batch_size=args.batch_size, device=args.device, seed=args.seed)
 
@@ -104,7 +109,7 @@ def main() -> None:
         step = trainer.collected_frames
         if step < args.steps and step // eval_every == (step - len(tick)) // eval_every:
             return None
-        returns = report.evaluate(env, policy, args.eval_episodes, args.seed)
+        returns = report.evaluate(envs, policy, args.seed)
         return {"return": sum(returns) / len(returns), "log_pbar": True}
 
     trainer.register_op("post_steps_log", log_return)
@@ -113,7 +118,7 @@ def main() -> None:
     trainer.train()
 
     policies = {"random": None, "behaviour_cloning": bcq.BehaviorCloningPolicy(vae), "bcq": policy}
-    returns = {name: report.evaluate(env, p, args.eval_episodes, args.seed) for name, p in policies.items()}
+    returns = {name: report.evaluate(envs, p, args.seed) for name, p in policies.items()}
     returns["behaviour"] = report.episode_returns(transitions)
     report.write(out, returns, title=f"{env.spec.id}, {args.steps} gradient steps")
 
