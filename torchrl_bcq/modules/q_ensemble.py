@@ -76,7 +76,7 @@ def _check_critics(critics: Sequence[TensorDictModuleBase]) -> None:
                 f"{critics[0].in_keys} to {critics[0].out_keys[-1]!r}; give all critics the same keys."
             )
     for (i, one), (j, other) in combinations(enumerate(critics), 2):
-        pairs = list(zip(one.parameters(), other.parameters()))  # noqa: B905 (critics may differ in length)
+        pairs = list(zip(one.parameters(), other.parameters(), strict=False))
         if pairs and all(a is b or (a.shape == b.shape and not a.is_meta and torch.equal(a, b)) for a, b in pairs):
             raise ValueError(f"critics {i} and {j} hold equal weights (a deep copy?); initialise each on its own.")
 

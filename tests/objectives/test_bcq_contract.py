@@ -1,0 +1,239 @@
+"""BCQLoss keeps TorchRL's contract, and refuses what TorchRL lets through silently."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torchrl.objectives import HardUpdate, SoftUpdate
+from torchrl.objectives.utils import ValueEstimators
+from torchrl.objectives.value import TD1Estimator
+
+from torchrl_bcq import ActionVAE, BCQLoss, PerturbationActor, QEnsemble
+
+from ..conftest import ACTION_SPEC
+from .conftest import LOSSES, target_values
+
+# TorchRL's contract
+
+
+def test_soft_and_hard_update_find_both_targets(modules):
+    loss = BCQLoss(*modules)
+    updater = SoftUpdate(loss, tau=0.25)
+    for name in ("actor_network_params", "qvalue_network_params"):
+        source, target = getattr(loss, name), getattr(loss, f"target_{name}")
+        start = target.clone()
+        source.data.apply_(lambda p: p.add_(1))
+        updater.step()
+        for key, p in target.items(True, True):
+            if key not in ("low", "high"):
+                torch.testing.assert_close(p.data, start[key].data + 0.25)
+    hard = HardUpdate(loss, value_network_update_interval=1)
+    source.data.apply_(lambda p: p.add_(1))
+    for _ in range(2):
+        hard.step()
+    for key, p in target.items(True, True):
+        assert torch.equal(p.data, source[key].data)
+
+
+def test_metadata_by_hand(loss, make_batch):
+    batch = make_batch(5)
+    out = loss(batch)
+    error = out["pred_value"] - out["target_value"].unsqueeze(-1)
+    torch.testing.assert_close(out["td_error"], error.abs())
+    torch.testing.assert_close(out["loss_qvalue"], error.square().mean(0).sum())
+    torch.testing.assert_close(out["loss_vae"], (out["vae_reconstruction"] + 0.5 * out["vae_kl"]).mean())
+    torch.testing.assert_close(batch["td_error"], error.abs().amax(-1))
+    assert not any(out[key].requires_grad for key in loss.out_keys if not key.startswith("loss_"))
+
+
+@pytest.mark.parametrize("batch", [(6,), (2, 3), (3, 1, 2)])
+def test_batches_of_any_rank_give_the_same_losses(loss, make_batch, batch, latent):
+    flat = make_batch(6)
+    shaped = flat.reshape(batch)
+    noise = torch.randn(6, 4)
+    for name, draw in (("vae", noise), ("qvalue", latent), ("actor", noise)):
+        expected = getattr(loss, f"{name}_loss")(flat, draw)[0]
+        torch.testing.assert_close(
+            getattr(loss, f"{name}_loss")(shaped, draw.reshape(*batch, *draw.shape[1:]))[0], expected
+        )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_reductions_and_importance_weights(modules, make_batch, latent, name):
+    batch, draw = make_batch(6), latent if name == "qvalue" else torch.randn(6, 4)
+    weights = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 3.0])
+    weighted = batch.clone().set("priority_weight", weights)
+
+    def value(td: TensorDict, **settings) -> torch.Tensor:
+        loss = BCQLoss(*modules, **settings)
+        SoftUpdate(loss, tau=0.005)
+        return getattr(loss, f"{name}_loss")(td, draw)[0]
+
+    rows = value(batch, reduction="none")
+    assert rows.shape == (6,)
+    torch.testing.assert_close(value(batch, reduction="sum"), rows.sum())
+    torch.testing.assert_close(value(batch), rows.mean())
+    torch.testing.assert_close(value(weighted), (rows[0] + 3 * rows[5]) / 4)
+    torch.testing.assert_close(value(weighted, reduction="sum"), rows[0] + 3 * rows[5])
+    torch.testing.assert_close(value(weighted, reduction="none"), rows * weights)
+    torch.testing.assert_close(value(weighted, use_prioritized_weights=False), rows.mean())
+    with pytest.raises(ValueError, match=r"priority_weight has shape \(6, 1\), expected \(6,\)"):
+        value(weighted.set("priority_weight", weights.unsqueeze(-1)), reduction="none")
+
+
+def test_keyword_call_without_a_tensordict(loss, make_batch):
+    batch = make_batch(5)
+    torch.manual_seed(1)
+    expected = loss(batch)
+    torch.manual_seed(1)
+    entries = {"_".join(key) if isinstance(key, tuple) else key: batch[key] for key in loss.in_keys}
+    out = loss(**entries)
+    for key, value in zip(loss.out_keys, out, strict=True):
+        torch.testing.assert_close(value, expected[key])
+
+
+def test_own_keys(loss, make_batch, latent):
+    batch = make_batch(6)
+    batch["next", "terminated"][:3] = True
+    batch["priority_weight"] = torch.rand(6)
+    own = batch.clone()
+    expected = loss.qvalue_loss(batch, latent)
+    names = {"reward": "r", "done": "over", "terminated": ("end", "real")}
+    for old, new in names.items():
+        own["next"].rename_key_(old, new)
+    own.rename_key_("priority_weight", "w")
+    loss.set_keys(**names, priority="urgency", priority_weight="w")
+    torch.testing.assert_close(loss.qvalue_loss(own, latent), expected)
+    torch.testing.assert_close(own["urgency"], batch["td_error"])
+    assert {("next", "r"), ("next", "over"), ("next", "end", "real")} < set(loss.in_keys)
+    assert not {("next", "reward"), ("next", "done"), ("next", "terminated")} & set(loss.in_keys)
+
+
+def test_the_modules_decide_the_keys_of_action_and_value(make_batch, latent, modules):
+    vae, actor, critics = modules
+    own_vae = ActionVAE(vae.encoder, vae.decoder, ACTION_SPEC, latent_dim=4, action_key=("do", "this"))
+    own_actor = PerturbationActor(actor.network, ACTION_SPEC, action_key=("do", "this"))
+    own_critics = QEnsemble(
+        [TensorDictModule(c.module, in_keys=["observation", ("do", "this")], out_keys=["q"]) for c in critics.critics]
+    )
+    own, loss = BCQLoss(own_vae, own_actor, own_critics), BCQLoss(*modules)
+    SoftUpdate(own, tau=0.005), SoftUpdate(loss, tau=0.005)
+    batch = make_batch(6)
+    renamed = batch.clone()
+    renamed["do", "this"] = renamed.pop("action")
+    for name, draw in (("vae", torch.zeros(6, 4)), ("qvalue", latent), ("actor", torch.zeros(6, 4))):
+        expected = getattr(loss, f"{name}_loss")(batch, draw)
+        torch.testing.assert_close(getattr(own, f"{name}_loss")(renamed, draw), expected)
+    with pytest.raises(
+        ValueError, match="the modules handed in write the action to 'action'; rename it there, not to 'a'"
+    ):
+        loss.set_keys(action="a")
+    torch.testing.assert_close(loss.qvalue_loss(batch, latent)[0], own.qvalue_loss(renamed, latent)[0])
+
+
+def test_selected_out_keys(loss, make_batch):
+    out = loss.select_out_keys("loss_vae", "loss_actor")(make_batch(4))
+    assert set(out.keys()) == {"loss_vae", "loss_actor"}
+
+
+def test_gamma_belongs_to_the_value_estimator(loss, make_batch, latent):
+    batch = make_batch(6)
+    reward = batch["next", "reward"][:, 0]
+    at_099 = target_values(loss, batch, latent) - reward
+    loss.make_value_estimator(gamma=0.5)
+    torch.testing.assert_close((target_values(loss, batch, latent) - reward) * 0.99, at_099 * 0.5)
+    with pytest.raises(NotImplementedError, match="TDLambda"):
+        loss.make_value_estimator(ValueEstimators.TDLambda)
+    with pytest.raises(NotImplementedError, match="choose the estimator by its name"):
+        loss.make_value_estimator(TD1Estimator(gamma=0.9, value_network=None))
+    assert loss.make_value_estimator(ValueEstimators.TD0) is loss
+
+
+def test_state_dict_of_a_fresh_loss_round_trips(modules, make_batch, latent):
+    loss = BCQLoss(*modules)
+    SoftUpdate(loss, tau=0.005)
+    other = BCQLoss(*copy.deepcopy(modules))
+    SoftUpdate(other, tau=0.005)
+    loss.target_actor_network_params["network", "4", "bias"].data.add_(1)
+    for p in loss.parameters():
+        p.data.add_(0.1)
+    state = loss.state_dict()
+    batch = make_batch(6)
+    assert not torch.equal(target_values(other, batch, latent), target_values(loss, batch, latent))
+    other.load_state_dict(state)
+    assert torch.equal(target_values(other, batch, latent), target_values(loss, batch, latent))
+    loss(batch)
+    assert loss.state_dict().keys() == state.keys()  # the first call adds nothing
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lmbda": 1.5}, "lmbda is 1.5"),
+        ({"num_target_samples": 0}, "num_target_samples is 0"),
+        ({"reduction": "max"}, "reduction is 'max'"),
+        ({"kl_weight": -1.0}, "kl_weight is -1.0"),
+        ({"use_prioritized_weights": "yes"}, "use_prioritized_weights is 'yes'"),
+    ],
+)
+def test_settings_out_of_range(modules, settings, message):
+    with pytest.raises(ValueError, match=message):
+        BCQLoss(*modules, **settings)
+
+
+@pytest.mark.parametrize(
+    "key", ["action", "observation", ("next", "terminated"), ("next", "reward"), ("next", "observation")]
+)
+def test_missing_entry_is_named(loss, make_batch, key):
+    with pytest.raises(ValueError, match=f"the batch lacks {re.escape(str([key]))}; it holds"):
+        loss.qvalue_loss(make_batch(4).exclude(key))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (("next", "reward"), torch.zeros(4), "does not fit"),
+        (
+            ("next", "reward"),
+            torch.zeros(4, 1, dtype=torch.float64),
+            "reward.* has dtype torch.float64, expected torch.float32",
+        ),
+        (("next", "reward"), torch.zeros(4, 2), "expected \\[\\*B, 1\\] for reward"),
+        (("next", "terminated"), torch.zeros(4, 1), "terminated.* has dtype torch.float32, expected torch.bool"),
+        (("next", "terminated"), torch.zeros(4, dtype=torch.bool), "terminated.* has shape \\(4,\\)"),
+    ],
+)
+def test_misshapen_entry_is_named(loss, make_batch, key, value, message):
+    batch = make_batch(4)
+    batch[key] = value
+    with pytest.raises(ValueError, match=message):
+        loss(batch)
+
+
+def test_shapes_that_would_broadcast_are_refused(loss, make_batch):
+    batch = make_batch(4)
+    batch.batch_size = batch["next"].batch_size = []
+    batch["next", "reward"] = batch["next", "reward"][:1]
+    with pytest.raises(ValueError, match="reward.* has shape \\(1, 1\\), which does not fit the action's \\(4, 2\\)"):
+        loss.qvalue_loss(batch)
+    batch["observation"] = batch["observation"][:1]
+    with pytest.raises(
+        ValueError, match="observation has shape \\(1, 3\\), which does not fit the action's \\(4, 2\\)"
+    ):
+        loss.vae_loss(batch)
+
+
+def test_vae_and_actor_losses_need_no_outcome(loss, make_batch):
+    """So that a generative model can be learned from states and actions alone."""
+    batch, draw = make_batch(6), torch.zeros(6, 4)
+    alone = batch.select("observation", "action")
+    for method in (loss.vae_loss, loss.actor_loss):
+        torch.testing.assert_close(method(alone, draw)[0], method(batch, draw)[0])
