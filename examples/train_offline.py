@@ -115,6 +115,8 @@ def main() -> None:
     trainer.register_op("post_steps_log", log_return)
     if args.resume:
         trainer.load_from_file(out / "checkpoint")
+        if trainer.collected_frames >= args.steps:
+            parser.error(f"the checkpoint is at {trainer.collected_frames} steps; pass --steps above that")
     trainer.train()
 
     policies = {"random": None, "behaviour_cloning": bcq.BehaviorCloningPolicy(vae), "bcq": policy}

@@ -45,7 +45,9 @@ def train(transitions: TensorDict, steps: int, gamma: float = 0.99, bound: float
 
 def bandit(actions: np.ndarray, rewards: np.ndarray) -> TensorDict:
     """One state, one step."""
-    return from_arrays(np.ones((len(actions), 1)), actions[:, None], rewards, terminated=np.ones(len(actions)))
+    return from_arrays(
+        np.ones((len(actions), 1)), actions[:, None], rewards, np.ones(len(actions)), truncated=np.zeros(len(actions))
+    )
 
 
 def value(critics, observation: torch.Tensor, action: torch.Tensor) -> torch.Tensor:

@@ -151,6 +151,11 @@ BAD = [
         "action_spec is a Categorical, expected the Bounded spec of one action.",
     ),
     ({"action_spec": Bounded(-1, 1, (2,))}, "actions have shape (7, 1), but the action spec has shape (2,)."),
+    (
+        {"truncated": None},
+        "truncated and next_observations are both missing, so nothing says where an episode was cut off and the next "
+        "one began; if none was cut, pass truncated=np.zeros(N).",
+    ),
     ({"truncated": np.ones(7)}, None),
 ]
 

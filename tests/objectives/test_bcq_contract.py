@@ -40,6 +40,15 @@ def test_soft_and_hard_update_find_both_targets(modules):
         assert torch.equal(p.data, source[key].data)
 
 
+def test_targets_stay_frozen_and_updaters_can_be_built_anew(loss, make_batch):
+    for _ in range(2):
+        loss(make_batch(4))
+        for name in ("actor", "qvalue"):
+            targets = getattr(loss, f"target_{name}_network_params").values(True, True)
+            assert not any(isinstance(p, torch.nn.Parameter) or p.requires_grad for p in targets)
+        SoftUpdate(loss, tau=0.005)
+
+
 def test_metadata_by_hand(loss, make_batch):
     batch = make_batch(5)
     out = loss(batch)
@@ -187,6 +196,14 @@ def test_state_dict_of_a_fresh_loss_round_trips(modules, make_batch, latent):
 def test_settings_out_of_range(modules, settings, message):
     with pytest.raises(ValueError, match=message):
         BCQLoss(*modules, **settings)
+
+
+def test_networks_in_the_wrong_order(modules):
+    vae, actor, critics = modules
+    with pytest.raises(TypeError, match="vae_network is a PerturbationActor, which has no method 'decode'"):
+        BCQLoss(actor, vae, critics)
+    with pytest.raises(TypeError, match="qvalue_network is a list, which has no method 'first'"):
+        BCQLoss(vae, actor, [critics])
 
 
 @pytest.mark.parametrize(

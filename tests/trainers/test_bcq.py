@@ -191,7 +191,7 @@ def test_loss_that_is_not_finite_stops_the_run(make_batch):
     transitions = make_batch(50)
     transitions["next", "reward"][:] = 1e38
     trainer = make_trainer(transitions)
-    message = r"not finite within gradient steps 1 to 10: \{.*'loss_qvalue': (inf|nan).*Lower the learning rate"
+    message = r"not finite within gradient steps 1 to 10: \{.*'loss_qvalue': (inf|nan).*lower the learning rate"
     with pytest.raises(FloatingPointError, match=message):
         trainer.train()
 
@@ -211,7 +211,7 @@ def test_priorities_that_would_go_nowhere_are_refused(make_batch):
         make_trainer(None, buffer=buffer)
 
 
-@pytest.mark.parametrize("setting", [{"num_epochs": 2}, {"optimizer": None}, {"batch_size": 7}])
+@pytest.mark.parametrize("setting", [{"num_epochs": 2}, {"optimizer": None}, {"batch_size": 7}, {"lr": 1e-3}])
 def test_settings_without_effect_are_refused(make_batch, setting):
     with pytest.raises(TypeError, match=f"BCQTrainer has no use for {[*setting]}".replace("[", "\\[")):
         make_trainer(make_batch(50), **setting)
@@ -230,3 +230,9 @@ def test_modules_can_be_copied_after_training(make_batch):
     twin, batch = copy.deepcopy(trainer.loss_module), make_batch(4)
     latent = torch.zeros(4, 10, 4)
     torch.testing.assert_close(twin.qvalue_loss(batch, latent)[0], trainer.loss_module.qvalue_loss(batch, latent)[0])
+
+
+def test_updater_of_another_loss_is_refused(make_batch):
+    other = make_trainer(make_batch(20)).loss_module
+    with pytest.raises(ValueError, match="target_net_updater was made for another loss"):
+        make_trainer(make_batch(20), updater=lambda loss: soft_update(other))

@@ -34,7 +34,8 @@ def from_arrays(
         actions: ``[N, A]``, continuous, in the units of the environment.
         rewards: ``[N]`` or ``[N, 1]``.
         terminated: ``[N]`` or ``[N, 1]``, the episode ended in a final state: no value follows.
-        truncated: the same shapes, the episode was cut off: value follows. None was cut if not given.
+        truncated: the same shapes, the episode was cut off: value follows. Needed unless there
+            are ``next_observations``.
         next_observations: ``[N, D]``.
         action_spec: bounds that the actions must keep, if given.
 
@@ -43,8 +44,9 @@ def from_arrays(
         ``("next", ...)``: ``observation [M, D]``, ``reward``, ``done``, ``terminated``, ``truncated`` ``[M, 1]``.
 
     Raises:
-        ValueError: if a field has the wrong rank, dtype or length, is empty or all zero, or has non-finite rows or
-            actions out of bounds; it names the field, the count and the first row.
+        ValueError: if ``truncated`` and ``next_observations`` are both missing, or a field has the wrong rank, dtype or
+            length, is empty or all zero, or has non-finite rows or actions out of bounds; it names the field, the count
+            and the first row.
     """
     fields = {
         "observations": _real("observations", observations, rank=2),
@@ -52,6 +54,11 @@ def from_arrays(
         "rewards": _real("rewards", rewards, rank=1),
         "terminated": _flags("terminated", terminated),
     }
+    if truncated is None and next_observations is None:
+        raise ValueError(
+            "truncated and next_observations are both missing, so nothing says where an episode was cut off and the "
+            "next one began; if none was cut, pass truncated=np.zeros(N)."
+        )
     fields["truncated"] = np.zeros_like(fields["terminated"]) if truncated is None else _flags("truncated", truncated)
     if next_observations is not None:
         fields["next_observations"] = _real("next_observations", next_observations, rank=2)

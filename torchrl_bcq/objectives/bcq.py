@@ -44,6 +44,7 @@ class BCQLoss(LossModule):
     ``pred_value [*B, C]``, ``target_value [*B]``.
 
     Raises:
+        TypeError: at construction, if a network lacks a method that is needed of it.
         ValueError: at construction, if a setting is out of its range.
         ValueError: if a batch lacks an entry, or its shapes or dtypes do not fit; nothing is broadcast.
 
@@ -109,6 +110,14 @@ class BCQLoss(LossModule):
             raise ValueError(f"kl_weight is {kl_weight}, expected 0 or more.")
         if use_prioritized_weights not in (True, False, "auto"):
             raise ValueError(f"use_prioritized_weights is {use_prioritized_weights!r}, expected True, False or 'auto'.")
+        for name, network, method in (
+            ("vae_network", vae_network, "decode"),
+            ("qvalue_network", qvalue_network, "first"),
+        ):
+            if not hasattr(network, method):
+                raise TypeError(
+                    f"{name} is a {type(network).__name__}, which has no method {method!r}; see the docstring."
+                )
         self.convert_to_functional(vae_network, "vae_network")
         self.convert_to_functional(actor_network, "actor_network", create_target_params=True)
         self.convert_to_functional(qvalue_network, "qvalue_network", create_target_params=True)
@@ -134,7 +143,7 @@ class BCQLoss(LossModule):
     def vae_loss(self, tensordict: TensorDictBase, noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction error plus ``kl_weight`` times KL divergence. ``noise [*B, L]`` is drawn if not given."""
         batch = self._check(tensordict, self.vae_network.in_keys)
-        with self.vae_network_params.to_module(self.vae_network):
+        with _run_on(self.vae_network_params, self.vae_network):
             out = self.vae_network(batch.copy(), noise=noise)
         action = batch.get(self.tensor_keys.action)
         reconstruction = (out.get("reconstruction") - action).square().mean(-1)  # [*B, A] -> [*B]
@@ -145,7 +154,7 @@ class BCQLoss(LossModule):
     def qvalue_loss(self, tensordict: TensorDictBase, latent: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared TD error, summed over critics. ``latent [*B, n, L]`` of the next actions is drawn if not given."""
         batch = self._check(tensordict, self.in_keys)
-        with self.qvalue_network_params.to_module(self.qvalue_network):
+        with _run_on(self.qvalue_network_params, self.qvalue_network):
             pred_value = self.qvalue_network(batch.copy()).get(self.tensor_keys.state_action_value)  # [*B, C]
         target_value = self._target_value(batch, latent)  # [*B, 1]
         td_error = pred_value - target_value
@@ -158,11 +167,11 @@ class BCQLoss(LossModule):
     def actor_loss(self, tensordict: TensorDictBase, latent: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """``-Q_1`` of a perturbed sample. ``latent [*B, L]`` of the sampled action is drawn if not given."""
         batch = self._check(tensordict, self.vae_network.in_keys)
-        with torch.no_grad(), self.vae_network_params.to_module(self.vae_network):
+        with torch.no_grad(), _run_on(self.vae_network_params, self.vae_network):
             sampled = self.vae_network.decode(batch.copy(), latent=latent)
-        with self.actor_network_params.to_module(self.actor_network):
+        with _run_on(self.actor_network_params, self.actor_network):
             perturbed = self.actor_network(sampled)
-        with self.qvalue_network_params.data.to_module(self.qvalue_network):  # detached: only the actor learns
+        with _run_on(self.qvalue_network_params.data, self.qvalue_network):  # detached: only the actor learns
             value = self.qvalue_network.first(perturbed).get(self.tensor_keys.state_action_value)  # [*B, 1]
         return self._weigh(-value.squeeze(-1), tensordict), {}
 
@@ -171,11 +180,11 @@ class BCQLoss(LossModule):
         """Eq. 13 at the next states, with the target actor and critics: ``[*B, 1]``."""
         states = batch.get("next").select(*self._observation_keys)
         candidates = states.unsqueeze(-1).expand(*states.batch_size, self.num_target_samples)  # [*B] -> [*B, n]
-        with self.vae_network_params.to_module(self.vae_network):
+        with _run_on(self.vae_network_params, self.vae_network):
             candidates = self.vae_network.decode(candidates, latent=latent)
-        with self.target_actor_network_params.to_module(self.actor_network):
+        with _run_on(self.target_actor_network_params, self.actor_network):
             candidates = self.actor_network(candidates)
-        with self.target_qvalue_network_params.to_module(self.qvalue_network):
+        with _run_on(self.target_qvalue_network_params, self.qvalue_network):
             qvalue = self.qvalue_network(candidates).get(self.tensor_keys.state_action_value)  # [*B, n, C]
         next_value = best_sample_value(qvalue, self.lmbda)
         batch = batch.copy().set(("next", self.tensor_keys.state_action_value), next_value)
@@ -218,7 +227,7 @@ class BCQLoss(LossModule):
         """Move or cast, and bind the moved tensors to the modules handed in, whose buffers would else stay behind."""
         super()._apply(fn)
         for name in ("vae_network", "actor_network", "qvalue_network"):
-            getattr(self, f"{name}_params").to_module(getattr(self, name), preserve_module_state=False)
+            _run_on(getattr(self, f"{name}_params"), getattr(self, name))
         return self
 
     @property
@@ -286,3 +295,8 @@ class BCQLoss(LossModule):
             hyperparams["gamma"], dtype=self._dtype, device=self._default_device
         )
         return self
+
+
+def _run_on(params: TensorDictParams, network: TensorDictModuleBase):
+    """Put ``params`` into ``network``, in a ``with`` until its end; tensordict's default would unfreeze them."""
+    return params.to_module(network, preserve_module_state=False)

@@ -18,7 +18,7 @@ from torchrl_bcq.trainers.offline_collector import OfflineCollector
 from torchrl_bcq.trainers.stepper import BCQOptimizationStepper
 
 # arguments of TorchRL's Trainer that are settled here
-_NOT_OFFLINE = {"async_collection", "batch_size", "learner_backend", "num_epochs", "optimizer"}
+_NOT_OFFLINE = {"async_collection", "batch_size", "frame_skip", "learner_backend", "lr", "num_epochs", "optimizer"}
 
 
 class BCQTrainer(Trainer):
@@ -42,7 +42,8 @@ class BCQTrainer(Trainer):
 
     Raises:
         TypeError: for an argument of TorchRL's Trainer that would have no effect here.
-        ValueError: if a prioritised buffer reads its priorities from another entry than the loss writes.
+        ValueError: if the updater belongs to another loss, or a prioritised buffer reads its priorities from another
+            entry than the loss writes.
         FloatingPointError: in ``train``, if a loss was not finite within the last ``log_interval`` steps.
     """
 
@@ -59,6 +60,10 @@ class BCQTrainer(Trainer):
     ) -> None:
         if taken := _NOT_OFFLINE & trainer_kwargs.keys():
             raise TypeError(f"BCQTrainer has no use for {sorted(taken)}; optimizers go into optimization_stepper.")
+        if target_net_updater.loss_module is not loss_module:
+            raise ValueError(
+                "target_net_updater was made for another loss; its targets are not the ones that are used."
+            )
         super().__init__(
             collector=OfflineCollector(total_steps, log_interval),
             total_frames=total_steps,
@@ -98,8 +103,7 @@ class BCQTrainer(Trainer):
         if broken:
             raise FloatingPointError(
                 f"not finite within gradient steps {optim_steps - self.optim_steps_per_batch + 1} to {optim_steps}: "
-                f"{broken}. "
-                "Lower the learning rate, set clip_norm, or scale the rewards."
+                f"{broken}. If the dataset is finite, lower the learning rate, set clip_norm, or scale the rewards."
             )
         self._log(**{name: mean for name, mean in means.items() if not name.startswith("loss_")})
         return {"log_pbar": True, **{name: mean for name, mean in means.items() if name.startswith("loss_")}}
