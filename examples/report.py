@@ -19,10 +19,10 @@ import matplotlib.pyplot as plt
 LABELS = {"random": "random", "behaviour": "behaviour", "behaviour_cloning": "behaviour cloning", "bcq": "BCQ"}
 
 
-def evaluate(envs: EnvBase, policy: Callable | None, seed: int) -> list[float]:
+def evaluate(envs: EnvBase, policy: Callable | None, seed: int = 0) -> list[float]:
     """Returns of one episode in each of a batch of environments; training's random state is left alone.
 
-    The same seed gives every policy the same initial states. Without a policy, actions are uniform.
+    Every policy of every run starts from the same initial states. Without a policy, actions are uniform.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -37,7 +37,7 @@ parser.add_argument("--vae-hidden", type=int, nargs="+", help="VAE; default: 750
 parser.add_argument("--eval-every", type=int, help="gradient steps between two evaluations; default: a tenth of all")
 parser.add_argument("--eval-episodes", type=int, default=20, help="episodes of an evaluation (default: %(default)s)")
 parser.add_argument("--device", default=torch.get_default_device(), help="any torch device (default: %(default)s)")
-parser.add_argument("--seed", type=int, default=0, help="of networks, batches and evaluations (default: %(default)s)")
+parser.add_argument("--seed", type=int, default=0, help="of networks and batches (default: %(default)s)")
 parser.add_argument("--out", type=Path, help="new folder of the run; default: runs/ENVIRONMENT-TIME")
 parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
 
@@ -109,7 +109,7 @@ def main() -> None:
         step = trainer.collected_frames
         if step < args.steps and step // eval_every == (step - len(tick)) // eval_every:
             return None
-        returns = report.evaluate(envs, policy, args.seed)
+        returns = report.evaluate(envs, policy)
         return {"return": sum(returns) / len(returns), "log_pbar": True}
 
     trainer.register_op("post_steps_log", log_return)
@@ -120,7 +120,7 @@ def main() -> None:
     trainer.train()
 
     policies = {"random": None, "behaviour_cloning": bcq.BehaviorCloningPolicy(vae), "bcq": policy}
-    returns = {name: report.evaluate(envs, p, args.seed) for name, p in policies.items()}
+    returns = {name: report.evaluate(envs, p) for name, p in policies.items()}
     returns["behaviour"] = report.episode_returns(transitions)
     report.write(out, returns, title=f"{env.spec.id}, {args.steps} gradient steps")
 
