@@ -11,17 +11,13 @@ import argparse
 import logging
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium
-import h5py
-import minari
-import record_pendulum
 import report
 import torch
-from tensordict import TensorDictBase
-from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, SerialEnv, TransformedEnv
+from open_dataset import open_dataset
+from torchrl.envs import SerialEnv
 from torchrl.objectives import SoftUpdate
 from torchrl.record import CSVLogger
 
@@ -40,30 +36,6 @@ parser.add_argument("--device", default=torch.get_default_device(), help="any to
 parser.add_argument("--seed", type=int, default=0, help="of networks and batches (default: %(default)s)")
 parser.add_argument("--out", type=Path, help="new folder of the run; default: runs/ENVIRONMENT-TIME")
 parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-
-
-def open_dataset(name: str | None, env_id: str | None) -> tuple[Callable[[], EnvBase], TensorDictBase]:
-    """What makes the environment to evaluate in, and the transitions to learn from, recorded if none are named."""
-    if name is None:
-        if record_pendulum.DATASET_ID not in minari.list_local_datasets():
-            record_pendulum.record()
-        name = f"minari:{record_pendulum.DATASET_ID}"
-    kind, _, dataset_id = name.partition(":")
-    if kind == "minari":
-        transitions = bcq.load_minari(dataset_id)
-        env_id = env_id or minari.load_dataset(dataset_id).env_spec
-    elif not Path(name).is_file():
-        raise ValueError(f"there is no file {name}")
-    elif not env_id:
-        with h5py.File(name) as file:
-            env_id = file.attrs.get("env_id")
-    if not env_id:
-        raise ValueError(f"{name} does not name its environment; pass --env")
-
-    def make_env() -> EnvBase:
-        return TransformedEnv(GymWrapper(gymnasium.make(env_id)), DoubleToFloat())
-
-    return make_env, transitions if kind == "minari" else bcq.load_hdf5(name, action_spec=make_env().action_spec)
 
 
 def main() -> None:
