@@ -14,8 +14,9 @@ import torchrl_bcq
 ROOT = Path(torchrl_bcq.__file__).parent
 MAY_IMPORT = {
     "functional": set(),
-    "modules": {"functional", "modules"},
-    "objectives": {"functional", "objectives"},
+    "protocols": set(),
+    "modules": {"functional", "protocols", "modules"},
+    "objectives": {"functional", "protocols", "objectives"},
     "data": {"data"},
     "trainers": {"functional", "objectives", "data", "trainers"},
 }

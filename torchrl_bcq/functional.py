@@ -24,6 +24,17 @@ def clipped_normal(shape: Sequence[int], clip: float, like: Tensor) -> Tensor:
     return torch.randn(shape, dtype=like.dtype, device=like.device).clamp_(-clip, clip)
 
 
+def spread_normal(num: int, dim: int, clip: float, seed: int, like: Tensor) -> Tensor:
+    """``num`` points that fill the distribution of :func:`clipped_normal` more evenly than draws would: ``[num, dim]``.
+
+    Scrambled Sobol points, taken through the inverse normal distribution function. The same seed gives the same points;
+    PyTorch's random state is left alone.
+    """
+    uniform = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(num, dtype=torch.float64)
+    normal = torch.special.ndtri(uniform.clamp_min(torch.finfo(uniform.dtype).eps))
+    return normal.clamp_(-clip, clip).to(like)
+
+
 def squash_to_bounds(logits: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """``tanh(logits)`` stretched onto ``[low, high]``. ``[*B, A], [A], [A] -> [*B, A]``."""
     action = (high + low) / 2 + (high - low) / 2 * torch.tanh(logits)

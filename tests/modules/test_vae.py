@@ -85,6 +85,8 @@ def test_encoder_of_the_wrong_size_is_refused(make_batch):
 def test_sizes_that_are_not_positive_are_refused(settings):
     with pytest.raises(ValueError, match="both must be positive"):
         ActionVAE(Encoder(0.0, 0.0), Decoder(), ACTION_SPEC, **settings)
+    with pytest.raises(ValueError, match="kl_weight is -1.0, expected 0 or more"):
+        ActionVAE(Encoder(0.0, 0.0), Decoder(), ACTION_SPEC, latent_dim=2, kl_weight=-1.0)
 
 
 def test_sampling_needs_no_action(modules):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_bcq import BCQPolicy
 
@@ -157,8 +158,10 @@ def test_policy_acts_with_what_was_just_learned(modules, loss, make_batch):
 def test_casting_the_loss_takes_the_policy_along(modules, loss):
     policy = BCQPolicy(*modules)
     loss.double()
-    assert {tensor.dtype for tensor in policy.state_dict().values()} == {torch.float64}
+    assert {tensor.dtype for module in modules for tensor in module.state_dict().values()} == {torch.float64}
     for ours, theirs in zip(loss.vae_network_params.parameters(), modules[0].parameters(), strict=True):
         assert ours.data_ptr() == theirs.data_ptr()
     states = TensorDict({"observation": torch.randn(2, 3, dtype=torch.float64)}, [2])
-    assert policy(states)["action"].dtype == torch.float64
+    for mode in (ExplorationType.RANDOM, ExplorationType.DETERMINISTIC):  # drawn latents, and the policy's own
+        with set_exploration_type(mode):
+            assert policy(states)["action"].dtype == torch.float64

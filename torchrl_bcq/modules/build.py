@@ -25,8 +25,11 @@ def make_bcq_modules(
     vae_hidden: Sequence[int] = (750, 750),
     latent_dim: int | None = None,
     latent_clip: float = 0.5,
+    kl_weight: float = 0.5,
     num_critics: int = 2,
     phi: float = 0.05,
+    action_key: NestedKey = "action",
+    value_key: NestedKey = "state_action_value",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[ActionVAE, PerturbationActor, QEnsemble]:
@@ -39,8 +42,11 @@ def make_bcq_modules(
         vae_hidden: hidden sizes of the encoder and of the decoder.
         latent_dim: latent size, ``2 * A`` if not given.
         latent_clip: clip of sampled latents, in standard deviations.
+        kl_weight: weight of the KL divergence in the VAE's loss.
         num_critics: critics in the ensemble.
         phi: largest perturbation, as a fraction of half the action range.
+        action_key: entry of the action.
+        value_key: entry of the critics' values.
         device: where the parameters live.
         dtype: of the parameters, PyTorch's default if not given.
 
@@ -69,14 +75,20 @@ def make_bcq_modules(
         action_spec,
         latent_dim=latents,
         latent_clip=latent_clip,
+        kl_weight=kl_weight,
         observation_keys=keys,
+        action_key=action_key,
     )
-    actor = PerturbationActor(mlp(features + actions, actions, hidden), action_spec, phi=phi, observation_keys=keys)
+    actor = PerturbationActor(
+        mlp(features + actions, actions, hidden),
+        action_spec,
+        phi=phi,
+        observation_keys=keys,
+        action_key=action_key,
+    )
     critics = QEnsemble(
         [
-            TensorDictModule(
-                mlp(features + actions, 1, hidden), in_keys=[*keys, "action"], out_keys=["state_action_value"]
-            )
+            TensorDictModule(mlp(features + actions, 1, hidden), in_keys=[*keys, action_key], out_keys=[value_key])
             for _ in range(num_critics)
         ]
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.envs.utils import ExplorationType, exploration_type
 
-from torchrl_bcq.modules.perturbation import PerturbationActor
-from torchrl_bcq.modules.q_ensemble import QEnsemble
-from torchrl_bcq.modules.vae import ActionVAE
+from torchrl_bcq.functional import clipped_normal, spread_normal
+from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel
 
 
 class BCQPolicy(TensorDictModuleBase):
@@ -16,48 +17,117 @@ class BCQPolicy(TensorDictModuleBase):
 
     It holds the modules that it is given, not copies: while a loss trains them it acts with what was just learned.
 
+    Latents are drawn anew at each call, as in the paper, also where no exploration type is set. Under
+    ``ExplorationType.DETERMINISTIC`` (or ``MODE``, ``MEAN``) they are a fixed set instead, spread evenly over the same
+    distribution and held in the buffer ``latents``: the same observation then gives the same action.
+
     Args:
         vae: samples the candidates.
-        actor: perturbs them.
+        actor: perturbs them; None takes them as they are.
         critics: the first critic chooses.
         num_action_samples: candidates for each state.
+        chunk_size: candidates evaluated at a time, over all states (at least those of one state): bounds the memory.
+        seed: of the fixed latents.
+        return_value: also write ``chosen_action_value [*B, 1]``.
+        return_candidates: also write ``candidates [*B, n, A]`` and their ``action_value [*B, n]``.
 
-    Reads: the observations. Writes: the action, ``[*B, A]``.
+    Reads: the observations. Writes: the action, ``[*B, A]``, and what was asked for.
 
     Raises:
-        ValueError: if ``num_action_samples`` is below 1.
+        ValueError: if a number is below 1, or, when called, an observation has another dtype than the networks.
 
     Source: arXiv:1812.02900, eq. 12 and algorithm 1.
     """
 
+    latents: Tensor
+
     def __init__(
-        self, vae: ActionVAE, actor: PerturbationActor, critics: QEnsemble, *, num_action_samples: int = 100
+        self,
+        vae: GenerativeModel,
+        actor: TensorDictModuleBase | None,
+        critics: CriticEnsemble,
+        *,
+        num_action_samples: int = 100,
+        chunk_size: int = 25_600,
+        seed: int = 0,
+        return_value: bool = False,
+        return_candidates: bool = False,
     ) -> None:
         super().__init__()
         if num_action_samples < 1:
             raise ValueError(f"num_action_samples is {num_action_samples}; the policy needs at least one candidate.")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size is {chunk_size}, expected at least 1.")
         self.vae = vae
         self.actor = actor
         self.critics = critics
-        self.num_action_samples = num_action_samples
-        in_keys = dict.fromkeys([*vae.observation_keys, *actor.in_keys, *critics.in_keys])
+        self.chunk_size = chunk_size
+        self.return_value = return_value
+        self.return_candidates = return_candidates
+        like = next(self.parameters())
+        self.register_buffer("latents", spread_normal(num_action_samples, vae.latent_dim, vae.latent_clip, seed, like))
+        in_keys = dict.fromkeys([*vae.observation_keys, *(() if actor is None else actor.in_keys), *critics.in_keys])
         self.in_keys = [key for key in in_keys if key != vae.action_key]
-        self.out_keys = [vae.action_key]
+        self.out_keys = [
+            vae.action_key,
+            *(["chosen_action_value"] if return_value else []),
+            *(["candidates", "action_value"] if return_candidates else []),
+        ]
+
+    @property
+    def num_action_samples(self) -> int:
+        """Candidates for each state."""
+        return len(self.latents)
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the chosen action of each state, ``[*B, A]``."""
         states = tensordict.select(*self.in_keys)
-        candidates = states.unsqueeze(-1).expand(*states.batch_size, self.num_action_samples)  # [*B] -> [*B, n]
-        candidates = self.actor(self.vae.decode(candidates))
-        actions = candidates.get(self.out_keys[0])  # [*B, n, A]
-        value = self.critics.first(candidates).get(self.critics.out_keys[0])  # [*B, n, 1]
-        best = value.argmax(-2, keepdim=True)  # [*B, n, 1] -> [*B, 1, 1]
-        return tensordict.set(self.out_keys[0], actions.take_along_dim(best, -2).squeeze(-2))
+        self._check_dtypes(states)
+        rows = states.reshape(-1)  # [*B] -> [N]
+        chunks = rows.split(max(1, self.chunk_size // self.num_action_samples))
+        chosen = [self._choose(chunk) for chunk in chunks]
+        out = chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+        return tensordict.update(out.reshape(states.batch_size) if states.ndim else out[0])
+
+    def _choose(self, states: TensorDictBase) -> TensorDict:
+        """The best candidate of each state. ``[N] -> [N]``."""
+        shape = (len(states), self.num_action_samples)
+        candidates = self.vae.decode(states.unsqueeze(-1).expand(shape), self._draw_latents(len(states)))
+        if self.actor is not None:
+            candidates = self.actor(candidates)
+        actions = candidates.get(self.vae.action_key)  # [N, n, A]
+        value = self.critics.first(candidates).get(self.critics.out_keys[-1])  # [N, n, 1]
+        best = value.argmax(-2, keepdim=True)  # [N, n, 1] -> [N, 1, 1]
+        out = TensorDict({self.vae.action_key: actions.take_along_dim(best, -2).squeeze(-2)}, [len(states)])
+        if self.return_value:
+            out.set("chosen_action_value", value.take_along_dim(best, -2).squeeze(-2))
+        if self.return_candidates:
+            out.set("candidates", actions).set("action_value", value.squeeze(-1))
+        return out
+
+    def _draw_latents(self, states: int) -> Tensor:
+        """Latents ``[N, n, L]`` of the candidates."""
+        shape, like = (states, *self.latents.shape), next(self.parameters())
+        if _is_random():
+            return clipped_normal(shape, self.vae.latent_clip, like)
+        return self.latents.to(like).expand(shape)  # the networks may have been cast through a loss
+
+    def _check_dtypes(self, states: TensorDictBase) -> None:
+        wanted = next(self.parameters()).dtype
+        for key in self.in_keys:
+            dtype = states.get(key).dtype
+            if dtype.is_floating_point and dtype != wanted:
+                raise ValueError(
+                    f"{key} has dtype {dtype}, the networks {wanted}: wrap the environment in "
+                    "TransformedEnv(env, DoubleToFloat()), or build the networks in the other dtype."
+                )
 
 
 class BehaviorCloningPolicy(TensorDictModuleBase):
-    """One sample of the behaviour, ``D(s, z)``: the VAE's decoder alone, as a baseline.
+    """One sample of the behaviour, ``D(s, z)``: the generative model alone, as a baseline.
+
+    Under ``ExplorationType.DETERMINISTIC`` (or ``MODE``, ``MEAN``) the latent is 0, its mean.
 
     Args:
         vae: samples the action.
@@ -67,7 +137,7 @@ class BehaviorCloningPolicy(TensorDictModuleBase):
     Source: "VAE-BC" in the experiments of arXiv:1812.02900.
     """
 
-    def __init__(self, vae: ActionVAE) -> None:
+    def __init__(self, vae: GenerativeModel) -> None:
         super().__init__()
         self.vae = vae
         self.in_keys = list(vae.observation_keys)
@@ -75,5 +145,11 @@ class BehaviorCloningPolicy(TensorDictModuleBase):
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write a sampled action for each state, ``[*B, A]``."""
-        return self.vae.decode(tensordict)
+        """Write an action for each state, ``[*B, A]``."""
+        shape, like = (*tensordict.batch_size, self.vae.latent_dim), next(self.parameters())
+        latent = clipped_normal(shape, self.vae.latent_clip, like) if _is_random() else like.new_zeros(shape)
+        return self.vae.decode(tensordict, latent)
+
+
+def _is_random() -> bool:
+    return exploration_type() in (ExplorationType.RANDOM, None)

@@ -11,14 +11,15 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.data import TensorSpec
 
-from torchrl_bcq.functional import clipped_normal, squash_to_bounds
+from torchrl_bcq.functional import clipped_normal, gaussian_kl, squash_to_bounds
 from torchrl_bcq.modules.bounds import action_bounds
 
 
 class ActionVAE(TensorDictModuleBase):
     """Conditional variational auto-encoder over actions, ``p(a | s) = E_z[D(s, z)]``.
 
-    Calling it reconstructs the action of a transition; :meth:`decode` samples a new one for a state.
+    Calling it reconstructs the action of a transition; :meth:`decode` samples a new one for a state. It is a
+    :class:`~torchrl_bcq.protocols.GenerativeModel`.
 
     Args:
         encoder: ``(*observations, action [*B, A]) -> [*B, 2 * L]``, mean and log standard deviation of the latent.
@@ -27,13 +28,14 @@ class ActionVAE(TensorDictModuleBase):
         latent_dim: ``L``, the author's value is ``2 * A``.
         latent_clip: sampled latents are clipped to this many standard deviations; reconstructions are not.
         log_std_range: clamp of the encoder's log standard deviation.
+        kl_weight: weight of the latent's KL divergence beside the reconstruction error in :meth:`training_loss`.
         observation_keys: entries given to both networks, in this order.
         action_key: entry that is read by the encoder and written by :meth:`decode`.
 
     Writes: ``reconstruction [*B, A]``, ``loc [*B, L]``, ``log_std [*B, L]``.
 
     Raises:
-        ValueError: if ``action_spec`` is not a finite box of rank 1, or a size or clip is not positive.
+        ValueError: if ``action_spec`` is not a finite box of rank 1, or a size, clip or weight is not positive.
 
     Source: arXiv:1812.02900, section 4.1 and appendix D.1.
     """
@@ -47,21 +49,26 @@ class ActionVAE(TensorDictModuleBase):
         latent_dim: int,
         latent_clip: float = 0.5,
         log_std_range: tuple[float, float] = (-4.0, 15.0),
+        kl_weight: float = 0.5,
         observation_keys: Sequence[NestedKey] = ("observation",),
         action_key: NestedKey = "action",
     ) -> None:
         super().__init__()
         if latent_dim < 1 or not latent_clip > 0:
             raise ValueError(f"latent_dim is {latent_dim} and latent_clip {latent_clip}; both must be positive.")
+        if not kl_weight >= 0:
+            raise ValueError(f"kl_weight is {kl_weight}, expected 0 or more.")
         self.observation_keys = list(observation_keys)
         self.action_key = action_key
         self.in_keys = [*self.observation_keys, action_key]
         self.out_keys = ["reconstruction", "loc", "log_std"]
+        self.loss_keys = ["vae_reconstruction", "vae_kl"]
         self.encoder = encoder
         self.decoder = decoder
         self.latent_dim = latent_dim
         self.latent_clip = latent_clip
         self.log_std_range = log_std_range
+        self.kl_weight = kl_weight
         low, high = action_bounds(action_spec)
         self.register_buffer("low", low)
         self.register_buffer("high", high)
@@ -93,6 +100,19 @@ class ActionVAE(TensorDictModuleBase):
         loc, std = tensordict.get("loc"), tensordict.get("log_std").exp()
         noise = torch.randn_like(loc) if noise is None else noise
         return tensordict.set("reconstruction", self._decode(tensordict, loc + std * noise))
+
+    def training_loss(
+        self, tensordict: TensorDictBase, noise: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Negative evidence lower bound of each row, ``[*B]``, with its two parts by name.
+
+        ``vae_reconstruction`` is the squared error, mean over action dimensions; ``vae_kl`` the KL divergence in nats,
+        mean over latents, before its weight.
+        """
+        out = self(tensordict.copy(), noise=noise)
+        error = (out.get("reconstruction") - out.get(self.action_key)).square().mean(-1)  # [*B, A] -> [*B]
+        kl = gaussian_kl(out.get("loc"), out.get("log_std")).mean(-1)  # [*B, L] -> [*B]
+        return error + self.kl_weight * kl, {"vae_reconstruction": error.detach(), "vae_kl": kl.detach()}
 
     def _observations(self, tensordict: TensorDictBase) -> list[Tensor]:
         return [tensordict.get(key) for key in self.observation_keys]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams, unravel_key
 from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
+from torchrl.envs.utils import ExplorationType
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators, default_value_kwargs, dispatch_value_estimator
 from torchrl.objectives.value import ValueEstimatorBase
 
-from torchrl_bcq.functional import best_sample_value, gaussian_kl
+from torchrl_bcq.functional import best_sample_value, clipped_normal
+from torchrl_bcq.objectives.inputs import check_time_dimension, select_inputs
+from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, require
 
 
 class BCQLoss(LossModule):
@@ -24,28 +28,31 @@ class BCQLoss(LossModule):
     :class:`~torchrl_bcq.trainers.BCQOptimizationStepper` does. The modules handed in are the ones that are trained.
 
     Args:
-        vae_network: reconstructs actions when called and samples them in ``decode(tensordict, latent)``; see
+        vae_network: the behaviour, any :class:`~torchrl_bcq.protocols.GenerativeModel`; the paper's is
             :class:`~torchrl_bcq.modules.ActionVAE`.
         actor_network: perturbs the action of a tensordict; see :class:`~torchrl_bcq.modules.PerturbationActor`.
+            ``None`` takes sampled actions as they are; then there is no ``actor_loss``.
         qvalue_network: all critics in one module; see :class:`~torchrl_bcq.modules.QEnsemble`.
         lmbda: weight of the minimum over critics in the target, the maximum has ``1 - lmbda``.
         num_target_samples: actions sampled at each next state.
-        kl_weight: weight of the latent's KL divergence beside the reconstruction error.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the batch.
+        delay_actor: whether the target has an actor of its own, moved by a target updater.
+        delay_qvalue: whether the target has critics of its own.
+        reduction: ``"mean"`` (or None), ``"sum"`` or ``"none"`` over the batch.
+        deactivate_vmap: TorchRL's switch, handed to the value estimator; nothing else here uses vmap.
         use_prioritized_weights: ``"auto"`` weighs each row by ``priority_weight`` where a batch holds it.
 
     Reads: observations, action ``[*B, A]``, and under ``"next"`` observations, reward, done and terminated
-    ``[*B, 1]``. The bootstrap ends at ``terminated``; a truncated episode goes on. Writes to its input ``td_error
-    [*B]``, the largest over critics, as the priority. The discount belongs to the value estimator:
-    ``loss.make_value_estimator(gamma=0.99)``.
+    ``[*B, 1]``; ``steps_to_next_obs [*B, 1]`` where TorchRL's multi-step transforms wrote it. The bootstrap ends at
+    ``terminated``; a truncated episode goes on. Writes to its input ``td_error [*B]``, the largest over critics, as
+    the priority. The discount belongs to the value estimator: ``loss.make_value_estimator(gamma=0.99)``.
 
-    Returns: ``loss_vae``, ``loss_qvalue`` (summed over critics), ``loss_actor``, and detached, for each row:
-    ``vae_reconstruction`` (squared error), ``vae_kl`` (nats, mean over latents), ``td_error [*B, C]`` (absolute),
+    Returns: ``loss_vae``, ``loss_qvalue`` (summed over critics), ``loss_actor``, and detached, for each row: what the
+    behaviour's training reports (``vae_reconstruction``, ``vae_kl``), ``td_error [*B, C]`` (absolute),
     ``pred_value [*B, C]``, ``target_value [*B]``.
 
     Raises:
-        TypeError: at construction, if a network lacks a method that is needed of it.
-        ValueError: at construction, if a setting is out of its range.
+        TypeError: at construction, if a network lacks a member that is needed of it.
+        ValueError: at construction, if a setting is out of its range, or the networks disagree about the action's key.
         ValueError: if a batch lacks an entry, or its shapes or dtypes do not fit; nothing is broadcast.
 
     Source: arXiv:1812.02900, eq. 11 to 13, algorithm 1, appendix D.1.
@@ -60,27 +67,19 @@ class BCQLoss(LossModule):
         reward: NestedKey = "reward"
         done: NestedKey = "done"
         terminated: NestedKey = "terminated"
+        steps_to_next_obs: NestedKey = "steps_to_next_obs"
         priority: NestedKey = "td_error"
         priority_weight: NestedKey = "priority_weight"
 
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
     default_value_estimator = ValueEstimators.TD0
-    out_keys = [
-        "loss_vae",
-        "loss_qvalue",
-        "loss_actor",
-        "vae_reconstruction",
-        "vae_kl",
-        "td_error",
-        "pred_value",
-        "target_value",
-    ]
+    deterministic_sampling_mode = ExplorationType.RANDOM  # TorchRL's default would make all candidates alike
 
-    vae_network: TensorDictModuleBase
+    vae_network: GenerativeModel
     vae_network_params: TensorDictParams
     target_vae_network_params: TensorDictParams
-    actor_network: TensorDictModuleBase
+    actor_network: TensorDictModuleBase | None
     actor_network_params: TensorDictParams
     target_actor_network_params: TensorDictParams
     qvalue_network: TensorDictModuleBase
@@ -89,14 +88,16 @@ class BCQLoss(LossModule):
 
     def __init__(
         self,
-        vae_network: TensorDictModuleBase,
-        actor_network: TensorDictModuleBase,
-        qvalue_network: TensorDictModuleBase,
+        vae_network: GenerativeModel,
+        actor_network: TensorDictModuleBase | None,
+        qvalue_network: CriticEnsemble,
         *,
         lmbda: float = 0.75,
         num_target_samples: int = 10,
-        kl_weight: float = 0.5,
-        reduction: str = "mean",
+        delay_actor: bool = True,
+        delay_qvalue: bool = True,
+        reduction: str | None = "mean",
+        deactivate_vmap: bool = False,
         use_prioritized_weights: str | bool = "auto",
     ) -> None:
         super().__init__()
@@ -104,56 +105,56 @@ class BCQLoss(LossModule):
             raise ValueError(f"lmbda is {lmbda}, expected a weight between 0 and 1.")
         if num_target_samples < 1:
             raise ValueError(f"num_target_samples is {num_target_samples}, expected at least 1.")
-        if reduction not in ("mean", "sum", "none"):
+        if reduction not in ("mean", "sum", "none", None):
             raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'.")
-        if not kl_weight >= 0:
-            raise ValueError(f"kl_weight is {kl_weight}, expected 0 or more.")
         if use_prioritized_weights not in (True, False, "auto"):
             raise ValueError(f"use_prioritized_weights is {use_prioritized_weights!r}, expected True, False or 'auto'.")
-        for name, network, method in (
-            ("vae_network", vae_network, "decode"),
-            ("qvalue_network", qvalue_network, "first"),
-        ):
-            if not hasattr(network, method):
-                raise TypeError(
-                    f"{name} is a {type(network).__name__}, which has no method {method!r}; see the docstring."
-                )
+        _check_networks(vae_network, actor_network, qvalue_network)
         self.convert_to_functional(vae_network, "vae_network")
-        self.convert_to_functional(actor_network, "actor_network", create_target_params=True)
-        self.convert_to_functional(qvalue_network, "qvalue_network", create_target_params=True)
+        if actor_network is None:
+            self.actor_network = None
+        else:
+            self.convert_to_functional(actor_network, "actor_network", create_target_params=delay_actor)
+        self.convert_to_functional(qvalue_network, "qvalue_network", create_target_params=delay_qvalue)
         self.lmbda = lmbda
         self.num_target_samples = num_target_samples
-        self.kl_weight = kl_weight
-        self.reduction = reduction
+        self.delay_actor = delay_actor and actor_network is not None
+        self.delay_qvalue = delay_qvalue
+        self.reduction = reduction or "mean"
+        self.deactivate_vmap = deactivate_vmap
         self.use_prioritized_weights = use_prioritized_weights
+        losses = [f"loss_{name}" for name in self.network_names]
+        self.out_keys = [*losses, *vae_network.loss_keys, "td_error", "pred_value", "target_value"]
         self._in_keys: list[NestedKey] | None = None
-        self.tensor_keys.action = actor_network.out_keys[0]
+        self.tensor_keys.action = vae_network.action_key
         self.tensor_keys.state_action_value = qvalue_network.out_keys[-1]
         self.make_value_estimator()
 
+    @property
+    def network_names(self) -> tuple[str, ...]:
+        """The networks that are trained, in the paper's order: each has a ``{name}_loss`` and its parameters."""
+        return ("vae", "qvalue") if self.actor_network is None else ("vae", "qvalue", "actor")
+
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """All three losses, whose sum can be differentiated, and their metadata, at the present parameters."""
-        loss_vae, vae_metadata = self.vae_loss(tensordict)
-        loss_qvalue, qvalue_metadata = self.qvalue_loss(tensordict)
-        loss_actor, actor_metadata = self.actor_loss(tensordict)
-        losses = {"loss_vae": loss_vae, "loss_qvalue": loss_qvalue, "loss_actor": loss_actor}
-        return TensorDict({**losses, **vae_metadata, **qvalue_metadata, **actor_metadata})
+        """All losses, whose sum can be differentiated, and their metadata, at the present parameters."""
+        out: dict[str, Tensor] = {}
+        for name in self.network_names:
+            loss, metadata = getattr(self, f"{name}_loss")(tensordict)
+            out.update({f"loss_{name}": loss, **metadata})
+        return TensorDict(out)
 
     def vae_loss(self, tensordict: TensorDictBase, noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reconstruction error plus ``kl_weight`` times KL divergence. ``noise [*B, L]`` is drawn if not given."""
-        batch = self._check(tensordict, self.vae_network.in_keys)
+        """What the behaviour is trained by, for a VAE the negative ELBO. ``noise [*B, L]`` is drawn if not given."""
+        batch = self._select(tensordict, self._state_action_keys)
         with _run_on(self.vae_network_params, self.vae_network):
-            out = self.vae_network(batch.copy(), noise=noise)
-        action = batch.get(self.tensor_keys.action)
-        reconstruction = (out.get("reconstruction") - action).square().mean(-1)  # [*B, A] -> [*B]
-        kl = gaussian_kl(out.get("loc"), out.get("log_std")).mean(-1)  # [*B, L] -> [*B]
-        loss = self._weigh(reconstruction + self.kl_weight * kl, tensordict)
-        return loss, {"vae_reconstruction": reconstruction.detach(), "vae_kl": kl.detach()}
+            loss, metadata = self.vae_network.training_loss(batch, noise=noise)
+        return self._weigh(loss, tensordict), metadata
 
     def qvalue_loss(self, tensordict: TensorDictBase, latent: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared TD error, summed over critics. ``latent [*B, n, L]`` of the next actions is drawn if not given."""
-        batch = self._check(tensordict, self.in_keys)
+        steps = self.tensor_keys.steps_to_next_obs
+        batch = self._select(tensordict, [*self.in_keys, *([steps] if steps in tensordict.keys(True) else [])])
         with _run_on(self.qvalue_network_params, self.qvalue_network):
             pred_value = self.qvalue_network(batch.copy()).get(self.tensor_keys.state_action_value)  # [*B, C]
         target_value = self._target_value(batch, latent)  # [*B, 1]
@@ -166,9 +167,11 @@ class BCQLoss(LossModule):
 
     def actor_loss(self, tensordict: TensorDictBase, latent: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """``-Q_1`` of a perturbed sample. ``latent [*B, L]`` of the sampled action is drawn if not given."""
-        batch = self._check(tensordict, self.vae_network.in_keys)
-        with torch.no_grad(), _run_on(self.vae_network_params, self.vae_network):
-            sampled = self.vae_network.decode(batch.copy(), latent=latent)
+        if self.actor_network is None:
+            raise ValueError("this loss was made without an actor_network; there is no actor_loss.")
+        batch = self._select(tensordict, self._state_action_keys)
+        with torch.no_grad():
+            sampled = self._sample(batch.copy(), latent)
         with _run_on(self.actor_network_params, self.actor_network):
             perturbed = self.actor_network(sampled)
         with _run_on(self.qvalue_network_params.data, self.qvalue_network):  # detached: only the actor learns
@@ -178,17 +181,27 @@ class BCQLoss(LossModule):
     @torch.no_grad()
     def _target_value(self, batch: TensorDictBase, latent: Tensor | None) -> Tensor:
         """Eq. 13 at the next states, with the target actor and critics: ``[*B, 1]``."""
+        if self.value_type is not ValueEstimators.TD0:
+            check_time_dimension(batch)
         states = batch.get("next").select(*self._observation_keys)
         candidates = states.unsqueeze(-1).expand(*states.batch_size, self.num_target_samples)  # [*B] -> [*B, n]
-        with _run_on(self.vae_network_params, self.vae_network):
-            candidates = self.vae_network.decode(candidates, latent=latent)
-        with _run_on(self.target_actor_network_params, self.actor_network):
-            candidates = self.actor_network(candidates)
+        candidates = self._sample(candidates, latent)
+        if self.actor_network is not None:
+            with _run_on(self.target_actor_network_params, self.actor_network):
+                candidates = self.actor_network(candidates)
         with _run_on(self.target_qvalue_network_params, self.qvalue_network):
             qvalue = self.qvalue_network(candidates).get(self.tensor_keys.state_action_value)  # [*B, n, C]
         next_value = best_sample_value(qvalue, self.lmbda)
         batch = batch.copy().set(("next", self.tensor_keys.state_action_value), next_value)
         return self.value_estimator.value_estimate(batch)
+
+    def _sample(self, states: TensorDictBase, latent: Tensor | None) -> TensorDictBase:
+        """Write an action of the behaviour for each state."""
+        vae = self.vae_network
+        if latent is None:
+            latent = clipped_normal((*states.batch_size, vae.latent_dim), vae.latent_clip, like=self._first_parameter)
+        with _run_on(self.vae_network_params, vae):
+            return vae.decode(states, latent)
 
     def _weigh(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
         """Importance weights, mask and reduction as TorchRL does them. ``[*B] -> []``, or ``[*B]`` for ``"none"``."""
@@ -198,65 +211,57 @@ class BCQLoss(LossModule):
             raise ValueError(f"{key} has shape {shape}, expected {tuple(loss.shape)}, one weight for each row.")
         return self._reduce_loss(loss, tensordict=tensordict, weights=weights)
 
-    def _check(self, tensordict: TensorDictBase, keys: list[NestedKey]) -> TensorDictBase:
-        """Select ``keys``, with the batch size of the action; say what is missing or misshapen."""
-        missing = [key for key in keys if tensordict.get(key, None) is None]
-        if missing:
-            present = sorted(map(str, tensordict.keys(True, True)))
-            raise ValueError(f"the batch lacks {missing}; it holds {present}. Rename entries with loss.set_keys(...).")
-        action = tensordict.get(self.tensor_keys.action)
-        batch, dtype = action.shape[:-1], self._dtype
+    def _select(self, tensordict: TensorDictBase, keys: list[NestedKey]) -> TensorDictBase:
         reward, *flags = (unravel_key(("next", getattr(self.tensor_keys, k))) for k in ("reward", "done", "terminated"))
-        for key in keys:
-            value = tensordict.get(key)
-            wanted = torch.bool if key in flags else dtype
-            if value.dtype != wanted and (key in flags or value.dtype.is_floating_point):
-                hint = "" if key in flags else " or the loss"
-                raise ValueError(f"{key} has dtype {value.dtype}, expected {wanted}; cast the entry{hint}.")
-            column = key == reward or key in flags
-            if value.shape[: len(batch)] != batch or (column and value.shape != (*batch, 1)):
-                raise ValueError(
-                    f"{key} has shape {tuple(value.shape)}, which does not fit the action's {tuple(action.shape)}: "
-                    "expected [*B, 1] for reward, done and terminated, and [*B, ...] for all else."
-                )
-        selected = tensordict.select(*keys)
-        selected.batch_size = batch
-        return selected
+        return select_inputs(
+            tensordict,
+            keys,
+            action_key=self.tensor_keys.action,
+            reward_key=reward,
+            flag_keys=flags,
+            dtype=self._first_parameter.dtype,
+        )
 
     def _apply(self, fn, recurse: bool = True):
         """Move or cast, and bind the moved tensors to the modules handed in, whose buffers would else stay behind."""
         super()._apply(fn)
-        for name in ("vae_network", "actor_network", "qvalue_network"):
-            _run_on(getattr(self, f"{name}_params"), getattr(self, name))
+        for name in self.network_names:
+            _run_on(getattr(self, f"{name}_network_params"), getattr(self, f"{name}_network"))
         return self
 
     @property
-    def _dtype(self) -> torch.dtype:
-        return next(p.dtype for p in self.parameters())
+    def _first_parameter(self) -> Tensor:
+        return next(self.parameters())
+
+    @property
+    def _state_action_keys(self) -> list[NestedKey]:
+        return [*self._observation_keys, self.tensor_keys.action]
 
     @property
     def _observation_keys(self) -> list[NestedKey]:
-        networks = (self.vae_network, self.actor_network, self.qvalue_network)
-        keys = dict.fromkeys(key for network in networks for key in network.in_keys)
+        actor_keys = [] if self.actor_network is None else self.actor_network.in_keys
+        keys = dict.fromkeys([*self.vae_network.observation_keys, *actor_keys, *self.qvalue_network.in_keys])
         return [key for key in keys if key != self.tensor_keys.action]
 
     @property
     def in_keys(self) -> list[NestedKey]:
         """Entries that ``forward`` reads, in the order in which a keyword-less call would take them."""
         if self._in_keys is None:
-            observations = self._observation_keys
             outcome = (self.tensor_keys.reward, self.tensor_keys.done, self.tensor_keys.terminated)
-            following = [unravel_key(("next", key)) for key in (*observations, *outcome)]
-            self._in_keys = [*observations, self.tensor_keys.action, *following]
+            following = [unravel_key(("next", key)) for key in (*self._observation_keys, *outcome)]
+            self._in_keys = [*self._state_action_keys, *following]
         return self._in_keys
 
     @in_keys.setter
     def in_keys(self, values: list[NestedKey]) -> None:
         self._in_keys = values
 
+    def _make_vmap(self) -> None:
+        """TorchRL rebuilds vmapped calls when ``set_vmap_randomness`` is called; there are none."""
+
     def _forward_value_estimator_keys(self, **kwargs) -> None:
         self._in_keys = None
-        decided = {"action": self.actor_network.out_keys[0], "state_action_value": self.qvalue_network.out_keys[-1]}
+        decided = {"action": self.vae_network.action_key, "state_action_value": self.qvalue_network.out_keys[-1]}
         for name, key in decided.items():
             if (asked := getattr(self.tensor_keys, name)) != key:
                 setattr(self.tensor_keys, name, key)
@@ -274,29 +279,53 @@ class BCQLoss(LossModule):
             "reward": keys.reward,
             "done": keys.done,
             "terminated": keys.terminated,
+            "steps_to_next_obs": keys.steps_to_next_obs,
         }
 
     def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams) -> BCQLoss:
-        """Choose the estimator of the target and its settings, such as ``gamma``. TD(0), with 0.99, is the paper's."""
+        """Choose the estimator of the target and its settings, such as ``gamma``.
+
+        ``ValueEstimators.TD0`` with 0.99 is the paper's. ``TD1`` and ``TDLambda`` read whole slices of trajectories,
+        ``[B, T]``; they follow the dataset's actions for several steps, uncorrected.
+        """
         value_type = self.default_value_estimator if value_type is None else value_type
         if isinstance(value_type, (ValueEstimatorBase, type)):
             raise NotImplementedError(f"choose the estimator by its name, ValueEstimators.TD0; got {value_type}.")
-        hyperparams = {**default_value_kwargs(value_type), "device": self._default_device, **hyperparams}
+        like = self._first_parameter
+        defaults = {**default_value_kwargs(value_type), "device": like.device, "deactivate_vmap": self.deactivate_vmap}
+        hyperparams = {**defaults, **hyperparams}
         dispatch_value_estimator(
             self,
             value_type,
-            supported=(ValueEstimators.TD0,),
+            supported=(ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda),
             tensor_keys=self._value_estimator_keys,
             value_network=None,
             **hyperparams,
         )
-        # TorchRL rounds it to float32
-        self._value_estimator.gamma = torch.as_tensor(
-            hyperparams["gamma"], dtype=self._dtype, device=self._default_device
-        )
+        for name in {"gamma", "lmbda"} & hyperparams.keys():  # TorchRL rounds them to float32
+            setattr(
+                self._value_estimator, name, torch.as_tensor(hyperparams[name], dtype=like.dtype, device=like.device)
+            )
         return self
 
 
-def _run_on(params: TensorDictParams, network: TensorDictModuleBase):
+def _check_networks(
+    vae_network: GenerativeModel, actor_network: TensorDictModuleBase | None, qvalue_network: CriticEnsemble
+) -> None:
+    require("vae_network", vae_network, GenerativeModel)
+    require("qvalue_network", qvalue_network, CriticEnsemble)
+    action = vae_network.action_key
+    if action not in qvalue_network.in_keys:
+        raise ValueError(
+            f"qvalue_network reads {qvalue_network.in_keys}, but not {action!r}, which vae_network writes."
+        )
+    if actor_network is not None and (action not in actor_network.in_keys or list(actor_network.out_keys) != [action]):
+        raise ValueError(
+            f"actor_network maps {actor_network.in_keys} to {actor_network.out_keys}, expected to read and overwrite "
+            f"{action!r}, which vae_network writes."
+        )
+
+
+def _run_on(params: TensorDictParams, network: Any):
     """Put ``params`` into ``network``, in a ``with`` until its end; tensordict's default would unfreeze them."""
     return params.to_module(network, preserve_module_state=False)

@@ -28,7 +28,7 @@ class BCQTrainer(Trainer):
         loss_module: the objective.
         replay_buffer: holds the transitions and knows its batch size.
         target_net_updater: of ``loss_module``; stepped after each gradient step, the author's is
-            ``SoftUpdate(loss_module, tau=0.005)``.
+            ``SoftUpdate(loss_module, tau=0.005)``. None where the loss delays neither actor nor critics.
         total_steps: gradient steps in all, those before a resumed checkpoint included.
         optimization_stepper: the author's Adam optimizers if not given.
         log_interval: gradient steps between two updates of the progress bar and of the logger; what is logged is the
@@ -42,8 +42,8 @@ class BCQTrainer(Trainer):
 
     Raises:
         TypeError: for an argument of TorchRL's Trainer that would have no effect here.
-        ValueError: if the updater belongs to another loss, or a prioritised buffer reads its priorities from another
-            entry than the loss writes.
+        ValueError: if the updater is missing or belongs to another loss, or a prioritised buffer reads its priorities
+            from another entry than the loss writes.
         FloatingPointError: in ``train``, if a loss was not finite within the last ``log_interval`` steps.
     """
 
@@ -52,7 +52,7 @@ class BCQTrainer(Trainer):
         loss_module: BCQLoss,
         replay_buffer: ReplayBuffer,
         *,
-        target_net_updater: TargetNetUpdater,
+        target_net_updater: TargetNetUpdater | None,
         total_steps: int,
         optimization_stepper: OptimizationStepper | None = None,
         log_interval: int = 100,
@@ -60,10 +60,7 @@ class BCQTrainer(Trainer):
     ) -> None:
         if taken := _NOT_OFFLINE & trainer_kwargs.keys():
             raise TypeError(f"BCQTrainer has no use for {sorted(taken)}; optimizers go into optimization_stepper.")
-        if target_net_updater.loss_module is not loss_module:
-            raise ValueError(
-                "target_net_updater was made for another loss; its targets are not the ones that are used."
-            )
+        _check_updater(loss_module, target_net_updater)
         super().__init__(
             collector=OfflineCollector(total_steps, log_interval),
             total_frames=total_steps,
@@ -83,7 +80,8 @@ class BCQTrainer(Trainer):
         if isinstance(replay_buffer.sampler, PrioritizedSampler):
             _check_priority_key(loss_module, replay_buffer)
             self.register_op("post_optim_log", replay.update_priority)
-        self.register_op("post_optim", TargetNetUpdaterHook(target_net_updater))
+        if target_net_updater is not None:
+            self.register_op("post_optim", TargetNetUpdaterHook(target_net_updater))
         self.register_op("post_optim_complete_log", self._log_losses)
         self.register_op("setup", self._advance_progress_bar)
         self.register_op("shutdown", self._close_progress_bar)
@@ -117,6 +115,18 @@ class BCQTrainer(Trainer):
     def _close_progress_bar(self) -> None:
         if self.progress_bar:
             self._pbar.close()
+
+
+def _check_updater(loss_module: BCQLoss, updater: TargetNetUpdater | None) -> None:
+    delayed = loss_module.delay_actor or loss_module.delay_qvalue
+    if delayed != (updater is not None):
+        raise ValueError(
+            "the loss has target networks; pass target_net_updater=SoftUpdate(loss_module, tau=0.005)."
+            if delayed
+            else "the loss has no target networks (delay_actor, delay_qvalue); pass target_net_updater=None."
+        )
+    if updater is not None and updater.loss_module is not loss_module:
+        raise ValueError("target_net_updater was made for another loss; its targets are not the ones that are used.")
 
 
 def _check_priority_key(loss_module: BCQLoss, replay_buffer: ReplayBuffer) -> None:

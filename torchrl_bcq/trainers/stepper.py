@@ -22,13 +22,17 @@ class BCQOptimizationStepper(OptimizationStepper):
     Args:
         vae_optimizer: of the VAE's parameters.
         qvalue_optimizer: of all critics' parameters.
-        actor_optimizer: of the perturbation actor's parameters.
+        actor_optimizer: of the perturbation actor's parameters; None where the loss has no actor.
 
     Source: arXiv:1812.02900, algorithm 1.
     """
 
-    def __init__(self, vae_optimizer: Optimizer, qvalue_optimizer: Optimizer, actor_optimizer: Optimizer) -> None:
-        self.optimizers = {"vae": vae_optimizer, "qvalue": qvalue_optimizer, "actor": actor_optimizer}
+    def __init__(
+        self, vae_optimizer: Optimizer, qvalue_optimizer: Optimizer, actor_optimizer: Optimizer | None = None
+    ) -> None:
+        self.optimizers = {"vae": vae_optimizer, "qvalue": qvalue_optimizer}
+        if actor_optimizer is not None:
+            self.optimizers["actor"] = actor_optimizer
 
     @classmethod
     def adam(cls, loss: BCQLoss, lr: float = 1e-3) -> BCQOptimizationStepper:
@@ -36,7 +40,7 @@ class BCQOptimizationStepper(OptimizationStepper):
         return cls(
             *(
                 Adam(getattr(loss, f"{name}_network_params").parameters(), lr=lr, fused=True)
-                for name in ("vae", "qvalue", "actor")
+                for name in loss.network_names
             )
         )
 

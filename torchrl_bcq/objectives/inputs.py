@@ -1,0 +1,67 @@
+"""What a loss may be given: nothing is missing, nothing is broadcast, nothing is cast silently."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+
+
+def select_inputs(
+    tensordict: TensorDictBase,
+    keys: Sequence[NestedKey],
+    *,
+    action_key: NestedKey,
+    reward_key: NestedKey,
+    flag_keys: Collection[NestedKey],
+    dtype: torch.dtype,
+) -> TensorDictBase:
+    """Select the entries that a loss reads, with the batch size ``*B`` of the action ``[*B, A]``.
+
+    Args:
+        tensordict: any batch size that is a prefix of ``*B``.
+        keys: entries to select, the action among them.
+        action_key: decides ``*B``.
+        reward_key: must be ``[*B, 1]``.
+        flag_keys: must be boolean and ``[*B, 1]``.
+        dtype: of all entries that are real numbers.
+
+    Raises:
+        ValueError: if an entry is missing, or its shape or dtype does not fit.
+    """
+    missing = [key for key in keys if tensordict.get(key, None) is None]
+    if missing:
+        present = sorted(map(str, tensordict.keys(True, True)))
+        raise ValueError(f"the batch lacks {missing}; it holds {present}. Rename entries with loss.set_keys(...).")
+    action = tensordict.get(action_key)
+    batch = action.shape[:-1]
+    for key in keys:
+        value, is_flag = tensordict.get(key), key in flag_keys
+        wanted = torch.bool if is_flag else dtype
+        if value.dtype != wanted and (is_flag or key == reward_key or value.dtype.is_floating_point):
+            hint = "" if is_flag else " or the loss"
+            raise ValueError(f"{key} has dtype {value.dtype}, expected {wanted}; cast the entry{hint}.")
+        column = is_flag or key == reward_key
+        if value.shape[: len(batch)] != batch or (column and value.shape != (*batch, 1)):
+            raise ValueError(
+                f"{key} has shape {tuple(value.shape)}, which does not fit the action's {tuple(action.shape)}: "
+                "expected [*B, 1] for reward, done and terminated, and [*B, ...] for all else."
+            )
+    selected = tensordict.select(*keys)
+    selected.batch_size = batch
+    return selected
+
+
+def check_time_dimension(batch: TensorDictBase) -> None:
+    """Refuse a flat batch, whose rows TorchRL's multi-step estimators would take for one trajectory.
+
+    Raises:
+        ValueError: if the batch has one dimension and that is not named ``"time"``.
+    """
+    if batch.ndim < 2 and "time" not in (batch.names or ()):
+        raise ValueError(
+            f"the batch has size {tuple(batch.shape)}, but TD(1) and TD(lambda) need a time dimension: pass whole "
+            "slices of trajectories as [B, T], or name the dimension 'time'; for single transitions use TD0."
+        )
