@@ -1,0 +1,181 @@
+"""What happens to a loss beside being called: copied, pickled, reset, moved, compiled."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import asdict
+
+import pytest
+import torch
+from tensordict.nn import InteractionType, ProbabilisticTensorDictModule
+from torch import nn
+from torchrl.objectives import SoftUpdate
+from torchrl.objectives.utils import ValueEstimators
+
+from torchrl_bcq import BCQLoss, BCQPolicy
+
+from .conftest import LOSSES
+
+
+def draws(*batch: int) -> dict[str, torch.Tensor]:
+    """Fixed noise for each loss."""
+    return {"vae": torch.randn(*batch, 4), "qvalue": torch.randn(*batch, 10, 4), "actor": torch.randn(*batch, 4)}
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])
+def test_duplicates_give_the_same_losses_and_go_their_own_way(loss, make_batch, duplicate):
+    loss.set_keys(reward="r")
+    loss.make_value_estimator(gamma=0.5)
+    batch, noise = make_batch(6), draws(6)
+    batch["next"].rename_key_("reward", "r")
+    twin = duplicate(loss)
+    before = {name: getattr(loss, f"{name}_loss")(batch, noise[name])[0] for name in LOSSES}
+    for name in LOSSES:
+        torch.testing.assert_close(getattr(twin, f"{name}_loss")(batch, noise[name])[0], before[name], rtol=0, atol=0)
+    updater = SoftUpdate(twin, tau=0.5)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.add_(0.1)
+    updater.step()
+    for name in LOSSES:
+        assert torch.equal(getattr(loss, f"{name}_loss")(batch, noise[name])[0], before[name])
+        assert not torch.equal(getattr(twin, f"{name}_loss")(batch, noise[name])[0], before[name])
+
+
+def test_reset_parameters_recursive(loss, modules):
+    """Every weight is drawn anew, in the modules too, and the critics differ from one another again."""
+    with torch.no_grad():
+        for p in loss.state_dict().values():
+            p.add_(1000.0)
+    bounds = {"low", "high", "_value_estimator.gamma"}
+    loss.reset_parameters_recursive()
+    for name, p in loss.state_dict().items():
+        assert (p.abs().max() > 900) == (name.rsplit(".", 1)[-1] in bounds or name in bounds), name
+    first, second = (list(critic.parameters()) for critic in modules[2].critics)
+    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert max(p.abs().max() for p in first) < 2
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.mark.parametrize("estimator", [ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda])
+def test_moving_a_loss_moves_everything(loss, modules, make_batch, estimator, device):
+    """To a device, and (as that may be where it is) to other memory: the modules handed in come along."""
+    loss.make_value_estimator(estimator)
+    batch, noise = make_batch(2, 3), draws(2, 3)["qvalue"]
+    before = loss.qvalue_loss(batch, noise)[0]
+    old = [tensor.data for tensor in loss.state_dict().values()]  # kept alive, so that no address is used again
+    loss.to(device)._apply(torch.clone)
+    tensors = [tensor for module in modules for tensor in module.state_dict().values()]
+    new = {tensor.data_ptr() for tensor in loss.state_dict().values()}
+    assert {tensor.data_ptr() for tensor in tensors} < new
+    assert not {tensor.data_ptr() for tensor in old} & {tensor.data_ptr() for tensor in tensors}
+    assert {tensor.device.type for tensor in tensors} == {device}
+    torch.testing.assert_close(loss.qvalue_loss(batch.to(device), noise.to(device))[0].cpu(), before)
+
+
+def test_key_names_and_their_defaults(modules):
+    loss = BCQLoss(*modules)
+    assert asdict(loss.tensor_keys) == {
+        "action": "action",
+        "state_action_value": "state_action_value",
+        "reward": "reward",
+        "done": "done",
+        "terminated": "terminated",
+        "steps_to_next_obs": "steps_to_next_obs",
+        "priority": "td_error",
+        "priority_weight": "priority_weight",
+    }
+    for name in ("reward", "done", "terminated", "steps_to_next_obs"):
+        loss.set_keys(**{name: ("mine", name)})
+        assert getattr(loss.value_estimator.tensor_keys, name) == ("mine", name)
+        loss.set_keys(**{name: None})  # TorchRL's way back to the default
+        assert getattr(loss.value_estimator.tensor_keys, name) == name
+    with pytest.raises(ValueError, match="priorty is not an accepted tensordict key"):
+        loss.set_keys(priorty="p")
+
+
+@pytest.mark.parametrize("estimator", [ValueEstimators.TD0, ValueEstimators.TDLambda])
+def test_vmap_switches_change_nothing(modules, make_batch, estimator):
+    """Nothing is vmapped, so TorchRL's switches are taken and have nothing to switch."""
+    values, batch, latent = [], make_batch(2, 3), torch.randn(2, 3, 10, 4)
+    for settings in ({}, {"deactivate_vmap": True}):
+        loss = BCQLoss(*modules, **settings)
+        SoftUpdate(loss, tau=0.005)
+        loss.make_value_estimator(estimator)
+        assert loss.value_estimator.deactivate_vmap == bool(settings)
+        values.append(loss.qvalue_loss(batch, latent)[0])
+        loss.set_vmap_randomness("different")
+        values.append(loss.qvalue_loss(batch, latent)[0])
+    assert all(torch.equal(value, values[0]) for value in values)
+
+
+def test_dropout_draws_for_each_candidate(modules, make_batch):
+    """A critic that is random in training needs no setting of vmap's randomness."""
+    vae, actor, critics = modules
+    for critic in critics.critics:
+        critic.module.insert(2, nn.Dropout(0.5))
+    critics._batched = False
+    loss = BCQLoss(vae, actor, critics, reduction="none")
+    SoftUpdate(loss, tau=0.005)
+    one = make_batch(1)
+    batch = one.expand(50).clone()
+    errors = loss.qvalue_loss(batch, torch.zeros(50, 10, 4))[0]
+    assert errors.unique().numel() > 40
+
+
+class RandomDecoder(nn.Module):
+    """A generative model that samples by TorchRL's probabilistic module and pays no heed to its latent."""
+
+    observation_keys, action_key, latent_dim, latent_clip, loss_keys = ("observation",), "action", 1, 0.5, ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(2))
+        self.sample = ProbabilisticTensorDictModule(
+            ["loc", "scale"],
+            ["action"],
+            distribution_class=torch.distributions.Normal,
+            default_interaction_type=InteractionType.RANDOM,
+        )
+
+    def training_loss(self, tensordict, noise=None):
+        return (tensordict["action"] - self.loc).square().mean(-1), {}
+
+    def decode(self, tensordict, latent):
+        loc = self.loc.expand(*tensordict.batch_size, 2)
+        action = self.sample(tensordict.empty().set("loc", loc).set("scale", torch.ones_like(loc)))["action"]
+        return tensordict.set("action", action)
+
+
+def test_candidates_differ_inside_the_losses(modules, make_batch):
+    """TorchRL's losses sample in DETERMINISTIC mode, in which such a model gives its mean, all candidates alike."""
+    _, actor, critics = modules
+    loss = BCQLoss(RandomDecoder(), actor, critics)
+    SoftUpdate(loss, tau=0.005)
+    seen = []
+    actor.network.register_forward_hook(lambda module, args, output: seen.append(args[-1]))
+    loss(make_batch(6))
+    assert [tuple(action.shape) for action in seen] == [(6, 10, 2), (6, 2)]
+    assert seen[0].unique().numel() == 120
+    BCQPolicy(RandomDecoder(), actor, critics)(make_batch(6).select("observation"))
+    assert seen[2].unique().numel() == 1200
+
+
+@pytest.mark.filterwarnings("ignore:torch._dynamo.config.inline_inbuilt_nn_modules:FutureWarning")  # read by tensordict
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiles_as_one_graph(loss, make_batch, name):
+    """With the backend that stops after the graphs are made, forward and backward; inductor would take a minute."""
+    batch, noise = make_batch(6), draws(6)[name]
+    eager, metadata = getattr(loss, f"{name}_loss")(batch.clone(), noise)
+    eager.backward()
+    expected = {key: p.grad.clone() for key, p in loss.named_parameters() if p.grad is not None}
+    loss.zero_grad()
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(loss, f"{name}_loss"), fullgraph=True, backend="aot_eager")
+    value, compiled_metadata = compiled(batch.clone(), noise)
+    value.backward()
+    torch.testing.assert_close(value, eager)
+    torch.testing.assert_close(compiled_metadata, metadata)
+    torch.testing.assert_close({k: p.grad for k, p in loss.named_parameters() if p.grad is not None}, expected)
+    assert compiled(batch.clone())[0].isfinite()  # and when it draws its own noise
