@@ -68,3 +68,19 @@ def test_clipped_normal():
     # mass at each clip is P(N > 0.5) = 0.3085; 4 standard errors
     assert (z == 0.5).double().mean().item() == pytest.approx(0.3085, abs=0.006)
     assert z.mean().item() == pytest.approx(0.0, abs=0.006)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_spread_latents_fill_their_distribution_evenly(seed):
+    """Of 128 Sobol points as many lie below any bound as should, to within one; of random draws +-5 would be usual."""
+    clip, count, dim = 0.5, 128, 6
+    points = F.spread_normal(count, dim, clip, seed, like=torch.zeros(()))
+    assert points.shape == (count, dim)
+    for bound in (-0.4999, -0.2, 0.0, 0.3, 0.4999):
+        share = 0.5 * (1 + math.erf(bound / math.sqrt(2)))
+        assert ((points <= bound).sum(0) - share * count).abs().max() <= 1
+    assert points.abs().max() == clip
+    unclipped = F.spread_normal(count, dim, math.inf, seed, like=torch.zeros(()))
+    assert unclipped.isfinite().all()
+    assert torch.equal(unclipped.clamp(-clip, clip), points)
+    assert not torch.equal(F.spread_normal(count, dim, clip, seed + 1, like=torch.zeros(())), points)

@@ -6,6 +6,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.envs import GymEnv
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_bcq import (
     ActionVAE,
@@ -70,9 +71,116 @@ def test_policy_leaves_only_the_action_behind():
     assert set(policy(10)(states).keys()) == {"observation", "action"}
 
 
-def test_no_candidate_is_refused():
+def test_no_candidate_is_refused(modules):
     with pytest.raises(ValueError, match="num_action_samples is 0"):
         policy(0)
+    with pytest.raises(ValueError, match="chunk_size is 0"):
+        BCQPolicy(*modules, chunk_size=0)
+
+
+# Fixed latents
+
+
+def test_deterministic_mode_gives_the_same_action_for_the_same_observation(modules, make_batch):
+    acting, states = BCQPolicy(*modules), make_batch(8).select("observation")
+
+    def act(mode: ExplorationType | None) -> torch.Tensor:
+        with set_exploration_type(mode):
+            return acting(states.clone())["action"]
+
+    for mode in (ExplorationType.DETERMINISTIC, ExplorationType.MODE, ExplorationType.MEAN):
+        assert torch.equal(act(mode), act(ExplorationType.DETERMINISTIC))
+    for mode in (ExplorationType.RANDOM, None):
+        assert (act(mode) != act(mode)).any(-1).sum() > 4  # two draws may share the corner of the clip that is best
+    other = BCQPolicy(*modules, seed=1)
+    assert not torch.equal(other.latents, acting.latents)
+    other.load_state_dict(acting.state_dict())  # the latents belong to the policy
+    assert torch.equal(other.latents, acting.latents)
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        assert torch.equal(other(states.clone())["action"], act(ExplorationType.DETERMINISTIC))
+
+
+def test_deterministic_action_by_hand(modules, make_batch):
+    """The best candidate out of those that the policy's own latents make, one latent after the other."""
+    vae, actor, critics = modules
+    acting, states = BCQPolicy(*modules, num_action_samples=7), make_batch(5).select("observation")
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        action = acting(states.clone())["action"]
+    best, expected = torch.full((5,), -torch.inf), torch.zeros(5, 2)
+    for latent in acting.latents:
+        td = critics.first(actor(vae.decode(states.clone(), latent.expand(5, -1))))
+        value = td["state_action_value"][:, 0]
+        expected = torch.where((value > best).unsqueeze(-1), td["action"], expected)
+        best = torch.maximum(best, value)
+    torch.testing.assert_close(action, expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_two_deterministic_rollouts_from_one_seed_are_bitwise_equal(threads):
+    torch.set_num_threads(threads)
+    try:
+        env = GymEnv("Pendulum-v1")
+        acting = BCQPolicy(*make_bcq_modules(env.observation_spec, env.action_spec, hidden=(64,), vae_hidden=(64,)))
+        rollouts = []
+        for state_of_the_world in (0, 1):
+            torch.manual_seed(state_of_the_world)  # has no say
+            env.set_seed(3)
+            with set_exploration_type(ExplorationType.DETERMINISTIC):
+                rollouts.append(env.rollout(60, acting))
+    finally:
+        torch.set_num_threads(1)
+    for key in ("action", "observation"):
+        assert torch.equal(rollouts[0][key], rollouts[1][key])
+    assert rollouts[0]["action"].unique().numel() > 20
+
+
+def test_fixed_latents_leave_the_random_state_alone(modules):
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    BCQPolicy(*modules)
+    assert torch.equal(torch.randn(3), expected)
+
+
+# Memory, outputs, input
+
+
+@pytest.mark.parametrize(("chunk_size", "largest"), [(1, 20), (50, 40), (60, 60), (10_000, 140)])
+def test_candidates_are_evaluated_in_chunks(modules, make_batch, chunk_size, largest):
+    """Seven states with 20 candidates each, never more than the chunk, or those of one state."""
+    whole = BCQPolicy(*modules, num_action_samples=20)
+    chunked = BCQPolicy(*modules, num_action_samples=20, chunk_size=chunk_size)
+    states, sizes = make_batch(7, 1).select("observation"), []
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        expected = whole(states.clone())["action"]
+        modules[0].decoder.register_forward_hook(lambda module, args, output: sizes.append(output[..., 0].numel()))
+        torch.testing.assert_close(chunked(states.clone())["action"], expected)
+    assert max(sizes) == largest
+    assert sum(sizes) == 140
+
+
+def test_chosen_value_and_candidates_on_demand(modules, make_batch):
+    acting = BCQPolicy(*modules, num_action_samples=9, chunk_size=18, return_value=True, return_candidates=True)
+    out = acting(make_batch(2, 3).select("observation"))
+    assert set(out.keys()) == {"observation", *acting.out_keys}
+    states = out.select("observation").unsqueeze(-1).expand(2, 3, 9).clone().set("action", out["candidates"])
+    values = modules[2].first(states)["state_action_value"].squeeze(-1)
+    torch.testing.assert_close(out["action_value"], values)
+    torch.testing.assert_close(out["chosen_action_value"], values.amax(-1, keepdim=True))
+    best = values.argmax(-1)
+    for i in range(2):
+        for j in range(3):
+            assert torch.equal(out["action"][i, j], out["candidates"][i, j, best[i, j]])
+
+
+def test_observations_of_another_dtype_are_refused(modules):
+    states = TensorDict({"observation": torch.zeros(2, 3, dtype=torch.float64)}, [2])
+    with pytest.raises(ValueError, match=r"observation has dtype torch.float64, the networks torch.float32: wrap the"):
+        BCQPolicy(*modules)(states)
+
+
+def test_no_states_no_actions(modules):
+    assert BCQPolicy(*modules)(TensorDict({"observation": torch.zeros(0, 3)}, [0]))["action"].shape == (0, 2)
 
 
 def test_rollout_in_an_environment():
@@ -92,6 +200,9 @@ def test_behavior_cloning_is_the_decoder_alone(modules, make_batch):
     torch.manual_seed(3)
     latent = torch.randn(5, 4).clamp(-0.5, 0.5)
     torch.testing.assert_close(action, vae.decode(batch.clone(), latent)["action"])
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        action = BehaviorCloningPolicy(vae)(batch.clone())["action"]
+    torch.testing.assert_close(action, vae.decode(batch.clone(), torch.zeros(5, 4))["action"])
 
 
 def test_policy_reads_what_only_the_critics_read(modules):

@@ -48,7 +48,7 @@ class BCQPolicy(TensorDictModuleBase):
         critics: CriticEnsemble,
         *,
         num_action_samples: int = 100,
-        chunk_size: int = 25_600,
+        chunk_size: int = 6_400,
         seed: int = 0,
         return_value: bool = False,
         return_candidates: bool = False,
@@ -84,9 +84,9 @@ class BCQPolicy(TensorDictModuleBase):
         """Write the chosen action of each state, ``[*B, A]``."""
         states = tensordict.select(*self.in_keys)
         self._check_dtypes(states)
-        rows = states.reshape(-1)  # [*B] -> [N]
-        chunks = rows.split(max(1, self.chunk_size // self.num_action_samples))
-        chosen = [self._choose(chunk) for chunk in chunks]
+        rows = states.reshape(states.batch_size.numel())  # [*B] -> [N]
+        size = max(1, self.chunk_size // self.num_action_samples)
+        chosen = [self._choose(rows[i : i + size]) for i in range(0, max(1, len(rows)), size)]
         out = chosen[0] if len(chosen) == 1 else torch.cat(chosen)
         return tensordict.update(out.reshape(states.batch_size) if states.ndim else out[0])
 
