@@ -12,6 +12,7 @@ from torchrl_bcq.modules import (
     make_bcq_modules,
 )
 from torchrl_bcq.objectives import BCQLoss
+from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel
 from torchrl_bcq.trainers import BCQOptimizationStepper, BCQTrainer, OfflineCollector
 
 __version__ = version("torchrl-bcq")
@@ -23,6 +24,8 @@ __all__ = [
     "BCQPolicy",
     "BCQTrainer",
     "BehaviorCloningPolicy",
+    "CriticEnsemble",
+    "GenerativeModel",
     "OfflineCollector",
     "PerturbationActor",
     "QEnsemble",

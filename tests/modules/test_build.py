@@ -35,6 +35,22 @@ def test_several_observations_are_concatenated():
     assert (critics(states)["state_action_value"] != value).all()
 
 
+def test_own_key_names_reach_everything():
+    names = {"action_key": ("arm", "torque"), "value_key": "worth"}
+    vae, actor, critics = make_bcq_modules(Composite(state=OBSERVATION_SPEC), ACTION_SPEC, **names)
+    out = critics(actor(vae.decode(TensorDict({"state": torch.randn(5, 3)}, [5]))))
+    assert set(out.keys(True, True)) == {"state", ("arm", "torque"), "worth"}
+    out["arm", "torque"] = out["arm", "torque"] + 1
+    assert (critics(out.clone())["worth"] != out["worth"]).all()
+
+
+def test_settings_reach_the_networks():
+    settings = {"kl_weight": 0.7, "latent_clip": 2.0, "latent_dim": 3, "phi": 0.2, "num_critics": 5}
+    vae, actor, critics = make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, **settings)
+    assert (vae.kl_weight, vae.latent_clip, vae.latent_dim, actor.phi) == (0.7, 2.0, 3, 0.2)
+    assert len(critics.critics) == 5
+
+
 def test_dtype_and_device_reach_everything():
     double = Unbounded((3,), dtype=torch.float64)
     for module in make_bcq_modules(double, ACTION_SPEC, hidden=(4,), vae_hidden=(4,), dtype=torch.float64):
@@ -46,10 +62,10 @@ def test_dtype_and_device_reach_everything():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (Unbounded((2,)), "action_spec.low is .* BCQ needs finite bounds"),
+        (Unbounded((2,)), "action_spec.low is .*, but BCQ needs finite bounds; pass torchrl.data.Bounded"),
         (Categorical(4), "must be a continuous Bounded spec, got Categorical, torch.int64"),
         (Bounded(-1, 1, (4, 2)), r"has shape \(4, 2\), expected \[A\]; of a vectorised environment"),
-        (Bounded(-1, float("inf"), (2,)), "action_spec.high is .* BCQ needs finite bounds"),
+        (Bounded(-1, float("inf"), (2,)), "action_spec.high is .*, but BCQ needs finite bounds"),
         (Bounded(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]), (2,)), "action_spec is empty in a dimension"),
         (Composite(action=Bounded(-1, 1, (2,))), r"Composite with keys \['action'\]; pass its leaf"),
     ],

@@ -36,7 +36,8 @@ def action_bounds(action_spec: TensorSpec) -> tuple[Tensor, Tensor]:
     for name, bound in (("low", low), ("high", high)):
         if not torch.isfinite(bound).all() or bound.abs().max() >= torch.finfo(bound.dtype).max:
             raise ValueError(
-                f"action_spec.{name} is {bound.tolist()}: BCQ needs finite bounds; rescale the actions to a box."
+                f"action_spec.{name} is {bound.tolist()}, but BCQ needs finite bounds; pass "
+                "torchrl.data.Bounded(low, high, shape), such as the range of the dataset's actions."
             )
     if (low >= high).any():
         raise ValueError(f"action_spec is empty in a dimension: low {low.tolist()}, high {high.tolist()}.")
