@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "objectives": {"functional", "protocols", "objectives"},
     "data": {"data"},
     "trainers": {"functional", "objectives", "data", "trainers"},
+    "conf": {"modules", "objectives", "data", "trainers", "conf"},
 }
 
 
@@ -55,7 +56,7 @@ def test_functional_imports_torch_alone():
     assert {name.split(".")[0] for name in names} == {"__future__", "collections", "torch"}
 
 
-def test_readers_packages_are_imported_only_when_used():
-    code = "import torchrl_bcq, sys; print([m for m in ('minari', 'h5py', 'matplotlib') if m in sys.modules])"
+def test_optional_packages_are_imported_only_when_used():
+    code = "import torchrl_bcq, sys; print([m for m in ('minari', 'h5py', 'matplotlib', 'hydra') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

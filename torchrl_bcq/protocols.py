@@ -14,7 +14,8 @@ class GenerativeModel(Protocol):
     """The behaviour that made the dataset, ``p(action | state)``: learned by a loss of its own, sampled from noise.
 
     Any :class:`torch.nn.Module` with these members can stand where :class:`~torchrl_bcq.ActionVAE` does, such as a
-    mixture density network, a normalizing flow or a diffusion model.
+    mixture density network, a normalizing flow or a diffusion model. Derived from
+    :class:`tensordict.nn.TensorDictModuleBase`, it is reached by ``loss.reset_parameters_recursive()`` too.
 
     Attributes:
         observation_keys: entries that it reads of a state.

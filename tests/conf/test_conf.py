@@ -1,0 +1,174 @@
+"""``instantiate(cfg.trainer)`` is the example's trainer: the same seed gives the same weights, bit by bit."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs import GymEnv
+from torchrl.objectives import HardUpdate, SoftUpdate
+from torchrl.record import CSVLogger
+
+import torchrl_bcq as bcq
+from torchrl_bcq import conf
+
+SMALL = ["networks.hidden=[8]", "networks.vae_hidden=[9]"]
+small_by_hand = partial(bcq.make_bcq_modules, hidden=[8], vae_hidden=[9])
+
+
+def compose_file(name, dataset):
+    with initialize_config_dir(str(Path(__file__).parent / "files"), version_base=None):
+        return compose(name, overrides=[f"dataset.path={dataset}"])
+
+
+def test_a_file_gives_the_trainer_of_the_example(tmp_path, monkeypatch, dataset, by_hand, assert_learn_the_same):
+    """Sizes and settings of the paper, with logger and checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    cfg = compose_file("example", dataset)
+
+    def build():
+        logger = CSVLogger("log", log_dir="hand")
+        return by_hand(log_interval=2, logger=logger, save_trainer_file="hand/checkpoint", save_trainer_interval=1)
+
+    assert_learn_the_same(lambda: instantiate(cfg.trainer), build)
+    logs = {file.name: file.read_bytes() for file in (tmp_path / "hand/log/scalars").iterdir()}
+    assert {"loss_vae.csv", "loss_qvalue.csv", "loss_actor.csv"} <= logs.keys()
+    assert logs == {name: (tmp_path / "conf/log/scalars" / name).read_bytes() for name in logs}
+    assert instantiate(cfg.trainer).load_from_file("hand/checkpoint").collected_frames == 5
+
+
+def test_overrides_reach_their_place(compose_bcq, by_hand, assert_learn_the_same):
+    cfg = compose_bcq(
+        *("networks.hidden=[8,7]", "networks.vae_hidden=[9]", "networks.latent_dim=3", "networks.latent_clip=0.3"),
+        *("networks.phi=0.3", "networks.num_critics=3", "networks.kl_weight=0.2", "loss.reduction=sum"),
+        *("loss.lmbda=0.5", "loss.gamma=0.8", "loss.num_target_samples=4", "target_net_updater.tau=0.3"),
+        *("optimization_stepper.lr=3e-4", "replay_buffer.batch_size=7", "replay_buffer.seed=5", "trainer.seed=4"),
+        *("trainer.clip_norm=0.1", "trainer.clip_grad_norm=false"),
+    )
+
+    def make_loss(*networks):
+        loss = bcq.BCQLoss(*networks, lmbda=0.5, num_target_samples=4, reduction="sum")
+        return loss.make_value_estimator(gamma=0.8)
+
+    sizes = {"hidden": [8, 7], "vae_hidden": [9], "latent_dim": 3, "latent_clip": 0.3, "num_critics": 3}
+    build = partial(
+        by_hand,
+        make_buffer=partial(bcq.make_replay_buffer, batch_size=7, seed=5),
+        make_modules=partial(bcq.make_bcq_modules, **sizes, phi=0.3, kl_weight=0.2),
+        make_loss=make_loss,
+        make_updater=partial(SoftUpdate, tau=0.3),
+        make_stepper=partial(bcq.BCQOptimizationStepper.adam, lr=3e-4),
+        seed=4,
+        clip_norm=0.1,
+        clip_grad_norm=False,
+    )
+    assert_learn_the_same(lambda: instantiate(cfg.trainer), build)
+
+
+def test_parts_of_torchrls_groups(compose_bcq, by_hand, assert_learn_the_same):
+    """A hard update, an optimizer for one network, and a replay buffer, which is filled with the dataset."""
+    cfg = compose_bcq(
+        *SMALL,
+        *("target_net_updater=hard", "target_net_updater.value_network_update_interval=2"),
+        *("+optimizer@optimization_stepper.qvalue_optimizer=sgd", "optimization_stepper.qvalue_optimizer.lr=0.1"),
+        *("replay_buffer=tensordict", "replay_buffer.batch_size=20"),
+        *("+storage@replay_buffer.storage=lazy_tensor", "replay_buffer.storage.max_size=60"),
+    )
+
+    def make_buffer(transitions):
+        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(60), batch_size=20)
+        buffer.extend(transitions)
+        return buffer
+
+    def make_stepper(loss):
+        adam = bcq.BCQOptimizationStepper.adam(loss).optimizers
+        critics = torch.optim.SGD(loss.qvalue_network_params.parameters(), lr=0.1)
+        return bcq.BCQOptimizationStepper(adam["vae"], critics, adam["actor"])
+
+    build = partial(
+        by_hand,
+        make_buffer=make_buffer,
+        make_modules=small_by_hand,
+        make_updater=partial(HardUpdate, value_network_update_interval=2),
+        make_stepper=make_stepper,
+    )
+    assert_learn_the_same(lambda: instantiate(cfg.trainer), build)
+
+
+def test_networks_of_your_own(dataset, by_hand, assert_learn_the_same):
+    """The author's, written out network by network; the action bounds are Pendulum's."""
+    cfg = compose_file("own_networks", dataset)
+    assert_learn_the_same(lambda: instantiate(cfg.trainer), partial(by_hand, make_modules=small_by_hand))
+
+
+def test_nested_keys_are_lists():
+    spec = {"_target_": "torchrl.data.Bounded", "low": -1.0, "high": 1.0, "shape": [1]}
+    keys = {"observation_keys": [["agent", "position"], "goal"], "action_key": ["agent", "action"]}
+    mlp = {"_target_": "torch.nn.Identity"}
+    read = [("agent", "position"), "goal", ("agent", "action")]
+    vae = instantiate(conf.ActionVAEConfig(encoder=mlp, decoder=mlp, action_spec=spec, latent_dim=1, **keys))
+    actor = instantiate(conf.PerturbationActorConfig(network=mlp, action_spec=spec, **keys))
+    networks = conf.BCQModulesConfig(
+        env={"_target_": "torchrl.envs.GymEnv", "env_name": "Pendulum-v1"},
+        action_key=["agent", "action"],
+        value_key=["agent", "value"],
+    )
+    assert vae.in_keys == actor.in_keys == read
+    assert instantiate(networks)[2].in_keys == ["observation", ("agent", "action")]
+    assert instantiate(networks)[2].out_keys == [("agent", "value")]
+
+
+def test_built_parts_take_the_place_of_configs(compose_bcq, dataset, by_hand, assert_learn_the_same):
+    cfg = compose_bcq(*SMALL, "dataset.path=nowhere")
+    transitions = bcq.load_hdf5(dataset)
+
+    def with_buffer():
+        return instantiate(cfg.trainer, replay_buffer=bcq.make_replay_buffer(transitions, seed=3))
+
+    assert_learn_the_same(with_buffer, partial(by_hand, make_modules=small_by_hand))
+
+    def with_networks():
+        env = GymEnv("Pendulum-v1")
+        torch.manual_seed(3)
+        networks = small_by_hand(env.observation_spec, env.action_spec)
+        trainer = instantiate(cfg.trainer, _partial_=True)(networks=networks, dataset=transitions, env=None)
+        assert trainer.loss_module.vae_network is networks[0]
+        return trainer
+
+    assert_learn_the_same(with_networks, partial(by_hand, make_modules=small_by_hand))
+    loss = by_hand(make_modules=small_by_hand).loss_module
+    assert instantiate(cfg.trainer, loss_module=loss, dataset=transitions).loss_module is loss
+
+
+def test_device_is_of_those_that_do_not_say(compose_bcq):
+    own = ["trainer.device=nowhere", "replay_buffer.device=cpu"]
+    for overrides in (own[:1], own):  # refused by the replay buffer, then by the networks
+        with pytest.raises(InstantiationException, match="device string: nowhere"):
+            instantiate(compose_bcq(*SMALL, *overrides).trainer)
+    instantiate(compose_bcq(*SMALL, *own, "networks.device=cpu").trainer).train()
+
+
+def test_policy_acts_with_what_was_learned(compose_bcq):
+    cfg = compose_bcq(*SMALL, "policy.num_action_samples=3")
+    trainer = instantiate(cfg.trainer)
+    loss = trainer.loss_module
+    vae, actor, critics = loss.vae_network, loss.actor_network, loss.qvalue_network
+    policy = instantiate(cfg.policy, vae=vae, actor=actor, critics=critics)
+    by_hand = bcq.BCQPolicy(vae, actor, critics, num_action_samples=3)
+    states = TensorDict({"observation": torch.randn(20, 3)}, [20])
+
+    def act(policy):
+        torch.manual_seed(0)
+        return policy(states.copy())["action"]
+
+    before = act(policy)
+    trainer.train()
+    assert torch.equal(act(policy), act(by_hand))
+    assert not torch.equal(act(policy), before)

@@ -1,0 +1,55 @@
+"""What a config lacks, or sets to no effect, is named; and Hydra is imported only when asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import h5py
+import pytest
+from hydra.errors import ConfigCompositionException, InstantiationException
+from hydra.utils import instantiate
+
+
+@pytest.mark.parametrize("override", ["loss.lamda=0.5", "trainer.lr=0.1", "networks.layers=[8]"])
+def test_unknown_field(compose_bcq, override):
+    with pytest.raises(ConfigCompositionException, match=f"Could not override '{override.split('=')[0]}'"):
+        compose_bcq(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["dataset.path=???"], r"dataset lacks \['path'\]; set them"),
+        (["trainer.dataset=null"], r"replay_buffer lacks \['transitions'\]; set them, choose the dataset"),
+        (["trainer.networks=null"], r"loss_module lacks \['vae_network', 'actor_network', 'qvalue_network'\]"),
+        (["networks.dtype=float64"], "'observation' is torch.float32, the networks torch.float64"),
+        (["trainer.env=null"], "neither env nor both specs are set; choose one, such as env=gym"),
+        (
+            ["loss.actor_network=null", "+optimizer@optimization_stepper.actor_optimizer=adam"],
+            r"actor_optimizer is set, but the loss trains \('vae', 'qvalue'\) only",
+        ),
+    ],
+)
+def test_what_is_missing_or_without_effect_is_named(compose_bcq, overrides, message):
+    with pytest.raises(InstantiationException, match=message):
+        instantiate(compose_bcq(*overrides).trainer)
+
+
+def test_actions_are_checked_against_the_environment(compose_bcq, dataset):
+    with h5py.File(dataset, "a") as file:
+        file["actions"][7] = 2.5
+    with pytest.raises(InstantiationException, match=r"actions has 1 row \(first: 7\) outside the action spec"):
+        instantiate(compose_bcq().trainer)
+
+
+def test_hydra_is_imported_only_when_asked_for():
+    code = (
+        "import sys, torchrl_bcq\n"
+        "print([m for m in ('hydra', 'omegaconf', 'torchrl_bcq.conf') if m in sys.modules])\n"
+        "sys.modules['hydra'] = None\n"
+        "import torchrl_bcq.conf"
+    )
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert out.stdout.strip() == "[]"
+    assert out.stderr.strip().endswith('ImportError: torchrl_bcq.conf needs Hydra: pip install "torchrl-bcq[hydra]".')
