@@ -51,8 +51,8 @@ BREAKS = {
     ),
     "bootstrap ends at every done": (
         "objectives/bcq.py",
-        '"terminated": keys.terminated,',
-        '"terminated": keys.done,',
+        "{k: getattr(self.tensor_keys, k) for k in shared}",
+        '{k: getattr(self.tensor_keys, "done" if k == "terminated" else k) for k in shared}',
     ),
     "latents unclipped": ("functional.py", "device=like.device).clamp_(-clip, clip)", "device=like.device)"),
     "wrong critic for the actor": (

@@ -16,8 +16,8 @@ from torchrl.objectives.utils import ValueEstimators, default_value_kwargs, disp
 from torchrl.objectives.value import ValueEstimatorBase
 
 from torchrl_bcq.functional import best_sample_value, clipped_normal
-from torchrl_bcq.objectives.inputs import check_time_dimension, select_inputs
-from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, require
+from torchrl_bcq.objectives.inputs import check_networks, check_time_dimension, select_inputs
+from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel
 
 
 class BCQLoss(LossModule):
@@ -109,7 +109,7 @@ class BCQLoss(LossModule):
             raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'.")
         if use_prioritized_weights not in (True, False, "auto"):
             raise ValueError(f"use_prioritized_weights is {use_prioritized_weights!r}, expected True, False or 'auto'.")
-        _check_networks(vae_network, actor_network, qvalue_network)
+        check_networks(vae_network, actor_network, qvalue_network)
         self.convert_to_functional(vae_network, "vae_network")
         if actor_network is None:
             self.actor_network = None
@@ -273,14 +273,8 @@ class BCQLoss(LossModule):
 
     @property
     def _value_estimator_keys(self) -> dict[str, NestedKey]:
-        keys = self.tensor_keys
-        return {
-            "value": keys.state_action_value,
-            "reward": keys.reward,
-            "done": keys.done,
-            "terminated": keys.terminated,
-            "steps_to_next_obs": keys.steps_to_next_obs,
-        }
+        shared = ("reward", "done", "terminated", "steps_to_next_obs")
+        return {"value": self.tensor_keys.state_action_value, **{k: getattr(self.tensor_keys, k) for k in shared}}
 
     def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams) -> BCQLoss:
         """Choose the estimator of the target and its settings, such as ``gamma``.
@@ -307,23 +301,6 @@ class BCQLoss(LossModule):
                 self._value_estimator, name, torch.as_tensor(hyperparams[name], dtype=like.dtype, device=like.device)
             )
         return self
-
-
-def _check_networks(
-    vae_network: GenerativeModel, actor_network: TensorDictModuleBase | None, qvalue_network: CriticEnsemble
-) -> None:
-    require("vae_network", vae_network, GenerativeModel)
-    require("qvalue_network", qvalue_network, CriticEnsemble)
-    action = vae_network.action_key
-    if action not in qvalue_network.in_keys:
-        raise ValueError(
-            f"qvalue_network reads {qvalue_network.in_keys}, but not {action!r}, which vae_network writes."
-        )
-    if actor_network is not None and (action not in actor_network.in_keys or list(actor_network.out_keys) != [action]):
-        raise ValueError(
-            f"actor_network maps {actor_network.in_keys} to {actor_network.out_keys}, expected to read and overwrite "
-            f"{action!r}, which vae_network writes."
-        )
 
 
 def _run_on(params: TensorDictParams, network: Any):

@@ -1,4 +1,4 @@
-"""What a loss may be given: nothing is missing, nothing is broadcast, nothing is cast silently."""
+"""What a loss may be given: networks that fit together; batches in which nothing is missing, broadcast or cast."""
 
 from __future__ import annotations
 
@@ -6,7 +6,33 @@ from collections.abc import Collection, Sequence
 
 import torch
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
+
+from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, require
+
+
+def check_networks(
+    vae_network: GenerativeModel, actor_network: TensorDictModuleBase | None, qvalue_network: CriticEnsemble
+) -> None:
+    """Whether three networks fit together.
+
+    Raises:
+        TypeError: if one lacks a member that is needed of it.
+        ValueError: if they disagree about the action's key.
+    """
+    require("vae_network", vae_network, GenerativeModel)
+    require("qvalue_network", qvalue_network, CriticEnsemble)
+    action = vae_network.action_key
+    if action not in qvalue_network.in_keys:
+        raise ValueError(
+            f"qvalue_network reads {qvalue_network.in_keys}, but not {action!r}, which vae_network writes."
+        )
+    if actor_network is not None and (action not in actor_network.in_keys or list(actor_network.out_keys) != [action]):
+        raise ValueError(
+            f"actor_network maps {actor_network.in_keys} to {actor_network.out_keys}, expected to read and overwrite "
+            f"{action!r}, which vae_network writes."
+        )
 
 
 def select_inputs(
