@@ -7,7 +7,7 @@ from torchrl.objectives import SoftUpdate
 
 from torchrl_bcq import BCQOptimizationStepper, BCQTrainer, make_replay_buffer
 
-EPISODES, EPISODE_STEPS = 20, 200
+RECORDED, EVALUATED, EPISODE_STEPS = 20, 10, 200  # episodes, and the steps of each
 SMALL = {"hidden": (64, 64), "vae_hidden": (64, 64), "kl_weight": 0.05}  # networks that learn this in half a minute
 
 
@@ -16,14 +16,14 @@ def record(env, observation_keys=("observation",), action_key="action"):
     behaviour = TensorDictModule(
         lambda *parts: swing_up(torch.cat(parts, -1), noise=10.0), in_keys=list(observation_keys), out_keys=[action_key]
     )
-    return run(env, behaviour, seed=0)
+    return run(env, behaviour, RECORDED, seed=0)
 
 
 @torch.no_grad()
-def run(env, policy, seed=1):
-    """Whole episodes, one after the other, from the same initial states for each policy."""
+def run(env, policy, episodes=None, seed=1):
+    """Whole episodes, one after the other: the same initial states for each policy."""
     env.set_seed(seed)
-    return env.rollout(EPISODES * EPISODE_STEPS, policy, break_when_any_done=False)
+    return env.rollout((episodes or EVALUATED) * EPISODE_STEPS, policy, break_when_any_done=False)
 
 
 def mean_return(rollout, reward_key="reward"):

@@ -24,6 +24,7 @@ def two_motors(low, high) -> GymWrapper:
 
 
 def learn(env, action_spec, transitions, steps) -> BCQPolicy:
+    torch.manual_seed(0)  # the same weights to start from
     networks = make_bcq_modules(env.observation_spec, action_spec, **SMALL)
     train(BCQLoss(*networks), transitions, steps)
     return BCQPolicy(*networks)
@@ -53,5 +54,5 @@ def main(steps: int) -> dict[str, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=1000)
     print(main(parser.parse_args().steps))

@@ -52,4 +52,4 @@ def test_hydra_is_imported_only_when_asked_for():
     )
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert out.stdout.strip() == "[]"
-    assert out.stderr.strip().endswith('ImportError: torchrl_bcq.conf needs Hydra: pip install "torchrl-bcq[hydra]".')
+    assert out.stderr.strip().endswith("ImportError: torchrl_bcq.conf needs Hydra: pip install hydra-core.")

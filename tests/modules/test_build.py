@@ -62,12 +62,16 @@ def test_dtype_and_device_reach_everything():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (Unbounded((2,)), "action_spec.low is .*, but BCQ needs finite bounds; pass torchrl.data.Bounded"),
+        (Unbounded((2,)), r"action_spec is unbounded in dimensions \[0, 1\]; pass torchrl.data.Bounded"),
         (Categorical(4), "must be a continuous Bounded spec, got Categorical, torch.int64"),
         (Bounded(-1, 1, (4, 2)), r"has shape \(4, 2\), expected \[A\]; of a vectorised environment"),
-        (Bounded(-1, float("inf"), (2,)), "action_spec.high is .*, but BCQ needs finite bounds"),
+        (
+            Bounded(torch.tensor([-1.0, 0.0]), torch.tensor([1.0, torch.inf]), (2,)),
+            r"unbounded in dimensions \[1\]; pass",
+        ),
         (Bounded(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]), (2,)), "action_spec is empty in a dimension"),
-        (Composite(action=Bounded(-1, 1, (2,))), r"Composite with keys \['action'\]; pass its leaf"),
+        (Composite(action=Bounded(-1, 1, (2,))), r"Composite; pass one of its leaves \['action'\]"),
+        (Composite(arm=Composite(torque=Bounded(-1, 1, (2,)))), r"leaves \[\('arm', 'torque'\)\], as in env.full_"),
     ],
 )
 def test_action_specs_that_cannot_work(spec, message):

@@ -6,7 +6,7 @@
 try:
     from hydra.core.config_store import ConfigStore
 except ImportError as error:
-    raise ImportError('torchrl_bcq.conf needs Hydra: pip install "torchrl-bcq[hydra]".') from error
+    raise ImportError("torchrl_bcq.conf needs Hydra: pip install hydra-core.") from error
 
 from torchrl_bcq.conf.data import BCQReplayBufferConfig, HDF5DatasetConfig, MinariDatasetConfig
 from torchrl_bcq.conf.modules import (

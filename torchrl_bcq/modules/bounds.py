@@ -21,7 +21,8 @@ def action_bounds(action_spec: TensorSpec) -> tuple[Tensor, Tensor]:
     """
     if isinstance(action_spec, Composite):
         raise ValueError(
-            f"action_spec is a Composite with keys {list(action_spec.keys())}; pass its leaf, e.g. spec['action']."
+            f"action_spec is a Composite; pass one of its leaves {list(action_spec.keys(True, True))}, as in "
+            "env.full_action_spec[key]."
         )
     low, high = (getattr(getattr(action_spec, "space", None), side, None) for side in ("low", "high"))
     if low is None or high is None or not action_spec.dtype.is_floating_point:
@@ -33,12 +34,13 @@ def action_bounds(action_spec: TensorSpec) -> tuple[Tensor, Tensor]:
             f"action_spec has shape {tuple(action_spec.shape)}, expected [A]; of a vectorised environment pass "
             "env.action_spec_unbatched."
         )
-    for name, bound in (("low", low), ("high", high)):
-        if not torch.isfinite(bound).all() or bound.abs().max() >= torch.finfo(bound.dtype).max:
-            raise ValueError(
-                f"action_spec.{name} is {bound.tolist()}, but BCQ needs finite bounds; pass "
-                "torchrl.data.Bounded(low, high, shape), such as the range of the dataset's actions."
-            )
+    largest = torch.finfo(low.dtype).max  # TorchRL's Unbounded spans all floats
+    bounded = (low.isfinite() & high.isfinite() & (low > -largest) & (high < largest)).tolist()
+    if not all(bounded):
+        raise ValueError(
+            f"action_spec is unbounded in dimensions {[i for i, is_bounded in enumerate(bounded) if not is_bounded]}; "
+            "pass torchrl.data.Bounded(low, high, shape), such as the range of the dataset's actions."
+        )
     if (low >= high).any():
         raise ValueError(f"action_spec is empty in a dimension: low {low.tolist()}, high {high.tolist()}.")
     return low.clone(), high.clone()
