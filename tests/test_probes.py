@@ -19,6 +19,7 @@ from torchrl_bcq import (
     make_replay_buffer,
 )
 
+pytestmark = pytest.mark.no_cover  # training steps by the thousand, which coverage's tracing makes five times as slow
 ROWS = 512
 
 
