@@ -39,7 +39,9 @@ def test_parts_of_ones_own_in_sixty_lines(monkeypatch, tmp_path):
 
 
 def test_hydra_snippet(monkeypatch, tmp_path):
-    trainer = run(HYDRA, monkeypatch, tmp_path)["trainer"]
+    namespace = run(HYDRA, monkeypatch, tmp_path)
+    trainer = namespace["trainer"]
+    assert namespace["env"].action_spec.is_in(namespace["rollout"]["action"])
     assert trainer.loss_module.lmbda == 0.5
     assert trainer.collected_frames == 100
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 
 class GenerativeModel(Protocol):
@@ -34,7 +36,7 @@ class GenerativeModel(Protocol):
     def training_loss(
         self, tensordict: TensorDictBase, noise: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What to minimise for each row, ``[*B]``, and detached rows ``[*B]`` by name, to be logged.
+        """What to minimise for each row, ``[*B]``, and detached tensors to be logged, one for each of ``loss_keys``.
 
         Args:
             tensordict: holds states and actions, batch size ``*B``; is left as it is.
@@ -43,7 +45,11 @@ class GenerativeModel(Protocol):
         ...
 
     def decode(self, tensordict: TensorDictBase, latent: Tensor) -> TensorDictBase:
-        """Write one action ``[*B, A]`` for each state, a function of the state and of ``latent [*B, L]`` alone."""
+        """Write one action ``[*B, A]`` for each state into ``tensordict``, and return that.
+
+        It must be a function of the state and of ``latent [*B, L]`` alone: what it drew itself would make the policy
+        random where it shall not be.
+        """
         ...
 
 
@@ -79,3 +85,48 @@ def require(name: str, part: object, protocol: type) -> None:
         raise TypeError(
             f"{name} is a {type(part).__name__}, which lacks {missing}; see torchrl_bcq.protocols.{protocol.__name__}."
         )
+
+
+def check_networks(
+    vae: GenerativeModel,
+    actor: TensorDictModuleBase | None,
+    critics: CriticEnsemble,
+    names: Sequence[str] = ("vae", "actor", "critics"),
+) -> None:
+    """Whether three networks fit together.
+
+    Raises:
+        TypeError: if one lacks a member that is needed of it.
+        ValueError: if they disagree about the action's key, or one has lazy layers that have not seen data.
+    """
+    require(names[0], vae, GenerativeModel)
+    require(names[2], critics, CriticEnsemble)
+    action = vae.action_key
+    if isinstance(vae.observation_keys, str):
+        raise TypeError(f"{names[0]}.observation_keys is the string {vae.observation_keys!r}, expected a list of keys.")
+    if action not in critics.in_keys:
+        raise ValueError(f"{names[2]} reads {critics.in_keys}, but not {action!r}, which {names[0]} writes.")
+    if actor is not None and (action not in actor.in_keys or list(actor.out_keys) != [action]):
+        raise ValueError(
+            f"{names[1]} maps {actor.in_keys} to {actor.out_keys}, expected to read and overwrite {action!r}, which "
+            f"{names[0]} writes."
+        )
+    for name, network in zip(names, (vae, actor, critics), strict=True):
+        if network is not None and any(map(is_lazy, network.parameters())):  # type: ignore[union-attr]
+            raise ValueError(f"{name} has lazy layers without weights yet; call it once on data, or give in_features.")
+
+
+def check_action(tensordict: TensorDictBase, action_key: NestedKey) -> TensorDictBase:
+    """Whether a generative model has written an action ``[*B, A]`` for each state.
+
+    Raises:
+        ValueError: if not.
+    """
+    action = tensordict.get(action_key, None)
+    if action is None or action.shape[:-1] != tensordict.batch_size:
+        found = "nothing" if action is None else f"shape {tuple(action.shape)}"
+        raise ValueError(
+            f"decode wrote {found} to {action_key!r}, expected an action [*B, A] for each state of "
+            f"{tuple(tensordict.batch_size)}, in the tensordict that it was given."
+        )
+    return tensordict

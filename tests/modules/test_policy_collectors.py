@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 
@@ -28,14 +29,16 @@ def policy() -> BCQPolicy:
     return BCQPolicy(vae, actor, critics, num_action_samples=10)
 
 
-def push(policy: BCQPolicy) -> None:
-    """New weights, as training would give it: all actions move up."""
+def trained(policy: BCQPolicy) -> BCQPolicy:
+    """A copy with other weights, in memory of its own, as a learner elsewhere would have it: all actions move up."""
+    learned = copy.deepcopy(policy)
     with torch.no_grad():
-        policy.vae.decoder[-1].bias.add_(PUSH)
+        learned.vae.decoder[-1].bias.add_(PUSH)
+    return learned
 
 
-def collected(cls: type, policy: BCQPolicy, **settings) -> list[TensorDict]:
-    """Six batches; the weights change after the second."""
+def collected(cls: type, policy: BCQPolicy, learned: BCQPolicy, **settings) -> list[TensorDict]:
+    """Six batches; the weights are sent after the second."""
     multi, batches = cls in (MultiSyncCollector, MultiAsyncCollector), []
     if "auto_register_policy_transforms" in inspect.signature(cls.__init__).parameters:
         settings["auto_register_policy_transforms"] = False
@@ -46,8 +49,7 @@ def collected(cls: type, policy: BCQPolicy, **settings) -> list[TensorDict]:
         for i, batch in enumerate(collector):
             batches.append(batch.clone())
             if i == 1:
-                push(policy)
-                collector.update_policy_weights_()
+                collector.update_policy_weights_(TensorDict.from_module(learned))
     finally:
         collector.shutdown()
     return batches
@@ -55,7 +57,7 @@ def collected(cls: type, policy: BCQPolicy, **settings) -> list[TensorDict]:
 
 @pytest.mark.parametrize("cls", [Collector, AsyncCollector, MultiSyncCollector, MultiAsyncCollector])
 def test_collects_receives_new_weights_and_acts_differently(policy, cls):
-    batches = collected(cls, policy)
+    batches = collected(cls, policy, trained(policy))
     means = [batch["action"].mean().item() for batch in batches]
     assert all(abs(mean) < 0.6 for mean in means[:2]), means
     # batches that were under way when the weights came may still be old ones
@@ -67,10 +69,11 @@ def test_collects_receives_new_weights_and_acts_differently(policy, cls):
 
 def test_two_workers_in_deterministic_mode_act_as_the_policy_here_does(policy):
     """The fixed latents travel to the workers with the weights."""
-    batches = collected(MultiSyncCollector, policy, exploration_type=ExplorationType.DETERMINISTIC)
-    for batch in batches[4:]:  # collected with the weights that the policy holds now
+    learned = trained(policy)
+    batches = collected(MultiSyncCollector, policy, learned, exploration_type=ExplorationType.DETERMINISTIC)
+    for batch in batches[4:]:
         with set_exploration_type(ExplorationType.DETERMINISTIC):
-            here = policy(batch.select("observation"))["action"]
+            here = learned(batch.select("observation"))["action"]
         torch.testing.assert_close(batch["action"], here, atol=1e-5, rtol=0)
 
 

@@ -25,7 +25,8 @@ class PerturbationActor(TensorDictModuleBase):
         action_key: entry that is read and overwritten.
 
     Raises:
-        ValueError: if ``action_spec`` is not a finite box of rank 1, or ``phi`` is negative.
+        ValueError: if ``action_spec`` is not a finite box of rank 1, or ``phi`` is negative; when called, if the
+            network's output does not fit the action.
 
     Source: arXiv:1812.02900, eq. 11 and appendix D.1.
     """
@@ -53,6 +54,10 @@ class PerturbationActor(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Overwrite the action ``[*B, A]`` by the perturbed one."""
         inputs = [tensordict.get(key) for key in self.in_keys]
-        return tensordict.set(
-            self.out_keys[0], perturb(inputs[-1], self.network(*inputs), self.phi, self.low, self.high)
-        )
+        action, logits = inputs[-1], self.network(*inputs)
+        if not logits.shape[-1] == action.shape[-1] == len(self.low):
+            raise ValueError(
+                f"the actor's network gives {logits.shape[-1]} features for actions of {action.shape[-1]} dimensions, "
+                f"of which action_spec has {len(self.low)}; all three must be equal."
+            )
+        return tensordict.set(self.out_keys[0], perturb(action, logits, self.phi, self.low, self.high))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from torchrl_bcq.functional import clipped_normal, spread_normal
-from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel
+from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, check_action, check_networks, require
 
 
 class BCQPolicy(TensorDictModuleBase):
@@ -34,7 +34,9 @@ class BCQPolicy(TensorDictModuleBase):
     Reads: the observations. Writes: the action, ``[*B, A]``, and what was asked for.
 
     Raises:
-        ValueError: if a number is below 1, or, when called, an observation has another dtype than the networks.
+        TypeError: if a network lacks a member that is needed of it.
+        ValueError: if a number is below 1, or the networks disagree about the action's key; when called, if an
+            observation has another dtype than the networks.
 
     Source: arXiv:1812.02900, eq. 12 and algorithm 1.
     """
@@ -58,6 +60,7 @@ class BCQPolicy(TensorDictModuleBase):
             raise ValueError(f"num_action_samples is {num_action_samples}; the policy needs at least one candidate.")
         if chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}, expected at least 1.")
+        check_networks(vae, actor, critics)
         self.vae = vae
         self.actor = actor
         self.critics = critics
@@ -94,6 +97,7 @@ class BCQPolicy(TensorDictModuleBase):
         """The best candidate of each state. ``[N] -> [N]``."""
         shape = (len(states), self.num_action_samples)
         candidates = self.vae.decode(states.unsqueeze(-1).expand(shape), self._draw_latents(len(states)))
+        candidates = check_action(candidates, self.vae.action_key)
         if self.actor is not None:
             candidates = self.actor(candidates)
         actions = candidates.get(self.vae.action_key)  # [N, n, A]
@@ -139,6 +143,7 @@ class BehaviorCloningPolicy(TensorDictModuleBase):
 
     def __init__(self, vae: GenerativeModel) -> None:
         super().__init__()
+        require("vae", vae, GenerativeModel)
         self.vae = vae
         self.in_keys = list(vae.observation_keys)
         self.out_keys = [vae.action_key]

@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torchrl.modules import MLP
 
 _ELEMENTWISE = (nn.ELU, nn.GELU, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh)
@@ -26,8 +27,10 @@ class QEnsemble(TensorDictModuleBase):
     Writes: the critics' out-key, ``state_action_value [*B, C]`` by default.
 
     Raises:
+        TypeError: if a critic is no TensorDictModule.
         ValueError: if there is no critic, if keys differ, or if two critics hold equal weights: their minimum and
-            maximum would be the same, and the mixture of both would do nothing.
+            maximum would be the same, and the mixture of both would do nothing; when called, if a critic writes
+            anything but ``[*B, 1]``.
 
     Source: arXiv:1812.02900, eq. 13.
     """
@@ -47,11 +50,24 @@ class QEnsemble(TensorDictModuleBase):
             inputs = torch.cat([tensordict.get(in_key) for in_key in self.in_keys], -1)
             return tensordict.set(key, self._batched_values(inputs))
         inputs = tensordict.select(*self.in_keys)
-        return tensordict.set(key, torch.cat([critic(inputs.copy()).get(key) for critic in self.critics], -1))
+        values = [self._column(critic(inputs.copy()), i) for i, critic in enumerate(self.critics)]
+        return tensordict.set(key, torch.cat(values, -1))
 
     def first(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the value of the first critic alone, ``[*B, 1]``."""
-        return self.critics[0](tensordict)
+        out = self.critics[0](tensordict)
+        self._column(out, 0)
+        return out
+
+    def _column(self, out: TensorDictBase, i: int) -> Tensor:
+        """The value of critic ``i``, which must be ``[*B, 1]``."""
+        value = out.get(self.out_keys[0])
+        if value.shape != (*out.batch_size, 1):
+            raise ValueError(
+                f"critic {i} writes values of shape {tuple(value.shape)}, expected one for each row, "
+                f"{(*out.batch_size, 1)}."
+            )
+        return value
 
     def _batched_values(self, inputs: Tensor) -> Tensor:
         batch = inputs.shape[:-1]
@@ -70,6 +86,15 @@ def _check_critics(critics: Sequence[TensorDictModuleBase]) -> None:
     if not critics:
         raise ValueError("critics is empty; a QEnsemble needs at least one.")
     for i, critic in enumerate(critics):
+        if not isinstance(critic, TensorDictModuleBase):
+            raise TypeError(
+                f"critic {i} is a {type(critic).__name__}; wrap it, as in TensorDictModule(network, "
+                "in_keys=['observation', 'action'], out_keys=['state_action_value'])."
+            )
+        if any(map(is_lazy, critic.parameters())):
+            raise ValueError(
+                f"critic {i} has lazy layers without weights yet; call it once on data, or give in_features."
+            )
         if critic.in_keys != critics[0].in_keys or critic.out_keys[-1] != critics[0].out_keys[-1]:
             raise ValueError(
                 f"critic {i} maps {critic.in_keys} to {critic.out_keys[-1]!r}, but critic 0 maps "
@@ -91,7 +116,8 @@ def _are_equal_mlps(critics: Sequence[TensorDictModuleBase]) -> bool:
             isinstance(layer, _ELEMENTWISE) or (type(layer) is nn.Linear and layer.bias is not None)
             for layer in critic.module
         ]
-        return [repr(layer) for layer in critic.module] if all(plain) else None
+        one_value = getattr(critic.module[-1], "out_features", None) == 1
+        return [repr(layer) for layer in critic.module] if all(plain) and one_value else None
 
     signatures = [signature(critic) for critic in critics]
     return signatures[0] is not None and all(other == signatures[0] for other in signatures)

@@ -118,4 +118,7 @@ class ActionVAE(TensorDictModuleBase):
         return [tensordict.get(key) for key in self.observation_keys]
 
     def _decode(self, tensordict: TensorDictBase, latent: Tensor) -> Tensor:
-        return squash_to_bounds(self.decoder(*self._observations(tensordict), latent), self.low, self.high)
+        logits = self.decoder(*self._observations(tensordict), latent)
+        if logits.shape[-1] != len(self.low):
+            raise ValueError(f"decoder gives {logits.shape[-1]} features, expected the action's {len(self.low)}.")
+        return squash_to_bounds(logits, self.low, self.high)

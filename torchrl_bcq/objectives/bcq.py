@@ -16,8 +16,8 @@ from torchrl.objectives.utils import ValueEstimators, default_value_kwargs, disp
 from torchrl.objectives.value import ValueEstimatorBase
 
 from torchrl_bcq.functional import best_sample_value, clipped_normal
-from torchrl_bcq.objectives.inputs import check_networks, check_time_dimension, select_inputs
-from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel
+from torchrl_bcq.objectives.inputs import check_time_dimension, select_inputs
+from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, check_action, check_networks
 
 
 class BCQLoss(LossModule):
@@ -109,7 +109,7 @@ class BCQLoss(LossModule):
             raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'.")
         if use_prioritized_weights not in (True, False, "auto"):
             raise ValueError(f"use_prioritized_weights is {use_prioritized_weights!r}, expected True, False or 'auto'.")
-        check_networks(vae_network, actor_network, qvalue_network)
+        check_networks(vae_network, actor_network, qvalue_network, ("vae_network", "actor_network", "qvalue_network"))
         self.convert_to_functional(vae_network, "vae_network")
         if actor_network is None:
             self.actor_network = None
@@ -149,6 +149,11 @@ class BCQLoss(LossModule):
         batch = self._select(tensordict, self._state_action_keys)
         with _run_on(self.vae_network_params, self.vae_network):
             loss, metadata = self.vae_network.training_loss(batch, noise=noise)
+        if loss.shape != batch.batch_size or set(metadata) != set(self.vae_network.loss_keys):
+            raise ValueError(
+                f"training_loss gave shape {tuple(loss.shape)} and {[*metadata]}, expected one loss for each row, "
+                f"{tuple(batch.batch_size)}, and loss_keys, {[*self.vae_network.loss_keys]}."
+            )
         return self._weigh(loss, tensordict), metadata
 
     def qvalue_loss(self, tensordict: TensorDictBase, latent: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -171,7 +176,7 @@ class BCQLoss(LossModule):
             raise ValueError("this loss was made without an actor_network; there is no actor_loss.")
         batch = self._select(tensordict, self._state_action_keys)
         with torch.no_grad():
-            sampled = self._sample(batch.copy(), latent)
+            sampled = self._sample(batch.select(*self._observation_keys), latent)
         with _run_on(self.actor_network_params, self.actor_network):
             perturbed = self.actor_network(sampled)
         with _run_on(self.qvalue_network_params.data, self.qvalue_network):  # detached: only the actor learns
@@ -201,7 +206,7 @@ class BCQLoss(LossModule):
         if latent is None:
             latent = clipped_normal((*states.batch_size, vae.latent_dim), vae.latent_clip, like=self._first_parameter)
         with _run_on(self.vae_network_params, vae):
-            return vae.decode(states, latent)
+            return check_action(vae.decode(states, latent), vae.action_key)
 
     def _weigh(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
         """Importance weights, mask and reduction as TorchRL does them. ``[*B] -> []``, or ``[*B]`` for ``"none"``."""

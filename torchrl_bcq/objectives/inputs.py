@@ -1,38 +1,12 @@
-"""What a loss may be given: networks that fit together; batches in which nothing is missing, broadcast or cast."""
+"""What a loss may be given: nothing is missing, nothing is broadcast, nothing is cast silently."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
 import torch
-from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
-
-from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, require
-
-
-def check_networks(
-    vae_network: GenerativeModel, actor_network: TensorDictModuleBase | None, qvalue_network: CriticEnsemble
-) -> None:
-    """Whether three networks fit together.
-
-    Raises:
-        TypeError: if one lacks a member that is needed of it.
-        ValueError: if they disagree about the action's key.
-    """
-    require("vae_network", vae_network, GenerativeModel)
-    require("qvalue_network", qvalue_network, CriticEnsemble)
-    action = vae_network.action_key
-    if action not in qvalue_network.in_keys:
-        raise ValueError(
-            f"qvalue_network reads {qvalue_network.in_keys}, but not {action!r}, which vae_network writes."
-        )
-    if actor_network is not None and (action not in actor_network.in_keys or list(actor_network.out_keys) != [action]):
-        raise ValueError(
-            f"actor_network maps {actor_network.in_keys} to {actor_network.out_keys}, expected to read and overwrite "
-            f"{action!r}, which vae_network writes."
-        )
 
 
 def select_inputs(
@@ -75,8 +49,10 @@ def select_inputs(
                 f"{key} has shape {tuple(value.shape)}, which does not fit the action's {tuple(action.shape)}: "
                 "expected [*B, 1] for reward, done and terminated, and [*B, ...] for all else."
             )
-    selected = tensordict.select(*keys)
-    selected.batch_size = batch
+    names = [*tensordict.names, *[None] * (len(batch) - tensordict.ndim)]
+    selected = TensorDict(batch_size=batch, names=names, device=tensordict.device)
+    for key in keys:  # tensordict's own select of nested keys does not compile
+        selected.set(key, tensordict.get(key))
     return selected
 
 
