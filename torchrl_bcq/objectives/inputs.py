@@ -51,7 +51,7 @@ def select_inputs(
             )
     names = [*tensordict.names, *[None] * (len(batch) - tensordict.ndim)]
     selected = TensorDict(batch_size=batch, names=names, device=tensordict.device)
-    for key in keys:  # tensordict's own select of nested keys does not compile
+    for key in keys:  # tensordict's own select does not compile where these are nested
         selected.set(key, tensordict.get(key))
     return selected
 
