@@ -57,8 +57,8 @@ BREAKS = {
     "latents unclipped": ("functional.py", "device=like.device).clamp_(-clip, clip)", "device=like.device)"),
     "wrong critic for the actor": (
         "modules/q_ensemble.py",
-        "return self.critics[0](tens",
-        "return self.critics[-1](tens",
+        "out = self.critics[0](tensordict)",
+        "out = self.critics[-1](tensordict)",
     ),
     "mean in place of max over candidates": (
         "functional.py",
