@@ -13,7 +13,7 @@ from torchrl.data import LazyTensorStorage, PrioritizedSampler, TensorDictReplay
 from torchrl.objectives import HardUpdate, SoftUpdate
 from torchrl.record.loggers import CSVLogger
 
-from torchrl_bcq import BCQLoss, BCQPolicy, BCQTrainer, make_bcq_modules, make_replay_buffer
+from torchrl_bcq import BCQLoss, BCQOptimizationStepper, BCQPolicy, BCQTrainer, make_bcq_modules, make_replay_buffer
 
 from ..conftest import ACTION_SPEC, OBSERVATION_SPEC
 
@@ -236,3 +236,26 @@ def test_updater_of_another_loss_is_refused(make_batch):
     other = make_trainer(make_batch(20)).loss_module
     with pytest.raises(ValueError, match="target_net_updater was made for another loss"):
         make_trainer(make_batch(20), updater=lambda loss: soft_update(other))
+
+
+def test_updater_is_needed_where_something_is_delayed_and_only_there(modules, make_batch):
+    buffer, settings = make_replay_buffer(make_batch(50), batch_size=16), {"total_steps": 5, "progress_bar": False}
+    with pytest.raises(ValueError, match="the loss has target networks; pass target_net_updater=SoftUpdate"):
+        BCQTrainer(BCQLoss(*modules), buffer, target_net_updater=None, **settings)
+    undelayed = BCQLoss(*modules, delay_actor=False, delay_qvalue=False)
+    with pytest.raises(ValueError, match="the loss has no target networks .* pass target_net_updater=None"):
+        BCQTrainer(undelayed, buffer, target_net_updater=soft_update(BCQLoss(*modules)), **settings)
+    before = copy.deepcopy(undelayed.state_dict())
+    BCQTrainer(undelayed, buffer, target_net_updater=None, **settings).train()
+    key = "qvalue_network_params.critics.0.module.0.weight"
+    assert not torch.equal(undelayed.state_dict()[key], before[key])
+
+
+def test_a_network_without_an_optimizer_is_refused(modules, make_batch):
+    """It would stay as it was, silently."""
+    loss, buffer = BCQLoss(*modules), make_replay_buffer(make_batch(50), batch_size=16)
+    adam = BCQOptimizationStepper.adam(loss).optimizers
+    stepper = BCQOptimizationStepper(adam["vae"], adam["qvalue"])
+    message = r"the loss trains \['vae', 'qvalue', 'actor'\], but optimization_stepper steps \['vae', 'qvalue'\]"
+    with pytest.raises(ValueError, match=message):
+        BCQTrainer(loss, buffer, target_net_updater=soft_update(loss), optimization_stepper=stepper, total_steps=5)

@@ -42,8 +42,8 @@ class BCQTrainer(Trainer):
 
     Raises:
         TypeError: for an argument of TorchRL's Trainer that would have no effect here.
-        ValueError: if the updater is missing or belongs to another loss, or a prioritised buffer reads its priorities
-            from another entry than the loss writes.
+        ValueError: if the updater is missing or belongs to another loss, a network lacks its optimizer, or a
+            prioritised buffer reads its priorities from another entry than the loss writes.
         FloatingPointError: in ``train``, if a loss was not finite within the last ``log_interval`` steps.
     """
 
@@ -61,13 +61,15 @@ class BCQTrainer(Trainer):
         if taken := _NOT_OFFLINE & trainer_kwargs.keys():
             raise TypeError(f"BCQTrainer has no use for {sorted(taken)}; optimizers go into optimization_stepper.")
         _check_updater(loss_module, target_net_updater)
+        optimization_stepper = optimization_stepper or BCQOptimizationStepper.adam(loss_module)
+        _check_stepper(loss_module, optimization_stepper)
         super().__init__(
             collector=OfflineCollector(total_steps, log_interval),
             total_frames=total_steps,
             frame_skip=1,
             optim_steps_per_batch=log_interval,
             loss_module=loss_module,
-            optimization_stepper=optimization_stepper or BCQOptimizationStepper.adam(loss_module),
+            optimization_stepper=optimization_stepper,
             target_net_updater=target_net_updater,
             log_interval=0,  # a tick is the interval
             auto_log_optim_steps=False,
@@ -127,6 +129,12 @@ def _check_updater(loss_module: BCQLoss, updater: TargetNetUpdater | None) -> No
         )
     if updater is not None and updater.loss_module is not loss_module:
         raise ValueError("target_net_updater was made for another loss; its targets are not the ones that are used.")
+
+
+def _check_stepper(loss_module: BCQLoss, stepper: OptimizationStepper) -> None:
+    trained = loss_module.network_names
+    if isinstance(stepper, BCQOptimizationStepper) and set(stepper.optimizers) != set(trained):
+        raise ValueError(f"the loss trains {[*trained]}, but optimization_stepper steps {[*stepper.optimizers]}.")
 
 
 def _check_priority_key(loss_module: BCQLoss, replay_buffer: ReplayBuffer) -> None:
