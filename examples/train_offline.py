@@ -1,8 +1,9 @@
 """BCQ from a dataset to a policy, with no environment in between (it serves to evaluate only).
 
 python examples/train_offline.py                            records Pendulum-v1 once, then learns from it
-python examples/train_offline.py --dataset FILE.hdf5        D4RL's layout
+python examples/train_offline.py --dataset FILE.hdf5        or FILE.npz, in D4RL's layout
 python examples/train_offline.py --dataset minari:ID        such as minari:mujoco/hopper/medium-v0
+python examples/train_offline.py --dataset d4rl:ID --env ENVIRONMENT
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from torchrl.record import CSVLogger
 import torchrl_bcq as bcq
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--dataset", help="PATH.hdf5 or minari:ID; default: recorded here")
+parser.add_argument("--dataset", help="FILE, minari:ID or d4rl:ID; default: recorded here")
+parser.add_argument("--root", type=Path, help="folder for a memory-mapped copy of data larger than memory")
 parser.add_argument("--env", help="Gymnasium id; default: the one that the dataset names")
 parser.add_argument("--steps", type=int, default=3_500, help="gradient steps (default: %(default)s)")
 parser.add_argument("--batch-size", type=int, default=100, help="rows of a batch (default: %(default)s)")
 parser.add_argument("--hidden", type=int, nargs="+", help="actor and critics; default: 400 300 (recorded: 256 256)")
 parser.add_argument("--vae-hidden", type=int, nargs="+", help="VAE; default: 750 750 (recorded: 256 256)")
+parser.add_argument("--normalize", action="store_true", help="scale observations, actions and rewards in the networks")
 parser.add_argument("--eval-every", type=int, help="gradient steps between two evaluations; default: a tenth of all")
 parser.add_argument("--eval-episodes", type=int, default=20, help="episodes of an evaluation (default: %(default)s)")
 parser.add_argument("--device", default=torch.get_default_device(), help="any torch device (default: %(default)s)")
@@ -46,7 +49,7 @@ def main() -> None:
     if args.out and args.out.exists() and not args.resume:
         parser.error(f"{args.out} exists; pass another --out, or --resume to go on with it")
     try:
-        make_env, transitions = open_dataset(args.dataset, args.env)
+        make_env, transitions = open_dataset(args.dataset, args.env, args.root)
     except (OSError, ValueError, gymnasium.error.Error) as error:
         parser.error(str(error))
     env, envs = make_env(), SerialEnv(args.eval_episodes, make_env, device=args.device)
@@ -59,6 +62,7 @@ def main() -> None:
         env.action_spec,
         hidden=args.hidden or ([400, 300] if args.dataset else [256, 256]),
         vae_hidden=args.vae_hidden or ([750, 750] if args.dataset else [256, 256]),
+        normalization=bcq.Normalization.fit(transitions) if args.normalize else None,
         device=args.device,
     )
     loss = bcq.BCQLoss(vae, actor, critics)

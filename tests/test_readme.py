@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-USAGE, OWN_LOOP, HYDRA = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+USAGE, *_RECIPES, OWN_LOOP, HYDRA = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def run(snippet: str, monkeypatch, tmp_path) -> dict:

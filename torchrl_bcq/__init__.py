@@ -2,13 +2,33 @@
 
 from importlib.metadata import version
 
-from torchrl_bcq.data import from_arrays, load_hdf5, load_minari, make_replay_buffer
+from torchrl_bcq.data import (
+    DatasetError,
+    WeightedSampler,
+    describe,
+    episode_weights,
+    from_arrays,
+    from_rollouts,
+    load_d4rl,
+    load_hdf5,
+    load_memmap,
+    load_minari,
+    load_npz,
+    load_table,
+    load_transitions,
+    make_replay_buffer,
+    multi_step,
+    return_weights,
+    split_episodes,
+)
 from torchrl_bcq.modules import (
     ActionVAE,
     BCQPolicy,
     BehaviorCloningPolicy,
+    Normalization,
     PerturbationActor,
     QEnsemble,
+    Standardize,
     make_bcq_modules,
 )
 from torchrl_bcq.objectives import BCQLoss
@@ -25,13 +45,28 @@ __all__ = [
     "BCQTrainer",
     "BehaviorCloningPolicy",
     "CriticEnsemble",
+    "DatasetError",
     "GenerativeModel",
+    "Normalization",
     "OfflineCollector",
     "PerturbationActor",
     "QEnsemble",
+    "Standardize",
+    "WeightedSampler",
+    "describe",
+    "episode_weights",
     "from_arrays",
+    "from_rollouts",
+    "load_d4rl",
     "load_hdf5",
+    "load_memmap",
     "load_minari",
+    "load_npz",
+    "load_table",
+    "load_transitions",
     "make_bcq_modules",
     "make_replay_buffer",
+    "multi_step",
+    "return_weights",
+    "split_episodes",
 ]

@@ -147,6 +147,35 @@ def test_built_parts_take_the_place_of_configs(compose_bcq, dataset, by_hand, as
     assert instantiate(cfg.trainer, loss_module=loss, dataset=transitions).loss_module is loss
 
 
+@pytest.mark.parametrize(
+    ("setting", "fit"), [("true", {}), ("{scale_rewards: false, chunk_size: 7}", {"scale_rewards": False})]
+)
+def test_normalization_is_fitted_to_the_dataset(compose_bcq, dataset, by_hand, assert_learn_the_same, setting, fit):
+    def make_modules(*specs):
+        fitted = bcq.Normalization.fit(bcq.load_hdf5(dataset), **fit)
+        assert (fitted.reward_scale == 1) == bool(fit)
+        return small_by_hand(*specs, normalization=fitted)
+
+    cfg = compose_bcq(*SMALL, f"networks.normalization={setting}")
+    assert_learn_the_same(lambda: instantiate(cfg.trainer), partial(by_hand, make_modules=make_modules))
+
+
+def test_normalization_without_the_dataset(compose_bcq):
+    cfg = compose_bcq(*SMALL, "networks.normalization=true")
+    trainer = instantiate(cfg.trainer)
+    env, trained = GymEnv("Pendulum-v1"), trainer.loss_module.vae_network
+    with pytest.raises(InstantiationException, match="to be fitted, but transitions is not set: .*=identity"):
+        instantiate(cfg.networks, env=env)
+    with pytest.raises(InstantiationException, match="normalization is 'yes', expected true, false, identity"):
+        instantiate(cfg.networks, env=env, normalization="yes")
+    vae, _, _ = instantiate(cfg.networks, env=env, normalization="identity")
+    assert vae.encoder[0].loc.tolist() == [0] * 4
+    vae.load_state_dict(trained.state_dict())
+    assert torch.equal(vae.encoder[0].loc, trained.encoder[0].loc)
+    vae, _, _ = instantiate(cfg.networks, env=env, normalization=False)
+    assert not hasattr(vae.encoder[0], "loc")
+
+
 def test_device_is_of_those_that_do_not_say(compose_bcq):
     own = ["trainer.device=nowhere", "replay_buffer.device=cpu"]
     for overrides in (own[:1], own):  # refused by the replay buffer, then by the networks

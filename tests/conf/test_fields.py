@@ -41,15 +41,20 @@ def stepper_settings() -> dict:
 
 GAMMA = default_value_kwargs(ValueEstimators.TD0)["gamma"]
 SPECS = {"env": None, "observation_spec": None, "action_spec": None}  # the first gives the others
+FITTED_TO = {"transitions": None}  # by the normalization
 TABLE = [
     (conf.ActionVAEConfig, settings_of(bcq.ActionVAE.__init__)),
     (conf.PerturbationActorConfig, settings_of(bcq.PerturbationActor.__init__)),
     (conf.QEnsembleConfig, settings_of(bcq.QEnsemble.__init__)),
-    (conf.BCQModulesConfig, {**settings_of(bcq.make_bcq_modules), **SPECS}),
+    (conf.BCQModulesConfig, {**settings_of(bcq.make_bcq_modules), **SPECS, **FITTED_TO}),
     (conf.BCQPolicyConfig, settings_of(bcq.BCQPolicy.__init__)),
     (conf.BCQLossConfig, {**settings_of(bcq.BCQLoss.__init__), "gamma": GAMMA}),
     (conf.HDF5DatasetConfig, settings_of(bcq.load_hdf5)),
+    (conf.NPZDatasetConfig, settings_of(bcq.load_npz)),
+    (conf.TableDatasetConfig, settings_of(bcq.load_table)),
     (conf.MinariDatasetConfig, settings_of(bcq.load_minari)),
+    (conf.D4RLDatasetConfig, settings_of(bcq.load_d4rl)),
+    (conf.MemmapDatasetConfig, settings_of(bcq.load_memmap)),
     (conf.BCQReplayBufferConfig, settings_of(bcq.make_replay_buffer)),
     (conf.BCQOptimizationStepperConfig, stepper_settings()),
     (conf.BCQTrainerConfig, {**trainer_settings(), **dict.fromkeys(["env", "dataset", "networks", "device"])}),

@@ -10,6 +10,8 @@ import torch
 from torchrl.data import Bounded, Categorical
 
 from torchrl_bcq import from_arrays
+from torchrl_bcq.data.checks import Checks
+from torchrl_bcq.data.transitions import lay_out
 
 # Two episodes, the second cut off, and an unfinished third: observations are 10 * episode + time.
 OBSERVATIONS = np.array([[10.0], [11], [12], [20], [21], [30], [31]])
@@ -130,9 +132,12 @@ BAD = [
     ({"terminated": np.array([None] * 7)}, "terminated has dtype object, expected booleans."),
     (
         {"terminated": put(TERMINATED, [3, 4], 2)},
-        "terminated has 2 rows (first: 3) that are neither 0 nor 1, such as 2.0.",
+        "terminated has 2 rows (first: 3) that are neither 0 nor 1, such as 2.0; write 1 where it is so, 0 elsewhere.",
     ),
-    ({"truncated": put(TRUNCATED, 5, np.nan)}, "truncated has 1 row (first: 5) that are neither 0 nor 1, such as nan."),
+    (
+        {"truncated": put(TRUNCATED, 5, np.nan)},
+        "truncated has 1 row (first: 5) that are neither 0 nor 1, such as nan; write 1 where it is so, 0 elsewhere.",
+    ),
     ({"observations": np.ones((0, 1))}, "observations is empty (shape (0, 1)); there is nothing to learn from."),
     ({"actions": np.ones((7, 0))}, "actions is empty (shape (7, 0)); there is nothing to learn from."),
     (
@@ -170,3 +175,125 @@ def test_refusals_name_field_count_and_first_row(changes, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole message is compared below)
         from_arrays(**arrays(**changes))
     assert str(error.value) == message
+
+
+def test_several_defects_give_one_message_with_a_list():
+    changes = {
+        "observations": put(OBSERVATIONS, [2, 4, 6], np.nan),
+        "actions": put(ACTIONS, [1, 3], 1.5),
+        "rewards": REWARDS * 0,
+        "terminated": put(TERMINATED, 5, 3),
+        "action_spec": SPEC,
+    }
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole message is compared below)
+        from_arrays(**arrays(**changes))
+    assert str(error.value) == (
+        "4 defects:\n"
+        "- observations has 3 rows (first: 2) that are not finite in float32; drop or repair them.\n"
+        "- terminated has 1 row (first: 5) that are neither 0 nor 1, such as 3.0; write 1 where it is so, 0 "
+        "elsewhere.\n"
+        "- rewards is zero in all 7 rows; was it written and read properly?\n"
+        "- actions has 2 rows (first: 1) outside the action spec: they span [0.10000000149011612] to [1.5], "
+        "the spec [-1.0] to [1.0]; clip or rescale them."
+    )
+
+
+def test_without_truncated_an_episode_is_cut_where_observations_do_not_continue():
+    """Row 2 is terminated, and no cut although 13 is not 20; row 4 leads to 22, and the next row is 30."""
+    td = from_arrays(**arrays(truncated=None, next_observations=OBSERVATIONS + 1))
+    assert column(td, "next", "observation") == [11, 12, 13, 21, 22, 31, 32]
+    assert column(td, "next", "terminated") == [False, False, True, False, False, False, False]
+    assert column(td, "next", "truncated") == [False, False, False, False, True, False, False]
+    assert column(td, "next", "done") == [False, False, True, False, True, False, False]
+    assert column(td, "episode") == [0, 0, 0, 1, 1, 2, 2]
+
+
+ABSENT = [["truncated"], ["next_observations"], []]
+
+
+@pytest.mark.parametrize("absent", ABSENT, ids=["-".join(names) or "none" for names in ABSENT])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_rows_laid_out_in_chunks_are_the_same(size, absent, caplog):
+    fields = {**arrays(next_observations=OBSERVATIONS + 1), **dict.fromkeys(absent)}
+    with caplog.at_level(logging.INFO):
+        expected = from_arrays(**fields)
+    told = caplog.messages.copy()
+    caplog.clear()
+    checks = Checks()
+    chunks = [
+        checks({name: values[start : start + size] for name, values in fields.items() if values is not None})
+        for start in range(0, 7, size)
+    ]
+    with caplog.at_level(logging.INFO):
+        parts = list(lay_out(chunks))
+    found = torch.cat(parts)
+    assert len(found) == len(expected)
+    assert (found == expected).all()
+    assert {key: value.dtype for key, value in found.items(True, True)} == {
+        key: value.dtype for key, value in expected.items(True, True)
+    }
+    assert caplog.messages == told  # of dropped rows, counted over all chunks
+
+
+def test_defects_are_counted_over_chunks():
+    checks = Checks()
+    rewards = put(REWARDS, [3, 5, 6], np.nan)
+    for start in (0, 2, 4, 6):
+        rows = slice(start, start + 2)
+        checks({name: values[rows] for name, values in arrays(rewards=rewards).items()})
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        checks.finish()
+    assert str(error.value) == "rewards has 3 rows (first: 3) that are not finite in float32; drop or repair them."
+
+
+def test_chunks_that_do_not_fit_together_are_refused():
+    checks = Checks()
+    checks(arrays())
+    with pytest.raises(
+        ValueError, match=r"^actions has 2 features from row 7 on, 1 before; every row needs the same.$"
+    ):
+        checks(arrays(actions=np.ones((7, 2))))
+    checks = Checks()
+    checks(arrays(next_observations=OBSERVATIONS))
+    with pytest.raises(
+        ValueError, match=r"^next_observations is missing from row 7 on, and given before; every row needs the same.$"
+    ):
+        checks(arrays())
+    checks = Checks()
+    checks(arrays(truncated=None, next_observations=OBSERVATIONS))
+    with pytest.raises(
+        ValueError, match=r"^truncated is given from row 7 on, and missing before; every row needs the same.$"
+    ):
+        checks(arrays(next_observations=OBSERVATIONS))
+
+
+def test_no_chunk_at_all_is_refused():
+    with pytest.raises(ValueError, match=r"^it holds no rows; there is nothing to learn from.$"):
+        list(lay_out([]))
+
+
+def test_rewards_paid_where_rows_are_dropped_are_warned_of(caplog):
+    """Survivors of a study are paid at the end, which looks cut off: no row is left that says so."""
+    rewards = np.array([0.0, 0, -1, 0, 1, 0, 1])
+    with caplog.at_level(logging.WARNING):
+        from_arrays(**arrays(rewards=rewards * [1, 1, 0.01, 1, 1, 1, 1]))
+    assert caplog.messages == [
+        "dropped 2 rows (first: 4) without a next observation (truncated, or the unfinished last one), whose rewards "
+        "are of magnitude 1 on average and those of all other rows 0.002: if they ended in a final state, set "
+        "terminated there, or give next_observations"
+    ]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        from_arrays(**arrays())
+    assert caplog.messages == []
+
+
+def test_steps_that_never_continue_are_warned_of(caplog):
+    from_arrays(**arrays(truncated=None, next_observations=OBSERVATIONS + 0.5))
+    assert caplog.messages == [
+        "5 of 7 rows are followed by another observation than their next one, so each ends an episode; if they should "
+        "go on, pass truncated, or leave next_observations out"
+    ]
+    caplog.clear()
+    from_arrays(**arrays(truncated=None, next_observations=OBSERVATIONS + 1))
+    assert caplog.messages == []

@@ -8,7 +8,8 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import MLP, ValueOperator
 
-from torchrl_bcq import QEnsemble
+from torchrl_bcq import QEnsemble, Standardize
+from torchrl_bcq.modules.normalization import Rescale
 
 
 def critic(cells=(16, 8), activation=nn.ReLU, **kwargs) -> TensorDictModule:
@@ -31,6 +32,25 @@ def test_batched_pass_equals_the_critics_one_by_one(make_batch, shape, activatio
     gradients = torch.autograd.grad(value.square().sum(), ensemble.parameters())
     expected = torch.autograd.grad(one_by_one(critics, batch).square().sum(), ensemble.parameters())
     torch.testing.assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize("statistics_differ", [False, True])
+def test_batched_pass_scales_as_each_critic_does(make_batch, statistics_differ):
+    critics, batch = [critic() for _ in range(3)], make_batch(2, 3, dtype=torch.float64)
+    for i, one in enumerate(critics):
+        own = 1.0 + i * statistics_differ
+        one.module.insert(0, Standardize(own * torch.arange(5), own * torch.arange(1, 6)))
+        one.module.append(Rescale(10 * own))
+        one.double()
+    ensemble = QEnsemble(critics)
+    assert ensemble._batched
+    value = ensemble(batch.clone())["state_action_value"]
+    torch.testing.assert_close(value, one_by_one(critics, batch))
+    gradients = torch.autograd.grad(value.square().sum(), ensemble.parameters())
+    expected = torch.autograd.grad(one_by_one(critics, batch).square().sum(), ensemble.parameters())
+    torch.testing.assert_close(gradients, expected)
+    critics[1].module[-1].scale *= 3  # as a checkpoint might
+    torch.testing.assert_close(ensemble(batch.clone())["state_action_value"], one_by_one(critics, batch))
 
 
 def test_critics_of_different_architecture(make_batch):

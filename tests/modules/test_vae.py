@@ -49,6 +49,23 @@ def test_reparametrisation_by_hand(make_batch):
     torch.testing.assert_close(out["reconstruction"], torch.tensor([[0.9051483, 1.0757656]]))
 
 
+@pytest.mark.parametrize(("scale", "expected"), [(None, 2.26098574), ((1.0, 2.0), 0.87248147)])
+def test_unit_of_the_reconstruction_error_by_hand(make_batch, scale, expected):
+    """(0.9051483 - 0)^2 = 0.8192934 and (1.0757656 - 3)^2 = 3.7026780, which in half-ranges of 2 is 0.9256695."""
+    vae = ActionVAE(Encoder(0.5, 0.0), Decoder(), ACTION_SPEC, latent_dim=4, error_scale=scale)
+    batch = make_batch(1).set("action", torch.tensor([[0.0, 3.0]]))
+    loss, parts = vae.training_loss(batch, noise=torch.tensor([[1.0, -1.0, 0.0, 0.0]]))
+    torch.testing.assert_close(parts["vae_reconstruction"], torch.tensor([expected]))
+    # KL of a mean of 0.5 at a deviation of 1: 0.5^2 / 2, with its weight of one half
+    torch.testing.assert_close(loss, torch.tensor([expected + 0.0625]))
+
+
+@pytest.mark.parametrize("scale", [(1.0,), (1.0, 0.0), (1.0, float("nan"))])
+def test_error_scales_that_cannot_work(scale):
+    with pytest.raises(ValueError, match=r"error_scale is \[1.0.*, expected 2 positive numbers, one of each action"):
+        ActionVAE(Encoder(0.0, 0.0), Decoder(), ACTION_SPEC, latent_dim=4, error_scale=scale)
+
+
 @pytest.mark.parametrize(("log_std", "expected"), [(-100.0, -4.0), (0.3, 0.3), (100.0, 15.0)])
 def test_log_std_is_clamped(make_batch, log_std, expected):
     vae = ActionVAE(Encoder(0.0, log_std), Decoder(), ACTION_SPEC, latent_dim=4)

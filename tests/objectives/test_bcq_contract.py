@@ -180,6 +180,26 @@ def test_state_dict_of_a_fresh_loss_round_trips(modules, make_batch, latent):
     assert loss.state_dict().keys() == state.keys()  # the first call adds nothing
 
 
+def test_state_dict_of_other_networks_is_refused_whole(modules, make_batch):
+    """tensordict alone skips what does not fit, and would leave the loss as it was without a word."""
+    loss = BCQLoss(*modules)
+    vae, actor, critics = copy.deepcopy(modules)
+    actor.network.append(torch.nn.Linear(2, 2))
+    before = {name: value.clone() for name, value in loss.state_dict().items() if isinstance(value, torch.Tensor)}
+    deeper = BCQLoss(vae, actor, critics)
+    with pytest.raises(RuntimeError, match=r"lacks 0 entries of this loss and has 4 others \(such as actor_.*5.bias\)"):
+        loss.load_state_dict(deeper.state_dict())
+    with pytest.raises(RuntimeError, match=r"lacks 4 entries of this loss \(such as .*5.bias\) and has 0 others"):
+        deeper.load_state_dict(loss.state_dict())
+    state = loss.state_dict()
+    state["qvalue_network_params.critics.0.module.0.weight"] = torch.zeros(8, 5)
+    with pytest.raises(
+        RuntimeError, match=r"has 1 entries of other sizes than this loss \(such as qvalue_.*0.weight\)"
+    ):
+        loss.load_state_dict(state)
+    assert all(torch.equal(loss.state_dict()[name], value) for name, value in before.items())
+
+
 # What is refused
 
 

@@ -74,7 +74,7 @@ def prioritised_buffer(transitions: TensorDict, priority_key: str = "td_error") 
     return buffer
 
 
-@pytest.mark.parametrize("kind", ["soft", "hard", "unseeded", "prioritised"])
+@pytest.mark.parametrize("kind", ["soft", "hard", "unseeded", "prioritised", "without_replacement", "weighted"])
 def test_run_save_load_run_equals_run_run(make_batch, tmp_path, kind):
     """Slip 7: networks, targets, optimizers, sampler and random state; bitwise."""
     transitions = make_batch(200)
@@ -86,6 +86,11 @@ def test_run_save_load_run_equals_run_run(make_batch, tmp_path, kind):
             settings["buffer"] = make_replay_buffer(transitions, batch_size=16)
         if kind == "prioritised":
             settings["buffer"] = prioritised_buffer(transitions)
+        if kind == "without_replacement":  # the break is within the second round
+            settings["buffer"] = make_replay_buffer(transitions, batch_size=16, seed=seed, sampler=kind)
+        if kind == "weighted":
+            weights = torch.arange(200) % 7
+            settings["buffer"] = make_replay_buffer(transitions, batch_size=16, seed=seed, weights=weights)
         return make_trainer(transitions, total_steps, seed=seed, **settings)
 
     undisturbed = make(40)

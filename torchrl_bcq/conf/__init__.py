@@ -8,7 +8,15 @@ try:
 except ImportError as error:
     raise ImportError("torchrl_bcq.conf needs Hydra: pip install hydra-core.") from error
 
-from torchrl_bcq.conf.data import BCQReplayBufferConfig, HDF5DatasetConfig, MinariDatasetConfig
+from torchrl_bcq.conf.data import (
+    BCQReplayBufferConfig,
+    D4RLDatasetConfig,
+    HDF5DatasetConfig,
+    MemmapDatasetConfig,
+    MinariDatasetConfig,
+    NPZDatasetConfig,
+    TableDatasetConfig,
+)
 from torchrl_bcq.conf.modules import (
     ActionVAEConfig,
     BCQModulesConfig,
@@ -29,10 +37,14 @@ __all__ = [
     "BCQReplayBufferConfig",
     "BCQSoftUpdateConfig",
     "BCQTrainerConfig",
+    "D4RLDatasetConfig",
     "HDF5DatasetConfig",
+    "MemmapDatasetConfig",
     "MinariDatasetConfig",
+    "NPZDatasetConfig",
     "PerturbationActorConfig",
     "QEnsembleConfig",
+    "TableDatasetConfig",
 ]
 
 for _group, _name, _node in (
@@ -44,7 +56,11 @@ for _group, _name, _node in (
     ("loss", "bcq", BCQLossConfig),
     ("target_net_updater", "bcq", BCQSoftUpdateConfig),
     ("dataset", "hdf5", HDF5DatasetConfig),  # TorchRL has no such group
+    ("dataset", "npz", NPZDatasetConfig),
+    ("dataset", "table", TableDatasetConfig),
     ("dataset", "minari", MinariDatasetConfig),
+    ("dataset", "d4rl", D4RLDatasetConfig),
+    ("dataset", "memmap", MemmapDatasetConfig),
     ("replay_buffer", "bcq", BCQReplayBufferConfig),
     ("hook", "bcq_optimization", BCQOptimizationStepperConfig),
     ("trainer", "bcq", BCQTrainerConfig),

@@ -13,7 +13,7 @@ from torchrl.envs import EnvBase
 from torchrl.trainers.algorithms.configs.common import _normalize_hydra_key, _normalize_hydra_keys
 from torchrl.trainers.algorithms.configs.modules import NetworkConfig
 
-from torchrl_bcq.modules import ActionVAE, PerturbationActor, QEnsemble, make_bcq_modules
+from torchrl_bcq.modules import ActionVAE, Normalization, PerturbationActor, QEnsemble, make_bcq_modules
 
 # TorchRL's ModelConfig would add in_keys, out_keys and shared, which the modules here do not take
 
@@ -29,6 +29,7 @@ class ActionVAEConfig(NetworkConfig):
     latent_clip: float = 0.5  # of sampled latents, in standard deviations
     log_std_range: tuple[float, float] = (-4.0, 15.0)  # clamp of the encoder's log standard deviation
     kl_weight: float = 0.5  # of the KL divergence beside the reconstruction error
+    error_scale: Any = None  # unit of that error in each action dimension, a list; 1
     observation_keys: list[Any] = field(default_factory=lambda: ["observation"])  # read by both networks
     action_key: Any = "action"  # read by the encoder, written when decoding
     _convert_: str = "all"
@@ -77,6 +78,8 @@ class BCQModulesConfig(NetworkConfig):
     phi: float = 0.05  # largest perturbation, as a fraction of half the action range
     action_key: Any = "action"  # entry of the action
     value_key: Any = "state_action_value"  # entry of the critics' values
+    normalization: Any = None  # true fits it to the transitions, a mapping says how, identity awaits a checkpoint
+    transitions: Any = None  # what it is fitted to; a trainer's config fills in its replay buffer
     device: Any = None  # of the parameters; a trainer's config fills in its own
     dtype: str | None = None  # of the parameters, such as float64; PyTorch's default
     _convert_: str = "all"
@@ -111,6 +114,8 @@ def _make_modules(
     env: EnvBase | None,
     observation_spec: TensorSpec | None,
     action_spec: TensorSpec | None,
+    normalization: Any,
+    transitions: Any,
     dtype: Any,
     **settings: Any,
 ) -> tuple[ActionVAE, TensorDictModuleBase, QEnsemble]:
@@ -120,7 +125,28 @@ def _make_modules(
     if observation_spec is None or action_spec is None:
         raise ValueError("neither env nor both specs are set; choose one, such as env=gym env.env_name=Pendulum-v1.")
     dtype = None if dtype is None else getattr(torch, dtype.removeprefix("torch."))
-    return make_bcq_modules(observation_spec, action_spec, dtype=dtype, **_with_nested_keys(settings))
+    normalization = _make_normalization(normalization, transitions, observation_spec)
+    settings = {"normalization": normalization, "dtype": dtype, **_with_nested_keys(settings)}
+    return make_bcq_modules(observation_spec, action_spec, **settings)
+
+
+def _make_normalization(setting: Any, transitions: Any, observation_spec: TensorSpec) -> Normalization | None:
+    """What ``normalization`` stands for, fitted to all that the networks read."""
+    if setting is None or setting is False or isinstance(setting, Normalization):
+        return setting or None
+    identity = Normalization.identity(observation_spec)
+    if setting == "identity":
+        return identity
+    if setting is not True and not isinstance(setting, dict):
+        raise ValueError(f"normalization is {setting!r}, expected true, false, identity or settings of its fit.")
+    if transitions is None:
+        raise ValueError(
+            "normalization is to be fitted, but transitions is not set: build the networks by a trainer's config, "
+            "hand transitions to instantiate, or choose normalization=identity to load a checkpoint into them."
+        )
+    keys = {"observation_keys": list(identity.observations)}
+    given = {} if setting is True else _with_nested_keys(setting)
+    return Normalization.fit(transitions[:], **{**keys, **given})
 
 
 def _with_nested_keys(settings: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class BCQTrainerConfig(TrainerConfig):
     target_net_updater: Any = MISSING  # of its target networks, null where nothing is delayed
     optimization_stepper: Any = None  # the author's Adam optimizers
     dataset: Any = None  # the transitions, for a replay buffer that lacks them
-    networks: Any = None  # gives (vae, actor, critics), for a loss that lacks some
+    networks: Any = None  # gives (vae, actor, critics), for a loss that lacks some; may normalize what the buffer holds
     env: Any = None  # its specs size the networks and check the dataset's actions; it is never stepped
     device: Any = None  # of networks and replay buffer, where they do not say
     seed: int | None = None  # of networks and training, and of the replay buffer where it does not say
@@ -96,7 +96,8 @@ def _make_trainer(
         torch.manual_seed(seed)
     if OmegaConf.is_dict(loss_module):
         lacking = [name for name in _NETWORKS if OmegaConf.is_missing(loss_module, name)]
-        modules = _build(networks, unset={"env": env, "device": device}) if lacking else None
+        unset = {"env": env, "device": device, "transitions": replay_buffer}
+        modules = _build(networks, unset) if lacking else None
         given = {} if modules is None else dict(zip(_NETWORKS, modules, strict=True))
         loss_module = _build(loss_module, **given)
     built = {name: instantiate(value) if OmegaConf.is_config(value) else value for name, value in settings.items()}

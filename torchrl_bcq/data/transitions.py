@@ -1,16 +1,20 @@
-"""From arrays to transitions in TorchRL's layout, with the checks that a dataset must pass."""
+"""From recorded steps to transitions in TorchRL's layout."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from tensordict import TensorDict
-from torchrl.data import Bounded, TensorSpec
+from torchrl.data import TensorSpec
+
+from torchrl_bcq.data.checks import Checks, DatasetError, Rows
 
 _logger = logging.getLogger(__name__)
+_PAID_AT_THE_END = 10  # dropped rewards against the others, mean magnitudes: those of a time-out are like any
 
 
 def from_arrays(
@@ -27,7 +31,8 @@ def from_arrays(
 
     Rows of one episode follow one another, and an episode ends where ``terminated`` or ``truncated`` is set. Without
     ``next_observations`` each row's next observation is the next row's; a truncated row, and an unfinished last one,
-    has none and is dropped; a terminated row, whose next observation is never used, repeats its own.
+    has none and is dropped; a terminated row, whose next observation is never used, repeats its own. Without
+    ``truncated`` an episode is cut off wherever a row's next observation is not the next row's observation.
 
     Args:
         observations: ``[N, D]``.
@@ -44,130 +49,124 @@ def from_arrays(
         ``("next", ...)``: ``observation [M, D]``, ``reward``, ``done``, ``terminated``, ``truncated`` ``[M, 1]``.
 
     Raises:
-        ValueError: if ``truncated`` and ``next_observations`` are both missing, or a field has the wrong rank, dtype or
-            length, is empty or all zero, or has non-finite rows or actions out of bounds; it names the field, the count
-            and the first row.
+        DatasetError: if ``truncated`` and ``next_observations`` are both missing, or a field has the wrong rank, dtype
+            or length, is empty or all zero, or has non-finite rows or actions out of bounds; it names the field, the
+            count and the first row.
     """
-    fields = {
-        "observations": _real("observations", observations, rank=2),
-        "actions": _real("actions", actions, rank=2, integers=False),
-        "rewards": _real("rewards", rewards, rank=1),
-        "terminated": _flags("terminated", terminated),
+    columns = {
+        "observations": observations,
+        "actions": actions,
+        "rewards": rewards,
+        "terminated": terminated,
+        "truncated": truncated,
+        "next_observations": next_observations,
     }
     if truncated is None and next_observations is None:
-        raise ValueError(
+        raise DatasetError(
             "truncated and next_observations are both missing, so nothing says where an episode was cut off and the "
             "next one began; if none was cut, pass truncated=np.zeros(N)."
         )
-    fields["truncated"] = np.zeros_like(fields["terminated"]) if truncated is None else _flags("truncated", truncated)
-    if next_observations is not None:
-        fields["next_observations"] = _real("next_observations", next_observations, rank=2)
-    _check_lengths(fields)
-    if action_spec is not None:
-        _check_bounds(fields["actions"], action_spec)
-    observation, done = fields["observations"], fields["terminated"] | fields["truncated"]
-    episode = np.cumsum(done) - done  # the row that ends an episode still belongs to it
-    if next_observations is None:
-        next_observation, keep = _shift(observation, done, fields["truncated"] & ~fields["terminated"])
+    checks = Checks(action_spec)
+    checked = checks(columns)
+    checks.finish()
+    parts = list(lay_out([checked]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def lay_out(chunks: Iterable[dict[str, np.ndarray]], *, report: bool = True) -> Iterator[TensorDict]:
+    """Transitions of checked chunks; episodes may go on from one chunk to the next.
+
+    Args:
+        chunks: fields of :class:`~torchrl_bcq.data.checks.Checks`, all with the same ones.
+        report: whether to log what was dropped.
+
+    Raises:
+        DatasetError: after the last chunk, if there was none, or no transition is complete.
+    """
+    episode = rows = 0
+    dropped, lost, kept = Rows(), 0.0, 0.0
+    guessed = 0  # ends of episodes, where nothing but the observations tells
+    held: dict[str, np.ndarray] = {}  # the last row, whose successor is not known yet
+    for chunk in chunks:
+        fields = {name: np.concatenate([held[name], values]) if held else values for name, values in chunk.items()}
+        held = {name: values[-1:] for name, values in fields.items()}
+        part, keep = _part(fields, episode)
+        guessed += 0 if "truncated" in fields else int(part["next", "truncated"].sum())
+        episode += int(part["next", "done"].sum())
+        dropped.add(~keep, rows)
+        reward = np.abs(fields["rewards"][:-1].astype(np.float64))
+        lost, kept = lost + reward[~keep].sum(), kept + reward[keep].sum()
+        rows += len(part)
+        if keep.any():
+            yield part if keep.all() else part[torch.from_numpy(keep)]
+    if not held:
+        raise DatasetError("it holds no rows; there is nothing to learn from.")
+    part, keep = _part({name: np.concatenate([values, values]) for name, values in held.items()}, episode, is_last=True)
+    dropped.add(~keep, rows)
+    lost += 0 if keep.all() else float(np.abs(held["rewards"][0]))
+    rows += 1
+    if dropped.count == rows:
+        raise DatasetError(
+            f"all {rows} rows are truncated and next_observations is not given: no transition is complete."
+        )
+    if guessed > rows / 2 and report:
+        _logger.warning(
+            "%d of %d rows are followed by another observation than their next one, so each ends an episode; if they "
+            "should go on, pass truncated, or leave next_observations out",
+            guessed,
+            rows,
+        )
+    if dropped.count and report:
+        _report(dropped, lost / dropped.count, kept / (rows - dropped.count))
+    if keep.any():
+        yield part
+
+
+def _report(dropped: Rows, lost: float, kept: float) -> None:
+    """Log which rows were dropped; ``lost`` and ``kept`` are mean magnitudes of rewards."""
+    what = f"dropped {dropped} without a next observation (truncated, or the unfinished last one)"
+    if lost > _PAID_AT_THE_END * kept:
+        _logger.warning(
+            "%s, whose rewards are of magnitude %.3g on average and those of all other rows %.3g: if they ended in a "
+            "final state, set terminated there, or give next_observations",
+            what,
+            lost,
+            kept,
+        )
     else:
-        next_observation, keep = fields["next_observations"], np.ones_like(done)
+        _logger.info(what)
+
+
+def _part(fields: dict[str, np.ndarray], episode: int, is_last: bool = False) -> tuple[TensorDict, np.ndarray]:
+    """Transitions of all rows but the last, which serves as a successor only, and which of them are complete.
+
+    With ``is_last`` the successor is none, but a stand-in for it.
+    """
+    observation, following = fields["observations"][:-1], fields["observations"][1:]
+    terminated = fields["terminated"][:-1]
+    given = fields.get("next_observations")
+    if "truncated" in fields:
+        truncated = fields["truncated"][:-1]
+    elif given is None or is_last:
+        truncated = np.zeros_like(terminated)
+    else:
+        truncated = ~terminated & (given[:-1] != following).any(1)
+    done = terminated | truncated
+    if given is None:
+        next_observation = np.where(terminated[:, None], observation, following)
+        keep = terminated | ~(truncated | is_last)
+    else:
+        next_observation, keep = given[:-1], np.ones_like(done)
     columns = {
         "observation": observation,
-        "action": fields["actions"],
-        "episode": episode,
+        "action": fields["actions"][:-1],
+        "episode": episode + np.cumsum(done) - done,  # the row that ends an episode still belongs to it
         "next": {
             "observation": next_observation,
-            "reward": fields["rewards"][:, None],
+            "reward": fields["rewards"][:-1, None],
             "done": done[:, None],
-            "terminated": fields["terminated"][:, None],
-            "truncated": fields["truncated"][:, None],
+            "terminated": terminated[:, None],
+            "truncated": truncated[:, None],
         },
     }
-    transitions = TensorDict(columns, batch_size=[len(done)])
-    return transitions if keep.all() else transitions[torch.from_numpy(keep)]
-
-
-def _real(name: str, values: ArrayLike, rank: int, integers: bool = True) -> np.ndarray:
-    """A finite float32 array of the given rank (``[N, 1]`` passes for ``[N]``), not all zero."""
-    array = _column(name, values, rank)
-    if array.dtype.kind not in ("fiu" if integers else "f"):
-        hint = "" if integers else " BCQLoss needs continuous actions; cast them if they are."
-        raise ValueError(f"{name} has dtype {array.dtype}, expected real numbers.{hint}")
-    with np.errstate(over="ignore"):
-        array = array.astype(np.float32)
-    finite = np.isfinite(array).reshape(len(array), -1).all(1)
-    if not finite.all():
-        raise ValueError(f"{name} has {_rows(~finite)} that are not finite in float32; drop or repair them.")
-    if not array.any():
-        raise ValueError(f"{name} is zero in all {len(array)} rows; was it written and read properly?")
-    return array
-
-
-def _flags(name: str, values: ArrayLike) -> np.ndarray:
-    """A boolean ``[N]``; numbers pass where all are 0 or 1."""
-    array = _column(name, values, rank=1)
-    if array.dtype.kind not in "bfiu":
-        raise ValueError(f"{name} has dtype {array.dtype}, expected booleans.")
-    odd = (array != 0) & (array != 1)
-    if odd.any():
-        raise ValueError(f"{name} has {_rows(odd)} that are neither 0 nor 1, such as {array[odd][0]}.")
-    return array.astype(bool)
-
-
-def _column(name: str, values: ArrayLike, rank: int) -> np.ndarray:
-    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
-    if rank == 1 and array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.ndim != rank:
-        expected = "[N] or [N, 1]" if rank == 1 else "[N, features]"
-        hint = f"; use {name}[:, None] for a single feature" if (array.ndim, rank) == (1, 2) else ""
-        raise ValueError(f"{name} has shape {array.shape}, expected {expected}{hint}.")
-    if not array.size:
-        raise ValueError(f"{name} is empty (shape {array.shape}); there is nothing to learn from.")
-    return array
-
-
-def _check_lengths(fields: dict[str, np.ndarray]) -> None:
-    lengths = {name: len(array) for name, array in fields.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(
-            f"fields differ in length: {lengths}; each needs one row per step, and the last observation of an "
-            "episode belongs to next_observations."
-        )
-    if "next_observations" in fields and fields["next_observations"].shape != fields["observations"].shape:
-        shapes = fields["next_observations"].shape, fields["observations"].shape
-        raise ValueError(f"next_observations has shape {shapes[0]}, observations {shapes[1]}.")
-
-
-def _check_bounds(actions: np.ndarray, spec: TensorSpec) -> None:
-    if not isinstance(spec, Bounded):
-        raise ValueError(f"action_spec is a {type(spec).__name__}, expected the Bounded spec of one action.")
-    low, high = (bound.cpu().float().numpy() for bound in (spec.space.low, spec.space.high))
-    if actions.shape[1:] != low.shape:
-        raise ValueError(f"actions have shape {actions.shape}, but the action spec has shape {low.shape}.")
-    outside = ((actions < low) | (actions > high)).any(1)
-    if outside.any():
-        raise ValueError(
-            f"actions has {_rows(outside)} outside the action spec: they span {actions.min(0).tolist()} to "
-            f"{actions.max(0).tolist()}, the spec {low.tolist()} to {high.tolist()}; clip or rescale them."
-        )
-
-
-def _shift(observation: np.ndarray, done: np.ndarray, truncated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Next observations from the rows that follow, and which rows have one (or need none)."""
-    following = np.concatenate([observation[1:], observation[-1:]])
-    next_observation = np.where(done[:, None], observation, following)
-    keep = ~truncated
-    keep[-1] &= done[-1]
-    if not keep.any():
-        raise ValueError(
-            f"all {len(keep)} rows are truncated and next_observations is not given: no transition is complete."
-        )
-    if not keep.all():
-        _logger.info("dropped %s without a next observation (truncated, or the unfinished last one)", _rows(~keep))
-    return next_observation, keep
-
-
-def _rows(mask: np.ndarray) -> str:
-    count = int(mask.sum())
-    return f"{count} {'row' if count == 1 else 'rows'} (first: {int(mask.argmax())})"
+    return TensorDict(columns, batch_size=[len(done)]), keep

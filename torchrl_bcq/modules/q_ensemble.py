@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchrl.modules import MLP
 
+from torchrl_bcq.modules.normalization import Rescale, Standardize
+
 _ELEMENTWISE = (nn.ELU, nn.GELU, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh)
 
 
@@ -19,7 +21,8 @@ class QEnsemble(TensorDictModuleBase):
     """``C`` independent critics; writes all their values. The first one guides the actor and the policy.
 
     Critics that are equal :class:`~torchrl.modules.MLP` s of linear layers and elementwise activations, without hooks,
-    are evaluated in one batched pass, others one after the other.
+    are evaluated in one batched pass, others one after the other. A :class:`~torchrl_bcq.Standardize` and what undoes
+    it may be among the layers, of equal or unequal statistics.
 
     Args:
         critics: modules that read the same entries and write ``[*B, 1]`` to the same, last out-key.
@@ -77,6 +80,11 @@ class QEnsemble(TensorDictModuleBase):
                 weight = torch.stack([layer.weight for layer in layers])  # [C, out, in]
                 bias = torch.stack([layer.bias for layer in layers]).unsqueeze(1)  # [C, 1, out]
                 x = torch.baddbmm(bias, x, weight.mT)  # [C, N, in] -> [C, N, out]
+            elif isinstance(layers[0], Standardize):
+                loc, scale = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("loc", "scale"))
+                x = (x - loc.unsqueeze(1)) / scale.unsqueeze(1)  # [C, N, in]
+            elif isinstance(layers[0], Rescale):
+                x = x * torch.stack([layer.scale for layer in layers]).unsqueeze(1)
             else:
                 x = layers[0](x)
         return x.squeeze(-1).mT.reshape(*batch, len(self.critics))  # [C, N, 1] -> [*B, C]
@@ -113,10 +121,13 @@ def _are_equal_mlps(critics: Sequence[TensorDictModuleBase]) -> bool:
         if not isinstance(critic, TensorDictModule) or type(critic.module) is not MLP:
             return None
         plain = [
-            isinstance(layer, _ELEMENTWISE) or (type(layer) is nn.Linear and layer.bias is not None)
+            isinstance(layer, _ELEMENTWISE)
+            or type(layer) in (Standardize, Rescale)
+            or (type(layer) is nn.Linear and layer.bias is not None)
             for layer in critic.module
         ]
-        one_value = getattr(critic.module[-1], "out_features", None) == 1
+        widths = [layer.out_features for layer in critic.module if isinstance(layer, nn.Linear)]
+        one_value = widths[-1:] == [1]
         return [repr(layer) for layer in critic.module] if all(plain) and one_value else None
 
     signatures = [signature(critic) for critic in critics]

@@ -29,16 +29,20 @@ class ActionVAE(TensorDictModuleBase):
         latent_clip: sampled latents are clipped to this many standard deviations; reconstructions are not.
         log_std_range: clamp of the encoder's log standard deviation.
         kl_weight: weight of the latent's KL divergence beside the reconstruction error in :meth:`training_loss`.
+        error_scale: unit of that error in each action dimension, ``[A]``. Half the action's range makes its weight
+            against the KL divergence independent of the action's units; the paper's is 1.
         observation_keys: entries given to both networks, in this order.
         action_key: entry that is read by the encoder and written by :meth:`decode`.
 
     Writes: ``reconstruction [*B, A]``, ``loc [*B, L]``, ``log_std [*B, L]``.
 
     Raises:
-        ValueError: if ``action_spec`` is not a finite box of rank 1, or a size, clip or weight is not positive.
+        ValueError: if ``action_spec`` is not a finite box of rank 1, or a size, clip, weight or scale is not positive.
 
     Source: arXiv:1812.02900, section 4.1 and appendix D.1.
     """
+
+    error_scale: Tensor | None
 
     def __init__(
         self,
@@ -50,6 +54,7 @@ class ActionVAE(TensorDictModuleBase):
         latent_clip: float = 0.5,
         log_std_range: tuple[float, float] = (-4.0, 15.0),
         kl_weight: float = 0.5,
+        error_scale: Tensor | Sequence[float] | None = None,
         observation_keys: Sequence[NestedKey] = ("observation",),
         action_key: NestedKey = "action",
     ) -> None:
@@ -72,6 +77,7 @@ class ActionVAE(TensorDictModuleBase):
         low, high = action_bounds(action_spec)
         self.register_buffer("low", low)
         self.register_buffer("high", high)
+        self.register_buffer("error_scale", _error_scale(error_scale, like=low))
 
     def encode(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the posterior of the latent: ``loc`` and ``log_std``, each ``[*B, L]``."""
@@ -110,7 +116,10 @@ class ActionVAE(TensorDictModuleBase):
         mean over latents, before its weight.
         """
         out = self(tensordict.copy(), noise=noise)
-        error = (out.get("reconstruction") - out.get(self.action_key)).square().mean(-1)  # [*B, A] -> [*B]
+        error = out.get("reconstruction") - out.get(self.action_key)
+        if self.error_scale is not None:
+            error = error / self.error_scale
+        error = error.square().mean(-1)  # [*B, A] -> [*B]
         kl = gaussian_kl(out.get("loc"), out.get("log_std")).mean(-1)  # [*B, L] -> [*B]
         return error + self.kl_weight * kl, {"vae_reconstruction": error.detach(), "vae_kl": kl.detach()}
 
@@ -122,3 +131,13 @@ class ActionVAE(TensorDictModuleBase):
         if logits.shape[-1] != len(self.low):
             raise ValueError(f"decoder gives {logits.shape[-1]} features, expected the action's {len(self.low)}.")
         return squash_to_bounds(logits, self.low, self.high)
+
+
+def _error_scale(scale: Tensor | Sequence[float] | None, like: Tensor) -> Tensor | None:
+    """The scale as a new tensor ``[A]``."""
+    if scale is None:
+        return None
+    scale = torch.as_tensor(scale).to(like, copy=True)
+    if scale.shape != like.shape or not ((scale > 0) & scale.isfinite()).all():
+        raise ValueError(f"error_scale is {scale.tolist()}, expected {len(like)} positive numbers, one of each action.")
+    return scale

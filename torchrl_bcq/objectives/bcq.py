@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,6 +228,24 @@ class BCQLoss(LossModule):
             dtype=self._first_parameter.dtype,
         )
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load as any module does; entries of the networks that differ are an error, too, which tensordict skips."""
+        own = self.state_dict()
+        lacking, unknown = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
+        if strict and (lacking or unknown):
+            raise RuntimeError(
+                f"the state_dict lacks {len(lacking)} entries of this loss{_such_as(lacking)} and has {len(unknown)} "
+                f"others{_such_as(unknown)}; build the networks with the same layers, and with normalization (such as "
+                "Normalization.identity) if they had it."
+            )
+        shared = {name for name, value in own.items() if isinstance(value, Tensor) and name in state_dict}
+        if resized := {name for name in shared if own[name].shape != state_dict[name].shape}:
+            raise RuntimeError(
+                f"the state_dict has {len(resized)} entries of other sizes than this loss{_such_as(resized)}; build "
+                "the networks with the same hidden sizes, for the same observations and actions."
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     def _apply(self, fn, recurse: bool = True):
         """Move or cast, and bind the moved tensors to the modules handed in, whose buffers would else stay behind."""
         super()._apply(fn)
@@ -311,3 +330,7 @@ class BCQLoss(LossModule):
 def _run_on(params: TensorDictParams, network: Any):
     """Put ``params`` into ``network``, in a ``with`` until its end; tensordict's default would unfreeze them."""
     return params.to_module(network, preserve_module_state=False)
+
+
+def _such_as(names: Collection[str]) -> str:
+    return f" (such as {min(names)})" if names else ""

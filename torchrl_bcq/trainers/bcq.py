@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.checkpoint import Checkpoint, GlobalRNGState
-from torchrl.data import PrioritizedSampler, ReplayBuffer
+from torchrl.data import PrioritizedSampler, ReplayBuffer, SamplerWithoutReplacement
 from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.trainers.trainers import OptimizationStepper, ReplayBufferTrainer, TargetNetUpdaterHook, Trainer
 
@@ -153,6 +154,7 @@ class _SamplerState:
 
     def dump(self, path: Path) -> None:
         """Write the sampler's own files, and the generator's state, into the folder ``path``."""
+        (path / "sampler.json").write_text(json.dumps({"class": self._sampler_class, "rows": len(self._buffer)}))
         self._buffer.sampler.dumps(path / "sampler")
         generator = self._buffer._rng
         state = {} if generator is None else {"generator": generator.get_state()}
@@ -160,12 +162,31 @@ class _SamplerState:
 
     def load(self, path: Path) -> None:
         """Read them back."""
-        state, generator = TensorDict.load_memmap(path / "generator").to_dict(), self._buffer._rng
+        saved = json.loads((path / "sampler.json").read_text())
+        if saved["class"] != self._sampler_class:
+            raise ValueError(
+                f"the checkpoint's replay buffer drew with a {saved['class']}, this one with a {self._sampler_class}; "
+                "make it alike."
+            )
+        if saved["rows"] != len(self._buffer):
+            raise ValueError(
+                f"the checkpoint's replay buffer had {saved['rows']} transitions, this one has {len(self._buffer)}; "
+                "go on with the same dataset."
+            )
+        state, generator = TensorDict.load_memmap(path / "generator", allow_pickle=False).to_dict(), self._buffer._rng
         if (generator is None) == ("generator" in state):
             with_seed = "with" if generator is None else "without"
             raise ValueError(
                 f"the checkpoint's replay buffer was made {with_seed} a seed, this one was not; make it alike."
             )
-        self._buffer.sampler.loads(path / "sampler")
+        sampler = self._buffer.sampler
+        sampler.loads(path / "sampler")
+        if isinstance(sampler, SamplerWithoutReplacement) and sampler._sample_list is not None:
+            # TorchRL leaves the rest of the round on the CPU, and would draw the next one there, too
+            sampler._sample_list = sampler._sample_list.to(self._buffer.storage.device)
         if generator is not None:
             generator.set_state(state["generator"].cpu())
+
+    @property
+    def _sampler_class(self) -> str:
+        return type(self._buffer.sampler).__name__

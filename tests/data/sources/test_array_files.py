@@ -1,0 +1,448 @@
+"""HDF5 and NPZ files made on the spot, in the layouts of D4RL, Gymnasium, Tianshou, Minari and robomimic."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from torchrl.data import Bounded
+
+from torchrl_bcq import from_arrays, load_hdf5, load_npz
+from torchrl_bcq.data.sources import array_files
+
+# three episodes: of 4 steps (terminated), 5 (cut off), 3 (unfinished); observations are [episode, step]
+LENGTHS = (4, 5, 3)
+OBSERVATIONS = np.array([[e, t] for e, n in enumerate(LENGTHS, 1) for t in range(n)], dtype=np.float32)
+STEPS = {
+    "observations": OBSERVATIONS,
+    "actions": np.linspace(-1, 1, 12, dtype=np.float32)[:, None],
+    "rewards": np.arange(1, 13, dtype=np.float32),
+    "terminated": np.arange(12) == 3,
+    "truncated": np.arange(12) == 8,
+    "next_observations": OBSERVATIONS + np.array([0, 1], dtype=np.float32),
+}
+D4RL = {"terminated": "terminals", "truncated": "timeouts"}
+MINARI = {"terminated": "terminations", "truncated": "truncations"}
+SINGULAR = {"observations": "observation", "actions": "action", "rewards": "reward", "next_observations": "next_obs"}
+TIANSHOU = {"observations": "obs", "actions": "act", "rewards": "rew", "next_observations": "obs_next"}
+
+
+def write_hdf5(path, fields, **options):
+    with h5py.File(path, "w") as file:
+        for name, value in fields.items():
+            file.create_dataset(name, data=value, **options)
+    return path
+
+
+def write_npz(path, fields):
+    np.savez(path, **fields)
+    return path
+
+
+def write_compressed(path, fields):
+    np.savez_compressed(path, **fields)
+    return path
+
+
+FORMATS = {"hdf5": (write_hdf5, load_hdf5), "npz": (write_npz, load_npz), "compressed": (write_compressed, load_npz)}
+
+
+@pytest.fixture(params=FORMATS)
+def form(request, tmp_path):
+    """``(write, load)``: write fields to a file, load transitions from it."""
+    write, load = FORMATS[request.param]
+    return lambda fields: write(tmp_path / f"d.{'hdf5' if load is load_hdf5 else 'npz'}", fields), load
+
+
+def steps(names=None, without=(), **changes):
+    fields = {name: value for name, value in {**STEPS, **changes}.items() if name not in without}
+    return {(names or {}).get(name, name): value for name, value in fields.items()}
+
+
+def same(found, expected):
+    assert found.batch_size == expected.batch_size
+    assert set(found.keys(True, True)) == set(expected.keys(True, True))
+    for key, value in expected.items(True, True):
+        assert found[key].dtype == value.dtype, key
+        assert torch.equal(found[key], value), key
+
+
+def rows(td, *key):
+    return td[key if len(key) > 1 else key[0]].squeeze(-1).tolist()
+
+
+@pytest.mark.parametrize("names", [D4RL, MINARI, SINGULAR | MINARI, TIANSHOU, D4RL | TIANSHOU])
+def test_common_names(form, names):
+    write, load = form
+    td = load(write(steps(names) | {"infos": np.ones(3)}))  # what is no field may have any length
+    same(td, from_arrays(**STEPS))
+    assert rows(td, "next", "reward") == list(range(1, 13))
+    assert rows(td, "episode") == [0] * 4 + [1] * 5 + [2] * 3
+    assert rows(td, "next", "truncated") == [row == 8 for row in range(12)]
+
+
+def test_time_out_keeps_its_true_next_observation_where_there_is_one(form):
+    write, load = form
+    td = load(write(steps(D4RL)))
+    assert rows(td, "next", "truncated").index(True) == 8
+    assert td["next", "observation"][8].tolist() == [2, 5]  # not [3, 0] of the next episode, nor zeros
+
+
+def test_time_out_without_next_observation_is_dropped(form):
+    """So is the unfinished last row; the terminated one repeats its own."""
+    write, load = form
+    td = load(write(steps(D4RL, without=["next_observations"])))
+    kept = [0, 1, 2, 3, 4, 5, 6, 7, 9, 10]
+    after = [1, 2, 3, 3, 5, 6, 7, 8, 10, 11]
+    assert td["observation"].tolist() == OBSERVATIONS[kept].tolist()
+    assert td["next", "observation"].tolist() == OBSERVATIONS[after].tolist()
+    assert rows(td, "next", "terminated") == [row == 3 for row in kept]
+    assert not td["next", "truncated"].any()
+    assert rows(td, "episode") == [0] * 4 + [1] * 4 + [2] * 2
+
+
+def test_names_say_what_is_what(form):
+    write, load = form
+    own = {"observations": "o", "actions": "a", "rewards": "r", "terminated": "failed", "next_observations": "after"}
+    same(load(write(steps(own)), names=own), from_arrays(**STEPS))
+
+
+def test_names_may_be_paths(tmp_path):
+    paths = {"observations": "log/robot/o", "actions": "log/robot/a", "truncated": "log/over"}
+    path = write_hdf5(tmp_path / "d.hdf5", steps(paths))
+    same(load_hdf5(path, names=paths), from_arrays(**STEPS))
+
+
+def test_names_choose_among_several(form):
+    write, load = form
+    fields = steps(D4RL) | {"states": STEPS["observations"] * 7, "truncated": STEPS["truncated"]}
+    path = write(fields)
+    assert refusal(load, path) == (
+        f"{path.name}: ['observations', 'states'] could all be observations; choose with "
+        "names={'observations': 'observations'}."
+    )
+    expected = "{}: ['timeouts', 'truncated'] could all be truncated; choose with names={{'truncated': 'timeouts'}}."
+    assert refusal(load, path, names={"observations": "states"}) == expected.format(path.name)
+    td = load(path, names={"observations": "states", "truncated": "timeouts"})
+    assert td["observation"].tolist() == (STEPS["observations"] * 7).tolist()
+
+
+def refusal(load, path, **settings) -> str:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (whole messages are compared)
+        load(path, **settings)
+    return str(error.value)
+
+
+def test_missing_fields_are_named(form):
+    write, load = form
+    path = write(steps(without=["rewards", "terminated"]))
+    assert refusal(load, path) == (
+        f"{path.name}: it lacks ['rewards', 'terminated']; it holds ['actions', 'next_observations', 'observations', "
+        "'truncated']. Say what is what with names={'rewards': ...}."
+    )
+    path = write(steps({"terminated": "dones"}))
+    assert refusal(load, path) == (
+        f"{path.name}: it lacks ['terminated']; it holds ['actions', 'dones', 'next_observations', 'observations', "
+        "'rewards', 'truncated']. dones does not say whether an episode ended or was cut off. Say what is what with "
+        "names={'terminated': ...}."
+    )
+    same(load(path, names={"terminated": "dones"}), from_arrays(**STEPS))
+
+
+def test_wrong_names_are_refused(form):
+    write, load = form
+    path = write(steps())
+    assert refusal(load, path, names={"reward": "rewards", "action": "actions"}) == (
+        f"{path.name}: names has ['action', 'reward'], which are no fields; those are ['observations', 'actions', "
+        "'rewards', 'terminated', 'truncated', 'next_observations']."
+    )
+    assert refusal(load, path, names={"observations": "obs/robot"}) == (
+        f"{path.name}: names asks for ['obs/robot']; it holds ['actions', 'next_observations', 'observations', "
+        "'rewards', 'terminated', 'truncated']."
+    )
+
+
+def test_group_in_place_of_a_field_is_refused(tmp_path):
+    path = write_hdf5(tmp_path / "d.hdf5", steps({"observations": "obs/robot"}))
+    with h5py.File(path, "a") as file:
+        file["obs/object"] = np.ones((12, 2))
+    assert refusal(load_hdf5, path) == (
+        "d.hdf5: observations is a group of ['object', 'robot']; choose one with names={'observations': ...}."
+    )
+
+
+def test_file_that_would_join_episodes_is_refused(form):
+    write, load = form
+    path = write(steps(without=["truncated", "next_observations"]))
+    assert refusal(load, path) == (
+        f"{path.name}: it has neither timeouts nor next_observations, so nothing says where an episode was cut off and "
+        "the next one began. Pass max_episode_steps=, add timeouts, or use from_arrays if no episode was cut."
+    )
+    assert refusal(load, path, max_episode_steps=0) == "max_episode_steps is 0, expected at least 1."
+
+
+def test_without_time_outs_an_episode_is_cut_where_it_does_not_continue(form):
+    write, load = form
+    td = load(write(steps(D4RL, without=["truncated"])))
+    assert rows(td, "next", "truncated") == [row == 8 for row in range(12)]
+
+
+def cut_off(terminated: np.ndarray, limit: int) -> list[bool]:
+    """Where a time limit ends episodes, step by step."""
+    cut, step = [], 0
+    for ended in terminated.tolist():
+        step += 1
+        cut.append(step == limit and not ended)
+        if ended or step == limit:
+            step = 0
+    return cut
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 7, 40])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
+def test_time_limit(tmp_path, monkeypatch, limit, chunk):
+    """Chunks of every size cut episodes anywhere."""
+    rng = np.random.default_rng(limit)
+    ends = rng.random(60) < 0.12
+    fields = {
+        "observations": np.arange(60, dtype=np.float32)[:, None],
+        "actions": rng.uniform(-1, 1, (60, 1)).astype(np.float32),
+        "rewards": rng.normal(size=60),
+        "terminated": ends,
+        "next_observations": np.arange(1, 61, dtype=np.float32)[:, None],
+    }
+    path = write_hdf5(tmp_path / "d.hdf5", fields)
+    monkeypatch.setattr(array_files, "CHUNK_BYTES", 8 * chunk)
+    td = load_hdf5(path, max_episode_steps=limit)
+    cut = cut_off(ends, limit)
+    assert rows(td, "next", "truncated") == cut
+    assert rows(td, "next", "terminated") == ends.tolist()
+    del fields["next_observations"]
+    td = load_npz(write_npz(tmp_path / "d.npz", fields), max_episode_steps=limit) if limit > 1 else None
+    kept = [row for row in range(60) if ends[row] or not (cut[row] or row == 59)]
+    assert td is None or rows(td, "observation") == kept
+
+
+def test_time_limit_of_one_step_leaves_nothing_without_next_observations(tmp_path):
+    path = write_hdf5(tmp_path / "d.hdf5", steps(without=["truncated", "next_observations"], terminated=np.zeros(12)))
+    assert refusal(load_hdf5, path, max_episode_steps=1) == (
+        "d.hdf5: all 12 rows are truncated and next_observations is not given: no transition is complete."
+    )
+
+
+def test_time_outs_in_the_file_go_before_a_time_limit(form):
+    write, load = form
+    same(load(write(steps(D4RL)), max_episode_steps=2), from_arrays(**STEPS))
+
+
+def changed(change):
+    return {name: change(value) if name != "terminated" else value for name, value in STEPS.items()}
+
+
+LAYOUTS = {
+    "as is": STEPS,
+    "float64": changed(lambda v: v.astype(np.float64)),
+    "big-endian": {name: value.astype(">f8" if value.dtype.kind == "f" else ">i4") for name, value in STEPS.items()},
+    "columns first": changed(np.asfortranarray),
+    "[N, 1]": {name: value.reshape(len(value), -1) for name, value in STEPS.items()},
+    "0 and 1": {**STEPS, "terminated": STEPS["terminated"].astype(np.uint8), "truncated": STEPS["truncated"] * 1.0},
+}
+ABSENT = [(), ("truncated",), ("next_observations",)]
+
+
+@pytest.mark.parametrize("absent", ABSENT, ids=["-".join(names) or "all fields" for names in ABSENT])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_every_layout_in_chunks(form, monkeypatch, layout, chunk, absent):
+    write, load = form
+    given = {name: value for name, value in STEPS.items() if name not in absent}
+    path = write(steps(without=absent, **LAYOUTS[layout]))
+    monkeypatch.setattr(array_files, "CHUNK_BYTES", chunk * 8)
+    same(load(path), from_arrays(**{"truncated": None, **given}))
+
+
+@pytest.mark.parametrize("options", [{"compression": "gzip", "chunks": True, "shuffle": True}, {"chunks": True}])
+def test_compressed_and_chunked_hdf5(tmp_path, monkeypatch, options):
+    path = write_hdf5(tmp_path / "d.hdf5", steps(D4RL), **options)
+    monkeypatch.setattr(array_files, "CHUNK_BYTES", 40)
+    same(load_hdf5(path), from_arrays(**STEPS))
+
+
+def test_chunks_hold_a_few_rows(tmp_path, monkeypatch):
+    """The widest field decides: observations of 2 float32 are 8 bytes a row."""
+    monkeypatch.setattr(array_files, "CHUNK_BYTES", 8 * 5)
+    for source in (
+        array_files.hdf5(write_hdf5(tmp_path / "d.hdf5", STEPS)),
+        array_files.npz(write_npz(tmp_path / "d.npz", STEPS)),
+    ):
+        assert [len(chunk["actions"]) for chunk in source.chunks()] == [5, 5, 2]
+
+
+def episodes(layout: str):
+    """Each of the episodes in its own fields; Minari's have an observation more than steps."""
+    ends = np.cumsum(LENGTHS)
+    for start, end in zip(ends - LENGTHS, ends, strict=True):
+        fields = {name: value[start:end] for name, value in STEPS.items()}
+        after = fields.pop("next_observations")
+        if layout == "minari":
+            fields["observations"] = np.concatenate([fields["observations"], after[-1:]])
+        else:
+            fields["next_observations"] = after
+        yield {{**MINARI, **SINGULAR, "observations": "observations"}.get(name, name): v for name, v in fields.items()}
+
+
+def write_episodes(path, layout: str, name: str, **names: str):
+    """In an order that is neither that of their names nor that of their numbers."""
+    with h5py.File(path, "w") as file:
+        for number, fields in reversed(list(zip((2, 9, 10), episodes(layout), strict=True))):
+            for field, value in fields.items():
+                file[f"{name.format(number)}/{names.get(field, field)}"] = value
+        file.attrs["total"] = 3
+    return path
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"), [("minari", "episode_{}"), ("minari", "data/{}"), ("steps", "data/demo_{}")]
+)
+def test_groups_of_episodes(tmp_path, layout, name):
+    """Ends are kept, and where a record just stops (the third episode) it was cut off."""
+    td = load_hdf5(write_episodes(tmp_path / "d.hdf5", layout, name))
+    expected = from_arrays(**{**STEPS, "truncated": STEPS["truncated"] | (np.arange(12) == 11)})
+    same(td, expected)
+    assert td["next", "observation"][[3, 8, 11]].tolist() == [[1, 4], [2, 5], [3, 3]]
+
+
+def test_groups_with_names(tmp_path):
+    """robomimic's: an episode in data/demo_0, observations in groups, and lists of episodes in another group."""
+    paths = {"observations": "obs/robot", "next_obs": "next_obs/robot", "terminations": "dones", "truncations": "cut"}
+    path = write_episodes(tmp_path / "d.hdf5", "steps", "data/demo_{}", **paths)
+    with h5py.File(path, "a") as file:
+        file["mask/train"] = np.array([b"demo_2", b"demo_9"])
+        for demo in file["data"].values():
+            demo["states"] = np.ones((len(demo["reward"]), 3))
+    own = {"observations": "obs/robot", "next_observations": "next_obs/robot", "terminated": "dones"}
+    td = load_hdf5(path, names=own)
+    cut = (np.arange(12) == 8) | (np.arange(12) == 11)  # its own "cut" is not named: episodes that just stop
+    same(td, from_arrays(**{**STEPS, "truncated": cut}))
+
+
+def test_fields_beside_numbered_groups_are_no_episodes(tmp_path):
+    """As the weights of D4RL's behaviour policy."""
+    path = write_hdf5(
+        tmp_path / "d.hdf5", {**steps(D4RL), "policy/fc0/weight": np.ones(3), "policy/fc1/weight": np.ones(3)}
+    )
+    same(load_hdf5(path), from_arrays(**STEPS))
+
+
+def test_episodes_with_other_fields_than_the_ones_before_are_refused(tmp_path):
+    path = write_episodes(tmp_path / "d.hdf5", "minari", "episode_{}")
+    with h5py.File(path, "a") as file:
+        short = file["episode_9/observations"][:-1]
+        del file["episode_9/observations"]
+        file["episode_9/observations"] = short
+    assert refusal(load_hdf5, path) == (
+        "d.hdf5: next_observations is missing from row 4 on, and given before; every row needs the same."
+    )
+
+
+@pytest.mark.parametrize("field", ["rewards", "next_observations"])
+def test_lengths_that_differ_are_refused(form, field):
+    write, load = form
+    path = write(steps(**{field: STEPS[field][:-1]}))
+    lengths = {name: 11 if name == field else 12 for name in STEPS}
+    assert refusal(load, path) == (
+        f"{path.name}: fields differ in length: {lengths}; each needs one row per step, and the last observation of an "
+        "episode belongs to next_observations."
+    )
+
+
+def test_empty_and_scalar_fields_are_refused(form):
+    write, load = form
+    path = write({name: value[:0] for name, value in STEPS.items()})
+    assert refusal(load, path) == f"{path.name}: observations is empty (shape (0, 2)); there is nothing to learn from."
+    path = write(dict.fromkeys(STEPS, 1.0))
+    assert refusal(load, path) == f"{path.name}: observations has shape (), expected [N, features]."
+
+
+def test_bad_rows_are_counted_over_chunks(form, monkeypatch):
+    write, load = form
+    rewards = STEPS["rewards"].copy()
+    rewards[[4, 6, 11]] = np.nan
+    path = write(steps(D4RL, rewards=rewards))
+    monkeypatch.setattr(array_files, "CHUNK_BYTES", 16)
+    assert refusal(load, path, action_spec=Bounded(-0.5, 0.5, (1,))) == (
+        f"{path.name}: 2 defects:\n"
+        "- rewards has 3 rows (first: 4) that are not finite in float32; drop or repair them.\n"
+        "- actions has 6 rows (first: 0) outside the action spec: they span [-1.0] to [1.0], the spec [-0.5] to [0.5]; "
+        "clip or rescale them."
+    )
+
+
+def test_absent_files(tmp_path):
+    for load, name in ((load_hdf5, "none.hdf5"), (load_npz, "none.npz")):
+        with pytest.raises(FileNotFoundError, match=f"^there is no file {re.escape(str(tmp_path / name))}.$"):
+            load(tmp_path / name)
+
+
+def test_other_and_damaged_files(form, tmp_path):
+    write, load = form
+    whole = write(steps(D4RL))
+    path = tmp_path / f"text{whole.suffix}"
+    path.write_text("neither of them")
+    kind = "an HDF5" if load is load_hdf5 else "an NPZ"
+    assert refusal(load, path) == f"{path.name}: it is not {kind} file."
+    path.write_bytes(whole.read_bytes()[:-30])
+    if load is load_hdf5:
+        assert re.fullmatch(
+            r"text.hdf5: it cannot be read \(.*truncated file.*\); copy it again, or write it anew.",
+            refusal(load, path),
+        )
+    else:
+        assert refusal(load, path) == "text.npz: it is not an NPZ file."
+
+
+@pytest.mark.parametrize("write", [write_npz, write_compressed])
+def test_npz_with_a_changed_byte_is_refused(tmp_path, write):
+    path = write(tmp_path / "d.npz", steps(D4RL, rewards=np.arange(1, 13) * 1.1))
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo("rewards.npy")
+    content[member.header_offset + 30 + len(member.filename) + 20 + member.compress_size - 10] ^= 16
+    path.write_bytes(content)
+    assert re.fullmatch(r"d.npz: it cannot be read \(.*\); copy it again, or write it anew.", refusal(load_npz, path))
+
+
+@pytest.mark.parametrize("change", [-8, 8])
+def test_npz_member_shorter_or_longer_than_it_says(tmp_path, change):
+    path = write_npz(tmp_path / "d.npz", steps())
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    content = members["rewards.npy"]
+    members["rewards.npy"] = content[:change] if change < 0 else content + bytes(change)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    assert refusal(load_npz, path) == (
+        f"d.npz: rewards is damaged: its shape is (12,), but it holds {'less' if change < 0 else 'more'} data. Copy it "
+        "again."
+    )
+
+
+def test_pickles_in_npz_are_never_loaded(tmp_path):
+    path = write_npz(tmp_path / "d.npz", steps(rewards=np.array([1.0] * 11 + [None], dtype=object)))
+    assert refusal(load_npz, path) == (
+        "d.npz: rewards holds pickled objects, which are never loaded; save a plain array of numbers."
+    )
+
+
+def test_memory_mapped_copy_is_the_same(form, tmp_path, monkeypatch):
+    write, load = form
+    path = write(steps(D4RL, without=["next_observations"]))
+    monkeypatch.setattr(array_files, "CHUNK_BYTES", 24)
+    td = load(path, root=tmp_path / "copies")
+    assert td.is_memmap()
+    same(td, from_arrays(**{**STEPS, "next_observations": None}))

@@ -1,0 +1,360 @@
+"""Tables of logged decisions, written cell by cell."""
+
+from __future__ import annotations
+
+import gzip
+import re
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import csv, parquet
+from torchrl.data import Bounded
+
+from torchrl_bcq import from_arrays, load_table
+from torchrl_bcq.data.sources import tables
+
+# a stay of 3 hours that ended, one of 4 that was cut off, one of 2 that just stops
+EPISODE = ["ann", "ann", "ann", "bob", "bob", "bob", "bob", "cy", "cy"]
+STEP = [0, 1, 2, 5, 6, 7, 8, 0, 1]  # bob's record begins late
+PULSE = [60.0, 61, 62, 70, 71, 72, 73, 80, 81]
+PRESSURE = [9.5, 8.5, 7.5, 6.5, 5.5, 4.5, 3.5, 2.5, 1.5]
+DOSE = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+REWARD = [1.0, 2, 3, 4, 5, 6, 7, 8, 9]
+DIED = [False, False, True, False, False, False, False, False, False]
+CUT = [False, False, False, False, False, False, True, False, False]
+COLUMNS = {"episode": EPISODE, "step": STEP, "pulse": PULSE, "pressure": PRESSURE, "dose": DOSE, "reward": REWARD}
+COLUMNS |= {"died": DIED, "cut": CUT, "note": ["a, b"] * 9}
+COLUMNS |= {"pulse2": [value + 1 for value in PULSE], "pressure2": [value - 1 for value in PRESSURE]}
+ROLES = {"observation": ["pulse", "pressure"], "action": ["dose"], "reward": "reward", "terminated": "died"}
+
+STATES = np.array([PULSE, PRESSURE]).T
+ARRAYS = {"observations": STATES, "actions": np.array(DOSE)[:, None], "rewards": np.array(REWARD), "terminated": DIED}
+FOLLOWING = STATES + np.array([1, -1])
+
+
+def text(value) -> str:
+    return "" if value is None else f'"{value}"' if isinstance(value, str) and "," in value else str(value)
+
+
+def write_csv(path, columns):
+    lines = [",".join(columns), *(",".join(map(text, row)) for row in zip(*columns.values(), strict=True))]
+    content = "\n".join([*lines, ""]).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def write_parquet(path, columns):
+    parquet.write_table(pa.table(columns), path)
+    return path
+
+
+FORMATS = {"d.csv": write_csv, "d.csv.gz": write_csv, "d.parquet": write_parquet}
+
+
+@pytest.fixture(params=FORMATS)
+def write(request, tmp_path):
+    return lambda columns=COLUMNS, **changes: FORMATS[request.param](tmp_path / request.param, columns | changes)
+
+
+@pytest.fixture(params=[1, 2, 4, 7, 1000])
+def small_chunks(request, monkeypatch):
+    """Read so many rows at a time, and CSV files in blocks of about as many."""
+    monkeypatch.setattr(tables, "_ROWS", request.param)
+    open_csv = csv.open_csv
+    options = csv.ReadOptions(block_size=40 + 60 * request.param, use_threads=False)
+    monkeypatch.setattr(csv, "open_csv", lambda path, **more: open_csv(path, read_options=options, **more))
+
+
+def same(found, expected):
+    assert found.batch_size == expected.batch_size
+    assert set(found.keys(True, True)) == set(expected.keys(True, True))
+    for key, value in expected.items(True, True):
+        assert found[key].dtype == value.dtype, key
+        assert torch.equal(found[key], value), key
+
+
+def refusal(path, **roles) -> str:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (whole messages are compared)
+        load_table(path, **{**ROLES, **roles})
+    return str(error.value)
+
+
+NEXT = ["pulse2", "pressure2"]
+WAYS = {
+    "truncated": ({"truncated": "cut"}, {"truncated": CUT}),
+    "next": ({"next_observation": NEXT}, {"next_observations": FOLLOWING}),
+    "truncated, next": (
+        {"truncated": "cut", "next_observation": NEXT},
+        {"truncated": CUT, "next_observations": FOLLOWING},
+    ),
+    "episode": ({"episode": "episode"}, {"truncated": [row in (6, 8) for row in range(9)]}),
+    "episode, step, truncated, next": (
+        {"episode": "episode", "step": "step", "truncated": "cut", "next_observation": NEXT},
+        {"truncated": [row in (6, 8) for row in range(9)], "next_observations": FOLLOWING},
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.usefixtures("small_chunks")
+def test_a_table_is_read_like_its_arrays(write, way):
+    roles, arrays = WAYS[way]
+    same(load_table(write(), **ROLES, **roles), from_arrays(**ARRAYS, **arrays))
+
+
+def test_rows_by_hand(write):
+    td = load_table(write(), **ROLES, episode="episode", step="step")
+    assert td["observation"][:, 0].tolist() == [60, 61, 62, 70, 71, 72, 80]
+    assert td["next", "observation"][:, 0].tolist() == [61, 62, 62, 71, 72, 73, 81]
+    assert td["next", "observation"][:, 1].tolist() == [8.5, 7.5, 7.5, 5.5, 4.5, 3.5, 1.5]
+    assert td["next", "reward"].flatten().tolist() == [1, 2, 3, 4, 5, 6, 8]
+    assert td["episode"].tolist() == [0, 0, 0, 1, 1, 1, 2]
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_memory_mapped_copy_is_the_same(write, tmp_path):
+    path = write()
+    roles = {**ROLES, "episode": "episode", "step": "step"}
+    td = load_table(path, **roles, root=tmp_path / "copies")
+    assert td.is_memmap()
+    same(td, load_table(path, **roles))
+
+
+@pytest.mark.parametrize("flags", [("true", "false"), ("True", "False"), ("TRUE", "FALSE"), (1, 0), ("1.0", "0.0")])
+def test_flags_in_csv(tmp_path, flags):
+    columns = {name: [flags[0 if flag else 1] for flag in COLUMNS[name]] for name in ("died", "cut")}
+    path = write_csv(tmp_path / "d.csv", COLUMNS | columns)
+    same(load_table(path, **ROLES, truncated="cut"), from_arrays(**ARRAYS, truncated=CUT))
+
+
+@pytest.mark.parametrize("kind", [pa.bool_(), pa.int8(), pa.uint64(), pa.float32(), pa.float64()])
+def test_flags_in_parquet(tmp_path, kind):
+    columns = {name: pa.array(COLUMNS[name]).cast(pa.int8()).cast(kind) for name in ("died", "cut")}
+    path = write_parquet(tmp_path / "d.parquet", COLUMNS | columns)
+    same(load_table(path, **ROLES, truncated="cut"), from_arrays(**ARRAYS, truncated=CUT))
+
+
+LISTS = [pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.float32(), 2)]
+
+
+@pytest.mark.parametrize("kind", LISTS, ids=str)
+@pytest.mark.usefixtures("small_chunks")
+def test_columns_of_lists(tmp_path, kind):
+    columns = {"state": pa.array(STATES.tolist(), kind), "after": pa.array(FOLLOWING.tolist(), kind)}
+    path = write_parquet(tmp_path / "d.parquet", COLUMNS | columns)
+    roles = {**ROLES, "observation": ["state"], "next_observation": ["after"]}
+    same(load_table(path, **roles), from_arrays(**ARRAYS, next_observations=FOLLOWING))
+    td = load_table(path, **{**roles, "observation": ["state", "dose"], "next_observation": ["after", "dose"]})
+    assert td["observation"][3].tolist() == torch.tensor([70, 6.5, 0.4]).tolist()
+
+
+@pytest.mark.parametrize("roles", [{"truncated": "cut"}, {"episode": "episode"}])
+@pytest.mark.usefixtures("small_chunks")
+def test_lists_of_different_lengths_are_refused(tmp_path, roles):
+    message = "d.parquet: column 'state' holds lists of different or no lengths; each row needs the same."
+    for odd in ([1.0], [], None):
+        states = [*STATES.tolist()[:-2], odd, [1.0, 2.0]]
+        path = write_parquet(tmp_path / "d.parquet", COLUMNS | {"state": states})
+        assert refusal(path, observation=["state"], **roles) in (
+            message,
+            "d.parquet: observations has 1 features from row 7 on, 2 before; every row needs the same.",
+            "d.parquet: observations has lists of different lengths; each row needs the same.",
+        )
+
+
+def test_a_column_may_serve_twice_and_order_is_the_users(write):
+    td = load_table(write(), **{**ROLES, "observation": ["pressure", "dose", "pulse"]}, truncated="cut")
+    assert td["observation"][1].tolist() == torch.tensor([8.5, 0.2, 61]).tolist()
+
+
+@pytest.mark.parametrize("names", [list("aaabbbbcc"), [7, 7, 7, 3, 3, 3, 3, 5, 5], [2.5] * 3 + [1.5] * 4 + [0.5] * 2])
+def test_names_of_episodes_need_no_order(write, names):
+    td = load_table(write(episode=names), **ROLES, episode="episode")
+    assert td["episode"].tolist() == [0, 0, 0, 1, 1, 1, 2]
+
+
+def test_numbers_of_csv_episodes_are_compared_as_they_are_written(tmp_path):
+    path = write_csv(tmp_path / "d.csv", COLUMNS | {"episode": ["1"] * 3 + ["01"] * 4 + ["1.0"] * 2})
+    assert load_table(path, **ROLES, episode="episode")["episode"].max() == 2
+
+
+def test_no_column_that_says_where_episodes_end_is_refused(write):
+    assert refusal(write()) == (
+        "nothing says where an episode was cut off and the next one began; name the column of truncated, of episode, "
+        "or those of next_observation."
+    )
+    assert refusal(write(), step="step").startswith("nothing says where an episode was cut off")
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_gaps_in_steps_are_refused(write):
+    """Where a row is missing (bob's 6th hour is his 7th), or out of order."""
+    for roles in ({"episode": "episode"}, {"truncated": "cut"}):
+        path = write(step=[0, 1, 2, 5, 7, 8, 9, 1, 0])
+        assert refusal(path, step="step", **roles) == (
+            f"{path.name}: step has 2 rows (first: 4) that do not follow the row before by 1; sort the table by "
+            "episode and step, and give what comes after a gap another episode."
+        )
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_torn_episodes_are_refused(write):
+    path = write(episode=["ann", "ann", "ann", "bob", "ann", "bob", "cy", "cy", "bob"])
+    assert refusal(path, episode="episode") == (
+        f"{path.name}: episode has 3 rows (first: 4) where an earlier episode goes on; sort the table by episode and "
+        "step."
+    )
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_ends_inside_an_episode_are_refused(write):
+    path = write(died=[row in (1, 2, 4) for row in range(9)])
+    assert refusal(path, episode="episode", truncated="cut") == (
+        f"{path.name}: terminated or truncated is set in 2 rows (first: 1) before the last one of an episode; correct "
+        "them, or number the episodes anew."
+    )
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_episodes_without_a_name_are_refused(write):
+    path = write(episode=["ann", "ann", "ann", "bob", None, None, "bob", "cy", "cy"])
+    assert refusal(path, episode="episode").splitlines()[:2] == [
+        f"{path.name}: 2 defects:",
+        "- episode has 2 rows (first: 4) without a name or number; fill them in, or drop those rows.",
+    ]
+
+
+def test_numbers_that_are_none_name_no_episode(tmp_path):
+    path = write_parquet(tmp_path / "d.parquet", COLUMNS | {"episode": [1.0] * 3 + [2.0] * 4 + [np.nan] * 2})
+    assert (
+        refusal(path, episode="episode")
+        .splitlines()[-1]
+        .endswith("episode has 2 rows (first: 7) without a name or number; fill them in, or drop those rows.")
+    )
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_empty_cells_are_refused(write):
+    rewards, pulses, died = REWARD.copy(), PULSE.copy(), DIED.copy()
+    rewards[2] = rewards[8] = pulses[4] = died[5] = None
+    path = write(reward=rewards, pulse=pulses, died=died)
+    found = [
+        "observations has 1 row (first: 4) that are not finite in float32; drop or repair them.",
+        "rewards has 2 rows (first: 2) that are not finite in float32; drop or repair them.",
+        "terminated has 1 row (first: 5) that are neither 0 nor 1, such as nan; write 1 where it is so, 0 elsewhere.",
+    ]
+    message = "\n- ".join([f"{path.name}: 3 defects:", *found])
+    assert refusal(path, truncated="cut") == message
+    assert refusal(path, episode="episode") == message
+
+
+def test_flags_other_than_0_and_1_are_refused(tmp_path):
+    path = write_parquet(tmp_path / "d.parquet", COLUMNS | {"died": [0, 0, 2, 0, 0, 3, 0, 0, 0]})
+    assert refusal(path, truncated="cut") == (
+        "d.parquet: terminated has 2 rows (first: 2) that are neither 0 nor 1, such as 2.0; write 1 where it is so, "
+        "0 elsewhere."
+    )
+    path = write_csv(tmp_path / "d.csv", COLUMNS | {"died": [0, 0, 2, 0, 0, 3, 0, 0, 0]})
+    assert re.fullmatch(
+        r"d.csv: it cannot be read \(.*invalid value '2'\); cells must be numbers, or 0 and 1 for flags, with ',' "
+        r"between them and the decimal point '\.': correct it, or pass delimiter= and decimal_point=\.",
+        refusal(path, truncated="cut"),
+    )
+
+
+def test_words_in_place_of_numbers_are_refused(tmp_path):
+    path = write_parquet(tmp_path / "d.parquet", COLUMNS)
+    assert refusal(path, action=["note"], truncated="cut") == "d.parquet: column 'note' holds string, expected numbers."
+    path = write_csv(tmp_path / "d.csv", COLUMNS)
+    assert re.fullmatch(
+        r"d.csv: it cannot be read \(.*invalid value 'a, b'\); cells must be numbers, or 0 and 1 for flags, "
+        r"with ',' between them and the decimal point '\.': correct it, or pass delimiter= and decimal_point=\.",
+        refusal(path, action=["note"], truncated="cut"),
+    )
+
+
+def test_missing_and_repeated_columns_are_refused(write, tmp_path):
+    path = write()
+    assert refusal(path, action=["dose", "drug"], truncated="end") == (
+        f"{path.name}: it lacks the columns ['drug', 'end']; it has {list(COLUMNS)}."
+    )
+    assert refusal(path, action=[], reward="", truncated="cut") == "no columns are named for ['actions', 'rewards']."
+    names, values = list(COLUMNS), list(COLUMNS.values())
+    names[names.index("pressure")] = "pulse"
+    if path.suffix == ".parquet":
+        parquet.write_table(pa.table(values, names), path)
+    else:
+        content = write().read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        content = content.replace(b"pressure", b"pulse", 1)
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    assert refusal(path, observation=["pulse"], truncated="cut") == (
+        f"{path.name}: it has the columns ['pulse'] more than once; rename them."
+    )
+    assert len(load_table(path, **{**ROLES, "observation": ["dose"]}, truncated="cut")) == 7  # others may be
+
+
+def test_actions_are_checked(write):
+    assert refusal(write(), truncated="cut", action_spec=Bounded(0, 0.75, (1,))).endswith(
+        "actions has 2 rows (first: 7) outside the action spec: they span [0.10000000149011612] to "
+        "[0.8999999761581421], the spec [0.0] to [0.75]; clip or rescale them."
+    )
+
+
+def test_tables_without_rows_are_refused(write):
+    for roles in ({"truncated": "cut"}, {"episode": "episode", "step": "step"}):
+        path = write({name: pa.array(values)[:0] for name, values in COLUMNS.items()})
+        assert refusal(path, **roles) == f"{path.name}: it holds no rows; there is nothing to learn from."
+
+
+def test_one_row(write):
+    path = write({name: values[2:3] for name, values in COLUMNS.items()})
+    assert load_table(path, **ROLES, episode="episode")["next", "terminated"].tolist() == [[True]]
+
+
+def test_other_and_damaged_files(write, tmp_path):
+    path = tmp_path / "d.txt"
+    path.write_text("pulse\n1\n")
+    assert refusal(path, truncated="cut") == "d.txt: only .csv, .csv.gz and .parquet files are read as tables."
+    with pytest.raises(FileNotFoundError, match="^there is no file .*none.csv.$"):
+        load_table(tmp_path / "none.csv", **ROLES, truncated="cut")
+    path = write()
+    if path.suffix != ".csv":  # a text that ends with a line looks whole
+        path.write_bytes(path.read_bytes()[:-20])
+        message = rf"{re.escape(path.name)}: it cannot be read \(.*\); copy it again, or write it anew."
+        assert re.fullmatch(message, refusal(path, truncated="cut"), re.DOTALL)
+    path.write_bytes(b"")
+    assert re.fullmatch(rf"{re.escape(path.name)}: it cannot be read \(.*\); .*", refusal(path, truncated="cut"))
+
+
+def test_endings_in_capitals(tmp_path):
+    for name, write in FORMATS.items():
+        path = write(tmp_path / name, COLUMNS)
+        path = path.rename(tmp_path / name.upper())
+        if name != "d.csv.gz":
+            assert len(load_table(path, **ROLES, truncated="cut")) == 7
+
+
+def test_other_delimiters_and_decimal_points(tmp_path):
+    path = write_csv(tmp_path / "d.csv", COLUMNS | {"note": [0] * 9})
+    expected = load_table(path, **ROLES, truncated="cut")
+    path.write_text(path.read_text().replace(",", ";").replace(".", ","))
+    found = load_table(path, **ROLES, truncated="cut", delimiter=";", decimal_point=",")
+    same(found, expected)
+    assert refusal(path, truncated="cut").startswith(
+        "d.csv: it lacks the columns ['pulse', "
+    ) or "delimiter=" in refusal(path, truncated="cut")
+
+
+def test_step_needs_to_know_where_episodes_end(write):
+    assert refusal(write(), step="step", next_observation=NEXT) == (
+        "step alone does not say where an episode ends; name the column of episode or truncated, too."
+    )
+
+
+def test_column_of_the_episode_is_no_number_of_a_step(write):
+    assert refusal(write(), episode="pulse") == (
+        "column 'pulse' names the episode and cannot be a number of its steps, too."
+    )

@@ -1,0 +1,234 @@
+"""Twenty defects of a dataset, each put into a file, and the whole message that a user gets for it.
+
+Readers refuse the first ten; the others may be meant, and ``describe`` reports them.
+"""
+
+from __future__ import annotations
+
+import h5py
+import numpy as np
+import pytest
+from torchrl.data import Bounded
+
+from torchrl_bcq import DatasetError, describe, load_hdf5
+
+ROWS = 1300  # 13 episodes: the first has 80 steps, the last 120, the others 100
+LAST = np.r_[np.arange(80, 1300, 100), ROWS] - 1
+SPEC = Bounded(-1, 1, (2,))
+
+
+def healthy() -> dict[str, np.ndarray]:
+    """Random steps; even episodes are cut off, odd ones terminate."""
+    rng = np.random.default_rng(0)
+    observations = rng.normal(size=(ROWS + 1, 3))
+    terminals, timeouts = np.zeros((2, ROWS), dtype=bool)
+    timeouts[LAST[::2]] = terminals[LAST[1::2]] = True
+    following = observations[1:].copy()
+    following[LAST] += 1  # the episode's last observation is not the next one's first
+    return {
+        "observations": observations[:-1],
+        "actions": rng.uniform(-0.9, 0.9, (ROWS, 2)),
+        "rewards": rng.normal(size=ROWS),
+        "terminals": terminals,
+        "timeouts": timeouts,
+        "next_observations": following,
+    }
+
+
+def put(name, rows, value):
+    """Overwrite some rows of a field."""
+
+    def change(fields):
+        fields[name] = fields[name].astype(np.result_type(fields[name], type(value)))
+        fields[name][rows] = value
+
+    return change
+
+
+def both_observations(rows, value):
+    """Overwrite some observations, and where they are the next ones."""
+
+    def change(fields):
+        fields["observations"][rows] = value
+        fields["next_observations"][np.asarray(rows) - 1] = value
+
+    return change
+
+
+def do(name, make):
+    """Replace a field by something made of it."""
+    return lambda fields: fields.update({name: make(fields[name])})
+
+
+def without(*names):
+    return lambda fields: [fields.pop(name) for name in names]
+
+
+def everything_cut(fields):
+    without("next_observations")(fields)
+    put("terminals", slice(None), False)(fields)
+    put("timeouts", slice(None), True)(fields)
+
+
+def time_limit_as_terminal(fields):
+    put("terminals", LAST, True)(fields)
+    put("timeouts", LAST, False)(fields)
+    for name in fields:
+        fields[name] = fields[name][80:1280]  # 12 episodes of 100 steps
+
+
+def shuffled(fields):
+    for name in ("observations", "next_observations"):
+        fields[name][[200, 300]] = fields[name][[300, 200]]
+
+
+def same_column(fields):
+    for name in ("observations", "next_observations"):
+        fields[name][:, 2] = fields[name][:, 0]
+
+
+def constant_column(fields):
+    for name in ("observations", "next_observations"):
+        fields[name][:, 1] = 7
+
+
+def repeated(fields):
+    """A second copy of the first whole episode."""
+    for name in fields:
+        fields[name] = np.concatenate([fields[name], fields[name][:80]])
+
+
+REFUSED = {
+    "rewards that are not numbers": (
+        put("rewards", [4, 9], np.nan),
+        "rewards has 2 rows (first: 4) that are not finite in float32; drop or repair them.",
+    ),
+    "actions that overflow": (
+        put("actions", [17], 1e39),
+        "actions has 1 row (first: 17) that are not finite in float32; drop or repair them.",
+    ),
+    "observations that were never written": (
+        do("observations", np.zeros_like),
+        "observations is zero in all 1300 rows; was it written and read properly?",
+    ),
+    "actions in other units": (
+        do("actions", lambda actions: np.where(np.arange(2 * ROWS).reshape(ROWS, 2) == 11, 1.5, 0.5)),
+        "actions has 1 row (first: 5) outside the action spec: they span [0.5, 0.5] to [0.5, 1.5], the spec "
+        "[-1.0, -1.0] to [1.0, 1.0]; clip or rescale them.",
+    ),
+    "flags that are none": (
+        put("terminals", [30, 31, 32], 2),
+        "terminated has 3 rows (first: 30) that are neither 0 nor 1, such as 2; write 1 where it is so, 0 elsewhere.",
+    ),
+    "one row too many": (
+        do("rewards", lambda rewards: np.append(rewards, 0)),
+        "fields differ in length: {'observations': 1300, 'actions': 1300, 'rewards': 1301, 'terminated': 1300, "
+        "'truncated': 1300, 'next_observations': 1300}; each needs one row per step, and the last observation of an "
+        "episode belongs to next_observations.",
+    ),
+    "a field under no common name": (
+        lambda fields: fields.update(torques=fields.pop("actions")),
+        "it lacks ['actions']; it holds ['next_observations', 'observations', 'rewards', 'terminals', 'timeouts', "
+        "'torques']. Say what is what with names={'actions': ...}.",
+    ),
+    "ends that nobody recorded": (
+        without("timeouts", "next_observations"),
+        "it has neither timeouts nor next_observations, so nothing says where an episode was cut off and the next one "
+        "began. Pass max_episode_steps=, add timeouts, or use from_arrays if no episode was cut.",
+    ),
+    "steps that have no successor": (
+        everything_cut,
+        "all 1300 rows are truncated and next_observations is not given: no transition is complete.",
+    ),
+    "actions that are discrete": (
+        do("actions", lambda actions: actions.astype(int)),
+        "actions has dtype int64, expected real numbers. BCQLoss needs continuous actions; cast them if they are.",
+    ),
+}
+REPORTED = {
+    "actions at the bounds": (
+        put("actions", np.arange(20, 1000), 1.0),
+        "actions has 980 rows (first: 20) at a bound of the action spec in columns 0, 1; that is normal for bang-bang "
+        "control, otherwise check that they were not clipped, or scaled wrongly.",
+    ),
+    "rewards of a million": (
+        put("rewards", [11, 12], 1e6),
+        "rewards has 2 rows (first: 11) of magnitude above 100000; check the units, or scale them with "
+        "Normalization.fit.",
+    ),
+    "every row terminal": (
+        put("terminals", slice(None), True),
+        "terminated is set in all 1300 rows (first: 0): no value would follow anything, and BCQ would learn rewards "
+        "only; set it where an episode ended in a final state, and truncated where a time limit cut it off.",
+    ),
+    "a time limit recorded as an end": (
+        time_limit_as_terminal,
+        "terminated has 12 rows (first: 99) that end an episode after 100 steps, the longest, as a time limit does; if "
+        "one cut them off, set truncated in its place, or BCQ learns that no value follows.",
+    ),
+    "observations that do not continue": (
+        shuffled,
+        "next_observations has 4 rows (first: 199) that are not the observation of the next row, in the same episode; "
+        "unless rows were left out or shuffled, leave the field out, and it is taken from the next row.",
+    ),
+    "zeros for the successor at a time-out": (
+        put("next_observations", LAST[2:5:2], 0),
+        "next_observations has 2 rows (first: 279) that are all zero and not terminated, so BCQ would take the value "
+        "of a state that never was; drop them, or store the true successor.",
+    ),
+    "observations of zeros": (
+        both_observations([50, 60], 0),
+        "observations has 2 rows (first: 50) that are all zero; drop them, unless zero is a state of the task.",
+    ),
+    "a column twice": (
+        same_column,
+        "observations is the same in columns 0 and 2, in all 1300 rows (first: 0); leave one out, or check that each "
+        "was recorded.",
+    ),
+    "a column that never changes": (
+        constant_column,
+        "observations is constant in column 1, in all 1300 rows (first: 0); leave out what is constant, or check that "
+        "it was recorded.",
+    ),
+    "rows twice": (
+        repeated,
+        "transitions has 80 rows (first: 1300) that repeat an earlier row exactly; drop them, unless the task has so "
+        "few states and actions.",
+    ),
+}
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(change):
+        fields = healthy()
+        change(fields)
+        with h5py.File(tmp_path / "d.hdf5", "w") as file:
+            for name, values in fields.items():
+                file[name] = values
+        return tmp_path / "d.hdf5"
+
+    return write
+
+
+def test_twenty_are_listed():
+    assert (len(REFUSED), len(REPORTED)) == (10, 10)
+
+
+def test_healthy_data_is_neither_refused_nor_reported(written):
+    assert describe(load_hdf5(written(lambda fields: None), action_spec=SPEC), action_spec=SPEC).findings == []
+
+
+@pytest.mark.parametrize("defect", REFUSED)
+def test_refused(written, defect):
+    change, message = REFUSED[defect]
+    with pytest.raises(DatasetError) as error:
+        load_hdf5(written(change), action_spec=SPEC)
+    assert str(error.value) == f"d.hdf5: {message}"
+
+
+@pytest.mark.parametrize("defect", REPORTED)
+def test_reported(written, defect):
+    change, message = REPORTED[defect]
+    transitions = load_hdf5(written(change), action_spec=SPEC)
+    assert message in [str(finding) for finding in describe(transitions, action_spec=SPEC).findings]

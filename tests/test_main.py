@@ -1,0 +1,135 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+
+from torchrl_bcq import load_hdf5, load_memmap
+from torchrl_bcq.__main__ import main
+
+ROWS = 1200
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """Six episodes of 200 steps of something like Pendulum, in D4RL's layout."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    with h5py.File("swings.hdf5", "w") as file:
+        file["observations"] = np.cumsum(rng.normal(size=(ROWS, 3)), 0)
+        file["actions"] = rng.uniform(-2, 2, (ROWS, 1))
+        file["rewards"] = rng.uniform(-1, 0, ROWS)
+        file["terminals"] = np.zeros(ROWS, dtype=bool)
+        file["timeouts"] = np.arange(ROWS) % 200 == 199
+    return tmp_path / "swings.hdf5"
+
+
+def test_describe_prints_and_draws(file, capsys):
+    assert main(["describe", "swings.hdf5", "--env", "Pendulum-v1"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("1,194 transitions in 6 episodes")
+    assert "-2 to 2" in out
+    assert out.endswith("The pictures are in swings.hdf5.png.\n")
+    assert (file.parent / "swings.hdf5.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_describe_shows_what_the_readers_refuse(file, capsys):
+    with h5py.File(file, "r+") as broken:
+        broken["rewards"][7:9] = np.nan
+        broken["actions"][3] = 5
+    assert main(["describe", "swings.hdf5", "--env", "Pendulum-v1", "--out", "other.png"]) == 0
+    out = capsys.readouterr().out
+    assert "rewards has 2 rows (first: 7) that are not finite" in out
+    assert "actions has 1 row (first: 3) outside the action spec" in out
+    assert main(["convert", "swings.hdf5", "copies", "--env", "Pendulum-v1"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("torchrl-bcq: swings.hdf5: 2 defects:\n- rewards has 2 rows (first: 7)")
+    assert [path.name for path in (file.parent / "copies").iterdir() if path.suffix != ".lock"] == []
+
+
+def test_convert_says_how_to_open_the_copy(file, capsys):
+    for _ in range(2):
+        assert main(["convert", "swings.hdf5", "copies"]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("1,194 transitions, 0.1 MB: load_memmap('")
+    copy = eval(out.partition(": ")[2], {"load_memmap": load_memmap})
+    assert (copy == load_hdf5(file)).all()
+    assert copy.is_memmap()
+
+
+def test_tables_take_their_columns_from_the_command_line(file, capsys):
+    rows = "\n".join(f"{i // 100},{i * 0.37 % 2},{i * 0.11 % 1 - 0.5},{i % 7},0" for i in range(1000))
+    (file.parent / "trips.csv").write_text(f"trip,x,force,r,crashed\n{rows}\n")
+    columns = ["--observation", "x", "--action", "force", "--reward", "r", "--terminated", "crashed"]
+    assert main(["describe", "trips.csv", *columns, "--episode", "trip"]) == 0
+    assert capsys.readouterr().out.startswith("990 transitions in 10 episodes")
+    assert main(["describe", "trips.csv"]) == 1
+    assert capsys.readouterr().err == (
+        "torchrl-bcq: trips.csv is a csv source, which also needs ['observation', 'action', 'reward', 'terminated'].\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["describe", "none.hdf5"], "torchrl-bcq: there is no file none.hdf5.\n"),
+        (["describe", "swings.hdf5", "--names", "obs"], "--names has ['obs'], expected FIELD=ENTRY"),
+        (["describe", "swings.hdf5", "--names", "actions=torque"], "swings.hdf5: names asks for ['torque']; it holds"),
+        (["describe", "swings.hdf5", "--env", "Nonsense-v1"], "environment 'Nonsense-v1' cannot be made: "),
+        (["convert", "swings.hdf5", "swings.hdf5"], "torchrl-bcq: "),
+    ],
+)
+def test_refusals_are_one_message(file, capsys, arguments, message):
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("torchrl-bcq: ")
+    assert message in error
+
+
+def test_it_is_a_command():
+    shown = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "torchrl_bcq", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "describe" in shown
+    assert "convert" in shown
+
+
+def test_columns_may_be_named_in_several_places(file, capsys):
+    (file.parent / "trips.csv").write_text(
+        "x,y,u,r,end\n" + "\n".join(f"{i},{i % 7},{i % 3 / 4},1,{i % 9 // 8}" for i in range(99))
+    )
+    rest = ["--action", "u", "--reward", "r", "--terminated", "end", "--truncated", "end"]
+    assert main(["describe", "trips.csv", "--observation", "x", "--observation", "y", *rest]) == 0
+    assert "observations 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "torchrl-bcq: interrupted; nothing of it was kept\n"),
+        (
+            ImportError("No module named 'h5py'"),
+            1,
+            "torchrl-bcq: No module named 'h5py': pip install 'torchrl-bcq[train]'\n",
+        ),
+    ],
+)
+def test_what_stops_it_is_said_in_a_line(file, capsys, monkeypatch, raised, code, message):
+    def stop(*args, **kwargs):
+        raise raised
+
+    monkeypatch.setattr("torchrl_bcq.__main__.load_transitions", stop)
+    assert main(["convert", "swings.hdf5", "copies"]) == code
+    assert capsys.readouterr().err == message
+
+
+def test_copies_are_not_copied_again(file, capsys):
+    assert main(["convert", "swings.hdf5", "copies"]) == 0
+    copy = capsys.readouterr().out.partition("load_memmap('")[2].partition("'")[0]
+    assert main(["convert", copy, "elsewhere"]) == 1
+    assert capsys.readouterr().err == f"torchrl-bcq: {copy} is a memory-mapped copy already; it has no use for root.\n"

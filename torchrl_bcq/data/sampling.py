@@ -1,0 +1,163 @@
+"""Which rows of a fixed dataset are drawn, and how often."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.data import Storage
+from torchrl.data.replay_buffers.samplers import Sampler
+
+from torchrl_bcq.data.checks import DatasetError, Rows
+from torchrl_bcq.data.episodes import episode_numbers, flat_entry
+
+
+class WeightedSampler(Sampler):
+    """A TorchRL sampler that draws rows with replacement, in proportion to fixed weights.
+
+    Takes 8 bytes a row. ``torch.multinomial`` stops at 2^24 rows and adds up all weights at each draw.
+
+    Args:
+        weights: ``[N]``, of any real dtype or boolean; a row of weight 0 is never drawn.
+
+    Raises:
+        ValueError: if weights are negative, not finite, all zero or not ``[N]``; when sampling, if the storage has
+            another number of rows; when loading, if the saved sampler had other weights.
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        weights = torch.as_tensor(weights).detach().cpu()
+        _check_weights(weights)
+        share = weights.double() / weights.max()
+        cumulative = share.cumsum(0)  # on the CPU, in order: it never falls, and a row of weight 0 adds nothing
+        drawable = share.nonzero().squeeze(1)
+        self._equal = bool((share[drawable] == 1).all())  # as in a mask
+        self._table = drawable if self._equal else cumulative
+        self._rows, self._total, self._moment = len(share), cumulative[-1].item(), cumulative.sum().item()
+
+    def sample(self, storage: Storage, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
+        """Draw ``batch_size`` rows: their indices, and nothing to tell about them."""
+        if len(storage) != self._rows:
+            raise ValueError(f"there are {self._rows} weights for the {len(storage)} rows of the storage.")
+        if self._table.device != storage.device:
+            self._table = self._table.to(storage.device)
+        shape, device = (batch_size,), self._table.device
+        if self._equal:
+            return self._table[torch.randint(len(self._table), shape, generator=self._rng, device=device)], {}
+        point = torch.rand(shape, dtype=torch.float64, generator=self._rng, device=device) * self._total
+        return torch.searchsorted(self._table, point, right=True), {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What identifies the weights; the draws themselves depend on nothing but the generator."""
+        return {"rows": self._rows, "total": self._total, "moment": self._moment}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that the weights are those of the state."""
+        own = self.state_dict()
+        if any(abs(own[name] - state_dict[name]) > 1e-9 * own[name] for name in own):
+            raise ValueError(
+                f"the saved sampler had other weights ({state_dict}, here {own}); make the buffer with the same ones."
+            )
+
+    def dumps(self, path: str | Path) -> None:
+        """Write the state into a folder."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        (Path(path) / "weights.json").write_text(json.dumps(self.state_dict()))
+
+    def loads(self, path: str | Path) -> None:
+        """Read it back."""
+        self.load_state_dict(json.loads((Path(path) / "weights.json").read_text()))
+
+    def _empty(self) -> None:
+        """Weights outlive the rows."""
+
+
+def episode_weights(transitions: TensorDictBase) -> Tensor:
+    """Weights ``[N]`` that make each episode equally likely, and within it each row: one over its length.
+
+    Args:
+        transitions: batch size ``[N]``, with ``episode [N]`` or ``("next", "done") [N, 1]``.
+
+    Raises:
+        DatasetError: if nothing tells episodes apart, or their rows are not together.
+    """
+    numbers = episode_numbers(transitions)
+    return numbers.bincount().double().reciprocal()[numbers]
+
+
+def return_weights(transitions: TensorDictBase, temperature: float = 0.1) -> Tensor:
+    """Weights ``[N]`` that prefer episodes of high return: ``exp(return / temperature)``, the highest scaled to 1.
+
+    Returns are undiscounted and scaled to [0, 1] over the dataset, so at the published temperature the best episode's
+    rows are drawn e^10 times as often as the worst's. As published each row has its episode's weight, so a longer
+    episode is drawn more often; ``return_weights(data) * episode_weights(data)`` undoes that.
+
+    Args:
+        transitions: batch size ``[N]``, with ``("next", "reward") [N, 1]`` and what :func:`episode_weights` reads.
+        temperature: the lower, the more the best episodes are preferred.
+
+    Raises:
+        ValueError: if the temperature is not above 0.
+        DatasetError: if there is no reward or one is not finite, nothing tells episodes apart, or their rows are not
+            together.
+
+    Source: return-weighted sampling of arXiv:2306.13085.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, expected a number above 0; episode_weights ignores returns.")
+    numbers = episode_numbers(transitions)
+    reward = flat_entry(transitions, ("next", "reward"), "use episode_weights").double()
+    bad = Rows()
+    bad.add(~reward.isfinite().cpu().numpy(), 0)
+    if bad.count:
+        raise DatasetError(f"('next', 'reward') has {bad} that are not finite; drop or repair them.")
+    returns = reward.new_zeros(int(numbers[-1]) + 1).index_add_(0, numbers, reward)
+    low, high = returns.aminmax()
+    scaled = (returns - high) / (high - low) if high > low else torch.zeros_like(returns)  # [-1, 0]
+    return (scaled / temperature).exp()[numbers]
+
+
+def split_episodes(transitions: TensorDictBase, fraction: float = 0.1, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Hold out whole episodes, for validation: boolean masks ``[N]`` of the rows to learn from and of the others.
+
+    ``make_replay_buffer(transitions, weights=train)`` draws the first part only, without a copy of it; masks can be
+    multiplied with other weights. ``transitions[held_out]`` is the second.
+
+    Args:
+        transitions: batch size ``[N]``, with ``episode [N]`` or ``("next", "done") [N, 1]``.
+        fraction: of the episodes to hold out, rounded, but at least one on each side.
+        seed: decides which.
+
+    Raises:
+        ValueError: if there are fewer than two episodes, or the fraction is not between 0 and 1.
+        DatasetError: if nothing tells episodes apart, or their rows are not together.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction is {fraction}, expected a number between 0 and 1.")
+    numbers = episode_numbers(transitions)
+    episodes = int(numbers[-1]) + 1
+    if episodes < 2:
+        raise ValueError("the transitions are one episode; a split by episode needs at least two.")
+    count = min(max(round(fraction * episodes), 1), episodes - 1)
+    chosen = torch.zeros(episodes, dtype=torch.bool)
+    chosen[torch.randperm(episodes, generator=torch.Generator().manual_seed(seed))[:count]] = True
+    held_out = chosen.to(numbers.device)[numbers]
+    return ~held_out, held_out
+
+
+def _check_weights(weights: Tensor) -> None:
+    if weights.ndim != 1 or not len(weights) or weights.is_complex():
+        raise ValueError(f"weights have shape {tuple(weights.shape)} ({weights.dtype}), expected [N] real numbers.")
+    bad = ~(weights.isfinite() & (weights >= 0))
+    if bad.any():
+        rows = Rows()
+        rows.add(bad.numpy(), 0)
+        raise ValueError(
+            f"weights has {rows} negative or not finite, such as {weights[bad][0].item()}; 0 leaves a row out."
+        )
+    if not weights.any():
+        raise ValueError(f"weights are zero in all {len(weights)} rows; nothing could be drawn.")

@@ -1,0 +1,149 @@
+"""Datasets that others keep: Minari's and D4RL's, by their ids."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict
+from torchrl.data import Bounded, TensorSpec
+
+from torchrl_bcq.data.checks import Columns, DatasetError
+from torchrl_bcq.data.sources.array_files import check_hdf5, end_episode, hdf5, joined
+from torchrl_bcq.data.sources.source import Source
+
+# time limits of the tasks whose first files (-v0) do not record time-outs, from their registrations in D4RL
+_D4RL_TIME_LIMITS = {"ant": 1000, "halfcheetah": 1000, "hopper": 1000, "walker2d": 1000}
+
+
+def load_minari(
+    dataset_id: str, *, action_spec: TensorSpec | None = None, root: str | Path | None = None
+) -> TensorDict:
+    """Read a Minari dataset, from the local store or else from its server.
+
+    Args:
+        dataset_id: such as ``"mujoco/hopper/medium-v0"``; observations and actions must be boxes.
+        action_spec: bounds that the actions must keep, those of the dataset's action space if not given.
+        root: folder for a memory-mapped copy, made once and for data larger than memory.
+
+    Returns:
+        The transitions of :func:`~torchrl_bcq.from_arrays`.
+
+    Raises:
+        DatasetError: if there is no such dataset, a space is not a box, or the data does not pass
+            :func:`~torchrl_bcq.from_arrays`.
+        OSError: if the copy cannot be written.
+
+    Source: Minari, https://minari.farama.org. TorchRL 0.14's own ``MinariExperienceReplay`` returns zeros.
+    """
+    return minari(dataset_id).read(action_spec=action_spec, root=root)
+
+
+def load_d4rl(
+    dataset_id: str,
+    *,
+    max_episode_steps: int | None = None,
+    action_spec: TensorSpec | None = None,
+    root: str | Path | None = None,
+) -> TensorDict:
+    """Read a D4RL dataset, downloaded once; neither ``d4rl`` nor ``mujoco_py`` is needed.
+
+    Args:
+        dataset_id: such as ``"hopper-medium-v2"``. Files are kept in ``$D4RL_DATASET_DIR``, ``~/.d4rl/datasets`` if not
+            set, as D4RL does.
+        max_episode_steps: time limit in steps, for files without ``timeouts``; those of the Gym tasks are known.
+        action_spec: bounds that the actions must keep, if given.
+        root: folder for a memory-mapped copy, made once and for data larger than memory.
+
+    Returns:
+        The transitions of :func:`~torchrl_bcq.from_arrays`.
+
+    Raises:
+        DatasetError: if there is no such dataset, it cannot be downloaded, or it does not pass
+            :func:`~torchrl_bcq.load_hdf5`.
+        OSError: if a file cannot be written.
+
+    Source: D4RL, arXiv:2004.07219. TorchRL 0.14's own ``D4RLExperienceReplay`` sets the next observation to zero where
+    an episode was cut off.
+    """
+    return d4rl(dataset_id, max_episode_steps=max_episode_steps).read(action_spec=action_spec, root=root)
+
+
+def minari(dataset_id: str) -> Source:
+    """The source of :func:`load_minari`."""
+    import minari
+    from gymnasium.spaces import Box
+
+    try:
+        dataset = minari.load_dataset(dataset_id, download=True)
+    except Exception as error:  # Minari and its download clients raise many kinds
+        raise DatasetError(
+            f"Minari dataset {dataset_id!r} can be neither opened nor downloaded: {error} "
+            "Ids look like 'mujoco/hopper/medium-v0'; `minari list local` and `minari list remote` show them."
+        ) from error
+    for name, space in (("observation", dataset.observation_space), ("action", dataset.action_space)):
+        if not isinstance(space, Box):
+            raise DatasetError(
+                f"{dataset_id} has {name} space {space}; only boxes can be read. Flatten it and use from_arrays."
+            )
+    if not dataset.total_episodes:
+        raise DatasetError(f"{dataset_id} holds no episode.")
+
+    def chunks() -> Iterator[Columns]:
+        for file in files:
+            if file.suffix == ".hdf5":
+                check_hdf5(file, ("observations", "actions", "rewards", "terminations", "truncations"))
+        yield from joined(
+            end_episode(
+                {
+                    "observations": episode.observations,
+                    "actions": episode.actions,
+                    "rewards": episode.rewards,
+                    "terminated": episode.terminations,
+                    "truncated": episode.truncations,
+                }
+            )
+            for episode in dataset.iterate_episodes()
+        )
+
+    box = dataset.action_space
+    spec = Bounded(torch.tensor(box.low), torch.tensor(box.high), box.shape, dtype=torch.float32)
+    files = sorted(path for path in Path(dataset.storage.data_path).rglob("*") if path.is_file())
+    return Source(dataset_id, chunks, files, action_spec=spec)
+
+
+def d4rl(dataset_id: str, *, max_episode_steps: int | None = None) -> Source:
+    """The source of :func:`load_d4rl`."""
+    from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
+
+    if dataset_id not in D4RL_DATASETS:
+        task = dataset_id.split("-")[0]
+        alike = [name for name in sorted(D4RL_DATASETS) if name.startswith(task)] or sorted(D4RL_DATASETS)
+        raise DatasetError(f"D4RL has no dataset {dataset_id!r}; it has {', '.join(alike)}.")
+    url = D4RL_DATASETS[dataset_id]
+    folder = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets").expanduser()
+    file = folder / url.rpartition("/")[2]
+    if not file.is_file():
+        _download(url, file)
+    if max_episode_steps is None:
+        max_episode_steps = _D4RL_TIME_LIMITS.get(dataset_id.split("-")[0])
+    return hdf5(file, max_episode_steps=max_episode_steps)
+
+
+def _download(url: str, file: Path) -> None:
+    """Download an HDF5 file; it is there whole, or not at all."""
+    import h5py
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        torch.hub.download_url_to_file(url, str(aside), progress=sys.stderr.isatty())
+        with h5py.File(aside, "r"):  # refuses one that was cut off
+            aside.replace(file)
+    except Exception as error:
+        raise DatasetError(f"{url} cannot be downloaded ({error}); try again, or put the file at {file}.") from error
+    finally:
+        aside.unlink(missing_ok=True)
