@@ -160,6 +160,13 @@ def test_normalization_is_fitted_to_the_dataset(compose_bcq, dataset, by_hand, a
     assert_learn_the_same(lambda: instantiate(cfg.trainer), partial(by_hand, make_modules=make_modules))
 
 
+def test_normalization_of_a_loss_that_is_built_is_refused(compose_bcq):
+    cfg = compose_bcq(*SMALL, "networks.normalization=true")
+    loss = instantiate(cfg.trainer).loss_module
+    with pytest.raises(InstantiationException, match="normalization is set, but loss_module is built"):
+        instantiate(cfg.trainer, loss_module=loss)
+
+
 def test_normalization_without_the_dataset(compose_bcq):
     cfg = compose_bcq(*SMALL, "networks.normalization=true")
     trainer = instantiate(cfg.trainer)

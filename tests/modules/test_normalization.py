@@ -243,3 +243,8 @@ def test_losses_compile_as_one_graph(normalized, make_batch, name):
     torch._dynamo.reset()
     compiled = torch.compile(getattr(loss, f"{name}_loss"), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(batch.clone(), noise)[0], eager)
+
+
+def test_what_is_no_normalization_is_refused():
+    with pytest.raises(TypeError, match=r"^normalization is a bool, expected Normalization.fit\(transitions\), or"):
+        make_bcq_modules(Unbounded((3,)), Bounded(-1, 1, (2,)), normalization=True)

@@ -100,6 +100,8 @@ def _make_trainer(
         modules = _build(networks, unset) if lacking else None
         given = {} if modules is None else dict(zip(_NETWORKS, modules, strict=True))
         loss_module = _build(loss_module, **given)
+    elif OmegaConf.is_dict(networks) and networks.get("normalization"):
+        raise ValueError("networks.normalization is set, but loss_module is built; build its own networks with it.")
     built = {name: instantiate(value) if OmegaConf.is_config(value) else value for name, value in settings.items()}
     return BCQTrainer(
         loss_module,

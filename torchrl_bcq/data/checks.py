@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,30 +66,32 @@ class Checks:
         Raises:
             DatasetError: if rows are not finite, flags neither 0 nor 1, actions out of bounds, or a field is zero.
         """
-        found = [
-            f"{name} has {rows} that are not finite in float32; drop or repair them."
-            for name, rows in self._not_finite.items()
-            if rows.count
-        ]
-        found += [
+        odd_flags = [
             f"{name} has {rows} that are neither 0 nor 1, such as {rows.example}; write 1 where it is so, 0 elsewhere."
             for name, rows in self._not_flags.items()
             if rows.count
         ]
-        found += [
-            f"{name} is zero in all {self.rows} rows; was it written and read properly?"
-            for name, zero in self._zero.items()
-            if zero
-        ]
+        found = [*self._not_finite_rows(), *odd_flags, *self._zero_fields(), *self._outside_rows()]
+        if refused := found if strict else odd_flags:
+            raise DatasetError(listed(refused))
+
+    def _not_finite_rows(self) -> Iterator[str]:
+        for name, rows in self._not_finite.items():
+            if rows.count:
+                yield f"{name} has {rows} that are not finite in float32; drop or repair them."
+
+    def _zero_fields(self) -> Iterator[str]:
+        for name, zero in self._zero.items():
+            if zero:
+                yield f"{name} is zero in all {self.rows} rows; was it written and read properly?"
+
+    def _outside_rows(self) -> Iterator[str]:
         if self._outside.count and self._bounds is not None:
             low, high = self._bounds
-            found.append(
+            yield (
                 f"actions has {self._outside} outside the action spec: they span {self._lowest.tolist()} to "
                 f"{self._highest.tolist()}, the spec {low.tolist()} to {high.tolist()}; clip or rescale them."
             )
-        found = [message for message in found if strict or "neither 0 nor 1" in message]
-        if found:
-            raise DatasetError(listed(found))
 
     def _numbers(self, name: str, values: ArrayLike) -> np.ndarray:
         array = column(name, values, rank=_NUMBERS[name])

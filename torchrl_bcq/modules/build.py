@@ -60,11 +60,17 @@ def make_bcq_modules(
         ``(vae, actor, critics)``, each initialised on its own from PyTorch's global random state.
 
     Raises:
+        TypeError: if ``normalization`` is anything else.
         ValueError: if an observation is not a vector of ``dtype``, the action is not a finite box, or the
             normalization is of other observations.
 
     Source: arXiv:1812.02900, appendix D.1, with the layer sizes of the author's code.
     """
+    if normalization is not None and not isinstance(normalization, Normalization):
+        raise TypeError(
+            f"normalization is a {type(normalization).__name__}, expected Normalization.fit(transitions), or "
+            "Normalization.identity(observation_spec) before a checkpoint is loaded."
+        )
     dtype = dtype or torch.get_default_dtype()
     sizes = _observation_sizes(observation_spec, dtype)
     keys, features = list(sizes), sum(sizes.values())
