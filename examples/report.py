@@ -4,40 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, pstdev
 
 import matplotlib
-import torch
-from tensordict import TensorDictBase
-from torchrl.envs import EnvBase
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 LABELS = {"random": "random", "behaviour": "behaviour", "behaviour_cloning": "behaviour cloning", "bcq": "BCQ"}
-
-
-def evaluate(envs: EnvBase, policy: Callable | None, seed: int = 0) -> list[float]:
-    """Returns of one episode in each of a batch of environments; training's random state is left alone.
-
-    Every policy of every run starts from the same initial states. Without a policy, actions are uniform.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        envs.set_seed(seed)
-        rollout = envs.rollout(1_000_000, policy, break_when_any_done=False, break_when_all_done=True)
-    done = rollout["next", "done"].long()
-    running = done.cumsum(1) == done  # up to the first end; an environment idles from there until all have ended
-    return (rollout["next", "reward"] * running).sum((1, 2)).tolist()
-
-
-def episode_returns(transitions: TensorDictBase) -> list[float]:
-    """Sum of rewards of each episode of a dataset (of the rows that were kept)."""
-    episode = transitions["episode"]
-    returns = torch.zeros(int(episode.max()) + 1, dtype=torch.float64)
-    return returns.index_add_(0, episode, transitions["next", "reward"].squeeze(-1).double()).tolist()
 
 
 def write(out: Path, returns: dict[str, list[float]], title: str) -> None:

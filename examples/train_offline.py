@@ -23,6 +23,7 @@ from torchrl.objectives import SoftUpdate
 from torchrl.record import CSVLogger
 
 import torchrl_bcq as bcq
+from torchrl_bcq.data.episodes import episode_returns
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--dataset", help="FILE, minari:ID or d4rl:ID; default: recorded here")
@@ -80,15 +81,7 @@ def main() -> None:
     )
 
     policy = bcq.BCQPolicy(vae, actor, critics, num_action_samples=100)
-
-    def log_return(tick) -> dict[str, float] | None:
-        step = trainer.collected_frames
-        if step < args.steps and step // eval_every == (step - len(tick)) // eval_every:
-            return None
-        returns = report.evaluate(envs, policy)
-        return {"return": sum(returns) / len(returns), "log_pbar": True}
-
-    trainer.register_op("post_steps_log", log_return)
+    bcq.EnvironmentMetrics(envs, policy, interval=eval_every).register(trainer)
     if args.resume:
         trainer.load_from_file(out / "checkpoint")
         if trainer.collected_frames >= args.steps:
@@ -96,8 +89,8 @@ def main() -> None:
     trainer.train()
 
     policies = {"random": None, "behaviour_cloning": bcq.BehaviorCloningPolicy(vae), "bcq": policy}
-    returns = {name: report.evaluate(envs, p) for name, p in policies.items()}
-    returns["behaviour"] = report.episode_returns(transitions)
+    returns = {name: bcq.evaluate(envs, p)["return"].tolist() for name, p in policies.items()}
+    returns["behaviour"] = episode_returns(transitions).tolist()
     report.write(out, returns, title=f"{env.spec.id}, {args.steps} gradient steps")
 
 

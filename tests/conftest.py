@@ -47,17 +47,15 @@ def make_batch() -> Callable[..., TensorDict]:
     return make
 
 
-_figures: list[str] = []
-
-
 @pytest.fixture
-def show_figure() -> Callable[[str], None]:
+def show_figure(record_property) -> Callable[[str], None]:
     """Print a line at the end of the run."""
-    return _figures.append
+    return lambda line: record_property("figure", line)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    if _figures:
+    passed = terminalreporter.stats.get("passed", [])
+    if figures := [line for report in passed for name, line in report.user_properties if name == "figure"]:
         terminalreporter.section("figures")
-        for line in _figures:
+        for line in figures:
             terminalreporter.write_line(line)

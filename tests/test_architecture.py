@@ -18,8 +18,9 @@ MAY_IMPORT = {
     "modules": {"functional", "protocols", "modules"},
     "objectives": {"functional", "protocols", "objectives"},
     "data": {"data"},
-    "trainers": {"functional", "objectives", "data", "trainers"},
+    "trainers": {"functional", "protocols", "objectives", "data", "trainers"},
     "conf": {"modules", "objectives", "data", "trainers", "conf"},
+    "cli": {"modules", "objectives", "data", "trainers", "cli"},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -95,8 +96,46 @@ def test_it_is_a_command():
     shown = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "torchrl_bcq", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    assert "describe" in shown
-    assert "convert" in shown
+    listed = re.findall(r"^    (\w+)  ", shown, re.MULTILINE)
+    assert listed == ["train", "evaluate", "plot", "record", "describe", "convert"]
+    assert "torchrl-bcq train dataset=hopper.hdf5 out=runs/hopper" in shown
+
+
+@pytest.mark.parametrize("command", ["evaluate", "plot", "record", "describe", "convert"])
+def test_each_command_tells_its_arguments(capsys, command):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: torchrl-bcq {command} ")
+    assert f"examples:\n  torchrl-bcq {command}" in shown or f"\n  torchrl-bcq {command} " in shown
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["describe"], ["evaluate", "run", "--epsiodes", "3"]])
+def test_what_is_no_command_is_refused_with_usage(capsys, arguments):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert "usage: torchrl-bcq" in capsys.readouterr().err
+
+
+def test_arguments_of_train_are_its_own(monkeypatch):
+    handed = []
+    monkeypatch.setattr("torchrl_bcq.cli.train.main", lambda arguments: handed.append(arguments) or 7)
+    assert main(["train", "-m", "seed=0,1"]) == 7
+    monkeypatch.setattr(sys, "argv", ["torchrl-bcq", "train", "--help"])
+    assert main() == 7
+    assert handed == [["-m", "seed=0,1"], ["--help"]]
+
+
+def test_plots_and_recordings_are_not_needed_to_look_at_data():
+    """What a command does not use is not imported, so that it starts at once."""
+    code = (
+        "import sys; from torchrl_bcq.__main__ import _parser; _parser(); "
+        "print([name for name in ('hydra', 'matplotlib', 'scipy.stats', 'h5py', 'minari') if name in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
 
 
 def test_columns_may_be_named_in_several_places(file, capsys):
@@ -123,7 +162,7 @@ def test_what_stops_it_is_said_in_a_line(file, capsys, monkeypatch, raised, code
     def stop(*args, **kwargs):
         raise raised
 
-    monkeypatch.setattr("torchrl_bcq.__main__.load_transitions", stop)
+    monkeypatch.setattr("torchrl_bcq.cli.dataset.load_transitions", stop)
     assert main(["convert", "swings.hdf5", "copies"]) == code
     assert capsys.readouterr().err == message
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-USAGE, *_RECIPES, OWN_LOOP, HYDRA = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+USAGE, WATCHED, *_RECIPES, OWN_LOOP, HYDRA = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def run(snippet: str, monkeypatch, tmp_path) -> dict:
@@ -23,6 +25,15 @@ def test_usage_snippet(monkeypatch, tmp_path):
     assert rollout.batch_size == (200,)
     assert namespace["env"].action_spec.is_in(rollout["action"])
     assert namespace["trainer"].collected_frames == namespace["trainer"].total_frames
+
+
+@pytest.mark.no_cover  # gradient steps of the author's networks
+def test_watched_snippet_goes_on_from_the_first(monkeypatch, tmp_path):
+    namespace = run(USAGE + WATCHED, monkeypatch, tmp_path)
+    assert namespace["trainer"].collected_frames == 100
+    assert {"held_out_td_error", "held_out_vae_loss", "initial_value"} <= namespace["trainer"].metrics.keys()
+    assert len(list((tmp_path / "run" / "best").glob("checkpoint-*"))) == 1
+    namespace["trainer"].load_from_file("run/checkpoints/checkpoint-000000000100")
 
 
 def test_parts_of_ones_own_in_sixty_lines(monkeypatch, tmp_path):

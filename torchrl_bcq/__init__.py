@@ -33,7 +33,17 @@ from torchrl_bcq.modules import (
 )
 from torchrl_bcq.objectives import BCQLoss
 from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel
-from torchrl_bcq.trainers import BCQOptimizationStepper, BCQTrainer, OfflineCollector
+from torchrl_bcq.trainers import (
+    BCQOptimizationStepper,
+    BCQTrainer,
+    DatasetMetrics,
+    EnvironmentMetrics,
+    KeepBest,
+    NetworkLRScheduler,
+    OfflineCollector,
+    evaluate,
+    make_checkpoint,
+)
 
 __version__ = version("torchrl-bcq")
 
@@ -46,7 +56,11 @@ __all__ = [
     "BehaviorCloningPolicy",
     "CriticEnsemble",
     "DatasetError",
+    "DatasetMetrics",
+    "EnvironmentMetrics",
     "GenerativeModel",
+    "KeepBest",
+    "NetworkLRScheduler",
     "Normalization",
     "OfflineCollector",
     "PerturbationActor",
@@ -55,6 +69,7 @@ __all__ = [
     "WeightedSampler",
     "describe",
     "episode_weights",
+    "evaluate",
     "from_arrays",
     "from_rollouts",
     "load_d4rl",
@@ -65,6 +80,7 @@ __all__ = [
     "load_table",
     "load_transitions",
     "make_bcq_modules",
+    "make_checkpoint",
     "make_replay_buffer",
     "multi_step",
     "return_weights",

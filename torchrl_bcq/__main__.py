@@ -1,4 +1,4 @@
-"""The command line: what is in a dataset, and a memory-mapped copy of it."""
+"""The command line."""
 
 from __future__ import annotations
 
@@ -6,37 +6,35 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from torchrl.data import TensorSpec
+from torchrl_bcq.cli import dataset, evaluate, plot, record
+from torchrl_bcq.cli.errors import RunError
+from torchrl_bcq.data import DatasetError
 
-from torchrl_bcq.data import DatasetError, load_transitions
-from torchrl_bcq.data.description import describe
-from torchrl_bcq.data.registry import find_source
-
-_SOURCES = """\
-sources:
-  FILE.hdf5 FILE.npz       fields with D4RL's names, or other common ones
-  FILE.csv FILE.parquet    tables of logged decisions; say which column is what
-  minari:ID                such as minari:mujoco/hopper/medium-v0
-  d4rl:ID                  such as d4rl:hopper-medium-v2; downloaded once
-  FOLDER                   what convert leaves
-
+_EXAMPLES = """\
 examples:
-  torchrl-bcq describe hopper.hdf5 --env Hopper-v5
-  torchrl-bcq describe trips.csv --observation x v --action force --reward r --terminated crashed --episode trip
-  torchrl-bcq convert d4rl:hopper-medium-v2 copies
+  torchrl-bcq train                                       a first run, on Pendulum-v1
+  torchrl-bcq describe hopper.hdf5                        look at a dataset
+  torchrl-bcq train dataset=hopper.hdf5 out=runs/hopper   learn from it
+  torchrl-bcq evaluate runs/hopper                        what its policy is worth
+  torchrl-bcq plot runs/hopper                            learning curves, value estimates, a video
+
+torchrl-bcq COMMAND --help tells the rest.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if all went well, 1 if the dataset was refused."""
-    args = _parser().parse_args(arguments)
+    """Run a command; 0 if all went well, 1 if something was refused."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     logging.getLogger("torchrl").setLevel("WARNING")
     try:
+        if arguments[:1] == ["train"]:  # its arguments are Hydra's
+            from torchrl_bcq.cli.train import main as train
+
+            return train(arguments[1:])
+        args = _parser().parse_args(arguments)
         args.run(args)
-    except (DatasetError, OSError) as error:
+    except (DatasetError, RunError, OSError) as error:
         print(f"torchrl-bcq: {error}", file=sys.stderr)
         return 1
     except ImportError as error:
@@ -48,99 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _describe(args: argparse.Namespace) -> None:
-    settings = _settings(args)
-    action_spec = _action_spec(args, settings)
-    transitions = load_transitions(args.source, root=args.root, strict=False, **settings)
-    description = describe(transitions, action_spec=action_spec)
-    out = args.out or Path(f"{Path(args.source.rpartition(':')[2]).name}.png")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    print(description)
-    description.plot(out)
-    print(f"\nThe pictures are in {out}.")
-
-
-def _convert(args: argparse.Namespace) -> None:
-    settings = _settings(args)
-    transitions = load_transitions(args.source, action_spec=_action_spec(args, settings), root=args.folder, **settings)
-    folder = Path(transitions["action"].filename).parent
-    print(f"{len(transitions):,} transitions, {transitions.bytes() / 1e6:.1f} MB: load_memmap({str(folder)!r})")
-
-
-def _action_spec(args: argparse.Namespace, settings: dict[str, Any]) -> TensorSpec | None:
-    """Of the environment, if one is named, or else of the source, if it knows."""
-    if args.env is None:
-        source = find_source(args.source, **settings)
-        return None if source is None else source.action_spec
-    import gymnasium
-    from torchrl.envs import GymEnv
-
-    try:
-        return GymEnv(args.env).action_spec
-    except gymnasium.error.Error as error:
-        raise DatasetError(f"environment {args.env!r} cannot be made: {error}") from error
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What was said about the source."""
-    settings = {
-        name: getattr(args, name) for name in (*_COLUMNS, "max_episode_steps") if getattr(args, name) is not None
-    }
-    if args.names:
-        pairs = [pair.partition("=") for pair in args.names]
-        if odd := [f"{field}{sign}{entry}" for field, sign, entry in pairs if not (field and entry)]:
-            raise DatasetError(f"--names has {odd}, expected FIELD=ENTRY, such as observations=obs.")
-        settings["names"] = {field: entry for field, _, entry in pairs}
-    return settings
-
-
-_COLUMNS = (
-    "observation", "action", "next_observation", "reward", "terminated", "truncated", "episode", "step",
-)  # fmt: skip
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torchrl-bcq",
-        description="Batch-constrained deep Q-learning: look at a dataset, make it ready.",
-        epilog=_SOURCES,
+        description="Batch-constrained deep Q-learning: from a dataset to a policy.",
+        epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("source", metavar="SOURCE", help="FILE, PREFIX:ID, or FOLDER; see below")
-    shared.add_argument("--env", metavar="ID", help="Gymnasium environment whose action bounds the data must keep")
-    reading = shared.add_argument_group("HDF5 and NPZ")
-    reading.add_argument("--names", nargs="+", metavar="FIELD=ENTRY", help="where a field is, as observations=obs")
-    reading.add_argument("--max-episode-steps", type=int, metavar="N", help="time limit, where time-outs are not kept")
-    columns = shared.add_argument_group("tables")
-    for name in _COLUMNS:
-        several = name in ("observation", "action", "next_observation")
-        columns.add_argument(
-            f"--{name.replace('_', '-')}",
-            nargs="+" if several else None,
-            action="extend" if several else "store",
-            metavar="COLUMN",
-            help=f"column{'s' if several else ''} of {name.replace('_', ' ')}",
-        )
-
-    def add(name: str, run: Any, what: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name,
-            parents=[shared],
-            help=what,
-            description=what,
-            epilog=_SOURCES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.set_defaults(run=run)
-        return command
-
-    command = add("describe", _describe, "Print and draw what is in a dataset, and what looks wrong.")
-    command.add_argument("--out", type=Path, metavar="PNG", help="picture; default: SOURCE.png, here")
-    command.add_argument("--root", metavar="FOLDER", help="folder for a memory-mapped copy of large data")
-    command = add("convert", _convert, "Check a dataset and make a memory-mapped copy, once for the same content.")
-    command.add_argument("folder", metavar="FOLDER", help="where copies are kept")
+    commands.add_parser("train", help="Learn a policy from a dataset.", add_help=False)  # see above
+    evaluate.add_parser(commands)
+    plot.add_parser(commands)
+    record.add_parser(commands)
+    dataset.add_parsers(commands)
     return parser
 
 

@@ -63,3 +63,8 @@ def soft_clipped_double_q(qvalue: Tensor, lmbda: float) -> Tensor:
 def best_sample_value(qvalue: Tensor, lmbda: float) -> Tensor:
     """Value of the best of ``n`` sampled actions, the bracket of eq. 13. ``[*B, n, C] -> [*B, 1]``."""
     return soft_clipped_double_q(qvalue, lmbda).amax(-1, keepdim=True)
+
+
+def discounted_sum(rewards: Tensor, gamma: float) -> Tensor:
+    """``sum_t gamma^t r_t``, the return that a value estimates. ``[*B, T] -> [*B]``."""
+    return (rewards * gamma ** torch.arange(rewards.shape[-1], device=rewards.device)).sum(-1)

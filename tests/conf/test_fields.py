@@ -35,8 +35,9 @@ def trainer_settings() -> dict:
 
 
 def stepper_settings() -> dict:
-    optimizers = dict.fromkeys(settings_of(bcq.BCQOptimizationStepper.__init__))
-    return {**settings_of(bcq.BCQOptimizationStepper.adam), **optimizers}
+    settings = {**settings_of(bcq.BCQOptimizationStepper.adam), **settings_of(bcq.BCQOptimizationStepper.__init__)}
+    optimizers = {name: None for name in settings if name.endswith("_optimizer")}
+    return {name: value for name, value in {**settings, **optimizers}.items() if name != "schedule"}
 
 
 GAMMA = default_value_kwargs(ValueEstimators.TD0)["gamma"]

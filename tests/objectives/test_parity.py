@@ -101,7 +101,9 @@ def test_twenty_updates_equal_the_reference(make_batch, show_figure):
         next_latent = torch.randn(ROWS, SAMPLES, 4, dtype=torch.float64).clamp(-0.5, 0.5)
         draws = {"vae_loss": noise, "qvalue_loss": next_latent, "actor_loss": latent}
         trainer = SimpleNamespace(
-            compute_loss=lambda td, method, draws=draws: getattr(loss, method)(td, draws[method]), clip_norm=None
+            loss_module=loss,
+            compute_loss=lambda td, method, draws=draws: getattr(loss, method)(td, draws[method]),
+            clip_norm=None,
         )
         logs = stepper.step(trainer, batch)
         updater.step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from torchrl.checkpoint import Checkpoint, CheckpointError, GlobalRNGState
 from torchrl.data import PrioritizedSampler, SliceSampler, TensorDictReplayBuffer
 
 from torchrl_bcq import make_replay_buffer
-from torchrl_bcq.trainers.bcq import _SamplerState
+from torchrl_bcq.trainers.checkpoints import SamplerState, dataset_digest, make_checkpoint
 
 ROWS = 50
 SETTINGS = {
@@ -49,7 +49,7 @@ def draw(buffer: TensorDictReplayBuffer, batches: int) -> list[list[int]]:
 
 
 def checkpoint(buffer: TensorDictReplayBuffer) -> Checkpoint:
-    return Checkpoint(sampler=_SamplerState(buffer), random_state=GlobalRNGState())
+    return make_checkpoint(sampler=SamplerState(buffer), random_state=GlobalRNGState())
 
 
 @pytest.mark.parametrize("before", [0, 3, 7, 10])  # 7 batches of 8 are the first round of 50, 10 are within the second
@@ -69,7 +69,7 @@ def test_goes_on_with_the_same_rows(tmp_path, kind, seed, before):
     assert len({tuple(rows) for rows in undisturbed}) == 12
 
     suffixes = {file.suffix for file in (tmp_path / "checkpoint").rglob("*") if file.is_file()}
-    assert suffixes <= {".json", ".memmap"}  # nothing to unpickle
+    assert suffixes == {".json", ".pt"}  # read with weights_only=True
 
 
 def test_a_second_break_changes_nothing_either(tmp_path):
@@ -107,19 +107,35 @@ def test_other_weights_are_refused(tmp_path):
         checkpoint(other).load(tmp_path / "checkpoint")
 
 
+def state_file(path: Path, component: str = "sampler") -> Path:
+    return path / Checkpoint.manifest(path)["components"][component]["path"] / "state.pt"
+
+
 def test_the_weights_are_not_in_the_checkpoint(tmp_path):
     checkpoint(make("weighted", 0)).save(tmp_path / "checkpoint")
-    (file,) = Path(tmp_path).rglob("weights.json")
-    assert json.loads(file.read_text()).keys() == {"rows", "total", "moment"}
+    state = torch.load(state_file(tmp_path / "checkpoint"), weights_only=True)
+    assert state["sampler"].keys() == {"rows", "total", "moment"}
+
+
+def test_a_pickle_in_place_of_a_state_is_never_opened(tmp_path):
+    checkpoint(make("uniform", 0)).save(tmp_path / "checkpoint")
+    file = state_file(tmp_path / "checkpoint")
+    torch.save({**torch.load(file, weights_only=True), "x": Bomb(tmp_path / "opened")}, file)
+    with pytest.raises(CheckpointError, match="Weights only load failed"):
+        checkpoint(make("uniform", 0)).load(tmp_path / "checkpoint")
+    assert not (tmp_path / "opened").exists()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # tensordict warns before it unpickles, which is not enough
-def test_a_pickle_in_a_checkpoint_is_never_opened(tmp_path):
+def test_a_pickle_in_memory_mapped_files_is_never_opened(tmp_path):
+    """TorchRL's own adapter would look for them where there is no state.pt."""
     checkpoint(make("uniform", 0)).save(tmp_path / "checkpoint")
-    (folder,) = (path.parent for path in (tmp_path / "checkpoint").rglob("generator/meta.json"))
-    state = TensorDict({"generator": torch.Generator().get_state(), "x": NonTensorData(Bomb(tmp_path / "opened"))})
-    state.memmap(folder)
-    with pytest.raises(CheckpointError, match="pickle"):
+    file = state_file(tmp_path / "checkpoint")
+    state = TensorDict({"rows": torch.zeros(1), "x": NonTensorData(Bomb(tmp_path / "opened"))})
+    state.memmap(file.parent / "state")
+    (file.parent / "state.json").write_text("{}")
+    file.unlink()
+    with pytest.raises(CheckpointError, match="there is no .*state.pt"):
         checkpoint(make("uniform", 0)).load(tmp_path / "checkpoint")
     assert not (tmp_path / "opened").exists()
 
@@ -139,3 +155,47 @@ def test_another_number_of_transitions_is_refused(tmp_path):
     other = make_replay_buffer(TensorDict({"row": torch.arange(49)}, [49]), batch_size=8, seed=0)
     with pytest.raises(CheckpointError, match="had 50 transitions, this one has 49; go on with the same dataset"):
         checkpoint(other).load(tmp_path / "checkpoint")
+
+
+def test_a_dataset_with_one_other_value_is_refused(tmp_path):
+    checkpoint(make("uniform", 0)).save(tmp_path / "checkpoint")
+    rows = make("uniform", 0)[:].clone()
+    rows["row"][17] += 1
+    message = "the dataset has changed since the checkpoint: as many transitions, other values"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint(make_replay_buffer(rows, batch_size=8, seed=0)).load(tmp_path / "checkpoint")
+    rows["row"][17] -= 1
+    checkpoint(make_replay_buffer(rows, batch_size=8, seed=0)).load(tmp_path / "checkpoint")
+
+
+DATA = {"a": torch.arange(6.0), ("next", "b"): torch.arange(12).reshape(6, 2)}
+OTHERS = {
+    "value": {**DATA, "a": torch.arange(6.0) + torch.eye(6)[5] * 1e-6},
+    "order": {**DATA, "a": torch.arange(6.0).flip(0)},
+    "name": {"c": DATA["a"], ("next", "b"): DATA["next", "b"]},
+    "nesting": {"a": DATA["a"], ("other", "b"): DATA["next", "b"]},
+    "dtype": {**DATA, ("next", "b"): DATA["next", "b"].view(torch.float64)},  # the same bytes
+    "shape": {**DATA, ("next", "b"): DATA["next", "b"].reshape(6, 1, 2)},
+    "more": {**DATA, "c": torch.zeros(6, 0)},
+}
+
+
+@pytest.mark.parametrize("changed", OTHERS)
+def test_digest_changes_with(changed):
+    assert dataset_digest(TensorDict(OTHERS[changed], [6])) != dataset_digest(TensorDict(DATA, [6]))
+
+
+@pytest.mark.parametrize("hashed_at_a_time", [1, 20, 1 << 24])
+def test_digest_is_of_the_data_not_of_where_it_is(tmp_path, monkeypatch, hashed_at_a_time):
+    """Neither of files, nor of the order of entries, nor of strides, nor of how much is read at a time."""
+    digest = dataset_digest(TensorDict(DATA, [6]))
+    monkeypatch.setattr("torchrl_bcq.trainers.checkpoints._DIGEST_BYTES", hashed_at_a_time)
+    assert dataset_digest(TensorDict(DATA, [6]).memmap(tmp_path)) == digest
+    assert dataset_digest(TensorDict(dict(reversed(DATA.items())), [6])) == digest
+    strided = DATA["next", "b"].T.contiguous().T
+    assert dataset_digest(TensorDict({**DATA, ("next", "b"): strided}, [6])) == digest
+
+
+def test_digest_by_hand():
+    flags = torch.tensor([True, False])
+    assert dataset_digest(TensorDict({"f": flags}, [2])) == hashlib.sha256(b"f torch.bool (2,)\x01\x00").hexdigest()

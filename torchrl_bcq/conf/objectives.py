@@ -22,6 +22,7 @@ class BCQLossConfig(LossConfig):
     num_target_samples: int = 10  # actions sampled at each next state
     delay_actor: bool = True  # whether the target has an actor of its own
     delay_qvalue: bool = True  # whether the target has critics of its own
+    loss_function: str = "l2"  # of the TD error: l2, smooth_l1 (Huber's) or l1
     reduction: str | None = "mean"  # mean, sum or none, over the batch
     deactivate_vmap: bool = False  # handed to the value estimator
     use_prioritized_weights: str | bool = "auto"  # whether priority_weight weighs the rows

@@ -27,6 +27,9 @@ class BCQOptimizationStepperConfig(HookConfig):
     vae_optimizer: Any = None  # in place of the VAE's
     qvalue_optimizer: Any = None  # in place of the critics'
     actor_optimizer: Any = None  # in place of the actor's
+    vae_warmup_steps: int = 0  # gradient steps of the VAE alone, before critics and actor begin
+    freeze_vae_after: int | None = None  # gradient steps after which the VAE stays as it is
+    actor_update_interval: int = 1  # gradient steps of the critics for each of the actor
     _target_: str = "torchrl_bcq.conf.trainers._make_stepper"
 
 
@@ -64,8 +67,9 @@ class BCQTrainerConfig(TrainerConfig):
     _target_: str = "torchrl_bcq.conf.trainers._make_trainer"
 
 
-def _make_stepper(*, loss: BCQLoss, lr: float, **own: Any) -> BCQOptimizationStepper:
-    stepper = BCQOptimizationStepper.adam(loss, lr=lr)
+def _make_stepper(*, loss: BCQLoss, lr: float, **settings: Any) -> BCQOptimizationStepper:
+    own = {name: settings.pop(name) for name in [*settings] if name.endswith("_optimizer")}
+    stepper = BCQOptimizationStepper.adam(loss, lr=lr, **settings)
     for name, make_optimizer in own.items():
         network = name.removesuffix("_optimizer")
         if make_optimizer is None:

@@ -34,6 +34,20 @@ def episode_numbers(transitions: TensorDictBase) -> Tensor:
     return starts.cumsum(0) - 1
 
 
+def episode_returns(transitions: TensorDictBase) -> Tensor:
+    """Sum of the rewards of each episode, undiscounted, in float64: ``[E]``.
+
+    Args:
+        transitions: batch size ``[N]``, with ``("next", "reward") [N, 1]`` and what :func:`episode_numbers` reads.
+
+    Raises:
+        DatasetError: if the reward is missing or of another shape, or nothing tells episodes apart.
+    """
+    numbers = episode_numbers(transitions)
+    reward = flat_entry(transitions, ("next", "reward"), "give rewards").double()
+    return reward.new_zeros(int(numbers[-1]) + 1).index_add_(0, numbers, reward)
+
+
 def flat_entry(transitions: TensorDictBase, key: tuple[str, str], remedy: str) -> Tensor:
     """An entry ``[N, 1]`` as ``[N]``.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,16 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.envs.utils import ExplorationType
 from torchrl.objectives.common import LossModule
-from torchrl.objectives.utils import ValueEstimators, default_value_kwargs, dispatch_value_estimator
+from torchrl.objectives.utils import (
+    ValueEstimators,
+    default_value_kwargs,
+    dispatch_value_estimator,
+    distance_loss,
+)
 from torchrl.objectives.value import ValueEstimatorBase
 
 from torchrl_bcq.functional import best_sample_value, clipped_normal
-from torchrl_bcq.objectives.inputs import check_time_dimension, select_inputs
+from torchrl_bcq.objectives.inputs import check_state_dict, check_time_dimension, select_inputs
 from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, check_action, check_networks
 
 
@@ -38,6 +43,7 @@ class BCQLoss(LossModule):
         num_target_samples: actions sampled at each next state.
         delay_actor: whether the target has an actor of its own, moved by a target updater.
         delay_qvalue: whether the target has critics of its own.
+        loss_function: of the TD error, ``"l2"`` (the paper's), ``"smooth_l1"`` (Huber's, with threshold 1) or ``"l1"``.
         reduction: ``"mean"`` (or None), ``"sum"`` or ``"none"`` over the batch.
         deactivate_vmap: TorchRL's switch, handed to the value estimator; nothing else here uses vmap.
         use_prioritized_weights: ``"auto"`` weighs each row by ``priority_weight`` where a batch holds it.
@@ -97,6 +103,7 @@ class BCQLoss(LossModule):
         num_target_samples: int = 10,
         delay_actor: bool = True,
         delay_qvalue: bool = True,
+        loss_function: str = "l2",
         reduction: str | None = "mean",
         deactivate_vmap: bool = False,
         use_prioritized_weights: str | bool = "auto",
@@ -106,6 +113,8 @@ class BCQLoss(LossModule):
             raise ValueError(f"lmbda is {lmbda}, expected a weight between 0 and 1.")
         if num_target_samples < 1:
             raise ValueError(f"num_target_samples is {num_target_samples}, expected at least 1.")
+        if loss_function not in ("l2", "smooth_l1", "l1"):
+            raise ValueError(f"loss_function is {loss_function!r}, expected 'l2', 'smooth_l1' or 'l1'.")
         if reduction not in ("mean", "sum", "none", None):
             raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'.")
         if use_prioritized_weights not in (True, False, "auto"):
@@ -121,6 +130,7 @@ class BCQLoss(LossModule):
         self.num_target_samples = num_target_samples
         self.delay_actor = delay_actor and actor_network is not None
         self.delay_qvalue = delay_qvalue
+        self.loss_function = loss_function
         self.reduction = reduction or "mean"
         self.deactivate_vmap = deactivate_vmap
         self.use_prioritized_weights = use_prioritized_weights
@@ -165,7 +175,11 @@ class BCQLoss(LossModule):
             pred_value = self.qvalue_network(batch.copy()).get(self.tensor_keys.state_action_value)  # [*B, C]
         target_value = self._target_value(batch, latent)  # [*B, 1]
         td_error = pred_value - target_value
-        loss = self._weigh(td_error.square().sum(-1), tensordict)
+        if self.loss_function == "l2":
+            distance = td_error.square()
+        else:
+            distance = distance_loss(td_error, torch.zeros_like(td_error), self.loss_function)
+        loss = self._weigh(distance.sum(-1), tensordict)
         td_error = td_error.detach().abs()
         tensordict.set(self.tensor_keys.priority, td_error.amax(-1))
         metadata = {"td_error": td_error, "pred_value": pred_value.detach(), "target_value": target_value.squeeze(-1)}
@@ -230,20 +244,7 @@ class BCQLoss(LossModule):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load as any module does; entries of the networks that differ are an error, too, which tensordict skips."""
-        own = self.state_dict()
-        lacking, unknown = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
-        if strict and (lacking or unknown):
-            raise RuntimeError(
-                f"the state_dict lacks {len(lacking)} entries of this loss{_such_as(lacking)} and has {len(unknown)} "
-                f"others{_such_as(unknown)}; build the networks with the same layers, and with normalization (such as "
-                "Normalization.identity) if they had it."
-            )
-        shared = {name for name, value in own.items() if isinstance(value, Tensor) and name in state_dict}
-        if resized := {name for name in shared if own[name].shape != state_dict[name].shape}:
-            raise RuntimeError(
-                f"the state_dict has {len(resized)} entries of other sizes than this loss{_such_as(resized)}; build "
-                "the networks with the same hidden sizes, for the same observations and actions."
-            )
+        check_state_dict(self.state_dict(), state_dict, strict=strict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _apply(self, fn, recurse: bool = True):
@@ -330,7 +331,3 @@ class BCQLoss(LossModule):
 def _run_on(params: TensorDictParams, network: Any):
     """Put ``params`` into ``network``, in a ``with`` until its end; tensordict's default would unfreeze them."""
     return params.to_module(network, preserve_module_state=False)
-
-
-def _such_as(names: Collection[str]) -> str:
-    return f" (such as {min(names)})" if names else ""

@@ -1,8 +1,9 @@
-"""What a loss may be given: nothing is missing, nothing is broadcast, nothing is cast silently."""
+"""What a loss may be given: nothing is missing, broadcast, cast or skipped silently."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -67,3 +68,35 @@ def check_time_dimension(batch: TensorDictBase) -> None:
             f"the batch has size {tuple(batch.shape)}, but TD(1) and TD(lambda) need a time dimension: pass whole "
             "slices of trajectories as [B, T], or name the dimension 'time'; for single transitions use TD0."
         )
+
+
+def check_state_dict(own: Mapping[str, Any], given: Mapping[str, Any], *, strict: bool) -> None:
+    """Whether a state_dict has the entries of another, and in their sizes.
+
+    Args:
+        own: of the loss.
+        given: to be loaded into it.
+        strict: whether other entries are an error, or only other sizes.
+
+    Raises:
+        RuntimeError: if not; it says which differ.
+    """
+    lacking, unknown = own.keys() - given.keys(), given.keys() - own.keys()
+    if strict and (lacking or unknown):
+        raise RuntimeError(
+            f"the state_dict lacks {len(lacking)} entries of this loss{_such_as(lacking)} and has {len(unknown)} "
+            f"others{_such_as(unknown)}; build the networks with the same layers, and with normalization (such as "
+            "Normalization.identity) if they had it."
+        )
+    shared = {name for name, value in own.items() if isinstance(value, torch.Tensor) and name in given}
+    if resized := {name for name in shared if own[name].shape != given[name].shape}:
+        name = min(resized)
+        raise RuntimeError(
+            f"the state_dict has {len(resized)} entries of other sizes than this loss (such as {name}, "
+            f"{[*given[name].shape]} there and {[*own[name].shape]} here); build the networks with the same hidden "
+            "sizes, for the same observations and actions."
+        )
+
+
+def _such_as(names: Collection[str]) -> str:
+    return f" (such as {min(names)})" if names else ""

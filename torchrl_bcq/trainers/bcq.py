@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections import defaultdict, deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
-from torchrl.checkpoint import Checkpoint, GlobalRNGState
-from torchrl.data import PrioritizedSampler, ReplayBuffer, SamplerWithoutReplacement
+from tensordict import TensorDictBase
+from torchrl.checkpoint import GlobalRNGState
+from torchrl.data import PrioritizedSampler, ReplayBuffer
 from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.trainers.trainers import OptimizationStepper, ReplayBufferTrainer, TargetNetUpdaterHook, Trainer
 
 from torchrl_bcq.objectives import BCQLoss
+from torchrl_bcq.trainers.checkpoints import LoggerState, SamplerState, make_checkpoint, tidy, tidy_rotation
 from torchrl_bcq.trainers.offline_collector import OfflineCollector
 from torchrl_bcq.trainers.stepper import BCQOptimizationStepper
+from torchrl_bcq.trainers.watch import LossWatch, check_parameters
 
 # arguments of TorchRL's Trainer that are settled here
 _NOT_OFFLINE = {"async_collection", "batch_size", "frame_skip", "learner_backend", "lr", "num_epochs", "optimizer"}
@@ -33,20 +36,29 @@ class BCQTrainer(Trainer):
         total_steps: gradient steps in all, those before a resumed checkpoint included.
         optimization_stepper: the author's Adam optimizers if not given.
         log_interval: gradient steps between two updates of the progress bar and of the logger; what is logged is the
-            mean over them.
+            mean over them. Losses are checked, and checkpoints written, at its multiples.
         **trainer_kwargs: any other argument of TorchRL's Trainer: ``logger``, ``seed``, ``progress_bar``,
-            ``clip_norm``, ``save_trainer_file``, ``save_trainer_interval``, ``checkpoint`` ...
+            ``clip_norm``, ``save_trainer_file``, ``save_trainer_interval``, ``checkpoint``, ``checkpoint_rotation`` ...
 
-    With ``save_trainer_file=path`` it leaves a :class:`torchrl.checkpoint.Checkpoint` there, written aside and renamed.
-    That holds the networks, targets, optimizers, counters, the sampler and the random states, but not the dataset:
-    ``trainer.load_from_file(path)`` goes on as if there had been no break.
+    With ``save_trainer_file=path``, or ``checkpoint_rotation=CheckpointRotation(folder, keep_last=2)``, it leaves
+    :class:`torchrl.checkpoint.Checkpoint` s, written aside and renamed. They hold the networks, targets, optimizers,
+    counters, hooks, the sampler and the random states, but not the dataset: ``trainer.load_from_file(path)`` goes on as
+    if there had been no break. Nothing in them is pickled, unless ``checkpoint`` is one of your own that does.
+
+    ``trainer.request_stop(reason)``, from a signal handler too, ends ``train`` after the present gradient step with a
+    checkpoint.
 
     Raises:
         TypeError: for an argument of TorchRL's Trainer that would have no effect here.
         ValueError: if the updater is missing or belongs to another loss, a network lacks its optimizer, or a
             prioritised buffer reads its priorities from another entry than the loss writes.
-        FloatingPointError: in ``train``, if a loss was not finite within the last ``log_interval`` steps.
+        FloatingPointError: in ``train``, if a loss was not finite within the last ``log_interval`` steps, or weights
+            are not when a checkpoint is due. It names the step, the loss, the rows of its batch, which are written
+            beside the checkpoints, and the last good checkpoint.
+        OSError: in ``train``, if a checkpoint cannot be written; the one before it is left as it was.
     """
+
+    _optim_count: int
 
     def __init__(
         self,
@@ -64,6 +76,8 @@ class BCQTrainer(Trainer):
         _check_updater(loss_module, target_net_updater)
         optimization_stepper = optimization_stepper or BCQOptimizationStepper.adam(loss_module)
         _check_stepper(loss_module, optimization_stepper)
+        logger = trainer_kwargs.get("logger")
+        own = {"checkpoint": make_checkpoint(**({} if logger is None else {"logger": LoggerState(logger)}))}
         super().__init__(
             collector=OfflineCollector(total_steps, log_interval),
             total_frames=total_steps,
@@ -72,52 +86,150 @@ class BCQTrainer(Trainer):
             loss_module=loss_module,
             optimization_stepper=optimization_stepper,
             target_net_updater=target_net_updater,
-            log_interval=0,  # a tick is the interval
+            log_interval=-1,  # a tick is the interval
             auto_log_optim_steps=False,
-            **{"checkpoint": Checkpoint(), **trainer_kwargs},
+            **{**own, **trainer_kwargs},
         )
         self._last_log: dict[str, int] = {}  # TorchRL's is shared by all live trainers
+        self._log_dict: dict[str, deque] = defaultdict(lambda: deque(maxlen=1))  # TorchRL's grows for ever
         self._last_save = 0
-        replay = ReplayBufferTrainer(replay_buffer)
-        self.register_op("process_optim_batch", replay.sample)
+        self._watch = LossWatch(replay_buffer)
+        self._replay = ReplayBufferTrainer(replay_buffer)
+        self.register_op("process_optim_batch", self._draw)
         if isinstance(replay_buffer.sampler, PrioritizedSampler):
             _check_priority_key(loss_module, replay_buffer)
-            self.register_op("post_optim_log", replay.update_priority)
+            self.register_op("post_optim_log", self._replay.update_priority)
         if target_net_updater is not None:
             self.register_op("post_optim", TargetNetUpdaterHook(target_net_updater))
         self.register_op("post_optim_complete_log", self._log_losses)
-        self.register_op("setup", self._advance_progress_bar)
-        self.register_op("shutdown", self._close_progress_bar)
-        self.register_module("sampler", _SamplerState(replay_buffer))
+        self.register_op("setup", self._set_up)
+        self.register_module("sampler", SamplerState(replay_buffer))
         self.register_module("random_state", GlobalRNGState())
+        self.register_module("metrics", _LastMetrics(self))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What was logged last, by name."""
+        return {name: float(values[-1]) for name, values in self._log_dict.items() if values}
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that is there, if any."""
+        if self.checkpoint_rotation is not None:
+            return self.checkpoint_rotation.latest()
+        file = self.save_trainer_file
+        return Path(file) if file is not None and Path(file).exists() else None
+
+    def train(self) -> None:
+        """Make the gradient steps that are left, or those until a stop is requested."""
+        try:
+            super().train()
+        finally:
+            if self.progress_bar:
+                self._pbar.n = self.collected_frames
+                self._pbar.close()
 
     def optim_steps(self, batch: TensorDictBase) -> None:
-        """Make as many gradient steps as the tick has frames."""
+        """Make as many gradient steps as the tick has frames, or fewer if a stop is requested meanwhile."""
+        before = self._optim_count
         self.optim_steps_per_batch = batch.numel()
+        self._watch.begin(before)
         super().optim_steps(batch)
+        if undone := batch.numel() - self._watch.steps:
+            self._optim_count = before + self._watch.steps
+            self.collected_frames -= undone
+            self.collector.take_back(undone)
 
-    def _log_losses(self, optim_steps: int, average_losses: TensorDictBase) -> dict[str, Any]:
+    def compute_loss(self, sub_batch: TensorDictBase, method: str | None = None) -> Any:
+        """Evaluate the loss, or one of its methods, and remember the value until it is checked."""
+        out = super().compute_loss(sub_batch, method)
+        self._watch.add({method: out[0]} if method else out)
+        return out
+
+    def write_checkpoint(self, write: Callable[[], Any]) -> None:
+        """Have ``write`` write a checkpoint, of finite weights only.
+
+        Raises:
+            FloatingPointError: if weights are not finite.
+            OSError: if it cannot be written.
+        """
+        check_parameters(self.loss_module, self._optim_count, self._last_good)
+        try:
+            write()
+        except OSError as error:
+            raise OSError(
+                f"the checkpoint after {self._optim_count} gradient steps cannot be written ({error}). "
+                f"{self._last_good} Mend that, then go on from there."
+            ) from error
+
+    def _save_trainer(self) -> None:
+        self.write_checkpoint(super()._save_trainer)
+
+    def load_from_file(self, file: str | Path, **kwargs: Any) -> BCQTrainer:
+        """Go on from a checkpoint; see TorchRL's method for the keywords."""
+        tidy(Path(file))
+        return super().load_from_file(file, **kwargs)
+
+    @property
+    def _last_good(self) -> str:
+        last = self.last_checkpoint
+        return "There is no checkpoint yet." if last is None else f"The last good checkpoint is {last}."
+
+    def _draw(self, tick: TensorDictBase) -> TensorDictBase:
+        """Draw a batch; TorchRL ends a tick at ``StopIteration``."""
+        if self._stop_training:
+            raise StopIteration
+        batch = self._replay.sample(tick)
+        self._watch.next_step(batch)
+        return batch
+
+    def _log_losses(self, optim_steps: int, average_losses: TensorDictBase | None) -> dict[str, Any] | None:
         """Log the means of a tick, the losses also on the progress bar; one transfer from the device."""
+        self._watch.check(self._checkpoint_folder, self._last_good)
+        if average_losses is None or self._watch.steps < self.optim_steps_per_batch:
+            return None  # broken off; a resumed run makes the rest of the tick
         names = list(average_losses.keys())
         means = dict(zip(names, torch.stack([average_losses.get(name) for name in names]).tolist(), strict=True))
-        broken = {name: mean for name, mean in means.items() if not math.isfinite(mean)}
-        if broken:
-            raise FloatingPointError(
-                f"not finite within gradient steps {optim_steps - self.optim_steps_per_batch + 1} to {optim_steps}: "
-                f"{broken}. If the dataset is finite, lower the learning rate, set clip_norm, or scale the rewards."
-            )
-        self._log(**{name: mean for name, mean in means.items() if not name.startswith("loss_")})
-        return {"log_pbar": True, **{name: mean for name, mean in means.items() if name.startswith("loss_")}}
+        known = {name: mean for name, mean in means.items() if not math.isnan(mean)}  # others did not learn
+        self._log(**{name: mean for name, mean in known.items() if not name.startswith("loss_")})
+        return {"log_pbar": True, **{name: mean for name, mean in known.items() if name.startswith("loss_")}}
 
-    def _advance_progress_bar(self) -> None:
-        """Start a resumed run's bar at its step."""
+    @property
+    def _checkpoint_folder(self) -> Path | None:
+        if self.checkpoint_rotation is not None:
+            return self.checkpoint_rotation.directory.parent
+        return None if self.save_trainer_file is None else Path(self.save_trainer_file).absolute().parent
+
+    def _set_up(self) -> None:
+        """Remove what a killed run left half-written, and start a resumed run's bar at its step."""
+        if self.checkpoint_rotation is not None:
+            tidy_rotation(self.checkpoint_rotation.directory, self.checkpoint_rotation.prefix)
+        elif self.save_trainer_file is not None:
+            tidy(Path(self.save_trainer_file).absolute())
         if self.progress_bar:
+            self._pbar.unit = " steps"
             self._pbar.n = self._pbar.initial = self.collected_frames
             self._pbar.refresh()
 
-    def _close_progress_bar(self) -> None:
+    def _pbar_description(self) -> None:
+        """Show what is logged after steps, rate and time left, which a narrow terminal would else cut off."""
         if self.progress_bar:
-            self._pbar.close()
+            losses_last = sorted(self._pbar_str, key=lambda name: (name.startswith("loss_"), name))
+            self._pbar.set_postfix({name: f"{self._pbar_str[name]:.4g}" for name in losses_last})
+
+
+class _LastMetrics:
+    """What a resumed run must still know of what was logged, for hooks such as TorchRL's ``EarlyStopping``."""
+
+    def __init__(self, trainer: BCQTrainer) -> None:
+        self._trainer = trainer
+
+    def state_dict(self) -> dict[str, float]:
+        return self._trainer.metrics
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        for name, value in state_dict.items():
+            self._trainer._log_dict[name].append(value)
 
 
 def _check_updater(loss_module: BCQLoss, updater: TargetNetUpdater | None) -> None:
@@ -144,49 +256,3 @@ def _check_priority_key(loss_module: BCQLoss, replay_buffer: ReplayBuffer) -> No
         raise ValueError(
             f"the loss writes priorities to {written!r}, the buffer reads {read!r}; set priority_key={written!r}."
         )
-
-
-class _SamplerState:
-    """What a replay buffer needs to go on drawing the same rows: its sampler and generator, without the data."""
-
-    def __init__(self, replay_buffer: ReplayBuffer) -> None:
-        self._buffer = replay_buffer
-
-    def dump(self, path: Path) -> None:
-        """Write the sampler's own files, and the generator's state, into the folder ``path``."""
-        (path / "sampler.json").write_text(json.dumps({"class": self._sampler_class, "rows": len(self._buffer)}))
-        self._buffer.sampler.dumps(path / "sampler")
-        generator = self._buffer._rng
-        state = {} if generator is None else {"generator": generator.get_state()}
-        TensorDict(state).memmap(path / "generator")
-
-    def load(self, path: Path) -> None:
-        """Read them back."""
-        saved = json.loads((path / "sampler.json").read_text())
-        if saved["class"] != self._sampler_class:
-            raise ValueError(
-                f"the checkpoint's replay buffer drew with a {saved['class']}, this one with a {self._sampler_class}; "
-                "make it alike."
-            )
-        if saved["rows"] != len(self._buffer):
-            raise ValueError(
-                f"the checkpoint's replay buffer had {saved['rows']} transitions, this one has {len(self._buffer)}; "
-                "go on with the same dataset."
-            )
-        state, generator = TensorDict.load_memmap(path / "generator", allow_pickle=False).to_dict(), self._buffer._rng
-        if (generator is None) == ("generator" in state):
-            with_seed = "with" if generator is None else "without"
-            raise ValueError(
-                f"the checkpoint's replay buffer was made {with_seed} a seed, this one was not; make it alike."
-            )
-        sampler = self._buffer.sampler
-        sampler.loads(path / "sampler")
-        if isinstance(sampler, SamplerWithoutReplacement) and sampler._sample_list is not None:
-            # TorchRL leaves the rest of the round on the CPU, and would draw the next one there, too
-            sampler._sample_list = sampler._sample_list.to(self._buffer.storage.device)
-        if generator is not None:
-            generator.set_state(state["generator"].cpu())
-
-    @property
-    def _sampler_class(self) -> str:
-        return type(self._buffer.sampler).__name__

@@ -15,8 +15,8 @@ class OfflineCollector(BaseCollector):
 
     Args:
         total_steps: gradient steps in all.
-        steps_per_tick: gradient steps of each tick, between two looks of the trainer at its logs. The last tick is
-            shorter where ``total_steps`` is no multiple of it.
+        steps_per_tick: gradient steps of each tick, between two looks of the trainer at its logs. Ticks end at
+            multiples of it, wherever they begin, and at ``total_steps``.
 
     Yields: a TensorDict without entries, of batch size ``[k]``, that asks for ``k`` gradient steps.
 
@@ -39,9 +39,14 @@ class OfflineCollector(BaseCollector):
     def iterator(self) -> Iterator[TensorDictBase]:
         """Ticks from the present step to the last."""
         while self._steps < self.total_frames:
-            tick = min(self.requested_frames_per_batch, self.total_frames - self._steps)
+            per_tick = self.requested_frames_per_batch
+            tick = min(per_tick - self._steps % per_tick, self.total_frames - self._steps)
             self._steps += tick
             yield TensorDict({}, [tick])
+
+    def take_back(self, steps: int) -> None:
+        """Steps that were handed out, but not made."""
+        self._steps -= steps
 
     def set_seed(self, seed: int, static_seed: bool = False) -> int:
         """Nothing here is random."""

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchrl.trainers import LRSchedulerHook
 from torchrl.trainers.trainers import OptimizationStepper, Trainer
 
 from torchrl_bcq.objectives import BCQLoss
@@ -23,43 +25,88 @@ class BCQOptimizationStepper(OptimizationStepper):
         vae_optimizer: of the VAE's parameters.
         qvalue_optimizer: of all critics' parameters.
         actor_optimizer: of the perturbation actor's parameters; None where the loss has no actor.
+        vae_warmup_steps: gradient steps of the VAE alone, before critics and actor begin; the paper's is 0.
+        freeze_vae_after: gradient steps after which the VAE stays as it is; the paper's never does.
+        actor_update_interval: gradient steps of the critics for each of the actor; the paper's is 1.
+
+    Raises:
+        ValueError: if one of these numbers is out of its range, or the VAE would be frozen before its warm-up ends.
 
     Source: arXiv:1812.02900, algorithm 1.
     """
 
     def __init__(
-        self, vae_optimizer: Optimizer, qvalue_optimizer: Optimizer, actor_optimizer: Optimizer | None = None
+        self,
+        vae_optimizer: Optimizer,
+        qvalue_optimizer: Optimizer,
+        actor_optimizer: Optimizer | None = None,
+        *,
+        vae_warmup_steps: int = 0,
+        freeze_vae_after: int | None = None,
+        actor_update_interval: int = 1,
     ) -> None:
+        if vae_warmup_steps < 0 or actor_update_interval < 1:
+            raise ValueError(
+                f"vae_warmup_steps is {vae_warmup_steps} and actor_update_interval {actor_update_interval}; expected "
+                "0 or more, and 1 or more."
+            )
+        if freeze_vae_after is not None and freeze_vae_after < max(vae_warmup_steps, 1):
+            raise ValueError(
+                f"freeze_vae_after is {freeze_vae_after}, expected at least 1 and vae_warmup_steps={vae_warmup_steps}; "
+                "None leaves the VAE learning."
+            )
         self.optimizers = {"vae": vae_optimizer, "qvalue": qvalue_optimizer}
         if actor_optimizer is not None:
             self.optimizers["actor"] = actor_optimizer
+        self.vae_warmup_steps = vae_warmup_steps
+        self.freeze_vae_after = freeze_vae_after
+        self.actor_update_interval = actor_update_interval
+        self.steps = 0
+        self._logs: dict[str, Tensor] = {}
 
     @classmethod
-    def adam(cls, loss: BCQLoss, lr: float = 1e-3) -> BCQOptimizationStepper:
-        """The author's optimizers: Adam at 1e-3 for every network."""
+    def adam(cls, loss: BCQLoss, lr: float = 1e-3, **schedule: Any) -> BCQOptimizationStepper:
+        """The author's optimizers: Adam at 1e-3 for every network. ``schedule`` is of the constructor."""
         return cls(
             *(
                 Adam(getattr(loss, f"{name}_network_params").parameters(), lr=lr, fused=True)
                 for name in loss.network_names
-            )
+            ),
+            **schedule,
         )
 
+    def is_due(self, name: str, step: int) -> bool:
+        """Whether a network (``"vae"``, ``"qvalue"``, ``"actor"``) learns in gradient step ``step``, counted from 1."""
+        if name == "vae":
+            return self.freeze_vae_after is None or step <= self.freeze_vae_after
+        after_warmup = step - self.vae_warmup_steps
+        return after_warmup > 0 and (name != "actor" or after_warmup % self.actor_update_interval == 0)
+
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
-        """Make one gradient step of each network.
+        """Make one gradient step of each network that is due.
 
         Returns:
-            Scalars to log: the three losses and the batch means of the losses' metadata.
+            Scalars to log: the three losses and the batch means of the losses' metadata. Of an actor that waits they
+            are those of its last step; of a network in warm-up or frozen, NaN.
         """
-        logs: dict[str, torch.Tensor] = {}
+        self.steps += 1
+        if not self._logs:  # TorchRL's means need the same entries in every step
+            unknown = next(trainer.loss_module.parameters()).new_full((), torch.nan)
+            self._logs = dict.fromkeys(trainer.loss_module.out_keys, unknown)
+        if self.steps - 1 == self.freeze_vae_after:
+            vae = ["loss_vae", *trainer.loss_module.vae_network.loss_keys]
+            self._logs |= {key: torch.full_like(self._logs[key], torch.nan) for key in vae}
         for name, optimizer in self.optimizers.items():
+            if not self.is_due(name, self.steps):
+                continue
             loss, metadata = trainer.compute_loss(sub_batch, method=f"{name}_loss")
             optimizer.zero_grad()
             loss.backward()
             self._clip(optimizer, trainer)
             optimizer.step()
-            logs[f"loss_{name}"] = loss.detach()
-            logs.update({key: value.mean() for key, value in metadata.items()})
-        return TensorDict(logs)
+            self._logs[f"loss_{name}"] = loss.detach()
+            self._logs.update({key: value.mean() for key, value in metadata.items()})
+        return TensorDict(self._logs)
 
     @staticmethod
     def _clip(optimizer: Optimizer, trainer: Trainer) -> None:
@@ -72,10 +119,54 @@ class BCQOptimizationStepper(OptimizationStepper):
             nn.utils.clip_grad_value_(parameters, trainer.clip_norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of each optimizer."""
-        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        """The state of each optimizer, the number of gradient steps, and what is logged of those that wait."""
+        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        return {"steps": self.steps, "logs": dict(self._logs), **optimizers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore each optimizer."""
+        """Restore all of that.
+
+        Raises:
+            ValueError: if the saved optimizers were of other kinds or networks.
+        """
+        saved = {
+            name: set(state["param_groups"][0]) for name, state in state_dict.items() if name not in ("steps", "logs")
+        }
+        own = {name: set(optimizer.param_groups[0]) for name, optimizer in self.optimizers.items()}
+        # torch takes the state of any optimizer, and fails within its next step
+        differing = [name for name in {**own, **saved} if not own.get(name, set()) <= saved.get(name, set())]
+        if differing or own.keys() != saved.keys():
+            raise ValueError(
+                f"the saved optimizers were of {[*saved]}, these are of {[*own]}, and others for "
+                f"{differing or 'none of them'}; make them alike."
+            )
+        self.steps = state_dict["steps"]
+        device = next(iter(self.optimizers["vae"].param_groups[0]["params"])).device
+        self._logs = {name: value.to(device) for name, value in state_dict["logs"].items()}
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state_dict[name])
+
+
+class NetworkLRScheduler(LRSchedulerHook):
+    """TorchRL's hook for the scheduler of one network: it advances in the gradient steps in which that one learns.
+
+    Args:
+        scheduler: of that network's optimizer.
+        name: ``"vae"``, ``"qvalue"`` or ``"actor"``.
+        stepper: says when it learns.
+
+    ``NetworkLRScheduler(scheduler, "vae", stepper).register(trainer)``.
+    """
+
+    def __init__(self, scheduler: LRScheduler, name: str, stepper: BCQOptimizationStepper) -> None:
+        super().__init__(scheduler, interval="optim")
+        self.name = name
+        self.stepper = stepper
+
+    def __call__(self, batch: TensorDictBase | None = None) -> TensorDictBase | None:
+        """Advance, if the network has just learned."""
+        return super().__call__(batch) if self.stepper.is_due(self.name, self.stepper.steps) else batch
+
+    def register(self, trainer: Trainer, name: str | None = None) -> None:
+        """Register with a trainer, and with its checkpoints."""
+        super().register(trainer, name or f"{self.name}_lr_scheduler")

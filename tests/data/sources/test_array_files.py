@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -446,3 +447,52 @@ def test_memory_mapped_copy_is_the_same(form, tmp_path, monkeypatch):
     td = load(path, root=tmp_path / "copies")
     assert td.is_memmap()
     same(td, from_arrays(**{**STEPS, "next_observations": None}))
+
+
+def source_with(path, **attributes):
+    with h5py.File(write_hdf5(path, steps(D4RL)), "a") as file:
+        file.attrs.update(attributes)
+    return array_files.hdf5(path)
+
+
+SCORES = {"ref_min_score": -20.5, "ref_max_score": 3234.25}
+
+
+def test_hdf5_knows_its_environment_and_scores(tmp_path):
+    source = source_with(tmp_path / "d.hdf5", env_id="Hopper-v5", **SCORES)
+    assert (source.env_id, source.reference_scores) == ("Hopper-v5", (-20.5, 3234.25))
+    source = source_with(tmp_path / "d.hdf5", env_id=np.bytes_("mine/Hop.per-v5"), ref_min_score=np.array([3]))
+    assert (source.env_id, source.reference_scores) == ("mine/Hop.per-v5", None)  # one score alone is of no use
+    source = source_with(tmp_path / "d.hdf5")
+    assert (source.env_id, source.reference_scores) == (None, None)
+
+
+@pytest.mark.parametrize("env_id", ["os:Hopper-v5", "Hopper-v5; import os", "", b"\xff", 5, np.array([b"a", b"b"])])
+def test_an_id_that_could_import_a_module_or_is_none_is_left_out(tmp_path, env_id):
+    source = source_with(tmp_path / "d.hdf5", env_id=env_id, **SCORES)
+    assert (source.env_id, source.reference_scores) == (None, (-20.5, 3234.25))
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [(1.0, 1.0), (2.0, 1.0), (np.nan, 1.0), (0.0, np.nan), (-np.inf, 1.0), (0.0, np.inf), ("low", 1.0), ([0, 1], 2)],
+)
+def test_scores_that_nothing_can_be_measured_between_are_left_out(tmp_path, scores):
+    source = source_with(tmp_path / "d.hdf5", env_id="Hopper-v5", ref_min_score=scores[0], ref_max_score=scores[1])
+    assert (source.env_id, source.reference_scores) == ("Hopper-v5", None)
+
+
+def test_a_file_that_is_none_is_refused_by_its_reader_alone(tmp_path):
+    (tmp_path / "d.hdf5").write_text("no HDF5")
+    source = array_files.hdf5(tmp_path / "d.hdf5")
+    assert (source.env_id, source.reference_scores) == (None, None)
+    with pytest.raises(ValueError, match=r"^d.hdf5: it is not an HDF5 file.$"):
+        source.read()
+
+
+def test_environment_and_scores_make_no_other_copy(tmp_path):
+    source = source_with(tmp_path / "d.hdf5", env_id="Hopper-v5", **SCORES)
+    other = replace(source, env_id=None, reference_scores=(0.0, 1.0))
+    assert source.read(root=tmp_path / "copies")["action"].filename == (
+        other.read(root=tmp_path / "copies")["action"].filename
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+import sys
 
 import gymnasium
 import h5py
@@ -24,7 +26,9 @@ def store(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
 
 
-def create(dataset_id: str, episodes: list[EpisodeBuffer], action_space=None, observation_space=None) -> None:
+def create(
+    dataset_id: str, episodes: list[EpisodeBuffer], action_space=None, observation_space=None, **metadata
+) -> None:
     box = gymnasium.spaces.Box
     minari.create_dataset_from_buffers(
         dataset_id,
@@ -36,6 +40,7 @@ def create(dataset_id: str, episodes: list[EpisodeBuffer], action_space=None, ob
         author_email="none",
         code_permalink="none",
         requirements=[],
+        **metadata,
     )
 
 
@@ -109,6 +114,33 @@ def test_minari_bounds_may_be_given(store):
     )
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:minari")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_minari_knows_its_environment_and_scores(store, tmp_path):
+    scores = {"ref_min_score": -1186.5, "ref_max_score": -139.75, "num_episodes_average_score": 50}
+    create("test/known-v0", [episode(1, 3, True, False)], env="Pendulum-v1", **scores)
+    source = hubs.minari("test/known-v0")
+    assert (source.env_id, source.reference_scores) == ("Pendulum-v1", (-1186.5, -139.75))
+    file = tmp_path / "test/known-v0/data/metadata.json"
+    metadata = json.loads(file.read_text())
+    spec = json.loads(metadata["env_spec"])
+    for env_id, low in (("antigravity:Pendulum-v1", -139.75), ("this/Pendulum-v1", None)):  # Python's own modules
+        spec |= {"id": env_id, "entry_point": "antigravity:Pendulum"}
+        file.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec), "ref_min_score": low}))
+        source = hubs.minari("test/known-v0")
+        assert source.env_id == (None if ":" in env_id else env_id)
+        assert source.reference_scores is None
+    assert "antigravity" not in sys.modules
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:minari")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_minari_without_an_environment(store):
+    create("test/spaces-v0", [episode(1, 3, True, False)])
+    source = hubs.minari("test/spaces-v0")
+    assert (source.env_id, source.reference_scores) == (None, None)
+
+
 @pytest.fixture
 def shelf(tmp_path, monkeypatch):
     """Where D4RL keeps its files; nothing is downloaded."""
@@ -177,6 +209,29 @@ def test_d4rl_file_with_everything(shelf):
     assert td["next", "observation"].flatten().tolist() == after.flatten().tolist()
     assert (td == load_hdf5(path)).all()
     assert (load_d4rl("hopper-medium-v2", root=shelf / "copies") == td).all()
+
+
+@pytest.mark.parametrize(
+    ("task", "env_id", "middle"),  # the return that is worth 50 points
+    [
+        ("hopper", "Hopper-v5", 1607.0138475),
+        ("halfcheetah", "HalfCheetah-v5", 5927.4105235),
+        ("walker2d", "Walker2d-v5", 2296.964504),
+        ("ant", None, 1777.05),  # no environment of Gymnasium's has its 111 observations
+    ],
+)
+def test_d4rl_knows_its_environment_and_scores(shelf, task, env_id, middle):
+    write(shelf / file_of(f"{task}-medium-v2"), 30, [9])
+    source = hubs.d4rl(f"{task}-medium-v2")
+    low, high = source.reference_scores
+    assert source.env_id == env_id
+    assert 100 * (middle - low) / (high - low) == pytest.approx(50)
+
+
+def test_d4rl_of_other_tasks_knows_neither(shelf):
+    write(shelf / file_of("antmaze-umaze-v0"), 30, [9])
+    source = hubs.d4rl("antmaze-umaze-v0")
+    assert (source.env_id, source.reference_scores) == (None, None)
 
 
 @pytest.fixture

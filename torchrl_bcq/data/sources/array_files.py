@@ -6,6 +6,7 @@ import re
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torchrl.data import TensorSpec
 
 from torchrl_bcq.data.checks import Columns, DatasetError, check_lengths
 from torchrl_bcq.data.sources.archive import Member, check_members
-from torchrl_bcq.data.sources.source import Source
+from torchrl_bcq.data.sources.source import Source, env_id_or_none, scores_or_none
 
 CHUNK_BYTES = 16 << 20  # of the widest field, as stored: what is held in memory at a time
 
@@ -98,7 +99,7 @@ def hdf5(path: str | Path, *, names: Mapping[str, str] | None = None, max_episod
             else:
                 yield from _slices(_hdf5_fields(file, names))
 
-    return _source(path, chunks, names, max_episode_steps)
+    return replace(_source(path, chunks, names, max_episode_steps), **_hdf5_attributes(path))
 
 
 def npz(path: str | Path, *, names: Mapping[str, str] | None = None, max_episode_steps: int | None = None) -> Source:
@@ -197,6 +198,18 @@ def _slices(fields: Mapping[str, Any]) -> Iterator[Columns]:
     step = max(1, CHUNK_BYTES // max(1, widest))
     for start in range(0, max(1, *lengths.values()), step):
         yield {name: field[start : start + step] if field.shape else field[()] for name, field in fields.items()}
+
+
+def _hdf5_attributes(path: Path) -> dict[str, Any]:
+    """What a file says of its environment; nothing if it cannot be opened: its reader then says why."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            env_id, *scores = (file.attrs.get(name) for name in ("env_id", "ref_min_score", "ref_max_score"))
+    except Exception:  # libraries raise many kinds for damaged files
+        return {}
+    return {"env_id": env_id_or_none(env_id), "reference_scores": scores_or_none(*scores)}
 
 
 def _hdf5_fields(group: Any, names: Mapping[str, str] | None) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -13,10 +15,20 @@ from torchrl.data import Bounded, TensorSpec
 
 from torchrl_bcq.data.checks import Columns, DatasetError
 from torchrl_bcq.data.sources.array_files import check_hdf5, end_episode, hdf5, joined
-from torchrl_bcq.data.sources.source import Source
+from torchrl_bcq.data.sources.source import Source, env_id_or_none, scores_or_none
 
 # time limits of the tasks whose first files (-v0) do not record time-outs, from their registrations in D4RL
 _D4RL_TIME_LIMITS = {"ant": 1000, "halfcheetah": 1000, "hopper": 1000, "walker2d": 1000}
+# mean returns of a random and of an expert policy, as D4RL publishes them (arXiv:2004.07219, its d4rl/infos.py)
+_D4RL_SCORES = {
+    "ant": (-325.6, 3879.7),
+    "halfcheetah": (-280.178953, 12135.0),
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+}
+# D4RL recorded -v2 on mujoco-py, which Gymnasium no longer has: returns in -v5 are close, but not equal. There is none
+# for ant, whose 111 observations no -v5 gives (Ant-v5 has 105).
+_D4RL_ENVS = {"halfcheetah": "HalfCheetah-v5", "hopper": "Hopper-v5", "walker2d": "Walker2d-v5"}
 
 
 def load_minari(
@@ -74,23 +86,7 @@ def load_d4rl(
 
 def minari(dataset_id: str) -> Source:
     """The source of :func:`load_minari`."""
-    import minari
-    from gymnasium.spaces import Box
-
-    try:
-        dataset = minari.load_dataset(dataset_id, download=True)
-    except Exception as error:  # Minari and its download clients raise many kinds
-        raise DatasetError(
-            f"Minari dataset {dataset_id!r} can be neither opened nor downloaded: {error} "
-            "Ids look like 'mujoco/hopper/medium-v0'; `minari list local` and `minari list remote` show them."
-        ) from error
-    for name, space in (("observation", dataset.observation_space), ("action", dataset.action_space)):
-        if not isinstance(space, Box):
-            raise DatasetError(
-                f"{dataset_id} has {name} space {space}; only boxes can be read. Flatten it and use from_arrays."
-            )
-    if not dataset.total_episodes:
-        raise DatasetError(f"{dataset_id} holds no episode.")
+    dataset = _open_minari(dataset_id)
 
     def chunks() -> Iterator[Columns]:
         for file in files:
@@ -112,7 +108,37 @@ def minari(dataset_id: str) -> Source:
     box = dataset.action_space
     spec = Bounded(torch.tensor(box.low), torch.tensor(box.high), box.shape, dtype=torch.float32)
     files = sorted(path for path in Path(dataset.storage.data_path).rglob("*") if path.is_file())
-    return Source(dataset_id, chunks, files, action_spec=spec)
+    metadata, made = dataset.storage.metadata, dataset.env_spec
+    return Source(
+        dataset_id,
+        chunks,
+        files,
+        action_spec=spec,
+        env_id=env_id_or_none(made and made.id),  # its entry point is a stranger's: made from it, it could run anything
+        reference_scores=scores_or_none(metadata.get("ref_min_score"), metadata.get("ref_max_score")),
+    )
+
+
+def _open_minari(dataset_id: str) -> Any:
+    """The dataset, if it can be read."""
+    import minari
+    from gymnasium.spaces import Box
+
+    try:
+        dataset = minari.load_dataset(dataset_id, download=True)
+    except Exception as error:  # Minari and its download clients raise many kinds
+        raise DatasetError(
+            f"Minari dataset {dataset_id!r} can be neither opened nor downloaded: {error} "
+            "Ids look like 'mujoco/hopper/medium-v0'; `minari list local` and `minari list remote` show them."
+        ) from error
+    for name, space in (("observation", dataset.observation_space), ("action", dataset.action_space)):
+        if not isinstance(space, Box):
+            raise DatasetError(
+                f"{dataset_id} has {name} space {space}; only boxes can be read. Flatten it and use from_arrays."
+            )
+    if not dataset.total_episodes:
+        raise DatasetError(f"{dataset_id} holds no episode.")
+    return dataset
 
 
 def d4rl(dataset_id: str, *, max_episode_steps: int | None = None) -> Source:
@@ -128,9 +154,11 @@ def d4rl(dataset_id: str, *, max_episode_steps: int | None = None) -> Source:
     file = folder / url.rpartition("/")[2]
     if not file.is_file():
         _download(url, file)
+    task = dataset_id.split("-")[0]
     if max_episode_steps is None:
-        max_episode_steps = _D4RL_TIME_LIMITS.get(dataset_id.split("-")[0])
-    return hdf5(file, max_episode_steps=max_episode_steps)
+        max_episode_steps = _D4RL_TIME_LIMITS.get(task)
+    source = hdf5(file, max_episode_steps=max_episode_steps)
+    return replace(source, env_id=_D4RL_ENVS.get(task), reference_scores=_D4RL_SCORES.get(task))
 
 
 def _download(url: str, file: Path) -> None:

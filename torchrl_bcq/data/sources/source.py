@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
@@ -23,6 +24,25 @@ from torchrl_bcq.data.transitions import lay_out
 _logger = logging.getLogger(__name__)
 
 
+def env_id_or_none(name: object) -> str | None:
+    """The Gymnasium id that a dataset gives, if it is one that is safe to make.
+
+    Gymnasium imports whatever stands before a colon, and a dataset may come from anybody: such ids are left out.
+    """
+    if isinstance(name, bytes):
+        name = name.decode(errors="replace")
+    return str(name) if isinstance(name, str) and re.fullmatch(r"[\w./-]+", name) else None
+
+
+def scores_or_none(random: object, expert: object) -> tuple[float, float] | None:
+    """Two mean returns that a score can be measured between: finite numbers, the expert's above the random policy's."""
+    try:
+        low, high = (np.asarray(score, dtype=float).item() for score in (random, expert))
+    except (TypeError, ValueError, OverflowError):  # of whatever was written in place of a number
+        return None
+    return (low, high) if -math.inf < low < high < math.inf else None
+
+
 @dataclass(frozen=True)
 class Source:
     """Recorded steps that can be read again and again, a chunk at a time.
@@ -33,6 +53,9 @@ class Source:
         files: what the steps are read from.
         settings: whatever else decides what is read, such as the names of columns.
         action_spec: bounds that the source itself gives for its actions.
+        env_id: Gymnasium id of the environment that was recorded, if the source names it.
+        reference_scores: mean returns of a random and of an expert policy, if the source gives both, for D4RL's
+            normalised score ``100 * (return - random) / (expert - random)`` (arXiv:2004.07219).
     """
 
     name: str
@@ -40,6 +63,8 @@ class Source:
     files: list[Path]
     settings: Mapping[str, Any] = field(default_factory=dict)
     action_spec: TensorSpec | None = None
+    env_id: str | None = None
+    reference_scores: tuple[float, float] | None = None
 
     def read(
         self, *, action_spec: TensorSpec | None = None, root: str | Path | None = None, strict: bool = True

@@ -1,0 +1,91 @@
+"""No environment at all: watch a run on episodes that were held out, stop it, and choose a checkpoint.
+
+python examples/no_environment.py
+
+The data stands for what people log: 200 trips of a cart that somebody pushed towards the middle of a track, badly.
+None of what is measured ranks policies as returns would. It does tell when values have settled, when they run away, and
+when the policy leaves the data.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torchrl.checkpoint import CheckpointRotation
+from torchrl.data import Bounded, Unbounded
+from torchrl.objectives import SoftUpdate
+from torchrl.record import CSVLogger
+from torchrl.trainers import EarlyStopping
+
+import torchrl_bcq as bcq
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--steps", type=int, default=2_000, help="gradient steps at most (default: %(default)s)")
+parser.add_argument("--out", type=Path, default=Path("runs/cart"), help="folder of the run (default: %(default)s)")
+
+TRIPS, STEPS = 200, 40
+
+
+def move(state: np.ndarray, push: np.ndarray) -> np.ndarray:
+    """Where the cart is next: position and speed, ``[N, 2]``."""
+    speed = 0.9 * state[:, 1] + 0.2 * push[:, 0]
+    return np.stack([state[:, 0] + 0.2 * speed, speed], 1)
+
+
+def log_trips(seed: int = 0) -> TensorDict:
+    """Transitions of somebody who pushes the right way, too weakly, and often at random."""
+    rng = np.random.default_rng(seed)
+    state, trips = np.stack([rng.uniform(-1, 1, TRIPS), np.zeros(TRIPS)], 1), []
+    for step in range(STEPS):
+        meant = -0.5 * np.sign(state[:, :1])
+        push = np.where(rng.random((TRIPS, 1)) < 0.5, rng.uniform(-1, 1, (TRIPS, 1)), meant)
+        after = move(state, push)
+        trips.append((state, push, -(after[:, 0] ** 2), np.full(TRIPS, step == STEPS - 1), after))
+        state = after
+    columns = [np.concatenate(list(np.stack(column, 1))) for column in zip(*trips, strict=True)]  # trip after trip
+    observations, actions, rewards, cut_off, following = columns
+    return bcq.from_arrays(observations, actions, rewards, np.zeros(len(rewards)), cut_off, following)
+
+
+def main() -> None:
+    args = parser.parse_args()
+    data = log_trips()
+    train, held_out = bcq.split_episodes(data, 0.1)
+    torch.manual_seed(0)
+    networks = bcq.make_bcq_modules(Unbounded((2,)), Bounded(-1, 1, (1,)), hidden=(64, 64), vae_hidden=(64, 64))
+    loss = bcq.BCQLoss(*networks).make_value_estimator(gamma=0.9)
+    policy = bcq.BCQPolicy(*networks, num_action_samples=50)
+    trainer = bcq.BCQTrainer(
+        loss,
+        bcq.make_replay_buffer(data, batch_size=100, seed=0, weights=train),
+        target_net_updater=SoftUpdate(loss, tau=0.02),
+        total_steps=args.steps,
+        logger=CSVLogger("log", log_dir=str(args.out)),
+        checkpoint_rotation=CheckpointRotation(args.out / "checkpoints", keep_last=2),
+        save_trainer_interval=199,
+        seed=0,
+    )
+    bcq.DatasetMetrics(loss, policy, data[held_out], interval=200).register(trainer)
+    settled = args.steps // 2  # before that the TD error is small because the values are
+    best = bcq.KeepBest(args.out / "best", "held_out_td_error", "min", wait_for=settled)
+    best.register(trainer)
+    EarlyStopping(monitor="held_out_td_error", mode="min", patience=1_000, wait_for=settled).register(trainer)
+    trainer.train()
+
+    names = ("held_out_td_error", "held_out_vae_loss", "initial_value", "action_distance")
+    files = [args.out / "log" / "scalars" / f"{name}.csv" for name in names]
+    print(f"{'step':>6}" + "".join(f"{name:>20}" for name in names))
+    for rows in zip(*(csv.reader(file.read_text().splitlines()) for file in files), strict=True):
+        print(f"{rows[0][0]:>6}" + "".join(f"{float(value):20.4f}" for _, value in rows))
+
+    chosen = best.rotation.best()
+    bcq.make_checkpoint(loss_module=loss).load(chosen)  # the policy holds the same networks
+    push = policy(TensorDict({"observation": torch.tensor([[0.8, 0.0], [-0.8, 0.0]])}, [2]))["action"]
+    print(f"\n{chosen} pushes {push[0].item():+.2f} from 0.8 right of the middle, {push[1].item():+.2f} from 0.8 left")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""What is said, and kept, when a loss or a weight is not finite any more."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.checkpoint import Checkpoint, CheckpointRotation
+
+from torchrl_bcq import BCQTrainer, make_replay_buffer
+from torchrl_bcq.trainers.watch import LossWatch, check_parameters
+
+from .conftest import AfterStep, make_trainer
+
+
+def break_loss(trainer: BCQTrainer, name: str, call: int) -> None:
+    """Let a loss be NaN at one of its calls, counted from 1, and only there."""
+    loss, calls = getattr(trainer.loss_module, name), []
+
+    def broken(batch):
+        calls.append(1)
+        value, metadata = loss(batch)
+        return (value * torch.nan if len(calls) == call else value), metadata
+
+    setattr(trainer.loss_module, name, broken)
+
+
+def drawn_rows(trainer: BCQTrainer) -> list[list[int]]:
+    """Rows of each step, as they are drawn."""
+    rows, sample = [], trainer._replay.replay_buffer.sample
+    trainer._replay.replay_buffer.sample = lambda *args, **kwargs: (
+        rows.append((batch := sample(*args, **kwargs))["index"].tolist()) or batch
+    )
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["file", "rotation"])
+@pytest.mark.parametrize(("name", "call"), [("vae_loss", 11), ("qvalue_loss", 13), ("actor_loss", 20)])
+def test_names_step_loss_and_rows_keeps_the_batch_and_the_last_good_checkpoint(make_batch, tmp_path, kind, name, call):
+    transitions, folder = make_batch(50), tmp_path / "run"
+    if kind == "file":
+        settings, good = {"save_trainer_file": folder / "checkpoint"}, folder / "checkpoint"
+    else:
+        good = folder / "checkpoints" / f"checkpoint-{10:012d}"
+        settings = {"checkpoint_rotation": CheckpointRotation(folder / "checkpoints", keep_last=2)}
+    trainer = make_trainer(transitions, 30, save_trainer_interval=9, **settings)
+    rows = drawn_rows(trainer)
+    break_loss(trainer, name, call)
+    with pytest.raises(FloatingPointError) as caught:
+        trainer.train()
+
+    (at,) = folder.glob("not-finite-*")
+    assert at.name == f"not-finite-{call}.pt"
+    shown = ", ".join(map(str, rows[call - 1][:10]))
+    assert str(caught.value) == (
+        f"{name} is nan in gradient step {call}, on the 16 rows {shown} ... of the replay buffer, kept for inspection: "
+        f"torch.load({str(at)!r}). The last good checkpoint is {good}. "
+        "If the dataset is finite, lower the learning rate, set clip_norm, or scale the rewards."
+    )
+    kept = torch.load(at, weights_only=True)
+    assert kept["index"].tolist() == rows[call - 1]
+    expected = transitions[torch.tensor(rows[call - 1])]
+    torch.testing.assert_close(kept, {**expected.to_dict(), "index": kept["index"]}, rtol=0, atol=0)
+    assert not list(folder.rglob(".*"))
+
+    assert Checkpoint.manifest(good)["components"]
+    second = make_trainer(transitions, 20).load_from_file(good)
+    assert second.collected_frames == 10
+    assert all(value.isfinite().all() for value in second.loss_module.state_dict().values())
+    second.train()
+
+
+def test_one_row_of_the_dataset_is_found(make_batch, tmp_path):
+    """Row 7's reward overflows when it is squared; the step is the first that drew it."""
+    transitions = make_batch(200)
+    transitions["next", "reward"][7] = 1e38
+    trainer = make_trainer(transitions, 100, log_interval=50, save_trainer_file=tmp_path / "checkpoint")
+    rows = drawn_rows(trainer)
+    with pytest.raises(FloatingPointError, match="There is no checkpoint yet") as caught:
+        trainer.train()
+    first = next(step for step, drawn in enumerate(rows, 1) if 7 in drawn)
+    assert 1 < first < 50
+    assert f"qvalue_loss is inf in gradient step {first}, on the 16 rows" in str(caught.value)
+    kept = torch.load(tmp_path / f"not-finite-{first}.pt", weights_only=True)
+    assert kept["index"][kept["next"]["reward"].squeeze(1) == 1e38].unique().tolist() == [7]
+
+
+def test_a_step_after_a_resume_is_counted_from_the_beginning(make_batch, tmp_path):
+    transitions, settings = make_batch(50), {"save_trainer_file": tmp_path / "checkpoint"}
+    make_trainer(transitions, 15, **settings).train()
+    second = make_trainer(transitions, 40, **settings).load_from_file(tmp_path / "checkpoint")
+    break_loss(second, "qvalue_loss", 8)
+    with pytest.raises(FloatingPointError, match="qvalue_loss is nan in gradient step 23,"):
+        second.train()
+
+
+@pytest.mark.parametrize("sampler", ["without_replacement", "prioritized"])
+def test_whatever_draws_the_rows(make_batch, sampler):
+    """NaN priorities would break the sampler; it must not be the sampler that is blamed."""
+    transitions = make_batch(40)
+    transitions["next", "reward"][7] = 1e38
+    try:
+        buffer = make_replay_buffer(transitions, batch_size=16, seed=0, sampler=sampler)
+    except ImportError as error:
+        pytest.skip(str(error))
+    trainer = make_trainer(None, 100, buffer=buffer, log_interval=100)
+    rows = drawn_rows(trainer)
+    with pytest.raises(FloatingPointError) as caught:
+        trainer.train()
+    first = next(step for step, drawn in enumerate(rows, 1) if 7 in drawn)
+    assert f"qvalue_loss is inf in gradient step {first}, on the {len(rows[first - 1])} rows" in str(caught.value)
+
+
+def test_without_a_folder_nothing_is_written(make_batch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer(make_batch(50))
+    break_loss(trainer, "vae_loss", 3)
+    message = r"vae_loss is nan in gradient step 3, .* \.\.\. of the replay buffer\. There is no checkpoint yet\."
+    with pytest.raises(FloatingPointError, match=message):
+        trainer.train()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_to_hides_nothing(make_batch, tmp_path):
+    (tmp_path / "file").touch()
+    trainer = make_trainer(make_batch(50), save_trainer_file=tmp_path / "file" / "checkpoint")
+    break_loss(trainer, "vae_loss", 3)
+    message = r"nan in gradient step 3, on the 16 rows .* \(they could not be written to .*/file/not-finite-3.pt: "
+    with pytest.raises(FloatingPointError, match=message):
+        trainer.train()
+
+
+def test_a_batch_of_an_earlier_attempt_is_replaced(make_batch, tmp_path):
+    for seed in (1, 2):
+        trainer = make_trainer(make_batch(50), seed=seed, save_trainer_file=tmp_path / "checkpoint")
+        rows = drawn_rows(trainer)
+        break_loss(trainer, "vae_loss", 3)
+        with pytest.raises(FloatingPointError):
+            trainer.train()
+    assert torch.load(tmp_path / "not-finite-3.pt", weights_only=True)["index"].tolist() == rows[2]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_finite_losses_with_other_weights_make_no_checkpoint(make_batch, tmp_path, value):
+    """A target critic that is broken after the last loss was seen."""
+    trainer = make_trainer(make_batch(50), 20, save_trainer_file=tmp_path / "checkpoint", save_trainer_interval=9)
+    key = "target_qvalue_network_params.critics.1.module.0.bias"
+
+    def break_weight(step: int) -> None:
+        if step == 20:
+            trainer.loss_module.state_dict()[key][3] = value
+
+    AfterStep(break_weight).register(trainer)
+    message = (
+        f"1 of the weights are not finite after 20 gradient steps, such as {key}. "
+        f"The last good checkpoint is {tmp_path / 'checkpoint'}. If the dataset is finite, lower"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    second = make_trainer(make_batch(50), 20)
+    Checkpoint(loss_module=second.loss_module).load(tmp_path / "checkpoint")
+    check_parameters(second.loss_module, 10, "")  # of step 10, and finite
+
+
+def test_of_several_losses_the_first_is_named():
+    watch = LossWatch(replay_buffer=None)
+    watch.begin(40)
+    one, nan, inf = torch.tensor(1.0), torch.tensor(torch.nan), torch.tensor(torch.inf)
+    for losses in ({"vae_loss": one}, {"loss_vae": one, "td_error": nan, "loss_actor": inf}, {"vae_loss": nan}):
+        watch.next_step(TensorDict())
+        watch.add(losses)
+    assert watch.steps == 3
+    message = "loss_actor is inf in gradient step 42, on rows that the replay buffer does not name. No checkpoint. If"
+    with pytest.raises(FloatingPointError, match=message):
+        watch.check(Path("nowhere"), "No checkpoint.")
+    watch.begin(43)
+    assert watch.steps == 0
+    watch.check(None, "")  # forgotten
+
+
+@pytest.fixture
+def waits(monkeypatch) -> Counter:
+    """Counts the calls for which a device that works ahead would be waited for."""
+    calls: Counter[str] = Counter()
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "numpy"):
+        real = getattr(torch.Tensor, name)
+
+        def counting(self, *args, _name=name, _real=real, **kwargs):
+            calls[_name] += self.is_floating_point() or self.dtype is torch.bool
+            return _real(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counting)
+    return calls
+
+
+def test_all_losses_are_checked_at_one_wait(waits):
+    watch = LossWatch(replay_buffer=None)
+    for _ in range(1000):
+        watch.next_step(TensorDict())
+        watch.add({"vae_loss": torch.tensor(1.0), "qvalue_loss": torch.tensor(2.0)})
+    watch.check(None, "")
+    assert waits == {"__bool__": 1}
+
+
+@pytest.mark.parametrize("log_interval", [1, 10, 40])
+def test_training_waits_twice_a_tick(make_batch, waits, log_interval):
+    """For the check, and for the means that are logged; not for each step."""
+    trainer = make_trainer(make_batch(50), 40, log_interval=log_interval)
+    waits.clear()
+    trainer.train()
+    ticks = 40 // log_interval
+    assert +waits == {"__bool__": ticks, "tolist": ticks}
