@@ -31,7 +31,7 @@ import torch
 
 SPAN = 1.5  # seconds of training before a kill, at most
 WRITE = 0.006  # seconds that a checkpoint of such small networks takes, about
-STEPS_A_KILL = 300  # more than a life makes on average, so that the run outlives the kills
+STEPS_A_KILL = 600  # several times what a life makes on average, so that the run outlives the kills
 
 
 def main() -> int:
