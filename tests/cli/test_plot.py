@@ -16,9 +16,6 @@ from torchrl_bcq.cli.logs import find_runs, group_runs, read_scalar
 from torchrl_bcq.cli.pictures import Style, draw_losses, draw_metric, draw_values
 from torchrl_bcq.cli.plot import _title, add_parser, choose_metric
 
-for needed in ("scipy", "matplotlib", "omegaconf"):
-    pytest.importorskip(needed)
-
 RETURNS = ([1.0, 10.0], [2.0, 40.0], [6.0, 70.0])  # of three seeds, at steps 100 and 200
 PNG = b"\x89PNG"
 

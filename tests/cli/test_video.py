@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gymnasium
+import imageio.v3 as iio
 import numpy as np
 import pytest
 
@@ -11,8 +12,6 @@ from torchrl_bcq.cli.train import train
 from torchrl_bcq.cli.video import record_video
 
 from .conftest import LENGTH, Swing
-
-iio = pytest.importorskip("imageio.v3", reason="imageio is not installed")
 
 
 class Painted(Swing):

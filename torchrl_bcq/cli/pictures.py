@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchrl_bcq.cli.curves import Curve, Estimate
@@ -126,17 +124,6 @@ def draw_losses(metrics: Sequence[Sequence[Curve]], style: Style) -> Figure:
         axes.remove()
     _legend(figure, list(handles.values()), style, everything)
     return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG aside, which then takes the place of ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        figure.savefig(aside, format="png", dpi=130)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _figure(style: Style, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from torchrl_bcq.cli.curves import Curve, Estimate, make_curve, warn
 from torchrl_bcq.cli.errors import RunError
 from torchrl_bcq.cli.logs import Group, Run, find_runs, group_runs, shorten
-from torchrl_bcq.cli.pictures import Style, draw_losses, draw_metric, draw_values, save
+from torchrl_bcq.cli.pictures import Style, draw_losses, draw_metric, draw_values
+from torchrl_bcq.data.description.picture import save
 
 DEFAULT_METRICS = ("return", "held_out_td_error", "loss_qvalue")  # the first that was logged
 ESTIMATED, OBTAINED = "value_estimate", "discounted_return"

@@ -49,7 +49,7 @@ class Description:
 
     def plot(self, path: str | Path) -> None:
         """Draw it as PNG, in a folder that is made; the file is whole or not there at all. Needs matplotlib."""
-        picture.write(Path(path), self.survey, [finding.message for finding in self.findings])
+        picture.save(picture.draw(self.survey, [finding.message for finding in self.findings]), Path(path))
 
     def __str__(self) -> str:
         """Lay out the table, for a terminal of 100 columns."""

@@ -23,9 +23,8 @@ FINDINGS = 6
 BLUE, DARK, RED, GREY = "#4c78a8", "#1f3b5c", "#c44e52", "#777777"
 
 
-def write(path: Path, survey: Survey, findings: list[str]) -> None:
-    """Draw into a file aside, which then takes the place of ``path``."""
-    figure = draw(survey, findings)
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG aside, which then takes the place of ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
