@@ -29,22 +29,23 @@ def modules():
     return make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, hidden=(16, 16), vae_hidden=(16, 16))
 
 
+def random_transitions(*batch: int, dtype: torch.dtype = torch.float32) -> TensorDict:
+    """Transitions of any batch size, with actions in bounds and no episode end."""
+    outcome = {
+        "observation": torch.randn(*batch, 3, dtype=dtype),
+        "reward": torch.randn(*batch, 1, dtype=dtype),
+        "done": torch.zeros(*batch, 1, dtype=torch.bool),
+        "terminated": torch.zeros(*batch, 1, dtype=torch.bool),
+    }
+    action = torch.rand(*batch, 2, dtype=dtype) * torch.tensor([2, 4]) - torch.tensor([1, 0])
+    columns = {"observation": torch.randn(*batch, 3, dtype=dtype), "action": action, "next": outcome}
+    return TensorDict(columns, batch_size=batch)
+
+
 @pytest.fixture
 def make_batch() -> Callable[..., TensorDict]:
-    """Random transitions of any batch size, with actions in bounds and no episode end."""
-
-    def make(*batch: int, dtype: torch.dtype = torch.float32) -> TensorDict:
-        outcome = {
-            "observation": torch.randn(*batch, 3, dtype=dtype),
-            "reward": torch.randn(*batch, 1, dtype=dtype),
-            "done": torch.zeros(*batch, 1, dtype=torch.bool),
-            "terminated": torch.zeros(*batch, 1, dtype=torch.bool),
-        }
-        action = torch.rand(*batch, 2, dtype=dtype) * torch.tensor([2, 4]) - torch.tensor([1, 0])
-        columns = {"observation": torch.randn(*batch, 3, dtype=dtype), "action": action, "next": outcome}
-        return TensorDict(columns, batch_size=batch)
-
-    return make
+    """Random transitions of any batch size."""
+    return random_transitions
 
 
 @pytest.fixture

@@ -31,18 +31,18 @@ BREAKS = {
     ),
     "target perturbation dropped": (
         "objectives/bcq.py",
-        "                candidates = self.actor_network(candidates)\n",
-        "                pass\n",
+        "            candidates = self.actor_network(candidates)\n",
+        "            pass\n",
     ),
     "target perturbation is the live one": (
         "objectives/bcq.py",
-        "with _run_on(self.target_actor_network_params,",
-        "with _run_on(self.actor_network_params,",
+        "return _RunOn(self.target_actor_network_params,",
+        "return _RunOn(self.actor_network_params,",
     ),
     "target critics are the live ones": (
         "objectives/bcq.py",
-        "with _run_on(self.target_qvalue_network_params,",
-        "with _run_on(self.qvalue_network_params,",
+        "_RunOn(self.target_qvalue_network_params,",
+        "_RunOn(self.qvalue_network_params,",
     ),
     "bootstrap through terminated": (
         "objectives/bcq.py",
@@ -57,8 +57,8 @@ BREAKS = {
     "latents unclipped": ("functional.py", "device=like.device).clamp_(-clip, clip)", "device=like.device)"),
     "wrong critic for the actor": (
         "modules/q_ensemble.py",
-        "out = self.critics[0](tensordict)",
-        "out = self.critics[-1](tensordict)",
+        "critic: Any = self.critics[0]",
+        "critic: Any = self.critics[-1]",
     ),
     "mean in place of max over candidates": (
         "functional.py",
@@ -67,8 +67,8 @@ BREAKS = {
     ),
     "gradient of the actor leaks into the critics": (
         "objectives/bcq.py",
-        "_run_on(self.qvalue_network_params.data,",
-        "_run_on(self.qvalue_network_params,",
+        "_RunOn(self.qvalue_network_params.data,",
+        "_RunOn(self.qvalue_network_params,",
     ),
     "gradient of the actor leaks into the VAE": (
         "objectives/bcq.py",
@@ -83,8 +83,18 @@ BREAKS = {
     "KL sign": ("modules/vae.py", "return error + self.kl_weight * kl", "return error - self.kl_weight * kl"),
     "tau inverted": (
         "trainers/bcq.py",
-        "super().__init__(\n            collector",
-        "target_net_updater.eps = 1 - target_net_updater.eps\n        super().__init__(\n            collector",
+        "super().__init__(\n            parallel",
+        "target_net_updater.eps = 1 - target_net_updater.eps\n        super().__init__(\n            parallel",
+    ),
+    "each process follows its own gradients": (
+        "trainers/stepper.py",
+        "            self.parallel.average_gradients(_parameters(self.optimizers[name]))\n",
+        "            pass\n",
+    ),
+    "gradients added up over processes": (
+        "trainers/distributed.py",
+        "means = (sums / self.world_size).split(",
+        "means = sums.split(",
     ),
     "priority not written": (
         "objectives/bcq.py",
@@ -95,6 +105,22 @@ BREAKS = {
         "objectives/bcq.py",
         "self.tensor_keys.priority, td_error.amax(-1)",
         "self.tensor_keys.priority, td_error.mean(-1)",
+    ),
+    "targets leap": ("trainers/targets.py", "1 - updater.eps)", "updater.eps)"),
+    "parts of the target in the wrong order": (
+        "objectives/bcq.py",
+        "for part in self._split(candidates, latent)]",
+        "for part in reversed(self._split(candidates, latent))]",
+    ),
+    "agents draw the same noise": (
+        "trainers/together.py",
+        "        self._random_state.restore()\n        noise = {}",
+        "        torch.manual_seed(0)\n        noise = {}",
+    ),
+    "agents get the gradients of the first": (
+        "trainers/together.py",
+        "                    parameter.grad = gradient",
+        "                    parameter.grad = stacked.grad[0].clone()",
     ),
     "actor descends": ("objectives/bcq.py", "self._weigh(-value.squeeze", "self._weigh(value.squeeze"),
     "policy takes the worst candidate": ("modules/policy.py", "best = value.argmax(-2", "best = value.argmin(-2"),

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "modules": {"functional", "protocols", "modules"},
     "objectives": {"functional", "protocols", "objectives"},
     "data": {"data"},
-    "trainers": {"functional", "protocols", "objectives", "data", "trainers"},
+    "trainers": {"functional", "protocols", "modules", "objectives", "data", "trainers"},
     "conf": {"modules", "objectives", "data", "trainers", "conf"},
     "cli": {"modules", "objectives", "data", "trainers", "cli"},
 }
@@ -61,3 +61,16 @@ def test_optional_packages_are_imported_only_when_used():
     code = "import torchrl_bcq, sys; print([m for m in ('minari', 'h5py', 'matplotlib', 'hydra') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_the_package_imports_nothing_heavy_beside_torchrl():
+    """Who has TorchRL's packages pays for filelock and our files: no readers, no command line, no compiler."""
+    rooms = "checkpoint, torchrl.data, torchrl.envs, torchrl.modules, torchrl.objectives, torchrl.trainers"
+    code = (
+        f"import sys, torchrl.{rooms}; before = {{*sys.modules}}; import torchrl_bcq; print(*before, '|', *sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    before, after = (set(names.split()) for names in run.stdout.splitlines()[-1].split("|"))
+    packages = {name.split(".")[0] for name in after} - {name.split(".")[0] for name in before}
+    assert {"torchrl_bcq"} <= packages <= {"torchrl_bcq", "filelock"}
+    assert not [name for name in after - before if name.startswith("torch.")]  # such as torch._inductor

@@ -43,6 +43,7 @@ from torchrl_bcq.trainers import (
     OfflineCollector,
     evaluate,
     make_checkpoint,
+    train_together,
 )
 
 __version__ = version("torchrl-bcq")
@@ -85,4 +86,5 @@ __all__ = [
     "multi_step",
     "return_weights",
     "split_episodes",
+    "train_together",
 ]

@@ -22,10 +22,9 @@ from tensordict import TensorDict
 from torchrl.data import Bounded, Unbounded
 from torchrl.objectives import SoftUpdate
 from torchrl.record import CSVLogger
+from transitions import ACTIONS, OBSERVATIONS, make_transitions
 
 from torchrl_bcq import BCQLoss, BCQOptimizationStepper, BCQTrainer, make_bcq_modules, make_replay_buffer
-
-OBSERVATIONS, ACTIONS, ROWS = 17, 6, 10_000
 
 
 def main() -> None:
@@ -58,18 +57,6 @@ def report(args: argparse.Namespace, rounds: dict[str, list[float]]) -> None:
         )
     ratios = sorted(trainer / loop for trainer, loop in zip(rounds["trainer"], rounds["loop"], strict=True))
     print(f"trainer / loop: {statistics.median(ratios):.4f}  ({ratios[0]:.4f} to {ratios[-1]:.4f})")
-
-
-def make_transitions() -> TensorDict:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(width: int) -> torch.Tensor:
-        return torch.randn(ROWS, width, generator=generator)
-
-    flags = torch.zeros(ROWS, 1, dtype=torch.bool)
-    following = {"observation": normal(OBSERVATIONS), "reward": normal(1), "done": flags, "terminated": flags.clone()}
-    columns = {"observation": normal(OBSERVATIONS), "action": normal(ACTIONS).clamp(-1, 1), "next": following}
-    return TensorDict(columns, [ROWS])
 
 
 def make_parts(args: argparse.Namespace, transitions: TensorDict):

@@ -167,6 +167,35 @@ def test_clipping_and_schedule_reach_the_trainer(make_trainer):
     assert moved > 1e-4
 
 
+# how steps are executed
+
+
+def test_execution_reaches_the_trainer(make_trainer):
+    plain = make_trainer()
+    assert plain._execution._settings is None
+    assert plain.loss_module.target_dtype is None
+    compiled = make_trainer("compile=true", "precision=bf16-target")
+    assert compiled._execution._settings == {"fullgraph": True}
+    assert compiled.loss_module.target_dtype == torch.bfloat16
+
+
+def test_a_precision_changes_the_run_a_little(make_trainer):
+    exact, rough = (make_trainer(setting) for setting in ("precision=null", "precision=bf16-target"))
+    for trainer in (exact, rough):
+        torch.manual_seed(0)
+        trainer.train()
+    names = ("loss_vae", "loss_qvalue")
+    (vae, critics), (rough_vae, rough_critics) = ([t.metrics[name] for name in names] for t in (exact, rough))
+    assert vae == rough_vae
+    assert critics == pytest.approx(rough_critics, rel=0.05)
+    assert critics != rough_critics
+
+
+def test_cuda_graphs_need_a_gpu(make_trainer):
+    with pytest.raises(ValueError, match="cudagraph=True needs a loss on a CUDA device, this one is on cpu"):
+        make_trainer("cudagraph=true", "device=cpu")
+
+
 # numbers with which nothing would be learned
 
 
@@ -183,6 +212,10 @@ def test_clipping_and_schedule_reach_the_trainer(make_trainer):
         ("loss.gamma=1.5", "loss.gamma is 1.5, expected a number between 0 and 1."),
         ("loss.tau=-1", "loss.tau is -1.0, expected a number between 0 and 1."),
         ("optim.clip_norm=0", "optim.clip_norm is 0.0, expected more than 0; null does not clip."),
+        (
+            "precision=bf16",
+            "precision is 'bf16', expected null or one of ['highest', 'high', 'medium', 'bf16-target', 'bf16-mixed'].",
+        ),
         ("log_interval=3", "evaluation.interval is 10, no multiple of log_interval 3; change one of them."),
         ("checkpoint.interval=12", "checkpoint.interval is 12, no multiple of log_interval 5; change one of them."),
         ("evaluation.interval=0", "evaluation.interval is 0, no multiple of log_interval 5; change one of them."),

@@ -90,6 +90,12 @@ def test_values_are_the_defaults_of_what_they_are_for(section, call):
     assert {name: settings[name] for name in shared} == {name: own[name] for name in shared}
 
 
+def test_execution_is_the_trainers():
+    own = defaults(bcq.BCQTrainer.__init__)
+    names = ("compile", "precision", "cudagraph")
+    assert {name: PLAIN[name] for name in names} == {name: own[name] for name in names}
+
+
 def test_values_are_the_papers():
     """arXiv:1812.02900, appendix D, and the author's code."""
     loss, optim = PLAIN["loss"], PLAIN["optim"]
@@ -146,6 +152,8 @@ def test_free_form_settings_take_any_name(name):
         "network.hidden=8",
         "loss.gamma=high",
         "logger=csv",
+        "compile=max-autotune",
+        "cudagraph=1.5",
     ],
 )
 def test_values_of_another_type_are_refused(setting):
@@ -165,6 +173,13 @@ def test_settings_come_back_from_a_folder(make_config, tmp_path):
     assert (again.out, again.optim.kwargs.betas, again.threads) == ("runs/0", [0.5, 0.9], 3)
     assert [path.name for path in tmp_path.iterdir() if path.name != "swings.hdf5"] == [FILE]
     assert load_config(tmp_path) == again
+
+
+def test_a_run_from_before_there_was_a_setting_has_its_value(make_config, tmp_path):
+    new = ("compile", "precision", "cudagraph")
+    settings = {name: value for name, value in OmegaConf.to_container(make_config()).items() if name not in new}
+    (tmp_path / FILE).write_text(yaml.safe_dump(settings))
+    assert load_config(tmp_path) == make_config()
 
 
 def test_settings_that_cannot_be_written_leave_the_old_ones(make_config, tmp_path, monkeypatch):
@@ -234,6 +249,7 @@ def test_flat_names_every_setting(make_config):
 MAY_DIFFER = ["steps=40", "out=elsewhere", "resume=true", "progress_bar=true", "threads=2", "device=cpu", "root=copies"]
 MAY_DIFFER += ["evaluation.env=null", "checkpoint.keep=9", "early_stopping.patience=1", "policy.num_action_samples=9"]
 MAY_DIFFER += ["dataset=moved.hdf5", "reader.names.rewards=r"]  # it is known by its content
+MAY_DIFFER += ["compile=true", "precision=high", "cudagraph=true"]
 MAY_DIFFER += ["logger=[]", "logger_kwargs.wandb.project=bcq", "evaluation.reference_scores=[0,1]"]
 
 

@@ -143,6 +143,7 @@ def test_a_setting_that_is_none_is_refused_before_anything_is_made(words, run, c
         ("evaluation.reference_scores=[2,1]", "expected [random, expert], the second one higher."),
         ("logger=[disk]", "there is no logger 'disk'"),
         ("optim.vae_warmup_steps=-1", "vae_warmup_steps is -1"),
+        ("precision=half", "precision is 'half', expected null or one of ['highest', "),
     ],
 )
 def test_a_value_that_is_none_is_refused_in_a_line(words, run, capsys, setting, message):

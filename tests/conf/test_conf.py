@@ -72,6 +72,15 @@ def test_overrides_reach_their_place(compose_bcq, by_hand, assert_learn_the_same
     assert_learn_the_same(lambda: instantiate(cfg.trainer), build)
 
 
+def test_execution_is_the_trainers(compose_bcq):
+    cfg = compose_bcq(*SMALL, "trainer.precision=bf16-target", "trainer.compile={mode: max-autotune}")
+    trainer = instantiate(cfg.trainer)
+    assert trainer._execution._settings == {"fullgraph": True, "mode": "max-autotune"}
+    assert trainer.loss_module.target_dtype == torch.bfloat16
+    with pytest.raises(InstantiationException, match="cudagraph=True needs a loss on a CUDA device, this one is on"):
+        instantiate(compose_bcq(*SMALL, "trainer.cudagraph=true").trainer)
+
+
 def test_parts_of_torchrls_groups(compose_bcq, by_hand, assert_learn_the_same):
     """A hard update, an optimizer for one network, and a replay buffer, which is filled with the dataset."""
     cfg = compose_bcq(

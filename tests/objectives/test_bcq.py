@@ -67,11 +67,11 @@ def test_sampled_latents_of_the_target_are_clipped(loss, make_batch, monkeypatch
     seen = []
     vae = loss.vae_network
     monkeypatch.setattr(vae.decoder, "forward", lambda *x: seen.append(x[-1]) or x[-1][..., :2])
-    loss.qvalue_loss(make_batch(500))
-    loss.actor_loss(make_batch(500))
-    assert [tuple(z.shape) for z in seen] == [(500, 10, 4), (500, 4)]
+    loss.qvalue_loss(make_batch(250))
+    loss.actor_loss(make_batch(250))
+    assert [tuple(z.shape) for z in seen] == [(250, 10, 4), (250, 4)]
     assert all(z.abs().max() == 0.5 for z in seen)
-    loss.vae_loss(make_batch(500))
+    loss.vae_loss(make_batch(250))
     assert seen[-1].abs().max() > 1
 
 
@@ -93,6 +93,18 @@ def test_target_by_hand(loss, make_batch):
 
 
 # Gradients and live modules
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 5), (3, 2, 4)])
+@pytest.mark.parametrize("size", [1, 30, 10_000])
+def test_target_in_parts_is_the_target_as_a_whole(loss, make_batch, shape, size):
+    loss, batch = loss.double(), make_batch(*shape, dtype=torch.float64)
+    latent = torch.randn(*shape, 10, 4, dtype=torch.float64)
+    whole = loss.qvalue_loss(batch, latent)[1]["target_value"]
+    loss.target_chunk_size = size
+    torch.testing.assert_close(loss.qvalue_loss(batch, latent)[1]["target_value"], whole)
+    parts = loss._split(batch.unsqueeze(-1).expand(*shape, 10), latent)
+    assert {1: len(parts) == shape[-1], 30: len(parts) > 1, 10_000: len(parts) == 1}[size]
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -10,11 +10,13 @@ import pytest
 import torch
 from tensordict.nn import InteractionType, ProbabilisticTensorDictModule
 from torch import nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import ValueEstimators
 
-from torchrl_bcq import BCQLoss, BCQPolicy
+from torchrl_bcq import BCQLoss, BCQPolicy, make_bcq_modules
 
+from ..conftest import ACTION_SPEC, OBSERVATION_SPEC
 from .conftest import LOSSES
 
 
@@ -41,6 +43,79 @@ def test_duplicates_give_the_same_losses_and_go_their_own_way(loss, make_batch, 
     for name in LOSSES:
         assert torch.equal(getattr(loss, f"{name}_loss")(batch, noise[name])[0], before[name])
         assert not torch.equal(getattr(twin, f"{name}_loss")(batch, noise[name])[0], before[name])
+
+
+def replaced(loss: BCQLoss) -> BCQLoss:
+    loss.load_state_dict({name: value.clone() for name, value in loss.state_dict().items()}, assign=True)
+    return loss
+
+
+CHANGES = {  # a loss with other tensors than before
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda loss: pickle.loads(pickle.dumps(loss)),
+    "assign": replaced,
+    "double": lambda loss: loss.double(),
+    "moved": lambda loss: loss._apply(torch.clone),
+    "pickle of a copy": lambda loss: pickle.loads(pickle.dumps(copy.deepcopy(loss))),
+    "copy, cast, replaced": lambda loss: replaced(copy.deepcopy(loss).double()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_modules_hold_the_very_parameters_of_their_loss(loss, change):
+    """Else an optimizer would step some, and the losses be those of others; nothing is swapped in for a call."""
+    loss = CHANGES[change](loss)
+    for name in LOSSES:
+        tensors = getattr(loss, f"{name}_network_params")
+        network = getattr(loss, f"{name}_network")
+        held = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        own = {".".join(key) if isinstance(key, tuple) else key: value for key, value in tensors.items(True, True)}
+        assert held.keys() == own.keys()
+        assert all(held[key] is own[key] for key in held if isinstance(own[key], nn.Parameter))
+        assert all(held[key].data_ptr() == own[key].data_ptr() for key in held)
+    parameters = {id(p) for name in LOSSES for p in getattr(loss, f"{name}_network").parameters()}
+    assert parameters == {id(p) for p in loss.parameters()}
+    assert len(parameters) == 12 + 12 + 6
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_policy_of_the_modules_acts_with_what_was_learned_afterwards(loss, make_batch, change):
+    """As one does that is made of fresh modules with the same weights; and its loss has trained those."""
+    loss = CHANGES[change](loss)
+    dtype = next(loss.parameters()).dtype
+    policy = BCQPolicy(loss.vae_network, loss.actor_network, loss.qvalue_network)
+    states, batch = make_batch(20, dtype=dtype).select("observation"), make_batch(64, dtype=dtype)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=0.1)
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        before = policy(states.clone())["action"]
+        for _ in range(5):
+            optimizer.zero_grad()
+            sum(getattr(loss, f"{name}_loss")(batch)[0] for name in LOSSES).backward()
+            optimizer.step()
+        after = policy(states.clone())["action"]
+        fresh = make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, hidden=(16, 16), vae_hidden=(16, 16))
+        twin = BCQLoss(*(module.to(dtype) for module in fresh))
+        SoftUpdate(twin, tau=0.005)
+        twin.load_state_dict(loss.state_dict())
+        expected = BCQPolicy(*fresh)(states.clone())["action"]
+    assert (after - before).abs().max() > 0.1
+    torch.testing.assert_close(after, expected)
+
+
+@pytest.mark.parametrize("name", ["qvalue", "actor"])
+def test_an_error_leaves_the_modules_with_their_own_weights(loss, modules, make_batch, monkeypatch, name):
+    """Such as one within the target, while they hold the target's."""
+    own = {name: p for i, module in enumerate(modules) for name, p in module.named_parameters(f"{i}")}
+
+    def fail(*inputs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(modules[1].network, "forward", fail)
+    monkeypatch.setattr(modules[2], "first", fail)
+    with pytest.raises(ZeroDivisionError):
+        getattr(loss, f"{name}_loss")(make_batch(4))
+    for i, module in enumerate(modules):
+        assert all(p is own[name] for name, p in module.named_parameters(f"{i}"))
 
 
 def test_reset_parameters_recursive(loss, modules):

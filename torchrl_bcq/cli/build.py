@@ -20,6 +20,7 @@ from torchrl.data import TensorDictReplayBuffer
 from torchrl.objectives import SoftUpdate
 from torchrl.trainers import EarlyStopping
 
+from torchrl_bcq.cli import processes
 from torchrl_bcq.cli.errors import RunError
 from torchrl_bcq.cli.loggers import make_loggers
 from torchrl_bcq.cli.run import BEST, CHECKPOINTS, Task, choose_device, make_envs, make_loss, make_networks
@@ -28,6 +29,7 @@ from torchrl_bcq.modules import BCQPolicy, Normalization
 from torchrl_bcq.objectives import BCQLoss
 from torchrl_bcq.trainers import BCQOptimizationStepper, BCQTrainer, NetworkLRScheduler
 from torchrl_bcq.trainers.best import KeepBest
+from torchrl_bcq.trainers.execution import PRECISIONS
 from torchrl_bcq.trainers.metrics import DatasetMetrics, EnvironmentMetrics
 
 _FUSED = ("Adam", "AdamW")  # one kernel for all parameters, as BCQOptimizationStepper.adam
@@ -58,6 +60,7 @@ def build(config: DictConfig, transitions: TensorDictBase, task: Task) -> BCQTra
     networks = make_networks(config, task, normalization, device)
     loss = make_loss(config, networks)
     stepper = make_stepper(config, loss)
+    loggers = config.logger if processes.is_first() else ()
     described = {"config": OmegaConf.to_container(config, resolve=True), "task": asdict(task)}
     described["versions"] = {"torchrl_bcq": version("torchrl-bcq"), "python": sys.version.split()[0]}
     trainer = BCQTrainer(
@@ -67,18 +70,23 @@ def build(config: DictConfig, transitions: TensorDictBase, task: Task) -> BCQTra
         total_steps=config.steps,
         optimization_stepper=stepper,
         log_interval=config.log_interval,
-        logger=make_loggers(config.logger, out, OmegaConf.to_container(config.logger_kwargs)),  # type: ignore[arg-type]
+        logger=make_loggers(loggers, out, OmegaConf.to_container(config.logger_kwargs)),  # type: ignore[arg-type]
         progress_bar=sys.stderr.isatty() if config.progress_bar is None else config.progress_bar,
         seed=config.seed,
         clip_norm=config.optim.clip_norm,
+        compile=config.compile,
+        precision=config.precision,
+        cudagraph=config.cudagraph,
         checkpoint_rotation=CheckpointRotation(out / CHECKPOINTS, keep_last=config.checkpoint.keep),
         checkpoint_metadata=lambda trainer: described,
         save_trainer_interval=config.checkpoint.interval - 1,  # TorchRL saves once more than that has passed
+        data_parallel=processes.several(),
     )
     for name in loss.network_names:
         if (scheduler := _make_scheduler(config, stepper.optimizers[name], name)) is not None:
             NetworkLRScheduler(scheduler, name, stepper).register(trainer)
-    _add_metrics(trainer, config, task, transitions if held_out is None else held_out, held_out is not None)
+    if processes.is_first():
+        _add_metrics(trainer, config, task, transitions if held_out is None else held_out, held_out is not None)
     return trainer
 
 
@@ -103,8 +111,9 @@ def _make_buffer(
             transitions, weights = transitions[learned], None if weights is None else weights[learned]
     if config.n_step > 1:
         transitions = multi_step(transitions, config.n_step, gamma=config.loss.gamma)
-    settings = {"batch_size": config.batch_size, "sampler": config.sampler, "seed": config.seed}
-    return make_replay_buffer(transitions, device=device, weights=weights, **settings), held_out
+    settings = {"batch_size": config.batch_size, "sampler": config.sampler}
+    seed = processes.own_seed(config.seed)
+    return make_replay_buffer(transitions, device=device, weights=weights, seed=seed, **settings), held_out
 
 
 def make_stepper(config: DictConfig, loss: BCQLoss) -> BCQOptimizationStepper:
@@ -201,7 +210,7 @@ def _check_monitor(section: str, monitor: str, known: list[str]) -> None:
 
 
 def check_numbers(config: DictConfig) -> None:
-    """Refuse, before anything is read, numbers with which a run would fail or learn nothing.
+    """Refuse, before anything is read, numbers with which a run would fail or learn nothing, and precisions unheard of.
 
     Raises:
         RunError: naming the first one.
@@ -217,6 +226,8 @@ def check_numbers(config: DictConfig) -> None:
             raise RunError(f"loss.{name} is {config.loss[name]}, expected a number between 0 and 1.")
     if config.optim.clip_norm is not None and not config.optim.clip_norm > 0:
         raise RunError(f"optim.clip_norm is {config.optim.clip_norm}, expected more than 0; null does not clip.")
+    if config.precision is not None and config.precision not in PRECISIONS:
+        raise RunError(f"precision is {config.precision!r}, expected null or one of {[*PRECISIONS]}.")
     for section in ("evaluation", "checkpoint"):
         interval = config[section].interval
         if interval < 1 or interval % config.log_interval:

@@ -15,7 +15,8 @@ from torchrl_bcq.cli.errors import RunError
 YAML = (files("torchrl_bcq.cli") / "train.yaml").read_text(encoding="utf-8")
 FILE = "config.yaml"  # of a run's folder
 # what a resumed run may change, or what says nothing about its networks
-FREE = ("steps", "out", "resume", "progress_bar", "threads", "device", "root", "dataset", "reader")  # a digest tells
+FREE = ("steps", "out", "resume", "progress_bar", "threads", "device", "root", "dataset", "reader",  # a digest tells
+        "compile", "precision", "cudagraph")  # fmt: skip
 FREE_SECTIONS = ("evaluation", "checkpoint", "early_stopping", "logger", "logger_kwargs", "policy")
 
 
@@ -123,8 +124,12 @@ class TrainConfig:
     steps: int = MISSING
     batch_size: int = MISSING
     seed: int = MISSING
+    seeds: list[int] | None = MISSING
     device: str = MISSING
     threads: int | None = MISSING
+    compile: bool = MISSING
+    precision: str | None = MISSING
+    cudagraph: bool = MISSING
     network: NetworkConfig = field(default_factory=NetworkConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

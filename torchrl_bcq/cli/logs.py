@@ -19,6 +19,8 @@ NOT_COMPARED = {
     "resume",
     "device",
     "threads",
+    "compile",
+    "cudagraph",
     "root",
     "progress_bar",
     "logger",

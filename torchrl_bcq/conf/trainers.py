@@ -53,6 +53,9 @@ class BCQTrainerConfig(TrainerConfig):
     device: Any = None  # of networks and replay buffer, where they do not say
     seed: int | None = None  # of networks and training, and of the replay buffer where it does not say
     log_interval: int = 100  # gradient steps between two updates of progress bar and logger
+    compile: Any = False  # whether losses are compiled, or keywords of torch.compile
+    precision: str | None = None  # of matrix products: highest, high, medium, bf16-target or bf16-mixed
+    cudagraph: bool = False  # whether gradient steps are captured into CUDA graphs
     logger: Any = None  # one of TorchRL's
     progress_bar: bool = True  # needs tqdm
     clip_grad_norm: bool = True  # whether clip_norm bounds the norm of the gradients, else their values
@@ -63,6 +66,7 @@ class BCQTrainerConfig(TrainerConfig):
     checkpoint_rotation: Any = None  # TorchRL's, keeps several checkpoints in place of save_trainer_file
     checkpoint_metadata: Any = None  # callable that describes each of them
     log_timings: bool = False  # whether TorchRL's timers are logged
+    data_parallel: bool = False  # for torchrun; each process then needs replay_buffer.seed=${oc.env:RANK}
     _recursive_: bool = False  # parts are built below, after the seed is set
     _target_: str = "torchrl_bcq.conf.trainers._make_trainer"
 

@@ -84,7 +84,11 @@ def make_bcq_modules(
         """Reads the observations, and beside them what has this location and scale."""
         in_features = features + len(beside[0])
         net = MLP(
-            in_features=in_features, out_features=out_features, num_cells=list(num_cells), activation_class=nn.ReLU
+            in_features=in_features,
+            out_features=out_features,
+            num_cells=list(num_cells),
+            activation_class=nn.ReLU,
+            activation_kwargs={"inplace": True},  # on its linear layer's output, which nothing else reads
         )
         if normalization is not None:
             net.insert(0, normalization.first_layer(sizes, *beside, dtype))

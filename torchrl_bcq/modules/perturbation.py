@@ -60,4 +60,5 @@ class PerturbationActor(TensorDictModuleBase):
                 f"the actor's network gives {logits.shape[-1]} features for actions of {action.shape[-1]} dimensions, "
                 f"of which action_spec has {len(self.low)}; all three must be equal."
             )
+        logits = logits.to(self.low.dtype)  # from autocast's
         return tensordict.set(self.out_keys[0], perturb(action, logits, self.phi, self.low, self.high))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import combinations
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -13,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torchrl.modules import MLP
 
 from torchrl_bcq.modules.normalization import Rescale, Standardize
+from torchrl_bcq.modules.stacked import StackedLinear
 
 _ELEMENTWISE = (nn.ELU, nn.GELU, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh)
 
@@ -58,7 +60,11 @@ class QEnsemble(TensorDictModuleBase):
 
     def first(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the value of the first critic alone, ``[*B, 1]``."""
-        out = self.critics[0](tensordict)
+        critic: Any = self.critics[0]
+        if self._batched and not _have_hooks(self.critics):
+            # TensorDictModule's own call takes as long as the network does for one state
+            return tensordict.set(self.out_keys[0], critic.module(*map(tensordict.get, self.in_keys)))
+        out = critic(tensordict)
         self._column(out, 0)
         return out
 
@@ -73,21 +79,28 @@ class QEnsemble(TensorDictModuleBase):
         return value
 
     def _batched_values(self, inputs: Tensor) -> Tensor:
-        batch = inputs.shape[:-1]
-        x = inputs.reshape(1, -1, inputs.shape[-1]).expand(len(self.critics), -1, -1)  # [*B, in] -> [C, N, in]
+        batch, critics = inputs.shape[:-1], len(self.critics)
+        linear = next(layer for layer in self.critics[0].modules() if isinstance(layer, (nn.Linear, StackedLinear)))
+        agents = linear.weight.shape[:-2].numel()  # K, 1 where the layers are not stacked
+        x = inputs.reshape(1, agents, -1, inputs.shape[-1]).expand(critics, -1, -1, -1)  # [*B, in] -> [C, K, N, in]
         for layers in zip(*(critic.module for critic in self.critics), strict=True):
-            if isinstance(layers[0], nn.Linear):
-                weight = torch.stack([layer.weight for layer in layers])  # [C, out, in]
-                bias = torch.stack([layer.bias for layer in layers]).unsqueeze(1)  # [C, 1, out]
-                x = torch.baddbmm(bias, x, weight.mT)  # [C, N, in] -> [C, N, out]
+            if isinstance(layers[0], (nn.Linear, StackedLinear)):
+                weight = torch.stack([layer.weight for layer in layers]).flatten(0, -3)  # [CK, out, in]
+                bias = torch.stack([layer.bias for layer in layers]).flatten(0, -2).unsqueeze(1)  # [CK, 1, out]
+                x = torch.baddbmm(bias, x.flatten(0, 1), weight.mT).unflatten(0, (critics, agents))  # [C, K, N, out]
             elif isinstance(layers[0], Standardize):
-                loc, scale = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("loc", "scale"))
-                x = (x - loc.unsqueeze(1)) / scale.unsqueeze(1)  # [C, N, in]
+                loc, scale = (_stack([getattr(layer, name) for layer in layers]) for name in ("loc", "scale"))
+                x = (x - loc) / scale
             elif isinstance(layers[0], Rescale):
-                x = x * torch.stack([layer.scale for layer in layers]).unsqueeze(1)
+                x = x * _stack([layer.scale for layer in layers])
             else:
                 x = layers[0](x)
-        return x.squeeze(-1).mT.reshape(*batch, len(self.critics))  # [C, N, 1] -> [*B, C]
+        return x.squeeze(-1).movedim(0, -1).reshape(*batch, critics)  # [C, K, N, 1] -> [*B, C]
+
+
+def _stack(columns: Sequence[Tensor]) -> Tensor:
+    """One of each critic, ``[D] -> [C, 1, 1, D]``."""
+    return torch.stack(list(columns))[:, None, None]
 
 
 def _check_critics(critics: Sequence[TensorDictModuleBase]) -> None:

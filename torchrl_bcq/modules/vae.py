@@ -86,6 +86,7 @@ class ActionVAE(TensorDictModuleBase):
             raise ValueError(
                 f"encoder gives {posterior.shape[-1]} features, expected 2 * latent_dim = {2 * self.latent_dim}."
             )
+        posterior = posterior.to(self.low.dtype)  # from autocast's, in which small KL divergences would round to none
         loc, log_std = posterior.chunk(2, -1)  # [*B, 2L] -> 2 x [*B, L]
         return tensordict.set("loc", loc).set("log_std", log_std.clamp(*self.log_std_range))
 
@@ -130,7 +131,7 @@ class ActionVAE(TensorDictModuleBase):
         logits = self.decoder(*self._observations(tensordict), latent)
         if logits.shape[-1] != len(self.low):
             raise ValueError(f"decoder gives {logits.shape[-1]} features, expected the action's {len(self.low)}.")
-        return squash_to_bounds(logits, self.low, self.high)
+        return squash_to_bounds(logits.to(self.low.dtype), self.low, self.high)
 
 
 def _error_scale(scale: Tensor | Sequence[float] | None, like: Tensor) -> Tensor | None:

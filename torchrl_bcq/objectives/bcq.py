@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,9 @@ class BCQLoss(LossModule):
     default_value_estimator = ValueEstimators.TD0
     deterministic_sampling_mode = ExplorationType.RANDOM  # TorchRL's default would make all candidates alike
 
+    target_dtype: torch.dtype | None = None  # of autocast in the target, which has no gradient
+    target_chunk_size = 2_560  # next actions that are evaluated together on a CPU
+
     vae_network: GenerativeModel
     vae_network_params: TensorDictParams
     target_vae_network_params: TensorDictParams
@@ -158,8 +162,7 @@ class BCQLoss(LossModule):
     def vae_loss(self, tensordict: TensorDictBase, noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """What the behaviour is trained by, for a VAE the negative ELBO. ``noise [*B, L]`` is drawn if not given."""
         batch = self._select(tensordict, self._state_action_keys)
-        with _run_on(self.vae_network_params, self.vae_network):
-            loss, metadata = self.vae_network.training_loss(batch, noise=noise)
+        loss, metadata = self.vae_network.training_loss(batch, noise=noise)
         if loss.shape != batch.batch_size or set(metadata) != set(self.vae_network.loss_keys):
             raise ValueError(
                 f"training_loss gave shape {tuple(loss.shape)} and {[*metadata]}, expected one loss for each row, "
@@ -171,8 +174,7 @@ class BCQLoss(LossModule):
         """Squared TD error, summed over critics. ``latent [*B, n, L]`` of the next actions is drawn if not given."""
         steps = self.tensor_keys.steps_to_next_obs
         batch = self._select(tensordict, [*self.in_keys, *([steps] if steps in tensordict.keys(True) else [])])
-        with _run_on(self.qvalue_network_params, self.qvalue_network):
-            pred_value = self.qvalue_network(batch.copy()).get(self.tensor_keys.state_action_value)  # [*B, C]
+        pred_value = self._value(self.qvalue_network(batch.copy()))  # [*B, C]
         target_value = self._target_value(batch, latent)  # [*B, 1]
         td_error = pred_value - target_value
         if self.loss_function == "l2":
@@ -192,10 +194,9 @@ class BCQLoss(LossModule):
         batch = self._select(tensordict, self._state_action_keys)
         with torch.no_grad():
             sampled = self._sample(batch.select(*self._observation_keys), latent)
-        with _run_on(self.actor_network_params, self.actor_network):
-            perturbed = self.actor_network(sampled)
-        with _run_on(self.qvalue_network_params.data, self.qvalue_network):  # detached: only the actor learns
-            value = self.qvalue_network.first(perturbed).get(self.tensor_keys.state_action_value)  # [*B, 1]
+        perturbed = self.actor_network(sampled)
+        with _RunOn(self.qvalue_network_params.data, self.qvalue_network):  # detached: only the actor learns
+            value = self._value(self.qvalue_network.first(perturbed))  # [*B, 1]
         return self._weigh(-value.squeeze(-1), tensordict), {}
 
     @torch.no_grad()
@@ -205,23 +206,55 @@ class BCQLoss(LossModule):
             check_time_dimension(batch)
         states = batch.get("next").select(*self._observation_keys)
         candidates = states.unsqueeze(-1).expand(*states.batch_size, self.num_target_samples)  # [*B] -> [*B, n]
-        candidates = self._sample(candidates, latent)
-        if self.actor_network is not None:
-            with _run_on(self.target_actor_network_params, self.actor_network):
-                candidates = self.actor_network(candidates)
-        with _run_on(self.target_qvalue_network_params, self.qvalue_network):
-            qvalue = self.qvalue_network(candidates).get(self.tensor_keys.state_action_value)  # [*B, n, C]
-        next_value = best_sample_value(qvalue, self.lmbda)
+        latent = self._draw_latent(candidates) if latent is None else latent
+        with (
+            self._target_autocast(),
+            self._target_actor(),
+            _RunOn(self.target_qvalue_network_params, self.qvalue_network),
+        ):
+            values = [self._best_value(*part) for part in self._split(candidates, latent)]
+        next_value = values[0] if len(values) == 1 else torch.cat(values, batch.ndim - 1)
         batch = batch.copy().set(("next", self.tensor_keys.state_action_value), next_value)
         return self.value_estimator.value_estimate(batch)
 
+    def _best_value(self, candidates: TensorDictBase, latent: Tensor) -> Tensor:
+        """Of the candidates of each state, with the networks as they are. ``[*B, n] -> [*B, 1]``."""
+        candidates = self._sample(candidates, latent)
+        if self.actor_network is not None:
+            candidates = self.actor_network(candidates)
+        return best_sample_value(self._value(self.qvalue_network(candidates)), self.lmbda)  # [*B, n, C]
+
+    def _split(self, candidates: TensorDictBase, latent: Tensor) -> list[tuple[TensorDictBase, Tensor]]:
+        """Parts of the last batch dimension that a CPU's caches hold; another device takes all at once."""
+        parts = -(-candidates.numel() // self.target_chunk_size)
+        if latent.device.type != "cpu" or parts == 1 or candidates.ndim == 1:
+            return [(candidates, latent)]
+        dim = candidates.ndim - 2
+        size = -(-candidates.shape[dim] // parts)
+        return list(zip(candidates.split(size, dim), latent.split(size, dim), strict=True))
+
+    def _target_actor(self) -> AbstractContextManager:
+        if self.actor_network is None:
+            return nullcontext()
+        return _RunOn(self.target_actor_network_params, self.actor_network)
+
+    def _target_autocast(self) -> AbstractContextManager:
+        if self.target_dtype is None:
+            return nullcontext()  # leaves an autocast around the loss as it is
+        return torch.autocast(self._first_parameter.device.type, self.target_dtype)
+
     def _sample(self, states: TensorDictBase, latent: Tensor | None) -> TensorDictBase:
         """Write an action of the behaviour for each state."""
-        vae = self.vae_network
-        if latent is None:
-            latent = clipped_normal((*states.batch_size, vae.latent_dim), vae.latent_clip, like=self._first_parameter)
-        with _run_on(self.vae_network_params, vae):
-            return check_action(vae.decode(states, latent), vae.action_key)
+        latent = self._draw_latent(states) if latent is None else latent
+        return check_action(self.vae_network.decode(states, latent), self.tensor_keys.action)
+
+    def _draw_latent(self, states: TensorDictBase) -> Tensor:
+        shape = (*states.batch_size, self.vae_network.latent_dim)
+        return clipped_normal(shape, self.vae_network.latent_clip, like=self._first_parameter)
+
+    def _value(self, written: TensorDictBase) -> Tensor:
+        """What the critics wrote, in the dtype of the loss; that of the networks is autocast's."""
+        return written.get(self.tensor_keys.state_action_value).to(self._first_parameter.dtype)
 
     def _weigh(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
         """Importance weights, mask and reduction as TorchRL does them. ``[*B] -> []``, or ``[*B]`` for ``"none"``."""
@@ -245,14 +278,25 @@ class BCQLoss(LossModule):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load as any module does; entries of the networks that differ are an error, too, which tensordict skips."""
         check_state_dict(self.state_dict(), state_dict, strict=strict)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        self._bind()
+        return result
 
     def _apply(self, fn, recurse: bool = True):
-        """Move or cast, and bind the moved tensors to the modules handed in, whose buffers would else stay behind."""
+        """Move or cast, the modules handed in too."""
         super()._apply(fn)
-        for name in self.network_names:
-            _run_on(getattr(self, f"{name}_network_params"), getattr(self, f"{name}_network"))
+        self._bind()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a copy's state."""
+        super().__setstate__(state)
+        self._bind()
+
+    def _bind(self) -> None:
+        """Have the modules handed in hold this loss's very parameters, which were copied, moved, cast or replaced."""
+        for name in self.network_names:
+            _put(getattr(self, f"{name}_network_params"), getattr(self, f"{name}_network"))
 
     @property
     def _first_parameter(self) -> Tensor:
@@ -328,6 +372,20 @@ class BCQLoss(LossModule):
         return self
 
 
-def _run_on(params: TensorDictParams, network: Any):
-    """Put ``params`` into ``network``, in a ``with`` until its end; tensordict's default would unfreeze them."""
-    return params.to_module(network, preserve_module_state=False)
+class _RunOn:
+    """Put ``params`` into ``network`` for a ``with``, which may fail: tensordict's own would leave them there then."""
+
+    def __init__(self, params: TensorDictParams, network: Any) -> None:
+        self._params = params
+        self._network = network
+
+    def __enter__(self) -> None:
+        self._swap = _put(self._params, self._network)
+        self._swap.__enter__()
+
+    def __exit__(self, *failure: Any) -> None:
+        self._swap.__exit__(None, None, None)
+
+
+def _put(params: TensorDictParams, network: Any) -> Any:
+    return params.to_module(network, preserve_module_state=False)  # the default would unfreeze them

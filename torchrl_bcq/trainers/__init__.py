@@ -6,6 +6,7 @@ from torchrl_bcq.trainers.checkpoints import make_checkpoint
 from torchrl_bcq.trainers.metrics import DatasetMetrics, EnvironmentMetrics, evaluate
 from torchrl_bcq.trainers.offline_collector import OfflineCollector
 from torchrl_bcq.trainers.stepper import BCQOptimizationStepper, NetworkLRScheduler
+from torchrl_bcq.trainers.together import train_together
 
 __all__ = [
     "BCQOptimizationStepper",
@@ -17,4 +18,5 @@ __all__ = [
     "OfflineCollector",
     "evaluate",
     "make_checkpoint",
+    "train_together",
 ]

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.checkpoint import GlobalRNGState
 from torchrl.data import PrioritizedSampler, ReplayBuffer
 from torchrl.objectives.utils import TargetNetUpdater
-from torchrl.trainers.trainers import OptimizationStepper, ReplayBufferTrainer, TargetNetUpdaterHook, Trainer
+from torchrl.trainers.trainers import OptimizationStepper, ReplayBufferTrainer
 
 from torchrl_bcq.objectives import BCQLoss
-from torchrl_bcq.trainers.checkpoints import LoggerState, SamplerState, make_checkpoint, tidy, tidy_rotation
+from torchrl_bcq.trainers.checkpoints import LoggerState, make_checkpoint, tidy, tidy_rotation
+from torchrl_bcq.trainers.distributed import DataParallel
+from torchrl_bcq.trainers.execution import Execution
+from torchrl_bcq.trainers.lockstep import LockstepTrainer
 from torchrl_bcq.trainers.offline_collector import OfflineCollector
+from torchrl_bcq.trainers.randomness import RandomState
 from torchrl_bcq.trainers.stepper import BCQOptimizationStepper
+from torchrl_bcq.trainers.targets import FastTargetNetUpdaterHook
 from torchrl_bcq.trainers.watch import LossWatch, check_parameters
 
 # arguments of TorchRL's Trainer that are settled here
 _NOT_OFFLINE = {"async_collection", "batch_size", "frame_skip", "learner_backend", "lr", "num_epochs", "optimizer"}
 
 
-class BCQTrainer(Trainer):
+class BCQTrainer(LockstepTrainer):
     """A :class:`torchrl.trainers.Trainer` whose frames are gradient steps on a fixed dataset.
 
     Args:
@@ -37,6 +41,21 @@ class BCQTrainer(Trainer):
         optimization_stepper: the author's Adam optimizers if not given.
         log_interval: gradient steps between two updates of the progress bar and of the logger; what is logged is the
             mean over them. Losses are checked, and checkpoints written, at its multiples.
+        compile: whether losses are compiled by :func:`torch.compile`, or keywords for it, such as
+            ``{"mode": "max-autotune"}``. The first step of each network then takes up to a minute, and latents are
+            other draws than PyTorch's, unless by ``{"options": {"fallback_random": True}}``.
+        precision: of matrix products. ``None`` leaves it as PyTorch is set up, float32 by default. ``"highest"``,
+            ``"high"`` and ``"medium"`` are those of :func:`torch.set_float32_matmul_precision`, set while it trains:
+            other float32 kernels, whose error depends on the processor. ``"bf16-target"`` evaluates the critics'
+            target, which has no gradient, in bfloat16, ``"bf16-mixed"`` all networks; weights, optimizers, targets
+            and losses stay float32.
+        cudagraph: whether gradient steps are captured into CUDA graphs, so that a step is one launch; needs a loss on
+            a CUDA device, and optimizers that can be captured.
+        data_parallel: whether the processes of :mod:`torch.distributed`, such as ``torchrun`` starts, train together,
+            each on batches of its own: they begin with the first one's networks, and average gradients before each
+            step of an optimizer. All make this trainer, with a replay buffer of another seed, as
+            ``make_replay_buffer(..., seed=seed + rank)``, and call the same methods. N batches of B rows count as one
+            of N * B. Only the first process logs and writes; hooks that only watch may be its alone.
         **trainer_kwargs: any other argument of TorchRL's Trainer: ``logger``, ``seed``, ``progress_bar``,
             ``clip_norm``, ``save_trainer_file``, ``save_trainer_interval``, ``checkpoint``, ``checkpoint_rotation`` ...
 
@@ -46,12 +65,18 @@ class BCQTrainer(Trainer):
     if there had been no break. Nothing in them is pickled, unless ``checkpoint`` is one of your own that does.
 
     ``trainer.request_stop(reason)``, from a signal handler too, ends ``train`` after the present gradient step with a
-    checkpoint.
+    checkpoint; of several processes, all of them after the ``log_interval``.
+
+    A checkpoint of several processes holds what each draws from. As many go on bit by bit; where there were fewer, the
+    new ones draw from new random states, which follow from the first one's, their rank and the step.
 
     Raises:
-        TypeError: for an argument of TorchRL's Trainer that would have no effect here.
-        ValueError: if the updater is missing or belongs to another loss, a network lacks its optimizer, or a
-            prioritised buffer reads its priorities from another entry than the loss writes.
+        TypeError: for an argument of TorchRL's Trainer that would have no effect here, or another kind of ``compile``.
+        ValueError: if the updater is missing or belongs to another loss, a network lacks its optimizer, a prioritised
+            buffer reads its priorities from another entry than the loss writes, ``precision`` is unknown, or
+            ``cudagraph`` or ``data_parallel`` is asked for where it cannot be had; in ``train``, if processes differ
+            where they must not, or draw the same rows.
+        RuntimeError: if another process has failed, or has ended.
         FloatingPointError: in ``train``, if a loss was not finite within the last ``log_interval`` steps, or weights
             are not when a checkpoint is due. It names the step, the loss, the rows of its batch, which are written
             beside the checkpoints, and the last good checkpoint.
@@ -69,6 +94,10 @@ class BCQTrainer(Trainer):
         total_steps: int,
         optimization_stepper: OptimizationStepper | None = None,
         log_interval: int = 100,
+        compile: bool | Mapping[str, Any] = False,
+        precision: str | None = None,
+        cudagraph: bool = False,
+        data_parallel: bool = False,
         **trainer_kwargs: Any,
     ) -> None:
         if taken := _NOT_OFFLINE & trainer_kwargs.keys():
@@ -76,9 +105,13 @@ class BCQTrainer(Trainer):
         _check_updater(loss_module, target_net_updater)
         optimization_stepper = optimization_stepper or BCQOptimizationStepper.adam(loss_module)
         _check_stepper(loss_module, optimization_stepper)
+        parallel = _join(loss_module, optimization_stepper, cudagraph) if data_parallel else None
+        if cudagraph:
+            _capture(loss_module, optimization_stepper)
         logger = trainer_kwargs.get("logger")
         own = {"checkpoint": make_checkpoint(**({} if logger is None else {"logger": LoggerState(logger)}))}
         super().__init__(
+            parallel=parallel,
             collector=OfflineCollector(total_steps, log_interval),
             total_frames=total_steps,
             frame_skip=1,
@@ -93,18 +126,20 @@ class BCQTrainer(Trainer):
         self._last_log: dict[str, int] = {}  # TorchRL's is shared by all live trainers
         self._log_dict: dict[str, deque] = defaultdict(lambda: deque(maxlen=1))  # TorchRL's grows for ever
         self._last_save = 0
+        self._execution = Execution(loss_module, compile, precision)
         self._watch = LossWatch(replay_buffer)
         self._replay = ReplayBufferTrainer(replay_buffer)
+        # of an agent that is trained together with others, which is where its own random numbers begin
+        self.random_state = None if trainer_kwargs.get("seed") is None else self._present_random_state()
         self.register_op("process_optim_batch", self._draw)
         if isinstance(replay_buffer.sampler, PrioritizedSampler):
             _check_priority_key(loss_module, replay_buffer)
             self.register_op("post_optim_log", self._replay.update_priority)
         if target_net_updater is not None:
-            self.register_op("post_optim", TargetNetUpdaterHook(target_net_updater))
+            self.register_op("post_optim", FastTargetNetUpdaterHook(target_net_updater))
         self.register_op("post_optim_complete_log", self._log_losses)
         self.register_op("setup", self._set_up)
-        self.register_module("sampler", SamplerState(replay_buffer))
-        self.register_module("random_state", GlobalRNGState())
+        self.register_random_states(replay_buffer)
         self.register_module("metrics", _LastMetrics(self))
 
     @property
@@ -134,7 +169,8 @@ class BCQTrainer(Trainer):
         before = self._optim_count
         self.optim_steps_per_batch = batch.numel()
         self._watch.begin(before)
-        super().optim_steps(batch)
+        with self._execution.active():
+            super().optim_steps(batch)
         if undone := batch.numel() - self._watch.steps:
             self._optim_count = before + self._watch.steps
             self.collected_frames -= undone
@@ -142,17 +178,28 @@ class BCQTrainer(Trainer):
 
     def compute_loss(self, sub_batch: TensorDictBase, method: str | None = None) -> Any:
         """Evaluate the loss, or one of its methods, and remember the value until it is checked."""
-        out = super().compute_loss(sub_batch, method)
-        self._watch.add({method: out[0]} if method else out)
+        out = self._execution.compute(sub_batch, method)
+        self.remember_losses({method: out[0]} if method else out)
         return out
 
+    def remember_losses(self, losses: Mapping[str, Any]) -> None:
+        """Have the values of losses in the present step checked at the end of the tick."""
+        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            self._watch.add(losses)
+
     def write_checkpoint(self, write: Callable[[], Any]) -> None:
-        """Have ``write`` write a checkpoint, of finite weights only.
+        """Have ``write`` write a checkpoint, of finite weights only; of several processes at the end of the tick.
 
         Raises:
             FloatingPointError: if weights are not finite.
             OSError: if it cannot be written.
         """
+        if self._parallel is None:
+            self._write(write)
+        else:
+            self._writes.append(lambda: self._write(write))
+
+    def _write(self, write: Callable[[], Any]) -> None:
         check_parameters(self.loss_module, self._optim_count, self._last_good)
         try:
             write()
@@ -163,12 +210,18 @@ class BCQTrainer(Trainer):
             ) from error
 
     def _save_trainer(self) -> None:
-        self.write_checkpoint(super()._save_trainer)
+        save = super()._save_trainer
+        self._write_together(lambda: self._write(save))
 
     def load_from_file(self, file: str | Path, **kwargs: Any) -> BCQTrainer:
         """Go on from a checkpoint; see TorchRL's method for the keywords."""
-        tidy(Path(file))
-        return super().load_from_file(file, **kwargs)
+        self._on_first(lambda: tidy(Path(file)))
+        super().load_from_file(file, **kwargs)
+        self.random_state = self._present_random_state()
+        return self
+
+    def _present_random_state(self) -> RandomState:
+        return RandomState(next(self.loss_module.parameters()).device)
 
     @property
     def _last_good(self) -> str:
@@ -185,11 +238,13 @@ class BCQTrainer(Trainer):
 
     def _log_losses(self, optim_steps: int, average_losses: TensorDictBase | None) -> dict[str, Any] | None:
         """Log the means of a tick, the losses also on the progress bar; one transfer from the device."""
-        self._watch.check(self._checkpoint_folder, self._last_good)
+        watch = self._watch
+        self._fail_together(watch.find(), lambda at: watch.describe(at, self._checkpoint_folder, self._last_good))
         if average_losses is None or self._watch.steps < self.optim_steps_per_batch:
             return None  # broken off; a resumed run makes the rest of the tick
         names = list(average_losses.keys())
-        means = dict(zip(names, torch.stack([average_losses.get(name) for name in names]).tolist(), strict=True))
+        values = self._mean(torch.stack([average_losses.get(name) for name in names]))
+        means = dict(zip(names, values.tolist(), strict=True))
         known = {name: mean for name, mean in means.items() if not math.isnan(mean)}  # others did not learn
         self._log(**{name: mean for name, mean in known.items() if not name.startswith("loss_")})
         return {"log_pbar": True, **{name: mean for name, mean in known.items() if name.startswith("loss_")}}
@@ -202,14 +257,17 @@ class BCQTrainer(Trainer):
 
     def _set_up(self) -> None:
         """Remove what a killed run left half-written, and start a resumed run's bar at its step."""
-        if self.checkpoint_rotation is not None:
-            tidy_rotation(self.checkpoint_rotation.directory, self.checkpoint_rotation.prefix)
-        elif self.save_trainer_file is not None:
-            tidy(Path(self.save_trainer_file).absolute())
+        self._on_first(self._tidy)
         if self.progress_bar:
             self._pbar.unit = " steps"
             self._pbar.n = self._pbar.initial = self.collected_frames
             self._pbar.refresh()
+
+    def _tidy(self) -> None:
+        if self.checkpoint_rotation is not None:
+            tidy_rotation(self.checkpoint_rotation.directory, self.checkpoint_rotation.prefix)
+        elif self.save_trainer_file is not None:
+            tidy(Path(self.save_trainer_file).absolute())
 
     def _pbar_description(self) -> None:
         """Show what is logged after steps, rate and time left, which a narrow terminal would else cut off."""
@@ -248,6 +306,24 @@ def _check_stepper(loss_module: BCQLoss, stepper: OptimizationStepper) -> None:
     trained = loss_module.network_names
     if isinstance(stepper, BCQOptimizationStepper) and set(stepper.optimizers) != set(trained):
         raise ValueError(f"the loss trains {[*trained]}, but optimization_stepper steps {[*stepper.optimizers]}.")
+
+
+def _capture(loss_module: BCQLoss, stepper: OptimizationStepper) -> None:
+    device = next(loss_module.parameters()).device
+    if device.type != "cuda":
+        raise ValueError(f"cudagraph=True needs a loss on a CUDA device, this one is on {device}.")
+    if not isinstance(stepper, BCQOptimizationStepper):
+        raise ValueError(f"cudagraph=True needs a BCQOptimizationStepper, not a {type(stepper).__name__}.")
+    stepper.capture()
+
+
+def _join(loss_module: BCQLoss, stepper: OptimizationStepper, cudagraph: bool) -> DataParallel:
+    if not isinstance(stepper, BCQOptimizationStepper):
+        raise ValueError(f"data_parallel=True needs a BCQOptimizationStepper, not a {type(stepper).__name__}.")
+    if cudagraph:
+        raise ValueError("data_parallel=True and cudagraph=True do not go together; leave one of them.")
+    stepper.parallel = DataParallel(next(loss_module.parameters()).device)
+    return stepper.parallel
 
 
 def _check_priority_key(loss_module: BCQLoss, replay_buffer: ReplayBuffer) -> None:

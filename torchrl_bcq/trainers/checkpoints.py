@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from tensordict import TensorDictBase
+from torch.utils._pytree import tree_map_only
 from torchrl.checkpoint import Checkpoint, StateDictCheckpointAdapter
 from torchrl.data import PrioritizedSampler, ReplayBuffer, SamplerWithoutReplacement
 from torchrl.data.replay_buffers.samplers import Sampler
@@ -49,7 +50,10 @@ class WeightsOnlyAdapter(StateDictCheckpointAdapter):
         path.mkdir(parents=True, exist_ok=True)
         state = component.state_dict(*args, **kwargs)
         content = io.BytesIO()  # torch's own writer gives no OSError
-        torch.save(state, content)
+        written = tree_map_only(torch.Tensor, _own_memory, state)
+        if hasattr(state, "_metadata"):  # a module's, which the new dict lacks
+            written._metadata = state._metadata
+        torch.save(written, content)
         with open(path / self.state_torch, "wb") as file:
             file.write(content.getbuffer())
             file.flush()
@@ -71,6 +75,11 @@ class WeightsOnlyAdapter(StateDictCheckpointAdapter):
         if not file.is_file():
             raise FileNotFoundError(f"there is no {file}.")
         component.load_state_dict(torch.load(file, map_location=map_location, weights_only=True), *args, **kwargs)
+
+
+def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Without what else its memory holds, which would be written with it."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def make_checkpoint(**components: Any) -> Checkpoint:

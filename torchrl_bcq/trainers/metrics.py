@@ -97,13 +97,17 @@ class _PeriodicMetrics(TrainerHookBase):
         """Measure and log, if it is time."""
         trainer = self._trainer
         step = trainer.collected_frames
-        if trainer._stop_training or (step % self.interval and step < trainer.total_frames):
+        if self._should_stop() or (step % self.interval and step < trainer.total_frames):
             return
         metrics = self.measure()
         if metrics is not None:
             trainer._log(log_pbar=True, **{self.main: metrics[self.main]})
             trainer._log(**{name: value for name, value in metrics.items() if name != self.main})
             _logger.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+    def _should_stop(self) -> bool:
+        """Whether there is no time left to measure."""
+        return getattr(self._trainer, "stop_requested", getattr(self._trainer, "_stop_training", False))
 
     def _at_the_start(self) -> None:
         """Measure before the first step, or what a stop did not leave the time for."""
@@ -180,7 +184,7 @@ class EnvironmentMetrics(_PeriodicMetrics):
             critics=self.critics,
             gamma=self.gamma,
             seed=self.seed,
-            should_stop=lambda: getattr(self._trainer, "_stop_training", False),
+            should_stop=self._should_stop,
         )
         return None if found is None else summarize(found, self.reference_scores)
 

@@ -52,27 +52,26 @@ class LossWatch:
             if name.startswith("loss_") or name.endswith("_loss"):
                 self._losses.append((self.steps, name, value.detach()))
 
-    def check(self, folder: Path | None, last_good: str) -> None:
-        """Check all losses that are remembered.
-
-        Args:
-            folder: where the batch of one that is not finite is written, for inspection.
-            last_good: names the last good checkpoint.
-
-        Raises:
-            FloatingPointError: if one is not finite; of several the first.
-        """
+    def find(self) -> int | None:
+        """Check all losses that are remembered: the place of the first that is not finite, None if all are."""
         values = [value for *_, value in self._losses]
         if not values or (finite := torch.stack(values).isfinite()).all():
-            return
-        step, name, value = self._losses[int((~finite).nonzero()[0])]
-        rows = self._rows[step - 1]
-        raise FloatingPointError(
-            f"{name} is {value.item()} in gradient step {self._before + step}{self._describe(rows, step, folder)}. "
-            f"{last_good} {_REMEDY}"
-        )
+            return None
+        return int((~finite).nonzero()[0])
 
-    def _describe(self, rows: Tensor | None, step: int, folder: Path | None) -> str:
+    def describe(self, place: int, folder: Path | None, last_good: str) -> str:
+        """Say which loss it is.
+
+        Args:
+            place: where it was found.
+            folder: where its batch is written, for inspection.
+            last_good: names the last good checkpoint.
+        """
+        step, name, value = self._losses[place]
+        rows = self._describe_rows(self._rows[step - 1], step, folder)
+        return f"{name} is {value.item()} in gradient step {self._before + step}{rows}. {last_good} {_REMEDY}"
+
+    def _describe_rows(self, rows: Tensor | None, step: int, folder: Path | None) -> str:
         if rows is None:
             return ", on rows that the replay buffer does not name"
         rows = rows.flatten()

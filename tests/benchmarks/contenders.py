@@ -1,0 +1,130 @@
+"""Who is measured: this package in each of its modes, other libraries, and bare PyTorch.
+
+A contender of TRAINING is set up by ``(batch_size, device, sizes)`` and makes ``update(steps)`` gradient steps, each
+on a batch that it draws from its own buffer of the same transitions. One of ACTING is set up by ``(device, sizes)``
+and maps states ``[S, D]`` to actions ``[S, A]``, both in NumPy as environments have them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from floor import TAU, Floor
+from peers import act_d3rlpy, act_tianshou, train_d3rlpy, train_tianshou
+from tensordict import TensorDict
+from torchrl.data import Bounded, Unbounded
+from torchrl.objectives import SoftUpdate
+from transitions import ACTIONS, OBSERVATIONS, Sizes, make_transitions
+
+from torchrl_bcq import BCQLoss, BCQPolicy, BCQTrainer, make_bcq_modules, make_replay_buffer, train_together
+
+Train = Callable[[int, str, Sizes], Callable[[int], None]]
+Act = Callable[[str, Sizes], Callable[[np.ndarray], np.ndarray]]
+
+CANDIDATES = 100  # of each state, when acting
+
+AGENTS = 4  # that are trained together
+
+CPU_MODES: dict[str, dict[str, Any]] = {  # arguments of BCQTrainer
+    "eager": {},
+    "medium": {"precision": "medium"},
+    "compiled": {"compile": True},
+    "compiled medium": {"compile": True, "precision": "medium"},
+    "bf16-target": {"precision": "bf16-target"},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "compiled bf16": {"compile": True, "precision": "bf16-mixed"},
+}
+CUDA_MODES: dict[str, dict[str, Any]] = {
+    "cudagraph": {"cudagraph": True},
+    "cudagraph high": {"cudagraph": True, "precision": "high"},
+    "cudagraph bf16": {"cudagraph": True, "precision": "bf16-mixed"},
+    "cudagraph compiled": {"cudagraph": True, "compile": True},
+}
+MODES = CPU_MODES | CUDA_MODES
+ACTING_MODES: dict[str, Callable[[BCQPolicy], Callable]] = {"eager": lambda policy: policy, "compiled": torch.compile}
+
+
+def make_modules(device: str, sizes: Sizes):
+    torch.manual_seed(0)
+    specs = Unbounded((OBSERVATIONS,)), Bounded(-1, 1, (ACTIONS,))
+    return make_bcq_modules(*specs, hidden=sizes.hidden, vae_hidden=sizes.vae_hidden, device=device)
+
+
+def make_trainer(batch_size: int, device: str, sizes: Sizes, seed: int = 0, **mode: Any) -> BCQTrainer:
+    loss = BCQLoss(*make_modules(device, sizes))
+    buffer = make_replay_buffer(make_transitions(), batch_size=batch_size, device=device, seed=seed)
+    updater = SoftUpdate(loss, tau=TAU)
+    # steps are asked for one tick after the other: the number of all of them is never reached
+    return BCQTrainer(loss, buffer, target_net_updater=updater, total_steps=10**9, progress_bar=False, **mode)
+
+
+def train_own(batch_size: int, device: str, sizes: Sizes, *, mode: str) -> Callable[[int], None]:
+    """One trainer for all rounds, so that nothing is compiled twice; a call is a tick of its loop, logging included."""
+    trainer = make_trainer(batch_size, device, sizes, **MODES[mode])
+    return lambda steps: trainer.optim_steps(TensorDict({}, [steps]))
+
+
+def train_together_own(batch_size: int, device: str, sizes: Sizes) -> Callable[[int], None]:
+    """Agents that make so many steps each; what is measured is the time of one agent's step."""
+    trainers = [make_trainer(batch_size, device, sizes, seed=seed) for seed in range(AGENTS)]
+
+    def update(steps: int) -> None:
+        for trainer in trainers:
+            trainer.total_frames = trainer.collector.total_frames = trainer.collected_frames + steps
+        train_together(trainers)
+
+    update.agents = AGENTS
+    return update
+
+
+def act_own(device: str, sizes: Sizes, *, mode: str) -> Callable[[np.ndarray], np.ndarray]:
+    policy = ACTING_MODES[mode](BCQPolicy(*make_modules(device, sizes), num_action_samples=CANDIDATES))
+
+    def act(states: np.ndarray) -> np.ndarray:
+        batch = TensorDict({"observation": torch.from_numpy(states).to(device)}, [len(states)])
+        return policy(batch)["action"].cpu().numpy()
+
+    return act
+
+
+def train_floor(batch_size: int, device: str, sizes: Sizes) -> Callable[[int], None]:
+    return Floor(make_transitions(), batch_size, device, sizes).update
+
+
+def act_floor(device: str, sizes: Sizes) -> Callable[[np.ndarray], np.ndarray]:
+    floor = Floor(make_transitions(), 1, device, sizes)
+    return lambda states: floor.act(torch.from_numpy(states).to(device), CANDIDATES).cpu().numpy()
+
+
+TRAINING: dict[str, Train] = {
+    **{mode: partial(train_own, mode=mode) for mode in MODES},
+    f"{AGENTS} agents": train_together_own,
+    "tianshou": train_tianshou,
+    "d3rlpy": train_d3rlpy,
+    "d3rlpy-graph": partial(train_d3rlpy, graph=True),
+    "floor": train_floor,
+}
+ACTING: dict[str, Act] = {
+    **{mode: partial(act_own, mode=mode) for mode in ACTING_MODES},
+    "tianshou": partial(act_tianshou, samples=CANDIDATES),
+    "d3rlpy": partial(act_d3rlpy, samples=CANDIDATES),
+    "floor": act_floor,
+}
+PEERS = {"tianshou": "tianshou", "d3rlpy": "d3rlpy", "d3rlpy-graph": "d3rlpy"}  # and their packages
+
+
+def absent(device: str) -> dict[str, str]:
+    """Contenders that cannot be measured here, and why."""
+    lacking = {
+        name: f"{package} is not installed: pip install --group bench"
+        for name, package in PEERS.items()
+        if importlib.util.find_spec(package) is None
+    }
+    if device.startswith("cuda"):
+        return lacking
+    return {**dict.fromkeys(["d3rlpy-graph", *CUDA_MODES], "it is for CUDA"), **lacking}

@@ -1,0 +1,303 @@
+"""CUDA graphs, as far as a machine without a GPU can tell, and one test that needs it."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from tensordict import TensorDictBase
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+from torchrl.objectives import SoftUpdate
+from torchrl.trainers.trainers import DefaultOptimizationStepper
+
+from torchrl_bcq import (
+    BCQLoss,
+    BCQOptimizationStepper,
+    BCQTrainer,
+    NetworkLRScheduler,
+    make_bcq_modules,
+    make_replay_buffer,
+)
+from torchrl_bcq.trainers.bcq import _capture
+
+from ..conftest import ACTION_SPEC, OBSERVATION_SPEC, random_transitions
+from .conftest import assert_same_run, make_trainer, weights
+from .test_bcq import prioritised_buffer
+
+NAMES = ("vae", "qvalue", "actor")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="captures for real where there is a GPU")
+
+
+class Replayed:
+    """Stands for a captured graph: of what the function does in Python only that gets out which it returns."""
+
+    def __init__(self, function, in_keys, out_keys) -> None:
+        self.function = function
+
+    def __call__(self, batch: TensorDictBase) -> TensorDictBase:
+        with mock.patch.object(BCQTrainer, "remember_losses"):
+            return self.function(batch.clone()).clone()
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    monkeypatch.setattr("torchrl_bcq.trainers.stepper.CudaGraphModule", Replayed)
+
+
+@pytest.fixture
+def passed_through(monkeypatch):
+    """Tensordict's own, which without a GPU calls the function; else it would change pytree's registry for good."""
+    for registry in ("PYTREE_REGISTERED_TDS", "PYTREE_REGISTERED_LAZY_TDS"):
+        monkeypatch.setattr(f"tensordict.nn.cudagraphs.{registry}", ())
+
+
+def captured(**schedule):
+    def stepper(loss: BCQLoss) -> BCQOptimizationStepper:
+        stepper = BCQOptimizationStepper.adam(loss, **schedule)
+        stepper.capture()
+        return stepper
+
+    return stepper
+
+
+def run(steps: int, stepper=None, **settings) -> BCQTrainer:
+    """On the same transitions; not begun."""
+    torch.manual_seed(0)
+    return make_trainer(random_transitions(50), steps, stepper=stepper, **settings)
+
+
+def with_rates(trainer: BCQTrainer) -> BCQTrainer:
+    """With a schedule of each network's learning rate."""
+    for name, optimizer in trainer.optimization_stepper.optimizers.items():
+        scheduler = StepLR(optimizer, 5, 0.3) if name == "actor" else CosineAnnealingLR(optimizer, 40)
+        NetworkLRScheduler(scheduler, name, trainer.optimization_stepper).register(trainer)
+    return trainer
+
+
+def trained(trainer: BCQTrainer) -> BCQTrainer:
+    """It draws from PyTorch's random state, as it was when it was made: no other may be made in between."""
+    trainer.train()
+    return trainer
+
+
+def close(one, other) -> None:
+    """To the rounding of a learning rate to float32, of which 20 steps of 1e-3 make less than 1e-8."""
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+
+
+SCHEDULES = [  # and the sets of networks that learn together
+    ({}, [NAMES]),
+    (
+        {"vae_warmup_steps": 5, "freeze_vae_after": 12, "actor_update_interval": 3},
+        [("vae",), ("vae", "qvalue"), NAMES, ("qvalue",), ("qvalue", "actor")],
+    ),
+]
+
+
+# steps
+
+
+@without_gpu
+@pytest.mark.parametrize(("schedule", "sets"), SCHEDULES)
+def test_without_a_gpu_steps_pass_through(passed_through, schedule, sets):
+    def passing(loss):
+        stepper = BCQOptimizationStepper.adam(loss, **schedule)
+        stepper.captured = True  # with optimizers as they were
+        return stepper
+
+    eager = run(20, partial(BCQOptimizationStepper.adam, **schedule))
+    eager.train()
+    trainer = run(20, passing)
+    with pytest.warns(UserWarning, match="without CUDA device available"):
+        trainer.train()
+    assert_same_run(trainer, eager)
+    assert trainer.metrics == pytest.approx(eager.metrics, rel=0, abs=0, nan_ok=True)
+    assert set(trainer.optimization_stepper._graphs) == {(*names, torch.Size([16])) for names in sets}
+
+
+@pytest.mark.parametrize(("schedule", "sets"), SCHEDULES)
+def test_what_is_replayed_is_the_eager_run(replayed, schedule, sets):
+    """Learning rates are scheduled, too: they reach the graph, which was captured with the first one."""
+    steppers = (partial(BCQOptimizationStepper.adam, **schedule), captured(**schedule))
+    eager, trainer = (trained(with_rates(run(20, stepper))) for stepper in steppers)
+    close(weights(trainer), weights(eager))
+    assert trainer.metrics == pytest.approx(eager.metrics, rel=1e-4, nan_ok=True)
+    assert set(trainer.optimization_stepper._graphs) == {(*names, torch.Size([16])) for names in sets}
+
+
+def test_a_batch_of_another_size_has_a_graph_of_its_own(replayed):
+    trainer = run(1, captured())
+    for size in (16, 4, 16):
+        trainer.optimization_stepper.step(trainer, random_transitions(size))
+    sizes = [size for *_, size in trainer.optimization_stepper._graphs]
+    assert sizes == [torch.Size([16]), torch.Size([4])]
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")  # in TorchRL, where none is written
+@pytest.mark.parametrize("warm_up", [0, 3])
+def test_priorities_get_out_of_a_graph(replayed, warm_up):
+    """None are written while the VAE warms up alone."""
+    trees = []
+    for make in (BCQOptimizationStepper.adam, lambda loss, **schedule: captured(**schedule)(loss)):
+        torch.manual_seed(0)
+        buffer = prioritised_buffer(random_transitions(50))
+        make_trainer(None, 20, buffer=buffer, stepper=partial(make, vae_warmup_steps=warm_up)).train()
+        trees.append([buffer.sampler._sum_tree[row] for row in range(50)])
+    assert trees[1] == pytest.approx(trees[0], rel=1e-4)
+    assert len(set(trees[0])) > 40
+
+
+def test_replayed_losses_are_watched(replayed):
+    torch.manual_seed(0)
+    transitions = random_transitions(50)
+    transitions["next", "reward"][:] = 1e38
+    message = r"loss_qvalue is inf in gradient step 1, on the 16 rows [\d, ]+ \.\.\. of the replay buffer"
+    with pytest.raises(FloatingPointError, match=message):
+        make_trainer(transitions, stepper=captured()).train()
+
+
+def test_losses_within_a_capture_are_not_watched():
+    """They have no values yet, and what is captured is not a step."""
+    trainer, losses = run(1), {"loss_vae": torch.tensor(1.0)}
+    with mock.patch.multiple(torch.cuda, is_available=lambda: True, is_current_stream_capturing=lambda: True):
+        trainer.remember_losses(losses)
+    assert len(trainer._watch._losses) == 0
+    trainer.remember_losses(losses)
+    assert len(trainer._watch._losses) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("schedule", [schedule for schedule, _ in SCHEDULES])
+def test_captured_steps_are_the_eager_ones(schedule):
+    runs = []
+    for cudagraph in (False, True):
+        torch.manual_seed(0)
+        modules = make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, hidden=(8,), vae_hidden=(8,), device="cuda")
+        loss = BCQLoss(*modules)
+        trainer = BCQTrainer(
+            loss,
+            make_replay_buffer(random_transitions(50), batch_size=16, seed=0, device="cuda"),
+            target_net_updater=SoftUpdate(loss, tau=0.005),
+            optimization_stepper=BCQOptimizationStepper.adam(loss, **schedule),
+            total_steps=20,
+            log_interval=10,
+            cudagraph=cudagraph,
+            progress_bar=False,
+            seed=0,
+        )
+        with_rates(trainer).train()
+        runs.append(trainer)
+    close(weights(runs[1]), weights(runs[0]))
+    assert runs[1].metrics == pytest.approx(runs[0].metrics, rel=1e-4, nan_ok=True)
+
+
+# what is changed by it, and what is kept
+
+
+def test_capture_puts_rates_into_tensors():
+    """Of float32, whatever the default is: fused optimizers read nothing else."""
+    stepper = run(1).optimization_stepper
+    torch.set_default_dtype(torch.float64)
+    try:
+        stepper.capture()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert stepper.captured
+    for optimizer in stepper.optimizers.values():
+        (group,) = optimizer.param_groups
+        assert group["capturable"]
+        torch.testing.assert_close(group["lr"], torch.tensor(1e-3), rtol=0, atol=0)
+
+
+def test_an_optimizer_that_cannot_be_captured_is_refused_and_none_changed(modules):
+    loss = BCQLoss(*modules)
+    adam = BCQOptimizationStepper.adam(loss).optimizers
+    stepper = BCQOptimizationStepper(adam["vae"], adam["qvalue"], SGD(loss.actor_network_params.parameters()))
+    with pytest.raises(ValueError, match="the optimizer of actor, SGD, cannot be captured; use Adam"):
+        stepper.capture()
+    assert not stepper.captured
+    group = adam["vae"].param_groups[0]
+    assert (group["lr"], group["capturable"]) == (1e-3, False)
+
+
+def test_a_trainer_refuses_what_cannot_be_captured(modules):
+    message = "cudagraph=True needs a loss on a CUDA device, this one is on cpu"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(random_transitions(50), cudagraph=True)
+    on_cuda = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
+    with pytest.raises(
+        ValueError, match="cudagraph=True needs a BCQOptimizationStepper, not a DefaultOptimizationStep"
+    ):
+        _capture(on_cuda, DefaultOptimizationStepper())
+    stepper = BCQOptimizationStepper.adam(BCQLoss(*modules))
+    _capture(on_cuda, stepper)
+    assert stepper.captured
+
+
+def state(trainer: BCQTrainer) -> dict:
+    """Of stepper and schedulers."""
+    hooks = {name: part.state_dict() for name, part in trainer._modules.items() if name.endswith("scheduler")}
+    return {"stepper": trainer.optimization_stepper.state_dict(), **hooks}
+
+
+def kinds(value):
+    if isinstance(value, dict):
+        return {key: kinds(item) for key, item in value.items()}
+    return [kinds(item) for item in value] if isinstance(value, (list, tuple)) else type(value)
+
+
+@pytest.mark.parametrize("rates", [False, True])
+def test_the_state_is_the_same_captured_or_not(replayed, rates):
+    begin = with_rates if rates else lambda trainer: trainer
+    eager, trainer = (trained(begin(run(20, stepper))) for stepper in (None, captured()))
+    found, expected = state(trainer), state(eager)
+    assert len(found) == (4 if rates else 1)
+    assert kinds(found) == kinds(expected)
+    close(found, expected)
+    if not rates:
+        groups = [[of["stepper"][name]["param_groups"] for name in NAMES] for of in (found, expected)]
+        assert groups[0] == groups[1]
+
+
+@pytest.mark.parametrize("then", ["eager", "captured"])
+@pytest.mark.parametrize("first", ["eager", "captured"])
+def test_a_run_goes_on_captured_or_not(replayed, tmp_path, first, then):
+    steppers = {"eager": None, "captured": captured()}
+    undisturbed = with_rates(run(40))
+    undisturbed.train()
+    with_rates(run(20, steppers[first], save_trainer_file=tmp_path / "checkpoint")).train()
+    trainer = with_rates(run(40, steppers[then], seed=9))
+    trainer.load_from_file(tmp_path / "checkpoint")
+    trainer.train()
+    close(weights(trainer), weights(undisturbed))
+    close(state(trainer), state(undisturbed))
+    assert trainer.optimization_stepper.captured == (then == "captured")
+    groups = [optimizer.param_groups[0] for optimizer in trainer.optimization_stepper.optimizers.values()]
+    assert {group["capturable"] for group in groups} == {then == "captured"}
+    assert {isinstance(group["lr"], torch.Tensor) for group in groups} == {then == "captured"}
+
+
+def test_a_rate_comes_back_exactly(replayed):
+    """As it was before it was rounded to float32, so that the next checkpoint is the same again."""
+    for rate in (3e-4, 0.1, 1.2345e-5):
+        trainer = run(1, lambda loss, rate=rate: BCQOptimizationStepper.adam(loss, lr=rate))
+        trainer.optimization_stepper.capture()
+        saved = trainer.optimization_stepper.state_dict()
+        assert saved["vae"]["param_groups"][0]["lr"] == rate
+        trainer.optimization_stepper.load_state_dict(saved)
+        assert trainer.optimization_stepper.state_dict()["vae"]["param_groups"] == saved["vae"]["param_groups"]
+
+
+def test_optimizers_of_ones_own_stay_capturable(modules):
+    """Also where nothing is captured: that says where they count their steps."""
+    loss = BCQLoss(*modules)
+    SoftUpdate(loss, tau=0.005)
+    own = BCQOptimizationStepper(
+        *(Adam(getattr(loss, f"{name}_network_params").parameters(), capturable=True) for name in NAMES)
+    )
+    own.load_state_dict(BCQOptimizationStepper.adam(loss).state_dict())
+    assert [optimizer.param_groups[0]["capturable"] for optimizer in own.optimizers.values()] == [True] * 3

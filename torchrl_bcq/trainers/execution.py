@@ -1,0 +1,92 @@
+"""How a gradient step is executed: in which precision, compiled or not. What it computes stays the same."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from types import FunctionType
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from torchrl_bcq.objectives import BCQLoss
+
+_MATMUL = ("highest", "high", "medium")  # torch.set_float32_matmul_precision's
+PRECISIONS = (*_MATMUL, "bf16-target", "bf16-mixed")
+_logger = logging.getLogger(__name__)
+
+
+class Execution:
+    """Evaluates losses as :class:`~torchrl_bcq.BCQTrainer` was told to.
+
+    Args:
+        loss_module: the objective.
+        compile: whether each loss is compiled, forward and backward, without a graph break; or keywords of
+            :func:`torch.compile`.
+        precision: of matrix products; see :class:`~torchrl_bcq.BCQTrainer`.
+
+    Raises:
+        TypeError: if ``compile`` is neither.
+        ValueError: if the precision is unknown.
+    """
+
+    def __init__(
+        self, loss_module: BCQLoss, compile: bool | Mapping[str, Any] = False, precision: str | None = None
+    ) -> None:
+        if not isinstance(compile, (bool, Mapping)):
+            raise TypeError(f"compile is {compile!r}, expected True, False, or keywords of torch.compile.")
+        if precision is not None and precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}, expected None or one of {[*PRECISIONS]}.")
+        self.compile = compile
+        self.precision = precision
+        self._loss = loss_module
+        self._matmul = precision if precision in _MATMUL else None
+        self._autocast = precision == "bf16-mixed"
+        loss_module.target_dtype = torch.bfloat16 if precision == "bf16-target" else None
+        self._compiled: dict[str, Callable] = {}
+        self._settings: dict[str, Any] | None = None
+        if compile is not False:
+            self._settings = {"fullgraph": True, **(compile if isinstance(compile, Mapping) else {})}
+
+    def compute(self, batch: TensorDictBase, method: str | None, *noise: Tensor) -> Any:
+        """Evaluate the loss, or one of its methods, on a batch."""
+        device = next(self._loss.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16) if self._autocast else nullcontext():
+            return self._function(method or "forward")(batch, *noise)
+
+    def _function(self, method: str) -> Callable:
+        if self._settings is None:
+            return self._loss if method == "forward" else getattr(self._loss, method)
+        if method not in self._compiled:
+            _logger.info("compiling %s, which takes its first steps up to a minute", method)
+            _ = self._loss.in_keys  # found now, else a second graph is compiled once they are known
+            self._compiled[method] = torch.compile(_with_own_code(getattr(self._loss, method)), **self._settings)
+        return self._compiled[method]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Set PyTorch's precision of float32 matrix products, which is global, and set it back."""
+        if self._matmul is None:  # not even read: that fails where it was set for each backend
+            yield
+            return
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self._matmul)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def _with_own_code(method: Callable) -> Callable:
+    """A function that calls ``method``.
+
+    PyTorch compiles one code object a few times only, and TorchRL has all methods of all losses share one.
+    """
+
+    def call(*arguments: Any) -> Any:
+        return method(*arguments)
+
+    return FunctionType(call.__code__.replace(), globals(), call.__name__, None, call.__closure__)
