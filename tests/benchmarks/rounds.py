@@ -34,11 +34,10 @@ class Stopwatch:
         return statistics.median(self.time(run, max(1, steps // PARTS)) for _ in range(PARTS))
 
     def calibrate(self, run: Run, seconds: float) -> int:
-        """Warm up, and find how many steps fill so much time, at least one."""
+        """Warm up, and find how many steps fill so much time, of each agent if there are several; at least one."""
         run(WARM_UP)
         steps = 1
-        agents = getattr(run, "agents", 1)
-        while (taken := agents * steps * self.time(run, steps)) < seconds / 4:
+        while (taken := steps * self.time(run, steps)) < seconds / 4:
             steps = max(2 * steps, int(steps * seconds / 4 / taken))
         return max(1, round(steps * seconds / taken))
 
