@@ -5,38 +5,38 @@ python tests/benchmarks/bench_peers.py --device cuda        also tells how much 
 python tests/benchmarks/bench_peers.py --only eager floor --rounds 2 --seconds 0.1 --hidden 8 --vae-hidden 8
 
 All learn from the same random transitions (17 observations, 6 actions) with the author's settings, each from its own
-buffer, and act with 100 candidates for each state. They take turns in every round, and are compared within rounds:
-"x tianshou" is how many times as long Tianshou takes. The limit is the time of a step's matrix products, counted on
-the floor, bare PyTorch in floor.py, at the rate of a product as large as the step's largest, measured in the same
-rounds. Writes benchmark.json, with every round, and benchmark.png.
+buffer, and act with 100 candidates for each state. Each has a process of its own for the whole run, as the allocator's
+state, threads, PyTorch's settings and compiled code belong to a process: none helps or hurts another. They take turns
+in every round, one process at a time, and are compared within rounds: "x tianshou" is how many times as long Tianshou
+takes. The limit is the time of a step's matrix products, counted on the floor, bare PyTorch in floor.py, at the rate of
+a product as large as the step's largest, measured in the same rounds. Writes benchmark.json, with every round, and
+benchmark.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from contenders import ACTING, CANDIDATES, MODES, PEERS, TRAINING, Act, absent
+from contenders import ACTING, CANDIDATES, MODES, PEERS, TRAINING, SetUp, absent, set_ups
 from floor import TARGET_SAMPLES
-from kernels import profile_kernels
 from machine import describe
-from rounds import WIDTH, Run, Stopwatch, count_flops, make_matmul, measure
+from processes import Contender, ContenderError, hush, in_processes
+from rounds import WIDTH, count_flops, make_matmul, measure
 from speeds import UNITS, draw, summarize, table
 from tqdm import tqdm
-from transitions import OBSERVATIONS, Sizes
+from transitions import Sizes
 
 from torchrl_bcq.data.description.picture import save
 
 BATCH_SIZES = {"cpu": [100, 256, 1024], "cuda": [100, 256, 1024, 4096, 8192]}
+MATMUL_PARTS = 5
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -56,31 +56,43 @@ def main(arguments: list[str] | None = None) -> None:
         "acting": [],
     }
     sizes = [("training", size) for size in args.batch_sizes] + [("acting", size) for size in args.states]
-    with tqdm(total=len(sizes) * args.rounds, unit=" rounds", disable=None) as bar:
+    wanted = {*(TRAINING if args.batch_sizes else ()), *(ACTING if args.states else ())}
+    names = [name for name in args.only if name in wanted and name not in left_out]
+    with (
+        in_processes([*names, "matmul"], args.threads) as contenders,
+        tqdm(total=len(sizes) * args.rounds, unit=" rounds", disable=None) as bar,
+    ):
         for kind, size in sizes:
             bar.set_description(f"{kind}, {UNITS[kind][0]} {size}")
             if bar.disable:  # no terminal
                 print(bar.desc.removesuffix(": "), file=sys.stderr, flush=True)
-            if measured := compare(kind, size, args, left_out, bar):
+            if measured := compare(kind, size, args, contenders, left_out, bar):
                 results[kind].append(measured)
                 tqdm.write(table(kind, measured), file=sys.stdout)
                 write(args.out, results)
     print(f"\nbenchmark.json and benchmark.png are in {args.out.resolve()}")
 
 
-def compare(kind: str, size: int, args: argparse.Namespace, left_out: dict[str, str], bar: tqdm) -> dict[str, Any]:
+def compare(
+    kind: str,
+    size: int,
+    args: argparse.Namespace,
+    contenders: Mapping[str, Contender],
+    left_out: dict[str, str],
+    bar: tqdm,
+) -> dict[str, Any]:
     """Measure all contenders of a batch size or number of states; empty if there are none."""
-    torch.compiler.reset()  # else other sizes than the first would be compiled for any size
-    setups = (set_up_training if kind == "training" else set_up_acting)(size, args)
-    runs = set_up({name: setups[name] for name in setups if name in args.only and name not in left_out}, left_out)
-    if not runs:
+    makes = set_ups(kind, size, args.device, Sizes(args.hidden, args.vae_hidden))
+    present = {name: make for name, make in makes.items() if name in contenders and name not in left_out}
+    ready = set_up(contenders, present, args.device, left_out)
+    if not ready:
         return {}
-    flops = count_flops(partial(setups["floor"](), 1))
+    flops = count_flops(partial(makes["floor"](), 1))
     rows = size * (TARGET_SAMPLES if kind == "training" else CANDIDATES)
-    matmul, matmul_flops = make_matmul(rows, args.device)
-    for found in measure(runs, matmul, Stopwatch(args.device), args.rounds, args.seconds):
+    contenders["matmul"].set_up(partial(make_matmul, rows, args.device), args.device, MATMUL_PARTS)
+    for found in measure({**ready, "matmul": contenders["matmul"]}, args.rounds, args.seconds):
         bar.update(len(found["matmul"]["seconds"]) > 0)
-    product = found.pop("matmul")
+    product, matmul_flops = found.pop("matmul"), 2 * rows * WIDTH**2
     measured = {
         "size": size,
         "flops": flops,
@@ -92,46 +104,28 @@ def compare(kind: str, size: int, args: argparse.Namespace, left_out: dict[str, 
     measured["summary"] = summarize(measured, PEERS)
     measured["kernels"] = {}
     if kind == "training" and args.device.startswith("cuda"):
-        own = [name for name in runs if name in MODES or name == "floor"]
-        measured["kernels"] = {name: profile_kernels(runs[name], measured["summary"][name]["seconds"]) for name in own}
+        own = {name: row["seconds"] for name, row in measured["summary"].items() if name in MODES or name == "floor"}
+        measured["kernels"] = {name: ready[name].profile_kernels(seconds) for name, seconds in own.items()}
     return measured
 
 
-def set_up(setups: dict[str, Callable[[], Run]], left_out: dict[str, str]) -> dict[str, Run]:
+def set_up(
+    contenders: Mapping[str, Contender], makes: Mapping[str, SetUp], device: str, left_out: dict[str, str]
+) -> dict[str, Contender]:
     """Try a step of each; a peer that fails, as with another PyTorch than its own, is left out."""
-    runs = {}
-    for name, make in setups.items():
+    ready = {}
+    for name, make in makes.items():
         try:
-            run = make()
-            run(1)
-        except Exception as error:
+            contenders[name].set_up(make, device)
+        except ContenderError as error:
             if name not in PEERS:
                 raise
-            left_out[name] = f"{type(error).__name__}: {error}"
+            contenders[name].close()
+            left_out[name] = error.reason
             print(f"{name} is left out: {left_out[name]}", file=sys.stderr)
         else:
-            runs[name] = run
-    return runs
-
-
-def set_up_training(batch_size: int, args: argparse.Namespace) -> dict[str, Callable[[], Run]]:
-    sizes = Sizes(args.hidden, args.vae_hidden)
-    return {name: partial(train, batch_size, args.device, sizes) for name, train in TRAINING.items()}
-
-
-def set_up_acting(number: int, args: argparse.Namespace) -> dict[str, Callable[[], Run]]:
-    states = np.random.default_rng(0).standard_normal((number, OBSERVATIONS), dtype=np.float32)
-
-    def repeat(make: Act) -> Run:
-        act = make(args.device, Sizes(args.hidden, args.vae_hidden))
-
-        def run(steps: int) -> None:
-            for _ in range(steps):
-                act(states)
-
-        return run
-
-    return {name: partial(repeat, act) for name, act in ACTING.items()}
+            ready[name] = contenders[name]
+    return ready
 
 
 def write(folder: Path, results: Mapping[str, Any]) -> None:
@@ -164,6 +158,5 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    logging.getLogger("torchrl").setLevel(logging.ERROR)
+    hush()
     main()

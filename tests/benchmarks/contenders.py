@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from floor import TAU, Floor
 from peers import act_d3rlpy, act_tianshou, train_d3rlpy, train_tianshou
+from rounds import Run
 from tensordict import TensorDict
 from torchrl.data import Bounded, Unbounded
 from torchrl.objectives import SoftUpdate
@@ -23,8 +24,9 @@ from transitions import ACTIONS, OBSERVATIONS, Sizes, make_transitions
 
 from torchrl_bcq import BCQLoss, BCQPolicy, BCQTrainer, make_bcq_modules, make_replay_buffer, train_together
 
-Train = Callable[[int, str, Sizes], Callable[[int], None]]
+Train = Callable[[int, str, Sizes], Run]
 Act = Callable[[str, Sizes], Callable[[np.ndarray], np.ndarray]]
+SetUp = Callable[[], Run]  # in a process of its own: to be pickled
 
 CANDIDATES = 100  # of each state, when acting
 
@@ -116,6 +118,25 @@ ACTING: dict[str, Act] = {
     "floor": act_floor,
 }
 PEERS = {"tianshou": "tianshou", "d3rlpy": "d3rlpy", "d3rlpy-graph": "d3rlpy"}  # and their packages
+
+
+def set_ups(kind: str, size: int, device: str, sizes: Sizes) -> dict[str, SetUp]:
+    """Of all contenders, to learn from batches of this size, or to act in this number of states."""
+    if kind == "training":
+        return {name: partial(train, size, device, sizes) for name, train in TRAINING.items()}
+    return {name: partial(repeat, act, size, device, sizes) for name, act in ACTING.items()}
+
+
+def repeat(make: Act, number: int, device: str, sizes: Sizes) -> Run:
+    """Act in the same states, time after time."""
+    states = np.random.default_rng(0).standard_normal((number, OBSERVATIONS), dtype=np.float32)
+    act = make(device, sizes)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            act(states)
+
+    return run
 
 
 def absent(device: str) -> dict[str, str]:

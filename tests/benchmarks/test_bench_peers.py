@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -64,9 +70,10 @@ def test_rounds_take_turns_and_reverse(load, monkeypatch):
 
         return steps
 
-    runs = {"a": run("a", 0.1), "b": run("b", 3.0)}
+    contenders = {"a": rounds.Stopwatch(run("a", 0.1), "cpu"), "b": rounds.Stopwatch(run("b", 3.0), "cpu")}
+    contenders["matmul"] = rounds.Stopwatch(run("matmul", 0.01), "cpu", parts=5)
     found = {}
-    for found in rounds.measure(runs, run("matmul", 0.01), rounds.Stopwatch("cpu"), rounds=2, seconds=1.0):
+    for found in rounds.measure(contenders, rounds=2, seconds=1.0):
         if not found["a"]["seconds"]:
             order.clear()  # of the calibration
     assert order == ["a", "b", *["matmul"] * 10, "b", "a"]
@@ -201,17 +208,31 @@ def test_command_writes_what_it_measured(load, tmp_path, capsys):
     assert out.count("eager ") == 3
 
 
-def test_a_peer_that_fails_is_left_out_and_our_own_failure_is_not(load, capsys):
-    command, left_out = load("bench_peers"), {}
+def test_a_peer_that_fails_is_left_out_and_our_own_failure_is_not(load, capfd):
+    command, processes, left_out = load("bench_peers"), load("processes"), {}
+    works, fails = partial(load("rounds").make_matmul, 1, "cpu"), partial(int, "too old")
+    with processes.in_processes(["tianshou", "d3rlpy", "floor"], threads=1) as contenders:
+        makes = {"tianshou": fails, "d3rlpy": partial(os._exit, 3), "floor": works}
+        ready = command.set_up(contenders, makes, "cpu", left_out)
+        assert ready == {"floor": contenders["floor"]}
+        assert left_out["tianshou"].startswith("ValueError: invalid literal")
+        assert left_out["d3rlpy"] == "its process ended with exit code 3"
+        assert "tianshou is left out: ValueError: invalid literal" in capfd.readouterr().err
+        assert ready["floor"].time(steps=ready["floor"].calibrate(seconds=0.01)) > 0
+        with pytest.raises(processes.ContenderError, match=r"(?s)too old.*Traceback.*in set_up\n"):
+            command.set_up(contenders, {"floor": fails}, "cpu", left_out)
+    assert not multiprocessing.active_children()
 
-    def fails():
-        raise RuntimeError("too old")
 
-    assert command.set_up({"tianshou": fails, "floor": lambda: lambda steps: None}, left_out).keys() == {"floor"}
-    assert left_out == {"tianshou": "RuntimeError: too old"}
-    assert "tianshou is left out: RuntimeError: too old" in capsys.readouterr().err
-    with pytest.raises(RuntimeError, match="too old"):
-        command.set_up({"eager": fails}, left_out)
+def test_a_contender_at_work_ends_with_an_interrupted_command(load, monkeypatch):
+    processes = load("processes")
+    monkeypatch.setattr(processes, "PATIENCE", 0)
+    interrupt = threading.Timer(0.5, signal.pthread_kill, [threading.get_ident(), signal.SIGINT])
+    with processes.in_processes(["busy"], threads=1) as contenders:
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            contenders["busy"].set_up(partial(time.sleep, 600), "cpu")
+    assert not multiprocessing.active_children()
 
 
 def test_absent_peers_say_how_to_install_them(load, monkeypatch):
