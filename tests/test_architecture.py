@@ -58,19 +58,33 @@ def test_functional_imports_torch_alone():
 
 
 def test_optional_packages_are_imported_only_when_used():
-    code = "import torchrl_bcq, sys; print([m for m in ('minari', 'h5py', 'matplotlib', 'hydra') if m in sys.modules])"
+    packages = ("minari", "h5py", "matplotlib", "hydra")
+    code = f"from torchrl_bcq import *; import sys; print([m for m in {packages} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_names_are_loaded_when_they_are_used():
+    stub = ast.parse((ROOT / "__init__.pyi").read_text())
+    listed = next(ast.literal_eval(n.value) for n in stub.body if isinstance(n, ast.Assign))
+    assert listed == sorted(listed) == sorted(torchrl_bcq.__all__)
+    assert all(getattr(torchrl_bcq, name) is not None for name in listed)
+    with pytest.raises(AttributeError, match="BCQLos"):
+        torchrl_bcq.BCQLos  # noqa: B018
+    code = "import torchrl, sys; before = {*sys.modules}; import torchrl_bcq; print(*sorted({*sys.modules} - before))"
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    new = out.stdout.split()
+    assert "torchrl_bcq" in new
+    assert not [name for name in new if name.startswith(("torch.", "torchrl.", "torchrl_bcq.", "tensordict"))]
 
 
 def test_the_package_imports_nothing_heavy_beside_torchrl():
     """Who has TorchRL's packages pays for filelock and our files: no readers, no command line, no compiler."""
     rooms = "checkpoint, torchrl.data, torchrl.envs, torchrl.modules, torchrl.objectives, torchrl.trainers"
-    code = (
-        f"import sys, torchrl.{rooms}; before = {{*sys.modules}}; import torchrl_bcq; print(*before, '|', *sys.modules)"
-    )
+    before = f"import sys, torchrl.{rooms}; before = {{*sys.modules}}"
+    code = f"{before}; from torchrl_bcq import *; print(*before, '|', *sys.modules)"
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     before, after = (set(names.split()) for names in run.stdout.splitlines()[-1].split("|"))
     packages = {name.split(".")[0] for name in after} - {name.split(".")[0] for name in before}
-    assert {"torchrl_bcq"} <= packages <= {"torchrl_bcq", "filelock"}
+    assert {"torchrl_bcq"} <= packages <= {"torchrl_bcq", "filelock", "lazy_loader"}
     assert not [name for name in after - before if name.startswith("torch.")]  # such as torch._inductor

@@ -1,90 +1,13 @@
-"""Batch-Constrained deep Q-learning as a set of TorchRL components."""
+"""Batch-Constrained deep Q-learning as a set of TorchRL components.
+
+Its names are in ``__init__.pyi``. Each is loaded when it is first used, with the part of TorchRL that it needs.
+"""
 
 from importlib.metadata import version
 
-from torchrl_bcq.data import (
-    DatasetError,
-    WeightedSampler,
-    describe,
-    episode_weights,
-    from_arrays,
-    from_rollouts,
-    load_d4rl,
-    load_hdf5,
-    load_memmap,
-    load_minari,
-    load_npz,
-    load_table,
-    load_transitions,
-    make_replay_buffer,
-    multi_step,
-    return_weights,
-    split_episodes,
-)
-from torchrl_bcq.modules import (
-    ActionVAE,
-    BCQPolicy,
-    BehaviorCloningPolicy,
-    Normalization,
-    PerturbationActor,
-    QEnsemble,
-    Standardize,
-    make_bcq_modules,
-)
-from torchrl_bcq.objectives import BCQLoss
-from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel
-from torchrl_bcq.trainers import (
-    BCQOptimizationStepper,
-    BCQTrainer,
-    DatasetMetrics,
-    EnvironmentMetrics,
-    KeepBest,
-    NetworkLRScheduler,
-    OfflineCollector,
-    evaluate,
-    make_checkpoint,
-    train_together,
-)
+import lazy_loader
 
+__getattr__, __dir__, _names = lazy_loader.attach_stub(__name__, __file__)
+_rooms = ("data", "functional", "modules", "objectives", "protocols", "trainers")
+__all__ = [name for name in _names if name not in _rooms]
 __version__ = version("torchrl-bcq")
-
-__all__ = [
-    "ActionVAE",
-    "BCQLoss",
-    "BCQOptimizationStepper",
-    "BCQPolicy",
-    "BCQTrainer",
-    "BehaviorCloningPolicy",
-    "CriticEnsemble",
-    "DatasetError",
-    "DatasetMetrics",
-    "EnvironmentMetrics",
-    "GenerativeModel",
-    "KeepBest",
-    "NetworkLRScheduler",
-    "Normalization",
-    "OfflineCollector",
-    "PerturbationActor",
-    "QEnsemble",
-    "Standardize",
-    "WeightedSampler",
-    "describe",
-    "episode_weights",
-    "evaluate",
-    "from_arrays",
-    "from_rollouts",
-    "load_d4rl",
-    "load_hdf5",
-    "load_memmap",
-    "load_minari",
-    "load_npz",
-    "load_table",
-    "load_transitions",
-    "make_bcq_modules",
-    "make_checkpoint",
-    "make_replay_buffer",
-    "multi_step",
-    "return_weights",
-    "split_episodes",
-    "train_together",
-]

@@ -95,6 +95,7 @@ def test_it_is_a_hook_that_gives_back_what_it_is_given(make_batch):
 def test_it_follows_a_loss_to_another_place(change):
     loss, updater = make_loss(tau=0.25)
     hook = FastTargetNetUpdaterHook(updater)
+    hook()
     change(loss)
     before = state(loss)
     hook()
