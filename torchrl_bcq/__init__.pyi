@@ -2,20 +2,10 @@
 
 from . import (
     data as data,
-)
-from . import (
     functional as functional,
-)
-from . import (
     modules as modules,
-)
-from . import (
     objectives as objectives,
-)
-from . import (
     protocols as protocols,
-)
-from . import (
     trainers as trainers,
 )
 from .data import (

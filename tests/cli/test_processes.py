@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 
 from torchrl_bcq.__main__ import main
-from torchrl_bcq.cli import processes
-from torchrl_bcq.cli import train as module
+from torchrl_bcq.cli import processes, train as module
 from torchrl_bcq.cli.build import build
 from torchrl_bcq.cli.errors import RunError
 from torchrl_bcq.cli.run import find_checkpoint, open_dataset, read_metadata

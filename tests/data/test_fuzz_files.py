@@ -16,8 +16,7 @@ import pyarrow
 import pytest
 import torch
 from gymnasium.spaces import Box
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from minari.data_collector import EpisodeBuffer
 from pyarrow import parquet
 from tensordict import TensorDict

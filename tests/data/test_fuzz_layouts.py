@@ -13,8 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tensordict import NonTensorData, TensorDict
 
 from torchrl_bcq import load_hdf5, load_memmap, load_npz

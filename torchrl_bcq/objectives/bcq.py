@@ -24,6 +24,7 @@ from torchrl.objectives.value import ValueEstimatorBase
 
 from torchrl_bcq.functional import best_sample_value, clipped_normal
 from torchrl_bcq.objectives.inputs import check_state_dict, check_time_dimension, select_inputs
+from torchrl_bcq.objectives.weights import RunOn, put
 from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, check_action, check_networks
 
 
@@ -141,6 +142,7 @@ class BCQLoss(LossModule):
         losses = [f"loss_{name}" for name in self.network_names]
         self.out_keys = [*losses, *vae_network.loss_keys, "td_error", "pred_value", "target_value"]
         self._in_keys: list[NestedKey] | None = None
+        self._bind()
         self.tensor_keys.action = vae_network.action_key
         self.tensor_keys.state_action_value = qvalue_network.out_keys[-1]
         self.make_value_estimator()
@@ -195,7 +197,7 @@ class BCQLoss(LossModule):
         with torch.no_grad():
             sampled = self._sample(batch.select(*self._observation_keys), latent)
         perturbed = self.actor_network(sampled)
-        with _RunOn(self.qvalue_network_params.data, self.qvalue_network):  # detached: only the actor learns
+        with self._detached_critics:  # only the actor learns
             value = self._value(self.qvalue_network.first(perturbed))  # [*B, 1]
         return self._weigh(-value.squeeze(-1), tensordict), {}
 
@@ -207,11 +209,7 @@ class BCQLoss(LossModule):
         states = batch.get("next").select(*self._observation_keys)
         candidates = states.unsqueeze(-1).expand(*states.batch_size, self.num_target_samples)  # [*B] -> [*B, n]
         latent = self._draw_latent(candidates) if latent is None else latent
-        with (
-            self._target_autocast(),
-            self._target_actor(),
-            _RunOn(self.target_qvalue_network_params, self.qvalue_network),
-        ):
+        with self._target_autocast(), self._on_target("actor"), self._on_target("qvalue"):
             values = [self._best_value(*part) for part in self._split(candidates, latent)]
         next_value = values[0] if len(values) == 1 else torch.cat(values, batch.ndim - 1)
         batch = batch.copy().set(("next", self.tensor_keys.state_action_value), next_value)
@@ -233,10 +231,11 @@ class BCQLoss(LossModule):
         size = -(-candidates.shape[dim] // parts)
         return list(zip(candidates.split(size, dim), latent.split(size, dim), strict=True))
 
-    def _target_actor(self) -> AbstractContextManager:
-        if self.actor_network is None:
+    def _on_target(self, name: str) -> AbstractContextManager:
+        if name not in self._targets:
             return nullcontext()
-        return _RunOn(self.target_actor_network_params, self.actor_network)
+        getattr(self, f"target_{name}_network_params")  # where TorchRL warns of targets that nobody updates
+        return self._targets[name]
 
     def _target_autocast(self) -> AbstractContextManager:
         if self.target_dtype is None:
@@ -296,11 +295,25 @@ class BCQLoss(LossModule):
     def _bind(self) -> None:
         """Have the modules handed in hold this loss's very parameters, which were copied, moved, cast or replaced."""
         for name in self.network_names:
-            _put(getattr(self, f"{name}_network_params"), getattr(self, f"{name}_network"))
+            put(getattr(self, f"{name}_network_params"), getattr(self, f"{name}_network"))
+        self._like = (next(self.parameters()),)  # in a tuple, else it would be one more parameter of this module
+        self._detached_critics = RunOn(self.qvalue_network_params, self.qvalue_network, detached=True)
+        self._targets = {
+            name: RunOn(self._modules[f"target_{name}_network_params"], getattr(self, f"{name}_network"))
+            for name in ("actor", "qvalue")
+            if getattr(self, f"delay_{name}")
+        }
+        moved = [(self._modules[f"target_{name}_network_params"], name) for name in self._targets]
+        pairs = [
+            (target, getattr(self, f"{name}_network_params").get(key))
+            for targets, name in moved
+            for key, target in targets.items(True, True)
+        ]
+        self.target_tensors = [target for target, _ in pairs], [source for _, source in pairs]
 
     @property
     def _first_parameter(self) -> Tensor:
-        return next(self.parameters())
+        return self._like[0]
 
     @property
     def _state_action_keys(self) -> list[NestedKey]:
@@ -370,22 +383,3 @@ class BCQLoss(LossModule):
                 self._value_estimator, name, torch.as_tensor(hyperparams[name], dtype=like.dtype, device=like.device)
             )
         return self
-
-
-class _RunOn:
-    """Put ``params`` into ``network`` for a ``with``, which may fail: tensordict's own would leave them there then."""
-
-    def __init__(self, params: TensorDictParams, network: Any) -> None:
-        self._params = params
-        self._network = network
-
-    def __enter__(self) -> None:
-        self._swap = _put(self._params, self._network)
-        self._swap.__enter__()
-
-    def __exit__(self, *failure: Any) -> None:
-        self._swap.__exit__(None, None, None)
-
-
-def _put(params: TensorDictParams, network: Any) -> Any:
-    return params.to_module(network, preserve_module_state=False)  # the default would unfreeze them

@@ -12,17 +12,16 @@ class FastTargetNetUpdaterHook(TargetNetUpdaterHook):
     """TorchRL's hook, which for a :class:`torchrl.objectives.SoftUpdate` does the same arithmetic in one call.
 
     Args:
-        target_params_updater: any updater of TorchRL's; another than ``SoftUpdate`` is stepped as it is.
+        target_params_updater: any updater of a :class:`~torchrl_bcq.BCQLoss`; another than ``SoftUpdate`` is stepped
+            as it is.
     """
 
+    @torch.no_grad()
     def __call__(self, tensordict: TensorDictBase | None = None) -> TensorDictBase | None:
         """Move the targets."""
         updater = self.target_params_updater
         if type(updater) is not SoftUpdate or not updater.initialized:  # TorchRL's own step says what is wrong
             return super().__call__(tensordict)
-        sources, targets = [], []
-        for name, source in updater._sources.items():
-            sources += [tensor.data for tensor in source.values(True, True)]
-            targets += [tensor.data for tensor in updater._targets.get(f"target_{name}").values(True, True)]
+        targets, sources = updater.loss_module.target_tensors
         torch._foreach_lerp_(targets, sources, 1 - updater.eps)
         return tensordict

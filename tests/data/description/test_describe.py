@@ -12,8 +12,7 @@ from tensordict import TensorDict
 from torchrl.data import Bounded
 
 from torchrl_bcq import describe, from_arrays
-from torchrl_bcq.data.description import reader as reader_module
-from torchrl_bcq.data.description import scan as scan_module
+from torchrl_bcq.data.description import reader as reader_module, scan as scan_module
 
 
 def small():

@@ -7,8 +7,7 @@ import torch
 from torchrl.data import Bounded
 
 from torchrl_bcq import describe
-from torchrl_bcq.data.description import reader as reader_module
-from torchrl_bcq.data.description import scan as scan_module
+from torchrl_bcq.data.description import reader as reader_module, scan as scan_module
 
 from .conftest import LAST, LENGTHS, ROWS, SPEC, messages
 
