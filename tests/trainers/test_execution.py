@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
+import sys
 from shutil import which
 
 import pytest
@@ -47,6 +50,31 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 def scheduled(loss: BCQLoss) -> BCQOptimizationStepper:
     return BCQOptimizationStepper.adam(loss, vae_warmup_steps=5, freeze_vae_after=35, actor_update_interval=2)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that adapts")
+def test_freed_memory_is_kept_for_the_next_step():
+    code = """
+import resource, torch
+from torchrl_bcq.trainers.execution import _keep_freed_memory
+
+def new_pages_of_a_step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(5 * 2**20), torch.ones(5 * 2**20)]  # 40 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def median():
+    return sorted(new_pages_of_a_step() for _ in range(5))[2]
+
+before = median()
+_keep_freed_memory()
+print(before, median())
+"""
+    # a process of its own, which no trainer has changed
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, out.stdout.split())
+    assert before > 1_000  # else it would prove nothing
+    assert after < before / 100
 
 
 def small_loss() -> BCQLoss:
