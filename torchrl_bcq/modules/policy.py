@@ -86,39 +86,48 @@ class BCQPolicy(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the chosen action of each state, ``[*B, A]``."""
         states = tensordict.select(*self.in_keys)
-        self._check_dtypes(states)
-        rows = states.reshape(states.batch_size.numel())  # [*B] -> [N]
+        like = next(self.parameters())
+        self._check_dtypes(states, like.dtype)
+        number = states.batch_size.numel()
+        rows = states if states.ndim == 1 else states.reshape(number)  # [*B] -> [N]
         size = max(1, self.chunk_size // self.num_action_samples)
-        chosen = [self._choose(rows[i : i + size]) for i in range(0, max(1, len(rows)), size)]
+        chosen = [self._choose(part, like) for part in ([rows] if number <= size else rows.split(size))]
         out = chosen[0] if len(chosen) == 1 else torch.cat(chosen)
-        return tensordict.update(out.reshape(states.batch_size) if states.ndim else out[0])
+        if states.ndim != 1:
+            out = out.reshape(states.batch_size) if states.ndim else out[0]
+        return tensordict.update(out)
 
-    def _choose(self, states: TensorDictBase) -> TensorDict:
-        """The best candidate of each state. ``[N] -> [N]``."""
-        shape = (len(states), self.num_action_samples)
-        candidates = self.vae.decode(states.unsqueeze(-1).expand(shape), self._draw_latents(len(states)))
+    def _choose(self, states: TensorDictBase, like: Tensor) -> TensorDict:
+        """The best candidate of each state, with latents like a parameter. ``[N] -> [N]``."""
+        number, n = len(states), self.num_action_samples
+        repeated = {
+            key: value.unsqueeze(1).expand(number, n, *value.shape[1:]) for key, value in states.items(True, True)
+        }
+        candidates = TensorDict(repeated, (number, n), device=states.device)
+        candidates = self.vae.decode(candidates, self._draw_latents(number, like))
         candidates = check_action(candidates, self.vae.action_key)
         if self.actor is not None:
             candidates = self.actor(candidates)
         actions = candidates.get(self.vae.action_key)  # [N, n, A]
         value = self.critics.first(candidates).get(self.critics.out_keys[-1])  # [N, n, 1]
-        best = value.argmax(-2, keepdim=True)  # [N, n, 1] -> [N, 1, 1]
-        out = TensorDict({self.vae.action_key: actions.take_along_dim(best, -2).squeeze(-2)}, [len(states)])
+        best = value.argmax(1, keepdim=True)  # [N, n, 1] -> [N, 1, 1]
+        out = TensorDict(
+            {self.vae.action_key: actions.gather(1, best.expand(-1, -1, actions.shape[-1])).squeeze(1)}, [number]
+        )
         if self.return_value:
-            out.set("chosen_action_value", value.take_along_dim(best, -2).squeeze(-2))
+            out.set("chosen_action_value", value.gather(1, best).squeeze(1))
         if self.return_candidates:
             out.set("candidates", actions).set("action_value", value.squeeze(-1))
         return out
 
-    def _draw_latents(self, states: int) -> Tensor:
+    def _draw_latents(self, states: int, like: Tensor) -> Tensor:
         """Latents ``[N, n, L]`` of the candidates."""
-        shape, like = (states, *self.latents.shape), next(self.parameters())
+        shape = (states, *self.latents.shape)
         if _is_random():
             return clipped_normal(shape, self.vae.latent_clip, like)
         return self.latents.to(like).expand(shape)  # the networks may have been cast through a loss
 
-    def _check_dtypes(self, states: TensorDictBase) -> None:
-        wanted = next(self.parameters()).dtype
+    def _check_dtypes(self, states: TensorDictBase, wanted: torch.dtype) -> None:
         for key in self.in_keys:
             dtype = states.get(key).dtype
             if dtype.is_floating_point and dtype != wanted:

@@ -61,7 +61,7 @@ class QEnsemble(TensorDictModuleBase):
     def first(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the value of the first critic alone, ``[*B, 1]``."""
         critic: Any = self.critics[0]
-        if self._batched and not _have_hooks(self.critics):
+        if self._batched and not _have_hooks([critic]):
             # TensorDictModule's own call takes as long as the network does for one state
             return tensordict.set(self.out_keys[0], critic.module(*map(tensordict.get, self.in_keys)))
         out = critic(tensordict)
@@ -147,6 +147,7 @@ def _are_equal_mlps(critics: Sequence[TensorDictModuleBase]) -> bool:
     return signatures[0] is not None and all(other == signatures[0] for other in signatures)
 
 
-def _have_hooks(critics: Iterable[nn.Module]) -> bool:
-    """Whether a critic does more than its layers say: hooks, which old-style weight and spectral norms use too."""
-    return any(module._forward_hooks or module._forward_pre_hooks for critic in critics for module in critic.modules())
+def _have_hooks(critics: Iterable[Any]) -> bool:
+    """Whether an MLP does more than its layers say: hooks, which old-style weight and spectral norms use too."""
+    modules = (module for critic in critics for module in (critic, critic.module, *critic.module))
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
