@@ -36,13 +36,13 @@ BREAKS = {
     ),
     "target perturbation is the live one": (
         "objectives/bcq.py",
-        "return _RunOn(self.target_actor_network_params,",
-        "return _RunOn(self.actor_network_params,",
+        "return self._targets[name]",
+        'return nullcontext() if name == "actor" else self._targets[name]',
     ),
     "target critics are the live ones": (
         "objectives/bcq.py",
-        "_RunOn(self.target_qvalue_network_params,",
-        "_RunOn(self.qvalue_network_params,",
+        "return self._targets[name]",
+        'return nullcontext() if name == "qvalue" else self._targets[name]',
     ),
     "bootstrap through terminated": (
         "objectives/bcq.py",
@@ -67,8 +67,8 @@ BREAKS = {
     ),
     "gradient of the actor leaks into the critics": (
         "objectives/bcq.py",
-        "_RunOn(self.qvalue_network_params.data,",
-        "_RunOn(self.qvalue_network_params,",
+        "self.qvalue_network, detached=True)",
+        "self.qvalue_network, detached=False)",
     ),
     "gradient of the actor leaks into the VAE": (
         "objectives/bcq.py",
@@ -105,6 +105,11 @@ BREAKS = {
         "objectives/bcq.py",
         "self.tensor_keys.priority, td_error.amax(-1)",
         "self.tensor_keys.priority, td_error.mean(-1)",
+    ),
+    "other weights stay in a network": (
+        "objectives/weights.py",
+        "            place[name] = tensor\n",
+        "            pass\n",
     ),
     "targets leap": ("trainers/targets.py", "1 - updater.eps)", "updater.eps)"),
     "parts of the target in the wrong order": (
