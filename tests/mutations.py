@@ -8,6 +8,7 @@ The package and its tests are copied aside; the checkout stays as it is.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -128,7 +129,7 @@ BREAKS = {
         "                    parameter.grad = stacked.grad[0].clone()",
     ),
     "actor descends": ("objectives/bcq.py", "self._weigh(-value.squeeze", "self._weigh(value.squeeze"),
-    "policy takes the worst candidate": ("modules/policy.py", "best = value.argmax(-2", "best = value.argmin(-2"),
+    "policy takes the worst candidate": ("modules/policy.py", "best = value.argmax(1", "best = value.argmin(1"),
 }
 
 
@@ -156,7 +157,10 @@ def failures(folder: Path) -> list[str]:
     return re.findall(r"^FAILED \S+::(\S+)", run.stdout, re.MULTILINE)
 
 
-def main(words: list[str]) -> int:
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="WORD", help="in the names of breaks to try; all if none is given")
+    words = parser.parse_args().words
     unnoticed = 0
     for name, change in BREAKS.items():
         if words and name != CONTROL and not any(word in name for word in words):
@@ -173,4 +177,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
