@@ -100,4 +100,7 @@ def test_the_command_line_takes_seeds_and_plots_them(words, run, capsys):
     assert main(["train", *words("seeds=[3,5]")]) == 0
     assert main(["plot", str(run)]) == 0
     assert (run / "learning_curve.png").stat().st_size > 10_000
-    assert (run / "train.log").read_text().count("20 steps made") == 2
+    log = (run / "train.log").read_text()
+    for seed in SEEDS:
+        assert f"{run / str(seed)}: 20 steps made" in log
+        assert log.count(f"seed {seed}: step 20: ") == log.count("step 20: ") / len(SEEDS) > 0

@@ -7,6 +7,8 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from torchrl_bcq.trainers.best import best_checkpoint
 from torchrl_bcq.trainers.checkpoints import tidy_rotation
 
 RESULTS = "results.json"
+_SEED: ContextVar[int | None] = ContextVar("seed", default=None)  # of the agent that is at work, of several
 _logger = logging.getLogger(__name__)
 
 
@@ -101,7 +104,8 @@ def _train(configs: Sequence[DictConfig], starts: Sequence[Path | None]) -> list
             trainers[0].train()
         else:
             try:
-                train_together(trainers)
+                with _seeds_in_logs(trainers, [config.seed for config in configs]):
+                    train_together(trainers)
             except RuntimeError as error:  # some failed; the others have come to their ends
                 failure = error
     for trainer in trainers:
@@ -131,6 +135,26 @@ def _make(config: DictConfig, transitions: TensorDictBase, task: Task, last: Pat
         save_config(config, out)
         _begin(config, task, trainer)
     return trainer
+
+
+@contextmanager
+def _seeds_in_logs(trainers: Sequence[BCQTrainer], seeds: Sequence[int]) -> Iterator[None]:
+    """Have each message of an agent say whose it is."""
+    make_record = logging.getLogRecordFactory()
+
+    def name_seed(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make_record(*args, **kwargs)
+        if (seed := _SEED.get()) is not None:
+            record.msg = f"seed {seed}: {record.msg}"
+        return record
+
+    for trainer, seed in zip(trainers, seeds, strict=True):
+        trainer.register_op("setup", partial(_SEED.set, seed))  # in the context of the agent, where it trains
+    logging.setLogRecordFactory(name_seed)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(make_record)
 
 
 @contextmanager
@@ -235,7 +259,7 @@ def _conclude(trainer: BCQTrainer, task: Task, out: Path, stopped: str | None) -
     aside = out / f".{RESULTS}.{os.getpid()}"
     aside.write_text(json.dumps(results, indent=2) + "\n")
     aside.replace(out / RESULTS)
-    _logger.info("%d steps made; %s", steps, _summary(results))
+    _logger.info("%s: %d steps made; %s", out, steps, _summary(results))
     _logger.info("torchrl-bcq evaluate %s; torchrl-bcq plot %s", out, out)
     return results
 
