@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from floor import GAMMA, LMBDA, LR, PHI, TARGET_SAMPLES, TAU
-from torch import _dynamo as dynamo
 from transitions import ACTIONS, LATENTS, OBSERVATIONS, Sizes, make_transitions
 
 EPISODE = 1000  # rows
@@ -106,7 +105,7 @@ def make_d3rlpy(device: str, sizes: Sizes, batch_size: int, samples: int, graph:
     step; the number of candidates in the target and in acting is one setting, here 10 to learn and 100 to act. Its
     buffer knows no next state but the row after, and draws row by row. ``graph`` is its ``compile_graph``, for CUDA.
     """
-    with _d3rlpy_settings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         from d3rlpy.algos import BCQConfig
         from d3rlpy.dataset import MDPDataset
         from d3rlpy.models.encoders import VectorEncoderFactory
@@ -142,32 +141,12 @@ def train_d3rlpy(batch_size: int, device: str, sizes: Sizes, graph: bool = False
     algorithm, dataset = make_d3rlpy(device, sizes, batch_size, TARGET_SAMPLES, graph)
 
     def update(steps: int) -> None:
-        with _d3rlpy_settings():
-            for _ in range(steps):
-                algorithm.update(dataset.sample_transition_batch(batch_size))
+        for _ in range(steps):
+            algorithm.update(dataset.sample_transition_batch(batch_size))
 
     return update
 
 
 def act_d3rlpy(device: str, sizes: Sizes, samples: int) -> Callable[[np.ndarray], np.ndarray]:
     algorithm, _ = make_d3rlpy(device, sizes, 1, samples, graph=False)
-
-    def act(states: np.ndarray) -> np.ndarray:
-        with _d3rlpy_settings():
-            return algorithm.predict(states)
-
-    return act
-
-
-@contextlib.contextmanager
-def _d3rlpy_settings() -> Iterator[None]:
-    """PyTorch's settings as importing d3rlpy leaves them where there is CUDA, for itself alone."""
-    precision, compiled = torch.get_float32_matmul_precision(), dynamo.config.compiled_autograd
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # TF32
-        dynamo.config.compiled_autograd = True
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        dynamo.config.compiled_autograd = compiled
+    return algorithm.predict
