@@ -82,12 +82,13 @@ class QEnsemble(TensorDictModuleBase):
         batch, critics = inputs.shape[:-1], len(self.critics)
         linear = next(layer for layer in self.critics[0].modules() if isinstance(layer, (nn.Linear, StackedLinear)))
         agents = linear.weight.shape[:-2].numel()  # K, 1 where the layers are not stacked
-        x = inputs.reshape(1, agents, -1, inputs.shape[-1]).expand(critics, -1, -1, -1)  # [*B, in] -> [C, K, N, in]
+        # rows last: gradients of weights then come in the weights' own layout, and need no copy
+        x = inputs.reshape(1, agents, -1, inputs.shape[-1]).mT.expand(critics, -1, -1, -1)  # [*B, in] -> [C, K, in, N]
         for layers in zip(*(critic.module for critic in self.critics), strict=True):
             if isinstance(layers[0], (nn.Linear, StackedLinear)):
                 weight = torch.stack([layer.weight for layer in layers]).flatten(0, -3)  # [CK, out, in]
-                bias = torch.stack([layer.bias for layer in layers]).flatten(0, -2).unsqueeze(1)  # [CK, 1, out]
-                x = torch.baddbmm(bias, x.flatten(0, 1), weight.mT).unflatten(0, (critics, agents))  # [C, K, N, out]
+                bias = torch.stack([layer.bias for layer in layers]).flatten(0, -2).unsqueeze(-1)  # [CK, out, 1]
+                x = torch.baddbmm(bias, weight, x.flatten(0, 1)).unflatten(0, (critics, agents))  # [C, K, out, N]
             elif isinstance(layers[0], Standardize):
                 loc, scale = (_stack([getattr(layer, name) for layer in layers]) for name in ("loc", "scale"))
                 x = (x - loc) / scale
@@ -95,12 +96,12 @@ class QEnsemble(TensorDictModuleBase):
                 x = x * _stack([layer.scale for layer in layers])
             else:
                 x = layers[0](x)
-        return x.squeeze(-1).movedim(0, -1).reshape(*batch, critics)  # [C, K, N, 1] -> [*B, C]
+        return x.squeeze(-2).movedim(0, -1).reshape(*batch, critics)  # [C, K, 1, N] -> [*B, C]
 
 
 def _stack(columns: Sequence[Tensor]) -> Tensor:
-    """One of each critic, ``[D] -> [C, 1, 1, D]``."""
-    return torch.stack(list(columns))[:, None, None]
+    """One of each critic, ``[D] -> [C, 1, D, 1]``."""
+    return torch.stack(list(columns))[:, None, :, None]
 
 
 def _check_critics(critics: Sequence[TensorDictModuleBase]) -> None:
