@@ -87,6 +87,7 @@ class BCQLoss(LossModule):
 
     target_dtype: torch.dtype | None = None  # of autocast in the target, which has no gradient
     target_chunk_size = 2_560  # next actions that are evaluated together on a CPU
+    target_tensors: tuple[list[Tensor], list[Tensor]]  # weights of the targets, and what they follow
 
     vae_network: GenerativeModel
     vae_network_params: TensorDictParams
@@ -298,16 +299,13 @@ class BCQLoss(LossModule):
             put(getattr(self, f"{name}_network_params"), getattr(self, f"{name}_network"))
         self._like = (next(self.parameters()),)  # in a tuple, else it would be one more parameter of this module
         self._detached_critics = RunOn(self.qvalue_network_params, self.qvalue_network, detached=True)
-        self._targets = {
-            name: RunOn(self._modules[f"target_{name}_network_params"], getattr(self, f"{name}_network"))
-            for name in ("actor", "qvalue")
-            if getattr(self, f"delay_{name}")
-        }
-        moved = [(self._modules[f"target_{name}_network_params"], name) for name in self._targets]
+        delayed = [name for name in ("actor", "qvalue") if getattr(self, f"delay_{name}")]
+        targets = {name: self._modules[f"target_{name}_network_params"] for name in delayed}
+        self._targets = {name: RunOn(params, getattr(self, f"{name}_network")) for name, params in targets.items()}
         pairs = [
             (target, getattr(self, f"{name}_network_params").get(key))
-            for targets, name in moved
-            for key, target in targets.items(True, True)
+            for name, params in targets.items()
+            for key, target in params.items(True, True)
         ]
         self.target_tensors = [target for target, _ in pairs], [source for _, source in pairs]
 
