@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.envs.utils import ExplorationType, exploration_type
 
@@ -85,25 +88,48 @@ class BCQPolicy(TensorDictModuleBase):
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the chosen action of each state, ``[*B, A]``."""
-        states = tensordict.select(*self.in_keys)
         like = next(self.parameters())
-        self._check_dtypes(states, like.dtype)
-        number = states.batch_size.numel()
-        rows = states if states.ndim == 1 else states.reshape(number)  # [*B] -> [N]
+        states = self._states(tensordict, like.dtype)
+        number = tensordict.batch_size.numel()
         size = max(1, self.chunk_size // self.num_action_samples)
-        chosen = [self._choose(part, like) for part in ([rows] if number <= size else rows.split(size))]
-        out = chosen[0] if len(chosen) == 1 else torch.cat(chosen)
-        if states.ndim != 1:
-            out = out.reshape(states.batch_size) if states.ndim else out[0]
-        return tensordict.update(out)
+        parts = [states]
+        if number > size:
+            starts = range(0, number, size)
+            parts = [{key: value[start : start + size] for key, value in states.items()} for start in starts]
+        chosen = [self._choose(part, like, tensordict.device) for part in parts]
+        for key in self.out_keys:
+            value = chosen[0][key] if len(chosen) == 1 else torch.cat([part[key] for part in chosen])
+            if tensordict.ndim != 1:
+                value = value.reshape(*tensordict.batch_size, *value.shape[1:])  # [N, ...] -> [*B, ...]
+            tensordict.set(key, value)
+        return tensordict
 
-    def _choose(self, states: TensorDictBase, like: Tensor) -> TensorDict:
-        """The best candidate of each state, with latents like a parameter. ``[N] -> [N]``."""
-        number, n = len(states), self.num_action_samples
-        repeated = {
-            key: value.unsqueeze(1).expand(number, n, *value.shape[1:]) for key, value in states.items(True, True)
-        }
-        candidates = TensorDict(repeated, (number, n), device=states.device)
+    def _states(self, tensordict: TensorDictBase, wanted: torch.dtype) -> dict[NestedKey, Tensor]:
+        """The observations, one row for each state. ``[*B, ...] -> [N, ...]``."""
+        states, batch = {}, tensordict.batch_size
+        for key in self.in_keys:
+            value = tensordict[key]
+            if value.dtype != wanted and value.dtype.is_floating_point:
+                raise ValueError(
+                    f"{key} has dtype {value.dtype}, the networks {wanted}: wrap the environment in "
+                    "TransformedEnv(env, DoubleToFloat()), or build the networks in the other dtype."
+                )
+            states[key] = value if len(batch) == 1 else value.reshape(batch.numel(), *value.shape[len(batch) :])
+        return states
+
+    def _choose(
+        self, states: Mapping[NestedKey, Tensor], like: Tensor, device: torch.device | None
+    ) -> dict[NestedKey, Tensor]:
+        """The best candidate of each state, and what else was asked for, each ``[N, ...]``.
+
+        Args:
+            states: each ``[N, ...]``.
+            like: a parameter, of whose kind latents are.
+            device: of the tensordict in which networks find the candidates.
+        """
+        number, n = len(next(iter(states.values()))), self.num_action_samples
+        repeated = {key: value.unsqueeze(1).expand(number, n, *value.shape[1:]) for key, value in states.items()}
+        candidates = TensorDict(repeated, (number, n), device=device)
         candidates = self.vae.decode(candidates, self._draw_latents(number, like))
         candidates = check_action(candidates, self.vae.action_key)
         if self.actor is not None:
@@ -111,13 +137,11 @@ class BCQPolicy(TensorDictModuleBase):
         actions = candidates.get(self.vae.action_key)  # [N, n, A]
         value = self.critics.first(candidates).get(self.critics.out_keys[-1])  # [N, n, 1]
         best = value.argmax(1, keepdim=True)  # [N, n, 1] -> [N, 1, 1]
-        out = TensorDict(
-            {self.vae.action_key: actions.gather(1, best.expand(-1, -1, actions.shape[-1])).squeeze(1)}, [number]
-        )
+        out = {self.vae.action_key: actions.gather(1, best.expand(-1, -1, actions.shape[-1])).squeeze(1)}
         if self.return_value:
-            out.set("chosen_action_value", value.gather(1, best).squeeze(1))
+            out["chosen_action_value"] = value.gather(1, best).squeeze(1)
         if self.return_candidates:
-            out.set("candidates", actions).set("action_value", value.squeeze(-1))
+            out |= {"candidates": actions, "action_value": value.squeeze(-1)}
         return out
 
     def _draw_latents(self, states: int, like: Tensor) -> Tensor:
@@ -126,15 +150,6 @@ class BCQPolicy(TensorDictModuleBase):
         if _is_random():
             return clipped_normal(shape, self.vae.latent_clip, like)
         return self.latents.to(like).expand(shape)  # the networks may have been cast through a loss
-
-    def _check_dtypes(self, states: TensorDictBase, wanted: torch.dtype) -> None:
-        for key in self.in_keys:
-            dtype = states.get(key).dtype
-            if dtype.is_floating_point and dtype != wanted:
-                raise ValueError(
-                    f"{key} has dtype {dtype}, the networks {wanted}: wrap the environment in "
-                    "TransformedEnv(env, DoubleToFloat()), or build the networks in the other dtype."
-                )
 
 
 class BehaviorCloningPolicy(TensorDictModuleBase):
