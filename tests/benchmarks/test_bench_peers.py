@@ -224,6 +224,15 @@ def test_a_peer_that_fails_is_left_out_and_our_own_failure_is_not(load, capfd):
     assert not multiprocessing.active_children()
 
 
+@pytest.fixture
+def heed_interrupts():
+    """As a command does; workers of pytest-xdist ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heed_interrupts")
 def test_a_contender_at_work_ends_with_an_interrupted_command(load, monkeypatch):
     processes = load("processes")
     monkeypatch.setattr(processes, "PATIENCE", 0)
@@ -231,7 +240,7 @@ def test_a_contender_at_work_ends_with_an_interrupted_command(load, monkeypatch)
     with processes.in_processes(["busy"], threads=1) as contenders:
         interrupt.start()
         with pytest.raises(KeyboardInterrupt):
-            contenders["busy"].set_up(partial(time.sleep, 600), "cpu")
+            contenders["busy"].set_up(partial(time.sleep, 60), "cpu")
     assert not multiprocessing.active_children()
 
 
