@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +17,14 @@ ACTION_SPEC = Bounded(low=torch.tensor([-1.0, 0.0]), high=torch.tensor([1.0, 4.0
 
 
 torch.set_num_threads(1)  # the tensors here are tiny; threads only wait for one another
+
+
+def skip_without_extension() -> None:
+    """Prioritised replay is compiled for one torch; where another one is installed there is none, and only there."""
+    try:
+        importlib.import_module("torchrl._torchrl")
+    except (ImportError, OSError) as error:
+        pytest.skip(f"TorchRL's compiled extension does not fit torch {torch.__version__}: {error}")
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ python tests/benchmarks/bench_peers.py --device cuda        also tells how much 
 python tests/benchmarks/bench_peers.py --only eager floor --rounds 2 --seconds 0.1 --hidden 8 --vae-hidden 8
 
 All learn from the same random transitions (17 observations, 6 actions) with the author's settings, each from its own
-buffer, and act with 100 candidates for each state. Each has a process of its own for the whole run, as the allocator's
-state, threads, PyTorch's settings and compiled code belong to a process: none helps or hurts another. They take turns
-in every round, one process at a time, and are compared within rounds: "x tianshou" is how many times as long Tianshou
-takes. The limit is the time of a step's matrix products, counted on the floor, bare PyTorch in floor.py, at the rate of
+buffer, and act with 100 candidates for each state. Each has a process of its own to learn in and another one to act in,
+as the allocator's state, threads, PyTorch's settings and compiled code belong to a process: none helps or hurts
+another. They take turns in every round, one process at a time, and are compared within rounds: "x tianshou" is how many
+times as long Tianshou takes. The limit is the time of a step's matrix products, counted on the floor, bare PyTorch in floor.py, at the rate of
 a product as large as the step's largest, measured in the same rounds. Writes benchmark.json, with every round, and
 benchmark.png.
 """
@@ -55,14 +55,20 @@ def main(arguments: list[str] | None = None) -> None:
         "training": [],
         "acting": [],
     }
-    sizes = [("training", size) for size in args.batch_sizes] + [("acting", size) for size in args.states]
-    wanted = {*(TRAINING if args.batch_sizes else ()), *(ACTING if args.states else ())}
-    names = [name for name in args.only if name in wanted and name not in left_out]
-    with (
-        in_processes([*names, "matmul"], args.threads) as contenders,
-        tqdm(total=len(sizes) * args.rounds, unit=" rounds", disable=None) as bar,
-    ):
-        for kind, size in sizes:
+    sizes = {"training": args.batch_sizes, "acting": args.states}
+    with tqdm(total=sum(map(len, sizes.values())) * args.rounds, unit=" rounds", disable=None) as bar:
+        for kind, numbers in sizes.items():
+            if numbers:
+                compare_all(kind, numbers, args, results, bar)
+    print(f"\nbenchmark.json and benchmark.png are in {args.out.resolve()}")
+
+
+def compare_all(kind: str, sizes: list[int], args: argparse.Namespace, results: dict[str, Any], bar: tqdm) -> None:
+    """Measure one size after the other in the same processes, and write all results so far after each."""
+    known, left_out = TRAINING if kind == "training" else ACTING, results["left_out"]
+    names = [name for name in args.only if name in known and name not in left_out]
+    with in_processes([*names, "matmul"], args.threads) as contenders:
+        for size in sizes:
             bar.set_description(f"{kind}, {UNITS[kind][0]} {size}")
             if bar.disable:  # no terminal
                 print(bar.desc.removesuffix(": "), file=sys.stderr, flush=True)
@@ -70,7 +76,6 @@ def main(arguments: list[str] | None = None) -> None:
                 results[kind].append(measured)
                 tqdm.write(table(kind, measured), file=sys.stdout)
                 write(args.out, results)
-    print(f"\nbenchmark.json and benchmark.png are in {args.out.resolve()}")
 
 
 def compare(

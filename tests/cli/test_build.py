@@ -18,6 +18,8 @@ from torchrl_bcq.data.episodes import episode_numbers, episode_returns
 from torchrl_bcq.data.sampling import WeightedSampler
 from torchrl_bcq.trainers import NetworkLRScheduler
 
+from ..conftest import skip_without_extension
+
 
 @pytest.fixture
 def make_trainer(make_config):
@@ -311,10 +313,8 @@ def test_samplers(make_trainer, name, kind):
 
 
 def test_prioritized_rows_get_their_priorities(make_trainer):
-    try:
-        trainer = make_trainer("sampler=prioritized")
-    except ImportError as error:
-        pytest.skip(str(error))
+    skip_without_extension()
+    trainer = make_trainer("sampler=prioritized")
     sampler = trainer._replay.replay_buffer.sampler
     assert isinstance(sampler, PrioritizedSampler)
     trainer.train()

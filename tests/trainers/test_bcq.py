@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torchrl.record.loggers import CSVLogger
 
 from torchrl_bcq import BCQLoss, BCQOptimizationStepper, BCQPolicy, BCQTrainer, make_bcq_modules, make_replay_buffer
 
-from ..conftest import ACTION_SPEC, OBSERVATION_SPEC
+from ..conftest import ACTION_SPEC, OBSERVATION_SPEC, skip_without_extension
 from .conftest import assert_same_run, logged, make_trainer, soft_update, weights
 
 
@@ -45,12 +44,8 @@ def hard_update(loss: BCQLoss) -> HardUpdate:
 
 
 def prioritised_buffer(transitions: TensorDict, priority_key: str = "td_error") -> TensorDictReplayBuffer:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            sampler = PrioritizedSampler(len(transitions), alpha=1.0, beta=1.0)
-    except RuntimeError as error:
-        pytest.skip(f"TorchRL's compiled extension does not fit the installed torch: {error}")
+    skip_without_extension()
+    sampler = PrioritizedSampler(len(transitions), alpha=1.0, beta=1.0)
     storage, generator = LazyTensorStorage(len(transitions)), torch.Generator().manual_seed(0)
     buffer = TensorDictReplayBuffer(
         storage=storage, sampler=sampler, batch_size=16, priority_key=priority_key, generator=generator

@@ -56,7 +56,9 @@ def scheduled(loss: BCQLoss) -> BCQOptimizationStepper:
 def test_freed_memory_is_kept_for_the_next_step():
     code = """
 import resource, torch
-from torchrl_bcq.trainers.execution import _keep_freed_memory
+from torchrl.data import Bounded, Unbounded
+from torchrl_bcq import BCQLoss, make_bcq_modules
+from torchrl_bcq.trainers.execution import Execution
 
 def new_pages_of_a_step():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -66,11 +68,12 @@ def new_pages_of_a_step():
 def median():
     return sorted(new_pages_of_a_step() for _ in range(5))[2]
 
+loss = BCQLoss(*make_bcq_modules(Unbounded((3,)), Bounded(-1, 1, (2,)), hidden=(8,), vae_hidden=(8,)))
 before = median()
-_keep_freed_memory()
+Execution(loss)
 print(before, median())
 """
-    # a process of its own, which no trainer has changed
+    # a process of its own, in which nothing has trained
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     before, after = map(int, out.stdout.split())
     assert before > 1_000  # else it would prove nothing
