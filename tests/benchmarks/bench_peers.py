@@ -8,9 +8,9 @@ All learn from the same random transitions (17 observations, 6 actions) with the
 buffer, and act with 100 candidates for each state. Each has a process of its own to learn in and another one to act in,
 as the allocator's state, threads, PyTorch's settings and compiled code belong to a process: none helps or hurts
 another. They take turns in every round, one process at a time, and are compared within rounds: "x tianshou" is how many
-times as long Tianshou takes. The limit is the time of a step's matrix products, counted on the floor, bare PyTorch in floor.py, at the rate of
-a product as large as the step's largest, measured in the same rounds. Writes benchmark.json, with every round, and
-benchmark.png.
+times as long Tianshou takes. The limit is the time of a step's matrix products, counted on the floor, bare PyTorch in
+floor.py, at the rate of a product as large as the step's largest, measured in the same rounds. Writes benchmark.json,
+with every round, and benchmark.png.
 """
 
 from __future__ import annotations

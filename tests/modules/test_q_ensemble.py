@@ -87,6 +87,16 @@ def test_first_is_critic_zero(make_batch):
     torch.testing.assert_close(first, ensemble(batch.clone())["state_action_value"][:, :1])
 
 
+@pytest.mark.parametrize("where", [lambda one: one, lambda one: one.module[0]], ids=["critic", "layer"])
+def test_first_respects_hooks(make_batch, where):
+    critics, batch = [critic(), critic()], make_batch(6)
+    ensemble, handled = QEnsemble(critics), []
+    plain = ensemble.first(batch.clone())["state_action_value"]
+    where(critics[0]).register_forward_hook(lambda *_: handled.append(True))
+    torch.testing.assert_close(ensemble.first(batch.clone())["state_action_value"], plain, rtol=0, atol=0)
+    assert handled == [True]
+
+
 def test_critics_handed_in_stay_live(make_batch):
     critics, batch = [critic(), critic()], make_batch(2)
     ensemble = QEnsemble(critics)

@@ -17,7 +17,7 @@ NETWORKS = {
     "nested": lambda: nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.Tanh()), nn.Linear(4, 2)),
     "buffers": lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval(),
     "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)).eval(),
-    "recurrent": lambda: nn.GRU(3, 2, batch_first=True),  # its weights are held in a list, too
+    "recurrent": lambda: nn.GRU(3, 2, batch_first=True),  # which holds its weights in a list, too
     "in a tensordict": lambda: TensorDictModule(nn.Linear(3, 2), in_keys=["x"], out_keys=["y"]),
 }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -102,6 +105,24 @@ def test_it_follows_a_loss_to_another_place(change):
     expected = before[KEY] + 0.25 * (before[KEY.removeprefix("target_")] - before[KEY])
     torch.testing.assert_close(loss.state_dict()[KEY], expected)
     assert not torch.equal(loss.state_dict()[KEY], before[KEY])
+
+
+@pytest.mark.parametrize(
+    "copy_it", [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))], ids=["copy", "pickle"]
+)
+def test_the_targets_of_a_copy_are_its_own(copy_it):
+    loss, _ = make_loss()
+    untouched, twin = state(loss), copy_it(loss)
+    hook = FastTargetNetUpdaterHook(SoftUpdate(twin, tau=0.25))
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.add_(1)
+    before = state(twin)
+    hook()
+    expected = before[KEY] + 0.25 * (before[KEY.removeprefix("target_")] - before[KEY])
+    torch.testing.assert_close(state(twin)[KEY], expected)
+    assert not torch.equal(expected, before[KEY])
+    torch.testing.assert_close(state(loss), untouched, rtol=0, atol=0)
 
 
 def test_a_hard_update_counts_as_it_does():

@@ -61,7 +61,7 @@ class QEnsemble(TensorDictModuleBase):
     def first(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the value of the first critic alone, ``[*B, 1]``."""
         critic: Any = self.critics[0]
-        if self._batched and not _have_hooks([critic]):
+        if self._batched and not (critic._forward_hooks or critic._forward_pre_hooks):
             # TensorDictModule's own call takes as long as the network does for one state
             return tensordict.set(self.out_keys[0], critic.module(*map(tensordict.get, self.in_keys)))
         out = critic(tensordict)

@@ -11,46 +11,35 @@ from torch import nn
 class RunOn:
     """A context in which a network holds other weights; it may be entered again and again.
 
-    tensordict's ``params.to_module(network)`` does the same for any network and is used where a module has ways of its
-    own to set its weights, as recurrent ones have. But it walks through both at each use, which takes longer than the
-    small networks that it is used on, and where the context fails leaves the weights in the network.
+    tensordict's ``params.to_module(network)`` walks through both at each use, which takes longer than the small
+    networks that it is used on, and where the context fails it leaves the weights in the network.
 
     Args:
-        params: of the network, as :meth:`tensordict.TensorDictParams.from_module` names them; their tensors are those
-            of now.
+        params: of the network, as :meth:`tensordict.TensorDict.from_module` names them; their tensors are those of now.
         network: holds its own weights again after the context.
         detached: whether the weights are taken without their gradients.
     """
 
     def __init__(self, params: TensorDictParams, network: nn.Module, *, detached: bool = False) -> None:
-        self._params, self._network, self._detached = params, network, detached
+        self._detached = detached
         modules, self._slots = dict(network.named_modules()), []
-        self._plain = True
         for key, tensor in params.items(True, True):
             *path, name = (key,) if isinstance(key, str) else key
             module = modules[".".join(path)]
-            self._plain &= type(module).__setattr__ is nn.Module.__setattr__
             self._slots.append((module._parameters if name in module._parameters else module._buffers, name, tensor))
 
     def __enter__(self) -> None:
         """Put them in."""
-        if not self._plain:
-            self._swap = put(self._params.data if self._detached else self._params, self._network)
-            self._swap.__enter__()
-            return
         self._own = [place[name] for place, name, _ in self._slots]
         for place, name, tensor in self._slots:
             place[name] = tensor.detach() if self._detached else tensor
 
     def __exit__(self, *failure: Any) -> None:
         """Put the network's own back."""
-        if not self._plain:
-            self._swap.__exit__(None, None, None)
-            return
         for (place, name, _), tensor in zip(self._slots, self._own, strict=True):
             place[name] = tensor
 
 
-def put(params: TensorDictParams, network: Any) -> Any:
+def put(params: TensorDictParams, network: Any) -> None:
     """Have a network hold these weights, as they are: tensordict's default would unfreeze frozen ones."""
-    return params.to_module(network, preserve_module_state=False)
+    params.to_module(network, preserve_module_state=False)
