@@ -37,13 +37,13 @@ BREAKS = {
     ),
     "target perturbation is the live one": (
         "objectives/bcq.py",
-        "return self._targets[name]",
-        'return nullcontext() if name == "actor" else self._targets[name]',
+        "return RunOn(self._targets[name])",
+        'return nullcontext() if name == "actor" else RunOn(self._targets[name])',
     ),
     "target critics are the live ones": (
         "objectives/bcq.py",
-        "return self._targets[name]",
-        'return nullcontext() if name == "qvalue" else self._targets[name]',
+        "return RunOn(self._targets[name])",
+        'return nullcontext() if name == "qvalue" else RunOn(self._targets[name])',
     ),
     "bootstrap through terminated": (
         "objectives/bcq.py",
@@ -68,8 +68,8 @@ BREAKS = {
     ),
     "gradient of the actor leaks into the critics": (
         "objectives/bcq.py",
-        "self.qvalue_network, detached=True)",
-        "self.qvalue_network, detached=False)",
+        "RunOn(self._critics, detached=True)",
+        "RunOn(self._critics, detached=False)",
     ),
     "gradient of the actor leaks into the VAE": (
         "objectives/bcq.py",

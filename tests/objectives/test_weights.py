@@ -10,7 +10,7 @@ from tensordict import TensorDict, TensorDictParams
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from torchrl_bcq.objectives.weights import RunOn
+from torchrl_bcq.objectives.weights import RunOn, find_slots
 
 NETWORKS = {
     "linear": lambda: nn.Linear(3, 2),
@@ -47,10 +47,10 @@ def test_it_computes_what_the_others_network_does_and_has_its_own_weights_again(
     network, other = two_networks(name)
     x, before, held = torch.randn(5, 3), deepcopy(network.state_dict()), dict(network.named_parameters())
     own, expected = output(network, x), output(other, x)
-    borrowed = RunOn(weights_of(other), network)
+    slots = find_slots(weights_of(other), network)
     assert not torch.allclose(own, expected)
-    for _ in range(2):  # it may be entered again
-        with borrowed:
+    for _ in range(2):  # slots serve again
+        with RunOn(slots):
             torch.testing.assert_close(output(network, x), expected, rtol=0, atol=0)
         torch.testing.assert_close(output(network, x), own, rtol=0, atol=0)
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
@@ -62,7 +62,7 @@ def test_it_computes_what_the_others_network_does_and_has_its_own_weights_again(
 def test_gradients_reach_the_weights_unless_they_are_detached(name, detached):
     network, other = two_networks(name)
     x = torch.randn(5, 3, requires_grad=True)
-    with RunOn(weights_of(other), network, detached=detached):
+    with RunOn(find_slots(weights_of(other), network), detached=detached):
         output(network, x).sum().backward()
     assert x.grad.any()
     assert all((parameter.grad is None) == detached for parameter in other.parameters())
@@ -74,18 +74,18 @@ def test_it_has_its_own_weights_again_after_an_error(name):
     network, other = two_networks(name)
     x = torch.randn(5, 3)
     own = output(network, x)
-    with pytest.raises(KeyError), RunOn(weights_of(other), network):
+    with pytest.raises(KeyError), RunOn(find_slots(weights_of(other), network)):
         raise KeyError
     torch.testing.assert_close(output(network, x), own, rtol=0, atol=0)
 
 
 def test_it_is_compiled_without_a_break():
     network, other = two_networks("nested")
-    borrowed, x = RunOn(weights_of(other), network), torch.randn(5, 3)
+    slots, x = find_slots(weights_of(other), network), torch.randn(5, 3)
 
     @torch.compile(fullgraph=True, backend="eager")
     def both(x):
-        with borrowed:
+        with RunOn(slots):
             inside = network(x)
         return inside, network(x)
 

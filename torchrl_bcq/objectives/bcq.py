@@ -24,7 +24,7 @@ from torchrl.objectives.value import ValueEstimatorBase
 
 from torchrl_bcq.functional import best_sample_value, clipped_normal
 from torchrl_bcq.objectives.inputs import check_state_dict, check_time_dimension, select_inputs
-from torchrl_bcq.objectives.weights import RunOn, put
+from torchrl_bcq.objectives.weights import RunOn, find_slots, put
 from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, check_action, check_networks
 
 
@@ -198,7 +198,7 @@ class BCQLoss(LossModule):
         with torch.no_grad():
             sampled = self._sample(batch.select(*self._observation_keys), latent)
         perturbed = self.actor_network(sampled)
-        with self._detached_critics:  # only the actor learns
+        with RunOn(self._critics, detached=True):  # only the actor learns
             value = self._value(self.qvalue_network.first(perturbed))  # [*B, 1]
         return self._weigh(-value.squeeze(-1), tensordict), {}
 
@@ -236,7 +236,7 @@ class BCQLoss(LossModule):
         if name not in self._targets:
             return nullcontext()
         getattr(self, f"target_{name}_network_params")  # where TorchRL warns of targets that nobody updates
-        return self._targets[name]
+        return RunOn(self._targets[name])
 
     def _target_autocast(self) -> AbstractContextManager:
         if self.target_dtype is None:
@@ -298,10 +298,10 @@ class BCQLoss(LossModule):
         for name in self.network_names:
             put(getattr(self, f"{name}_network_params"), getattr(self, f"{name}_network"))
         self._like = (next(self.parameters()),)  # in a tuple, else it would be one more parameter of this module
-        self._detached_critics = RunOn(self.qvalue_network_params, self.qvalue_network, detached=True)
+        self._critics = find_slots(self.qvalue_network_params, self.qvalue_network)
         delayed = [name for name in ("actor", "qvalue") if getattr(self, f"delay_{name}")]
         targets = {name: self._modules[f"target_{name}_network_params"] for name in delayed}
-        self._targets = {name: RunOn(params, getattr(self, f"{name}_network")) for name, params in targets.items()}
+        self._targets = {name: find_slots(params, getattr(self, f"{name}_network")) for name, params in targets.items()}
         pairs = [
             (target, getattr(self, f"{name}_network_params").get(key))
             for name, params in targets.items()
