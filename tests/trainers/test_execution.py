@@ -22,8 +22,10 @@ from ..conftest import ACTION_SPEC, OBSERVATION_SPEC, random_transitions
 from .conftest import AfterStep, make_trainer, weights
 from .test_bcq import prioritised_buffer
 
-# read by tensordict
-pytestmark = pytest.mark.filterwarnings("ignore:torch._dynamo.config.inline_inbuilt_nn_modules:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch._dynamo.config.inline_inbuilt_nn_modules:FutureWarning"),  # tensordict's
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),  # PyTorch's, 2.13
+]
 
 INDUCTOR = {"options": {"fallback_random": True}}  # as compile=True, but it draws what PyTorch would
 TRACED = {"backend": "eager"}  # the graphs are made and run as they are, without a compiler
