@@ -92,7 +92,12 @@ def world(tmp_path, monkeypatch):
         code_permalink="none",
         requirements=[],
     )
-    return {**vars(bcq), **STEPS, "env": GymEnv("Pendulum-v1"), "load_dataset": load_dataset}
+    return {
+        **{name: getattr(bcq, name) for name in bcq.__all__},
+        **STEPS,
+        "env": GymEnv("Pendulum-v1"),
+        "load_dataset": load_dataset,
+    }
 
 
 def test_the_table_names_every_reader():
