@@ -54,51 +54,33 @@ def scheduled(loss: BCQLoss) -> BCQOptimizationStepper:
     return BCQOptimizationStepper.adam(loss, vae_warmup_steps=5, freeze_vae_after=35, actor_update_interval=2)
 
 
-PAGES_OF_STEPS = """
+NEW_PAGES = """
 import resource, torch
 from torchrl.data import Bounded, Unbounded
-from torchrl.objectives import SoftUpdate
-from torchrl_bcq import BCQLoss, BCQTrainer, from_arrays, make_bcq_modules, make_replay_buffer
-from torchrl_bcq.trainers import execution
+from torchrl_bcq import BCQLoss, make_bcq_modules
+from torchrl_bcq.trainers.execution import Execution
 
-torch.set_num_threads(1)
-flags = torch.zeros(500, dtype=torch.bool)
-data = from_arrays(torch.randn(500, 17), torch.rand(500, 6), torch.randn(500), flags, flags, torch.randn(500, 17))
-seen = []
+def new_pages(sizes):  # in MiB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for size in sizes:
+        torch.ones(size, 2**20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-def look():
-    seen.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-
-def new_pages_of_a_step():
-    loss = BCQLoss(*make_bcq_modules(Unbounded((17,)), Bounded(-1, 1, (6,))))
-    buffer = make_replay_buffer(data, batch_size=256, seed=0)
-    settings = {"total_steps": 30, "log_interval": 30, "progress_bar": False}
-    trainer = BCQTrainer(loss, buffer, target_net_updater=SoftUpdate(loss, tau=0.005), **settings)
-    seen.clear()
-    trainer.register_op("post_optim", look)
-    trainer.train()
-    return (seen[-1] - seen[10]) / len(seen[11:])  # ten steps to warm up
-
-keep, execution._keep_freed_memory = execution._keep_freed_memory, lambda: None
-given_back = new_pages_of_a_step()
-execution._keep_freed_memory = keep
-print(given_back, new_pages_of_a_step())
+loss = BCQLoss(*make_bcq_modules(Unbounded((17,)), Bounded(-1, 1, (6,))))
+given_back = new_pages(range(12, 20))  # each larger than all that glibc has adapted to
+Execution(loss)
+new_pages([28])
+print(given_back, new_pages(range(27, 19, -1)))  # each fits where the one before was
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that adapts")
 def test_freed_memory_is_kept_for_the_next_step():
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        PAGES_OF_STEPS,
-    ]  # a process of its own, in which nothing has trained
+    command = [sys.executable, "-W", "ignore", "-c", NEW_PAGES]  # a process of its own, in which nothing has trained
     out = subprocess.run(command, capture_output=True, text=True, check=True)
-    given_back, kept = map(float, out.stdout.split())
-    assert given_back > 200  # else it would prove nothing
-    assert kept < given_back / 5
+    given_back, kept = map(int, out.stdout.split())
+    assert given_back > sum(range(12, 20)) * 256 / 2  # of 4 KiB each, else it would prove nothing
+    assert kept < given_back / 100
 
 
 def small_loss() -> BCQLoss:
