@@ -16,15 +16,18 @@ OBSERVATION_SPEC = Unbounded((3,))
 ACTION_SPEC = Bounded(low=torch.tensor([-1.0, 0.0]), high=torch.tensor([1.0, 4.0]), shape=(2,))  # asymmetric on purpose
 
 
-torch.set_num_threads(1)  # the tensors here are tiny; threads only wait for one another
-
-
 def skip_without_extension() -> None:
     """Prioritised replay is compiled for one torch; where another one is installed there is none, and only there."""
     try:
         importlib.import_module("torchrl._torchrl")
     except (ImportError, OSError) as error:
         pytest.skip(f"TorchRL's compiled extension does not fit torch {torch.__version__}: {error}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Each test has one thread, also after one that set more: the tensors are tiny, threads only wait for another."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

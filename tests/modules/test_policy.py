@@ -118,17 +118,14 @@ def test_deterministic_action_by_hand(modules, make_batch):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_two_deterministic_rollouts_from_one_seed_are_bitwise_equal(threads):
     torch.set_num_threads(threads)
-    try:
-        env = GymEnv("Pendulum-v1")
-        acting = BCQPolicy(*make_bcq_modules(env.observation_spec, env.action_spec, hidden=(64,), vae_hidden=(64,)))
-        rollouts = []
-        for state_of_the_world in (0, 1):
-            torch.manual_seed(state_of_the_world)  # has no say
-            env.set_seed(3)
-            with set_exploration_type(ExplorationType.DETERMINISTIC):
-                rollouts.append(env.rollout(60, acting))
-    finally:
-        torch.set_num_threads(1)
+    env = GymEnv("Pendulum-v1")
+    acting = BCQPolicy(*make_bcq_modules(env.observation_spec, env.action_spec, hidden=(64,), vae_hidden=(64,)))
+    rollouts = []
+    for state_of_the_world in (0, 1):
+        torch.manual_seed(state_of_the_world)  # has no say
+        env.set_seed(3)
+        with set_exploration_type(ExplorationType.DETERMINISTIC):
+            rollouts.append(env.rollout(60, acting))
     for key in ("action", "observation"):
         assert torch.equal(rollouts[0][key], rollouts[1][key])
     assert rollouts[0]["action"].unique().numel() > 20
