@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torchrl
 from tensordict import TensorDict
 from torchrl.data import Bounded, Unbounded
 
@@ -14,6 +15,7 @@ from torchrl_bcq import make_bcq_modules
 
 OBSERVATION_SPEC = Unbounded((3,))
 ACTION_SPEC = Bounded(low=torch.tensor([-1.0, 0.0]), high=torch.tensor([1.0, 4.0]), shape=(2,))  # asymmetric on purpose
+torchrl._THREAD_POOL_INIT = 1  # that many threads are set where environments are closed, if only by a garbage collector
 
 
 def skip_without_extension() -> None:
