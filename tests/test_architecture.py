@@ -15,10 +15,11 @@ ROOT = Path(torchrl_bcq.__file__).parent
 MAY_IMPORT = {
     "functional": set(),
     "protocols": set(),
-    "modules": {"functional", "protocols", "modules"},
+    "memory": set(),
+    "modules": {"functional", "protocols", "memory", "modules"},
     "objectives": {"functional", "protocols", "objectives"},
     "data": {"data"},
-    "trainers": {"functional", "protocols", "modules", "objectives", "data", "trainers"},
+    "trainers": {"functional", "protocols", "memory", "modules", "objectives", "data", "trainers"},
     "conf": {"modules", "objectives", "data", "trainers", "conf"},
     "cli": {"modules", "objectives", "data", "trainers", "cli"},
 }

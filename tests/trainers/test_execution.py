@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
-import sys
 from shutil import which
 
 import pytest
@@ -52,35 +49,6 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 def scheduled(loss: BCQLoss) -> BCQOptimizationStepper:
     return BCQOptimizationStepper.adam(loss, vae_warmup_steps=5, freeze_vae_after=35, actor_update_interval=2)
-
-
-NEW_PAGES = """
-import resource, torch
-from torchrl.data import Bounded, Unbounded
-from torchrl_bcq import BCQLoss, make_bcq_modules
-from torchrl_bcq.trainers.execution import Execution
-
-def new_pages(sizes):  # in MiB
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for size in sizes:
-        torch.ones(size, 2**20, dtype=torch.uint8)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-loss = BCQLoss(*make_bcq_modules(Unbounded((17,)), Bounded(-1, 1, (6,))))
-given_back = new_pages(range(12, 20))  # each larger than all that glibc has adapted to
-Execution(loss)
-new_pages([28])
-print(given_back, new_pages(range(27, 19, -1)))  # each fits where the one before was
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that adapts")
-def test_freed_memory_is_kept_for_the_next_step():
-    command = [sys.executable, "-W", "ignore", "-c", NEW_PAGES]  # a process of its own, in which nothing has trained
-    out = subprocess.run(command, capture_output=True, text=True, check=True)
-    given_back, kept = map(int, out.stdout.split())
-    assert given_back > sum(range(12, 20)) * 256 / 2  # of 4 KiB each, else it would prove nothing
-    assert kept < given_back / 100
 
 
 def small_loss() -> BCQLoss:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from torchrl_bcq.functional import clipped_normal, spread_normal
+from torchrl_bcq.memory import keep_freed_memory
 from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, check_action, check_networks, require
 
 
@@ -71,6 +72,7 @@ class BCQPolicy(TensorDictModuleBase):
         self.return_value = return_value
         self.return_candidates = return_candidates
         like = next(self.parameters())
+        keep_freed_memory(like.device)
         self.register_buffer("latents", spread_normal(num_action_samples, vae.latent_dim, vae.latent_clip, seed, like))
         in_keys = dict.fromkeys([*vae.observation_keys, *(() if actor is None else actor.in_keys), *critics.in_keys])
         self.in_keys = [key for key in in_keys if key != vae.action_key]

@@ -12,11 +12,11 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from torchrl_bcq.memory import keep_freed_memory
 from torchrl_bcq.objectives import BCQLoss
 
 _MATMUL = ("highest", "high", "medium")  # torch.set_float32_matmul_precision's
 PRECISIONS = (*_MATMUL, "bf16-target", "bf16-mixed")
-_LARGEST_ADAPTED = 2**25 - 2**14  # bytes, less what an allocation adds to it
 _logger = logging.getLogger(__name__)
 
 
@@ -47,8 +47,7 @@ class Execution:
         self._matmul = precision if precision in _MATMUL else None
         self._autocast = precision == "bf16-mixed"
         loss_module.target_dtype = torch.bfloat16 if precision == "bf16-target" else None
-        if next(loss_module.parameters()).device.type == "cpu":
-            _keep_freed_memory()
+        keep_freed_memory(next(loss_module.parameters()).device)
         self._compiled: dict[str, Callable] = {}
         self._settings: dict[str, Any] | None = None
         if compile is not False:
@@ -81,19 +80,6 @@ class Execution:
             yield
         finally:
             torch.set_float32_matmul_precision(before)
-
-
-def _keep_freed_memory() -> None:
-    """Have the C library keep memory that is freed, up to 64 MiB, for what is allocated next.
-
-    Else the activations of each step are given back to the system, which clears their pages again for the next step: a
-    tenth of the time of a step. glibc adapts to the largest block that was freed yet, of at most 32 MiB; here is one.
-    Where its limits are set from outside (``MALLOC_TRIM_THRESHOLD_`` ...) they stay as they are, as do those of other
-    libraries and systems.
-
-    Source: mallopt(3), M_MMAP_THRESHOLD; DEFAULT_MMAP_THRESHOLD_MAX of malloc.c.
-    """
-    torch.empty(_LARGEST_ADAPTED, dtype=torch.uint8)
 
 
 def _with_own_code(method: Callable) -> Callable:
