@@ -75,7 +75,7 @@ def main() -> None:
     EarlyStopping(monitor="held_out_td_error", mode="min", patience=1_000, wait_for=settled).register(trainer)
     trainer.train()
 
-    names = ("held_out_td_error", "held_out_vae_loss", "initial_value", "action_distance")
+    names = ("held_out_td_error", "held_out_loss_vae", "initial_value", "action_distance")
     files = [args.out / "log" / "scalars" / f"{name}.csv" for name in names]
     print(f"{'step':>6}" + "".join(f"{name:>20}" for name in names))
     for rows in zip(*(csv.reader(file.read_text().splitlines()) for file in files), strict=True):

@@ -1,23 +1,24 @@
-"""A dataset by its name, and the environment that it came from, to evaluate in."""
+"""Open a dataset by its name, and the environment in which it was recorded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import gymnasium
 from tensordict import TensorDictBase
-from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, TransformedEnv
+from torchrl.envs import EnvBase
 
 import torchrl_bcq as bcq
-from torchrl_bcq.cli.record import DATASET_ID, record_default
 from torchrl_bcq.data.registry import find_source
+from torchrl_bcq.evaluation.environments import make_env
+from torchrl_bcq.evaluation.recording import DATASET_ID, record_default
 
 
 def open_dataset(
     name: str | None, env_id: str | None, root: Path | None = None
 ) -> tuple[Callable[[], EnvBase], TensorDictBase]:
-    """What makes the environment to evaluate in, and the transitions to learn from, recorded if none are named."""
+    """A function that makes the environment, and the transitions; they are recorded if no dataset is named."""
     if name is None:
         record_default()
         name = f"minari:{DATASET_ID}"
@@ -25,10 +26,8 @@ def open_dataset(
     if not env_id:
         raise ValueError(f"{name} does not name its environment; pass --env")
 
-    def make_env() -> EnvBase:
-        return TransformedEnv(GymWrapper(gymnasium.make(env_id)), DoubleToFloat())
-
-    return make_env, bcq.load_transitions(name, action_spec=make_env().action_spec, root=root)
+    make = partial(make_env, env_id)
+    return make, bcq.load_transitions(name, action_spec=make().action_spec, root=root)
 
 
 def _env_id(name: str) -> str | None:

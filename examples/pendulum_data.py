@@ -5,7 +5,7 @@ from tensordict.nn import TensorDictModule
 from torchrl.objectives import SoftUpdate
 
 from torchrl_bcq import BCQOptimizationStepper, BCQTrainer, make_replay_buffer
-from torchrl_bcq.cli.record import swing_up
+from torchrl_bcq.evaluation.recording import swing_up
 
 RECORDED, EVALUATED, EPISODE_STEPS = 20, 10, 200  # episodes, and the steps of each
 SMALL = {"hidden": (64, 64), "vae_hidden": (64, 64), "kl_weight": 0.05}  # networks that learn this in half a minute

@@ -1,4 +1,4 @@
-"""What a policy is worth: returns, a table on the terminal, summary.json and a learning curve as PNG."""
+"""Returns of policies: a table on the terminal, summary.json and a learning curve as PNG."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-LABELS = {"random": "random", "behaviour": "behaviour", "behaviour_cloning": "behaviour cloning", "bcq": "BCQ"}
+LABELS = {"random": "random", "behaviour": "behaviour", "cloning": "cloning", "vae_bc": "VAE-BC", "bcq": "BCQ"}
 
 
 def write(out: Path, returns: dict[str, list[float]], title: str) -> None:
@@ -36,12 +36,12 @@ def write(out: Path, returns: dict[str, list[float]], title: str) -> None:
 
 
 def plot(out: Path, summary: dict[str, dict[str, float]], title: str) -> None:
-    """Draw the return on the way over gradient steps, with the other policies as lines."""
+    """Draw the return over gradient steps, with the other policies as lines."""
     with open(out / "log" / "scalars" / "return.csv", newline="") as file:
         steps, means = zip(*((int(step), float(mean)) for step, mean in csv.reader(file)), strict=True)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(steps, means, marker="o", color="C0", label=LABELS["bcq"])
-    for name, style, color in (("behaviour_cloning", "-.", "C1"), ("behaviour", "--", "C2"), ("random", ":", "C3")):
+    for name, style, color in (("cloning", "-.", "C1"), ("behaviour", "--", "C2"), ("random", ":", "C3")):
         axes.axhline(summary[name]["mean"], linestyle=style, color=color, label=LABELS[name])
     axes.set(xlabel="gradient steps", ylabel=f"mean return of {summary['bcq']['episodes']} episodes", title=title)
     axes.legend()

@@ -1,4 +1,4 @@
-"""BCQ from a dataset to a policy, with no environment in between (it serves to evaluate only).
+"""Learn a policy from a dataset with BCQ; the environment serves for evaluation only.
 
 python examples/train_offline.py                            records Pendulum-v1 once, then learns from it
 python examples/train_offline.py --dataset FILE.hdf5        or FILE.npz, in D4RL's layout
@@ -14,7 +14,6 @@ import math
 import time
 from pathlib import Path
 
-import gymnasium
 import report
 import torch
 from open_dataset import open_dataset
@@ -39,7 +38,7 @@ parser.add_argument("--eval-episodes", type=int, default=20, help="episodes of a
 parser.add_argument("--device", default=torch.get_default_device(), help="any torch device (default: %(default)s)")
 parser.add_argument("--seed", type=int, default=0, help="of networks and batches (default: %(default)s)")
 parser.add_argument("--out", type=Path, help="new folder of the run; default: runs/ENVIRONMENT-TIME")
-parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+parser.add_argument("--resume", action="store_true", help="resume from the checkpoint in --out")
 
 
 def main() -> None:
@@ -48,22 +47,24 @@ def main() -> None:
     if args.resume and not (args.out and (args.out / "checkpoint").exists()):
         parser.error("--resume needs the --out of a run that has a checkpoint")
     if args.out and args.out.exists() and not args.resume:
-        parser.error(f"{args.out} exists; pass another --out, or --resume to go on with it")
+        parser.error(f"{args.out} exists; pass another --out, or --resume to continue it")
     try:
         make_env, transitions = open_dataset(args.dataset, args.env, args.root)
-    except (OSError, ValueError, gymnasium.error.Error) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     env, envs = make_env(), SerialEnv(args.eval_episodes, make_env, device=args.device)
     out = args.out or Path("runs") / time.strftime(f"{env.spec.id}-%Y%m%d-%H%M%S")
     buffer = bcq.make_replay_buffer(transitions, batch_size=args.batch_size, device=args.device, seed=args.seed)
 
+    hidden = args.hidden or ([400, 300] if args.dataset else [256, 256])
+    normalization = bcq.Normalization.fit(transitions) if args.normalize else None
     torch.manual_seed(args.seed)
     vae, actor, critics = bcq.make_bcq_modules(
         env.observation_spec,
         env.action_spec,
-        hidden=args.hidden or ([400, 300] if args.dataset else [256, 256]),
+        hidden=hidden,
         vae_hidden=args.vae_hidden or ([750, 750] if args.dataset else [256, 256]),
-        normalization=bcq.Normalization.fit(transitions) if args.normalize else None,
+        normalization=normalization,
         device=args.device,
     )
     loss = bcq.BCQLoss(vae, actor, critics)
@@ -88,7 +89,13 @@ def main() -> None:
             parser.error(f"the checkpoint is at {trainer.collected_frames} steps; pass --steps above that")
     trainer.train()
 
-    policies = {"random": None, "behaviour_cloning": bcq.BehaviorCloningPolicy(vae), "bcq": policy}
+    (cloned,) = bcq.make_cloning_modules(
+        env.observation_spec, env.action_spec, hidden=hidden, normalization=normalization, device=args.device
+    )
+    cloning, steps = bcq.CloningLoss(cloned), args.steps
+    bcq.OfflineTrainer(cloning, buffer, target_net_updater=None, total_steps=steps, seed=args.seed).train()
+
+    policies = {"random": None, "cloning": cloned, "vae_bc": bcq.BehaviorCloningPolicy(vae), "bcq": policy}
     returns = {name: bcq.evaluate(envs, p)["return"].tolist() for name, p in policies.items()}
     returns["behaviour"] = episode_returns(transitions).tolist()
     report.write(out, returns, title=f"{env.spec.id}, {args.steps} gradient steps")

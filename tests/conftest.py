@@ -1,4 +1,4 @@
-"""What several tests need: small specs, networks and transitions, and a place for figures worth reading."""
+"""Small specs, networks and transitions for all tests, and figures that are printed after a run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torchrl.data import Bounded, Unbounded
 from torchrl_bcq import make_bcq_modules
 
 OBSERVATION_SPEC = Unbounded((3,))
-ACTION_SPEC = Bounded(low=torch.tensor([-1.0, 0.0]), high=torch.tensor([1.0, 4.0]), shape=(2,))  # asymmetric on purpose
-torchrl._THREAD_POOL_INIT = 1  # that many threads are set where environments are closed, if only by a garbage collector
+ACTION_SPEC = Bounded(low=torch.tensor([-1.0, 0.0]), high=torch.tensor([1.0, 4.0]), shape=(2,))  # asymmetric
+torchrl._THREAD_POOL_INIT = 1  # TorchRL sets this number of threads when an environment is closed or collected
 
 
 def skip_without_extension() -> None:
-    """Prioritised replay is compiled for one torch; where another one is installed there is none, and only there."""
+    """Skip a test of prioritised replay where TorchRL's compiled extension does not fit the installed torch."""
     try:
         importlib.import_module("torchrl._torchrl")
     except (ImportError, OSError) as error:
@@ -28,7 +28,7 @@ def skip_without_extension() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Each test has one thread, also after one that set more: the tensors are tiny, threads only wait for another."""
+    """Run each test in one thread, also after a test that set more: the tensors are small."""
     torch.set_num_threads(1)
 
 

@@ -1,4 +1,4 @@
-"""Kill conversions to memory-mapped copies, and show that what they leave is complete or not there.
+"""Kill conversions to memory-mapped copies, and check that the copies are complete or absent.
 
 python tests/kill_conversion.py                     20 kills of a conversion of a million rows, about two minutes
 python tests/kill_conversion.py --kills 3 --rows 20000
@@ -30,6 +30,7 @@ from tqdm import tqdm
 from torchrl_bcq import DatasetError, load_hdf5, load_memmap
 from torchrl_bcq.data.sources import array_files, source
 from torchrl_bcq.data.sources.conversion import write_memmap
+from torchrl_bcq.files import UNFINISHED
 
 PHASES = ("checking", "writing", "done")
 
@@ -63,12 +64,12 @@ def run(folder: Path, kills: int, rows: int, rng: random.Random) -> int:
         aim = kill % 2
         moment = (kill // 2 + rng.random()) / ((kills + 1) // 2) * spans[aim]
         convert_and_kill(context, file, root, PHASES[aim], moment)
-        phase = "done" if copies(root) else "writing" if any(root.glob(".*.part")) else "checking"
+        phase = "done" if copies(root) else "writing" if any(root.glob(f"{UNFINISHED}*")) else "checking"
         defects = what_is_left(root, expected)
         load_hdf5(file, root=root)
         if digest(root) != expected:
             defects.append("the rerun differs from the undisturbed conversion")
-        if any(root.glob(".*.part")):
+        if any(root.glob(f"{UNFINISHED}*")):
             defects.append("the rerun left something unfinished")
         hit[phase] += 1
         bad += bool(defects)
@@ -94,7 +95,7 @@ def make_file(path: Path, rows: int) -> Path:
 
 
 def convert(file: Path, root: Path, pipe) -> None:
-    """Tell when each phase begins."""
+    """Report the beginning of each phase."""
 
     def tell_and_write(*args):
         pipe.send("writing")
@@ -102,14 +103,14 @@ def convert(file: Path, root: Path, pipe) -> None:
 
     array_files.CHUNK_BYTES = 1 << 18  # many small parts
     source.write_memmap = tell_and_write
-    tqdm.set_lock(threading.RLock())  # its own one is a semaphore, which a killed process would leak
+    tqdm.set_lock(threading.RLock())  # its default is a semaphore, which a killed process would leak
     pipe.send("checking")
     load_hdf5(file, root=root)
     pipe.send("done")
 
 
 def convert_and_kill(context, file: Path, root: Path, phase: str = "done", moment: float = 0) -> list[float]:
-    """Kill it some seconds into a phase, as it tells itself; seconds that the phases before it took."""
+    """Kill it some seconds after a phase begins; returns the seconds of the phases before."""
     here, there = context.Pipe()
     process = context.Process(target=convert, args=(file, root, there))
     process.start()
@@ -117,7 +118,7 @@ def convert_and_kill(context, file: Path, root: Path, phase: str = "done", momen
     times = []
     for expected in PHASES[: PHASES.index(phase) + 1]:
         if here.recv() != expected:
-            raise RuntimeError("the conversion is not what this script takes it for")
+            raise RuntimeError(f"the conversion did not report the phase {expected}")
         times.append(time.perf_counter())
     here.poll(moment)
     process.kill()
@@ -130,7 +131,7 @@ def copies(root: Path) -> list[Path]:
 
 
 def what_is_left(root: Path, expected: str) -> list[str]:
-    """Defects: whatever can be loaded must be complete."""
+    """Defects of the folders that are left: all that can be loaded must be complete."""
     defects = []
     for folder in root.glob("*") if root.is_dir() else ():
         if not folder.is_dir():
@@ -151,7 +152,7 @@ def files(root: Path) -> list[Path]:
 
 
 def digest(root: Path) -> str:
-    """Of the names and bytes of all finished copies."""
+    """Digest of the names and bytes of all finished copies."""
     content = hashlib.sha256()
     for path in files(root):
         content.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())

@@ -1,9 +1,9 @@
-"""Break the algorithm on purpose, one line at a time, and show that some test notices.
+"""Break the code on purpose, one line at a time, and check that a test fails.
 
-python tests/mutations.py           all breaks; exits with 1 if one of them goes unnoticed
-python tests/mutations.py KL tau    those whose names contain one of the words
+python tests/mutations.py           all breaks; exits with 1 if no test fails for one of them
+python tests/mutations.py KL tau    breaks whose names contain one of the words
 
-The package and its tests are copied aside; the checkout stays as it is.
+The package and its tests are copied to a temporary folder; the checkout stays unchanged.
 """
 
 from __future__ import annotations
@@ -18,58 +18,103 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = ["tests/objectives", "tests/modules", "tests/trainers", "tests/test_functional.py"]
-SLOW = "not compiles and not collects and not two_workers"  # add nothing to what the others see
+TESTS = ["tests/objectives", "tests/modules", "tests/trainers", "tests/evaluation", "tests/test_functional.py"]
+SLOW = "not compile and not collects and not two_workers"  # the other tests notice the same breaks
 
-# name: (file, the line as it is, the line as it must not be)
+# name: (file, correct lines, broken lines)
 CONTROL = "nothing broken"
 BREAKS = {
     CONTROL: ("functional.py", "import torch\n", "import torch\n"),
+    # the equations
     "min and max swapped": (
         "functional.py",
         "return lmbda * qvalue.amin(-1) + (1 - lmbda) * qvalue.amax(-1)",
         "return lmbda * qvalue.amax(-1) + (1 - lmbda) * qvalue.amin(-1)",
-    ),
-    "target perturbation dropped": (
-        "objectives/bcq.py",
-        "            candidates = self.actor_network(candidates)\n",
-        "            pass\n",
-    ),
-    "target perturbation is the live one": (
-        "objectives/bcq.py",
-        "return RunOn(self._targets[name])",
-        'return nullcontext() if name == "actor" else RunOn(self._targets[name])',
-    ),
-    "target critics are the live ones": (
-        "objectives/bcq.py",
-        "return RunOn(self._targets[name])",
-        'return nullcontext() if name == "qvalue" else RunOn(self._targets[name])',
-    ),
-    "bootstrap through terminated": (
-        "objectives/bcq.py",
-        "return self.value_estimator.value_estimate(batch)",
-        'batch["next", self.tensor_keys.terminated].zero_()\n        return self.value_estimator.value_estimate(batch)',
-    ),
-    "bootstrap ends at every done": (
-        "objectives/bcq.py",
-        "{k: getattr(self.tensor_keys, k) for k in shared}",
-        '{k: getattr(self.tensor_keys, "done" if k == "terminated" else k) for k in shared}',
-    ),
-    "latents unclipped": ("functional.py", "device=like.device).clamp_(-clip, clip)", "device=like.device)"),
-    "wrong critic for the actor": (
-        "modules/q_ensemble.py",
-        "critic: Any = self.critics[0]",
-        "critic: Any = self.critics[-1]",
     ),
     "mean in place of max over candidates": (
         "functional.py",
         "lmbda).amax(-1, keepdim=True)",
         "lmbda).mean(-1, keepdim=True)",
     ),
-    "gradient of the actor leaks into the critics": (
+    "latents unclipped": ("functional.py", "device=like.device).clamp_(-clip, clip)", "device=like.device)"),
+    "KL sign": ("modules/vae.py", "return error + self.kl_weight * kl", "return error - self.kl_weight * kl"),
+    "wrong critic for the actor": (
+        "modules/q_ensemble.py",
+        "critic: Any = self.critics[0]",
+        "critic: Any = self.critics[-1]",
+    ),
+    "actor descends": ("objectives/bcq.py", "self.reduce(-value, tensordict)", "self.reduce(value, tensordict)"),
+    "policy takes the worst candidate": ("modules/policy.py", "best = value.argmax(1", "best = value.argmin(1"),
+    "cloning by the absolute error": ("objectives/cloning.py", ".square().mean(-1)", ".abs().mean(-1)"),
+    "cloned network sees the action": ("objectives/cloning.py", "batch.exclude(key)", "batch.copy()"),
+    # targets
+    "target perturbation dropped": (
         "objectives/bcq.py",
-        "RunOn(self._critics, detached=True)",
-        "RunOn(self._critics, detached=False)",
+        "            candidates = self.actor_network(candidates)\n",
+        "            pass\n",
+    ),
+    "target perturbation is the trained one": (
+        "objectives/base.py",
+        "slots = []\n        for name in self.delayed_names:",
+        "slots = []\n        for name in {*self.delayed_names} - {'actor'}:",
+    ),
+    "target critics are the trained ones": (
+        "objectives/base.py",
+        "slots = []\n        for name in self.delayed_names:",
+        "slots = []\n        for name in {*self.delayed_names} - {'qvalue', 'critic'}:",
+    ),
+    "parts of the target in the wrong order": (
+        "objectives/candidates.py",
+        "for pair in pairs]",
+        "for pair in reversed([*pairs])]",
+    ),
+    "target in parts with batch normalisation": (
+        "objectives/bcq.py",
+        "size = candidates.numel() if self.mixes_rows else self.target_chunk_size",
+        "size = self.target_chunk_size",
+    ),
+    "bootstrap through terminated": (
+        "objectives/values.py",
+        "return self.value_estimator.value_estimate(batch)",
+        'batch["next", self.tensor_keys.terminated].zero_()\n        return self.value_estimator.value_estimate(batch)',
+    ),
+    "bootstrap ends at every done": (
+        "objectives/values.py",
+        "{k: getattr(self.tensor_keys, k) for k in shared}",
+        '{k: getattr(self.tensor_keys, "done" if k == "terminated" else k) for k in shared}',
+    ),
+    "one trajectory of unrelated rows": (
+        "objectives/values.py",
+        "if not isinstance(self.value_estimator, TD0Estimator):",
+        "if False:",
+    ),
+    "priority not written": (
+        "objectives/values.py",
+        "tensordict.set(self.tensor_keys.priority, td_error.amax(-1))",
+        "td_error.amax(-1)",
+    ),
+    "priority is the mean over critics": (
+        "objectives/values.py",
+        "self.tensor_keys.priority, td_error.amax(-1)",
+        "self.tensor_keys.priority, td_error.mean(-1)",
+    ),
+    "tau inverted": (
+        "trainers/offline.py",
+        "            hook = FastTargetNetUpdaterHook(target_net_updater)\n",
+        "            target_net_updater.eps = 1 - target_net_updater.eps\n"
+        "            hook = FastTargetNetUpdaterHook(target_net_updater)\n",
+    ),
+    "targets leap": ("trainers/targets.py", "1 - updater.eps)", "updater.eps)"),
+    "targets of frozen weights move": (
+        "trainers/targets.py",
+        "updater._distinct_and_params.items() if is_moved]",
+        "updater._distinct_and_params.items() if is_moved or key[-1] != 'num_batches_tracked']",
+    ),
+    # gradients and weights
+    "gradient of the actor leaks into the critics": (
+        "objectives/base.py",
+        "RunOn(self._own[name][1], detached=True)",
+        "RunOn(self._own[name][1], detached=False)",
     ),
     "gradient of the actor leaks into the VAE": (
         "objectives/bcq.py",
@@ -81,15 +126,62 @@ BREAKS = {
         "@torch.no_grad()\n    def _target_value",
         "@torch.enable_grad()\n    def _target_value",
     ),
-    "KL sign": ("modules/vae.py", "return error + self.kl_weight * kl", "return error - self.kl_weight * kl"),
-    "tau inverted": (
-        "trainers/bcq.py",
-        "super().__init__(\n            parallel",
-        "target_net_updater.eps = 1 - target_net_updater.eps\n        super().__init__(\n            parallel",
+    "other weights stay in a network": (
+        "objectives/ownership.py",
+        "            place[name] = tensor\n",
+        "            pass\n",
+    ),
+    "swapped weights are ignored": (
+        "objectives/ownership.py",
+        "if not self._has_swapped_weights():",
+        "if True:",
+    ),
+    "swapped targets are ignored": (
+        "objectives/base.py",
+        "slots += found if params._param_td is known else",
+        "slots += found if True else",
+    ),
+    "a layer has one name only": ("objectives/ownership.py", "remove_duplicate=False", "remove_duplicate=True"),
+    "shared layers are torn apart in copies": (
+        "objectives/base.py",
+        "            if isinstance(params, TensorDictParams):\n",
+        "            if False:\n",
+    ),
+    "precision of targets is not restored": (
+        "objectives/base.py",
+        "    finally:\n        _target_dtype = before",
+        "    finally:\n        pass",
+    ),
+    # training
+    "a schedule is off by one": (
+        "trainers/stepper.py",
+        "since > 0 and since % self.every == 0",
+        "since > 0 and (since - 1) % self.every == 0",
+    ),
+    "optimizers for frozen networks": (
+        "objectives/base.py",
+        "if any(parameter.requires_grad for parameter in self._modules",
+        "if any(True for parameter in self._modules",
+    ),
+    "an interrupt loses steps": (
+        "trainers/offline.py",
+        '{"steps": self._optim_count}',
+        '{"steps": self.collector._steps}',
+    ),
+    "an interrupted hook repeats its step": (
+        "trainers/offline.py",
+        "self._steps_left -= 1  # an interrupt from here on does not repeat the step\n"
+        "        super()._post_optim_hook()",
+        "super()._post_optim_hook()\n        self._steps_left -= 1",
+    ),
+    "no checkpoint after an interrupted one": (
+        "trainers/offline.py",
+        "if self._saved_at != self.collected_frames:",
+        "if False:",
     ),
     "each process follows its own gradients": (
         "trainers/stepper.py",
-        "            self.parallel.average_gradients(_parameters(self.optimizers[name]))\n",
+        "            processes.average_gradients(_parameters(optimizer))\n",
         "            pass\n",
     ),
     "gradients added up over processes": (
@@ -97,39 +189,11 @@ BREAKS = {
         "means = (sums / self.world_size).split(",
         "means = sums.split(",
     ),
-    "priority not written": (
-        "objectives/bcq.py",
-        "tensordict.set(self.tensor_keys.priority, td_error.amax(-1))",
-        "td_error.amax(-1)",
+    "held-out metrics with dropout": (
+        "evaluation/metrics.py",
+        "in_eval_mode(self.policy, *self.loss_module.networks)",
+        "in_eval_mode()",
     ),
-    "priority is the mean over critics": (
-        "objectives/bcq.py",
-        "self.tensor_keys.priority, td_error.amax(-1)",
-        "self.tensor_keys.priority, td_error.mean(-1)",
-    ),
-    "other weights stay in a network": (
-        "objectives/weights.py",
-        "            place[name] = tensor\n",
-        "            pass\n",
-    ),
-    "targets leap": ("trainers/targets.py", "1 - updater.eps)", "updater.eps)"),
-    "parts of the target in the wrong order": (
-        "objectives/bcq.py",
-        "for part in self._split(candidates, latent)]",
-        "for part in reversed(self._split(candidates, latent))]",
-    ),
-    "agents draw the same noise": (
-        "trainers/together.py",
-        "        self._random_state.restore()\n        noise = {}",
-        "        torch.manual_seed(0)\n        noise = {}",
-    ),
-    "agents get the gradients of the first": (
-        "trainers/together.py",
-        "                    parameter.grad = gradient",
-        "                    parameter.grad = stacked.grad[0].clone()",
-    ),
-    "actor descends": ("objectives/bcq.py", "self._weigh(-value.squeeze", "self._weigh(value.squeeze"),
-    "policy takes the worst candidate": ("modules/policy.py", "best = value.argmax(1", "best = value.argmin(1"),
 }
 
 
@@ -141,7 +205,7 @@ def broken_copy(folder: Path, file: str, line: str, broken: str) -> None:
     path = folder / "torchrl_bcq" / file
     source = path.read_text()
     if source.count(line) != 1:
-        raise SystemExit(f"{line!r} stands {source.count(line)} times in {file}, expected once; mend this script.")
+        raise SystemExit(f"{line!r} occurs {source.count(line)} times in {file}, expected once; update this script.")
     path.write_text(source.replace(line, broken))
 
 

@@ -1,4 +1,4 @@
-"""Each equation against numbers computed by hand, and against PyTorch's own distributions."""
+"""Each equation against numbers computed by hand and against PyTorch's distributions."""
 
 from __future__ import annotations
 
@@ -84,3 +84,27 @@ def test_spread_latents_fill_their_distribution_evenly(seed):
     assert unclipped.isfinite().all()
     assert torch.equal(unclipped.clamp(-clip, clip), points)
     assert not torch.equal(F.spread_normal(count, dim, clip, seed + 1, like=torch.zeros(())), points)
+
+
+def test_merge_moments_by_hand():
+    """{1, 3} and {5, 7, 9}: means 2 and 7, squared deviations 2 and 8; together mean 5 and 16 + 4 + 0 + 4 + 16 = 40."""
+    one, other = ([2.0, 2.0, 2.0], [3.0, 7.0, 8.0])
+    merged = F.merge_moments(*(torch.tensor([value]) for value in (*one, *other)))
+    assert [value.tolist() for value in merged] == [[5.0], [5.0], [40.0]]
+
+
+def test_merge_moments_counts_each_column_and_takes_empty_sets():
+    """Columns: {4} and {2, 6}; nothing and {2, 6}; {4} and nothing; nothing at all."""
+    count, mean = torch.tensor([1.0, 0, 1, 0]), torch.tensor([4.0, 0, 4, 0])
+    other = torch.tensor([2.0, 2, 0, 0]), torch.tensor([4.0, 4, 0, 0]), torch.tensor([8.0, 8, 0, 0])
+    merged = F.merge_moments(count, mean, torch.zeros(4), *other)
+    assert [value.tolist() for value in merged] == [[3, 2, 1, 0], [4, 4, 4, 0], [8, 8, 0, 0]]
+
+
+def test_merge_moments_keeps_small_deviations_from_a_large_mean():
+    """Sums of squares would lose them: 1e9 squared has no room for 1 in float64."""
+    values = 1e9 + torch.arange(6, dtype=torch.float64)
+    merged = torch.zeros(3, dtype=torch.float64).unbind()
+    for part in values.split(2):
+        merged = F.merge_moments(*merged, torch.tensor(2.0), part.mean(), (part - part.mean()).square().sum())
+    assert [value.item() for value in merged] == [6, 1e9 + 2.5, 17.5]  # 2 * (0.5^2 + 1.5^2 + 2.5^2)

@@ -39,7 +39,7 @@ def test_describe_prints_and_draws(file, capsys):
     assert (file.parent / "swings.hdf5.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_describe_shows_what_the_readers_refuse(file, capsys):
+def test_describe_shows_the_defects_that_readers_refuse(file, capsys):
     with h5py.File(file, "r+") as broken:
         broken["rewards"][7:9] = np.nan
         broken["actions"][3] = 5
@@ -53,7 +53,7 @@ def test_describe_shows_what_the_readers_refuse(file, capsys):
     assert [path.name for path in (file.parent / "copies").iterdir() if path.suffix != ".lock"] == []
 
 
-def test_convert_says_how_to_open_the_copy(file, capsys):
+def test_convert_prints_how_to_open_the_copy(file, capsys):
     for _ in range(2):
         assert main(["convert", "swings.hdf5", "copies"]) == 0
         out = capsys.readouterr().out
@@ -102,7 +102,7 @@ def test_it_is_a_command():
 
 
 @pytest.mark.parametrize("command", ["evaluate", "plot", "record", "describe", "convert"])
-def test_each_command_tells_its_arguments(capsys, command):
+def test_each_command_explains_its_arguments(capsys, command):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     assert end.value.code == 0
@@ -112,14 +112,14 @@ def test_each_command_tells_its_arguments(capsys, command):
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["describe"], ["evaluate", "run", "--epsiodes", "3"]])
-def test_what_is_no_command_is_refused_with_usage(capsys, arguments):
+def test_an_unknown_command_is_refused_with_usage(capsys, arguments):
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2
     assert "usage: torchrl-bcq" in capsys.readouterr().err
 
 
-def test_arguments_of_train_are_its_own(monkeypatch):
+def test_train_parses_its_own_arguments(monkeypatch):
     handed = []
     monkeypatch.setattr("torchrl_bcq.cli.train.main", lambda arguments: handed.append(arguments) or 7)
     assert main(["train", "-m", "seed=0,1"]) == 7
@@ -128,8 +128,8 @@ def test_arguments_of_train_are_its_own(monkeypatch):
     assert handed == [["-m", "seed=0,1"], ["--help"]]
 
 
-def test_plots_and_recordings_are_not_needed_to_look_at_data():
-    """What a command does not use is not imported, so that it starts at once."""
+def test_starting_imports_no_package_that_one_command_alone_needs():
+    """So that each command starts at once."""
     code = (
         "import sys; from torchrl_bcq.__main__ import _parser; _parser(); "
         "print([name for name in ('hydra', 'matplotlib', 'scipy.stats', 'h5py', 'minari') if name in sys.modules])"
@@ -150,7 +150,7 @@ def test_columns_may_be_named_in_several_places(file, capsys):
 @pytest.mark.parametrize(
     ("raised", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "torchrl-bcq: interrupted; nothing of it was kept\n"),
+        (KeyboardInterrupt(), 130, "torchrl-bcq: interrupted; nothing was written\n"),
         (
             ImportError("No module named 'h5py'"),
             1,
@@ -158,7 +158,7 @@ def test_columns_may_be_named_in_several_places(file, capsys):
         ),
     ],
 )
-def test_what_stops_it_is_said_in_a_line(file, capsys, monkeypatch, raised, code, message):
+def test_interrupts_and_missing_packages_are_reported_in_a_line(file, capsys, monkeypatch, raised, code, message):
     def stop(*args, **kwargs):
         raise raised
 

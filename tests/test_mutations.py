@@ -1,4 +1,4 @@
-"""The deliberate breaks of tests/mutations.py still fit the code (running them all takes ten minutes)."""
+"""Each change in tests/mutations.py still applies to the code; testing them all takes ten minutes."""
 
 from __future__ import annotations
 

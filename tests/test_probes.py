@@ -1,4 +1,4 @@
-"""Learning proved on tiny datasets whose answer is known."""
+"""Learning on small datasets with a known solution."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def train(transitions: TensorDict, steps: int, gamma: float = 0.99, bound: float
 
 
 def bandit(actions: np.ndarray, rewards: np.ndarray) -> TensorDict:
-    """One state, one step."""
+    """Episodes of one step in one state."""
     return from_arrays(
         np.ones((len(actions), 1)), actions[:, None], rewards, np.ones(len(actions)), truncated=np.zeros(len(actions))
     )
@@ -57,19 +57,19 @@ def value(critics, observation: torch.Tensor, action: torch.Tensor) -> torch.Ten
     ].detach()
 
 
-def test_two_modes_the_better_one_is_taken_never_the_mean():
+def test_the_better_of_two_modes_is_taken_and_not_their_mean():
     rng = np.random.default_rng(0)
     mode = rng.integers(0, 2, ROWS)
     actions = np.where(mode, 0.6, -0.6) + rng.uniform(-0.05, 0.05, ROWS)
     networks = train(bandit(actions, np.where(mode, 1.0, 0.5)), steps=600)
     chosen = BCQPolicy(*networks)(TensorDict({"observation": torch.ones(200, 1)}, [200]))["action"]
-    # the mode's 0.55 to 0.65, at most phi = 0.05 away, and 0.05 of the VAE's own spread
+    # the mode is 0.55 to 0.65; the perturbation adds at most 0.05, the VAE's spread another 0.05
     assert chosen.min() > 0.45
     assert chosen.max() < 0.75
 
 
-def test_chain_has_the_exact_values():
-    """Four states in a row, a reward of 1 at the end: Q is 0.9^3, 0.9^2, 0.9, 1, whatever the action."""
+def test_values_of_a_chain():
+    """Four states in a row and a reward of 1 at the end: Q is 0.9^3, 0.9^2, 0.9, 1 for any action."""
     rng = np.random.default_rng(0)
     state = np.tile(np.arange(4), ROWS // 4)
     transitions = from_arrays(
@@ -86,22 +86,22 @@ def test_chain_has_the_exact_values():
         torch.testing.assert_close(q, exact.unsqueeze(-1).expand(4, 2), rtol=0.02, atol=0)
 
 
-def test_support_trap_is_not_entered():
-    """Rewards rise towards the edge of the data at 0; a critic extrapolates beyond it, a greedy actor would follow."""
+def test_actions_stay_within_the_data():
+    """Rewards rise towards the edge of the data at 0, and the critic extrapolates beyond it."""
     rng = np.random.default_rng(0)
     actions = rng.uniform(-4.0, 0.0, ROWS)
     networks = train(bandit(actions, actions / 4), steps=600, bound=4.0)
     grid = torch.linspace(-4, 4, 201).unsqueeze(-1)
     ddpg_choice = grid[value(networks[2], torch.ones(201, 1), grid)[:, 0].argmax()].item()
-    assert ddpg_choice > 2  # the trap is real: the critic alone points far outside of the data
+    assert ddpg_choice > 2  # the critic alone prefers actions far outside of the data
     chosen = BCQPolicy(*networks)(TensorDict({"observation": torch.ones(500, 1)}, [500]))["action"]
-    assert chosen.max().item() <= 0.2  # phi half-ranges beyond the largest action of the data
-    assert chosen.min().item() > -1.3  # and it does use what the critic knows: the mean of the data is -2
+    assert chosen.max().item() <= 0.2  # the perturbation moves at most phi = 0.05 half-ranges beyond the data
+    assert chosen.min().item() > -1.3  # better than the mean of the data, -2
 
 
 @pytest.mark.parametrize(("end", "exact"), [("terminated", 1.0), ("truncated", 2.0)])
-def test_end_of_an_episode_by_hand(end, exact):
-    """One state that leads to itself, a reward of 1, gamma 0.5: cut off it is worth 1 / (1 - 0.5), ended 1."""
+def test_values_at_the_end_of_an_episode(end, exact):
+    """One state that leads to itself, a reward of 1, gamma 0.5: its value is 2 if truncated, 1 if terminated."""
     rng = np.random.default_rng(0)
     ones, flags = np.ones((ROWS, 1)), {"terminated": np.zeros(ROWS), "truncated": np.zeros(ROWS), end: np.ones(ROWS)}
     transitions = from_arrays(ones, rng.uniform(-1, 1, (ROWS, 1)), ones, next_observations=ones, **flags)

@@ -31,7 +31,7 @@ def test_usage_snippet(monkeypatch, tmp_path):
 def test_watched_snippet_goes_on_from_the_first(monkeypatch, tmp_path):
     namespace = run(USAGE + WATCHED, monkeypatch, tmp_path)
     assert namespace["trainer"].collected_frames == 100
-    assert {"held_out_td_error", "held_out_vae_loss", "initial_value"} <= namespace["trainer"].metrics.keys()
+    assert {"held_out_td_error", "held_out_loss_vae", "initial_value"} <= namespace["trainer"].metrics.keys()
     assert len(list((tmp_path / "run" / "best").glob("checkpoint-*"))) == 1
     namespace["trainer"].load_from_file("run/checkpoints/checkpoint-000000000100")
 

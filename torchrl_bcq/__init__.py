@@ -1,6 +1,6 @@
 """Batch-Constrained deep Q-learning as a set of TorchRL components.
 
-Its names are in ``__init__.pyi``. Each is loaded when it is first used, with the part of TorchRL that it needs.
+``__init__.pyi`` lists the public names. Each is loaded when it is first used, with the part of TorchRL that it needs.
 """
 
 from importlib.metadata import version
@@ -8,6 +8,6 @@ from importlib.metadata import version
 import lazy_loader
 
 __getattr__, __dir__, _names = lazy_loader.attach_stub(__name__, __file__)
-_rooms = ("data", "functional", "modules", "objectives", "protocols", "trainers")
-__all__ = [name for name in _names if name not in _rooms]
+_packages = ("data", "evaluation", "functional", "modules", "objectives", "protocols", "reports", "runs", "trainers")
+__all__ = [name for name in _names if name not in _packages]
 __version__ = version("torchrl-bcq")

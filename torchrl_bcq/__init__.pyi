@@ -2,16 +2,18 @@
 
 from . import (
     data as data,
+    evaluation as evaluation,
     functional as functional,
     modules as modules,
     objectives as objectives,
     protocols as protocols,
+    reports as reports,
+    runs as runs,
     trainers as trainers,
 )
 from .data import (
     DatasetError,
     WeightedSampler,
-    describe,
     episode_weights,
     from_arrays,
     from_rollouts,
@@ -27,52 +29,64 @@ from .data import (
     return_weights,
     split_episodes,
 )
+from .evaluation import DatasetMetrics, EnvironmentMetrics, evaluate
 from .modules import (
     ActionVAE,
     BCQPolicy,
     BehaviorCloningPolicy,
+    DeterministicActor,
     Normalization,
     PerturbationActor,
     QEnsemble,
     Standardize,
     make_bcq_modules,
+    make_cloning_modules,
 )
-from .objectives import BCQLoss
+from .objectives import BCQLoss, CloningLoss, OfflineLoss, ValueLoss
 from .protocols import CriticEnsemble, GenerativeModel
+from .reports import describe
+from .runs import Algorithm, load_policy
 from .trainers import (
     BCQOptimizationStepper,
     BCQTrainer,
-    DatasetMetrics,
-    EnvironmentMetrics,
     KeepBest,
     NetworkLRScheduler,
     OfflineCollector,
-    evaluate,
+    OfflineOptimizationStepper,
+    OfflineTrainer,
+    Schedule,
     make_checkpoint,
-    train_together,
 )
 
 __version__: str
 
 __all__ = [
     "ActionVAE",
+    "Algorithm",
     "BCQLoss",
     "BCQOptimizationStepper",
     "BCQPolicy",
     "BCQTrainer",
     "BehaviorCloningPolicy",
+    "CloningLoss",
     "CriticEnsemble",
     "DatasetError",
     "DatasetMetrics",
+    "DeterministicActor",
     "EnvironmentMetrics",
     "GenerativeModel",
     "KeepBest",
     "NetworkLRScheduler",
     "Normalization",
     "OfflineCollector",
+    "OfflineLoss",
+    "OfflineOptimizationStepper",
+    "OfflineTrainer",
     "PerturbationActor",
     "QEnsemble",
+    "Schedule",
     "Standardize",
+    "ValueLoss",
     "WeightedSampler",
     "describe",
     "episode_weights",
@@ -84,13 +98,14 @@ __all__ = [
     "load_memmap",
     "load_minari",
     "load_npz",
+    "load_policy",
     "load_table",
     "load_transitions",
     "make_bcq_modules",
     "make_checkpoint",
+    "make_cloning_modules",
     "make_replay_buffer",
     "multi_step",
     "return_weights",
     "split_episodes",
-    "train_together",
 ]

@@ -8,57 +8,53 @@ import sys
 from collections.abc import Sequence
 
 from torchrl_bcq.cli import dataset, evaluate, plot, record
-from torchrl_bcq.cli.errors import RunError
 from torchrl_bcq.data import DatasetError
+from torchrl_bcq.errors import RunError
 
 _EXAMPLES = """\
 examples:
   torchrl-bcq train                                       a first run, on Pendulum-v1
-  torchrl-bcq describe hopper.hdf5                        look at a dataset
+  torchrl-bcq describe hopper.hdf5                        statistics and defects of a dataset
   torchrl-bcq train dataset=hopper.hdf5 out=runs/hopper   learn from it
-  torchrl-bcq evaluate runs/hopper                        what its policy is worth
-  torchrl-bcq plot runs/hopper                            learning curves, value estimates, a video
+  torchrl-bcq evaluate runs/hopper                        returns of its policy
+  torchrl-bcq plot runs/hopper                            learning curves and value estimates
 
-torchrl-bcq COMMAND --help tells the rest.
+torchrl-bcq COMMAND --help explains each command.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if all went well, 1 if something was refused."""
+    """Run a command and return its exit code: 0 on success, 1 for a refused input or setting."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     logging.getLogger("torchrl").setLevel("WARNING")
     try:
-        if arguments[:1] == ["train"]:  # its arguments are Hydra's
+        if arguments[:1] == ["train"]:  # its arguments are settings
             from torchrl_bcq.cli.train import main as train
 
             return train(arguments[1:])
         args = _parser().parse_args(arguments)
         args.run(args)
-    except (DatasetError, RunError, OSError) as error:
-        print(f"torchrl-bcq: {error}", file=sys.stderr)
-        return 1
-    except ImportError as error:
-        print(f"torchrl-bcq: {error}: pip install 'torchrl-bcq[train]'", file=sys.stderr)
+    except (DatasetError, RunError, OSError, ImportError) as error:
+        remedy = ": pip install 'torchrl-bcq[train]'" if isinstance(error, ImportError) else ""
+        print(f"torchrl-bcq: {error}{remedy}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("torchrl-bcq: interrupted; nothing of it was kept", file=sys.stderr)
+        print("torchrl-bcq: interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchrl-bcq",
-        description="Batch-constrained deep Q-learning: from a dataset to a policy.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "Batch-constrained deep Q-learning: from a dataset to a policy."
+    parser = argparse.ArgumentParser(prog="torchrl-bcq", description=description, epilog=_EXAMPLES)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    commands.add_parser("train", help="Learn a policy from a dataset.", add_help=False)  # see above
+    commands.add_parser("train", help="Learn a policy from a dataset.", add_help=False)  # see main
     evaluate.add_parser(commands)
     plot.add_parser(commands)
     record.add_parser(commands)
     dataset.add_parsers(commands)
+    for each in (parser, *commands.choices.values()):
+        each.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of the examples
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The equations of BCQ as pure functions of tensors. This file imports torch and nothing else.
+"""The equations of BCQ as pure functions of tensors. This module imports only torch.
 
 Shapes: ``*B`` any batch, ``n`` sampled actions, ``A`` action size, ``L`` latent size, ``C`` critics.
 
@@ -25,10 +25,10 @@ def clipped_normal(shape: Sequence[int], clip: float, like: Tensor) -> Tensor:
 
 
 def spread_normal(num: int, dim: int, clip: float, seed: int, like: Tensor) -> Tensor:
-    """``num`` points that fill the distribution of :func:`clipped_normal` more evenly than draws would: ``[num, dim]``.
+    """Points that cover the distribution of :func:`clipped_normal` more evenly than random draws: ``[num, dim]``.
 
-    Scrambled Sobol points, taken through the inverse normal distribution function. The same seed gives the same points;
-    PyTorch's random state is left alone.
+    They are scrambled Sobol points, mapped by the inverse normal distribution function. The same seed gives the same
+    points; PyTorch's random state does not change.
     """
     uniform = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(num, dtype=torch.float64)
     normal = torch.special.ndtri(uniform.clamp_min(torch.finfo(uniform.dtype).eps))
@@ -36,9 +36,9 @@ def spread_normal(num: int, dim: int, clip: float, seed: int, like: Tensor) -> T
 
 
 def squash_to_bounds(logits: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """``tanh(logits)`` stretched onto ``[low, high]``. ``[*B, A], [A], [A] -> [*B, A]``."""
+    """Scale ``tanh(logits)`` to ``[low, high]``. ``[*B, A], [A], [A] -> [*B, A]``."""
     action = (high + low) / 2 + (high - low) / 2 * torch.tanh(logits)
-    return action.clamp(low, high)  # rounding at saturation may step over a bound
+    return action.clamp(low, high)  # rounding at saturation may exceed a bound
 
 
 def perturb(action: Tensor, logits: Tensor, phi: float, low: Tensor, high: Tensor) -> Tensor:
@@ -66,5 +66,21 @@ def best_sample_value(qvalue: Tensor, lmbda: float) -> Tensor:
 
 
 def discounted_sum(rewards: Tensor, gamma: float) -> Tensor:
-    """``sum_t gamma^t r_t``, the return that a value estimates. ``[*B, T] -> [*B]``."""
+    """Discounted return ``sum_t gamma^t r_t``. ``[*B, T] -> [*B]``."""
     return (rewards * gamma ** torch.arange(rewards.shape[-1], device=rewards.device)).sum(-1)
+
+
+def merge_moments(
+    count: Tensor, mean: Tensor, square: Tensor, other_count: Tensor, other_mean: Tensor, other_square: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and sum of squared deviations of two sets together, from those of each set.
+
+    ``square / count`` is the variance. A set may be empty: count 0, any finite mean, square 0. Counts are ``[]`` or
+    ``[*B]``, means and squares ``[*B]``: ``[*B] x 6 -> [*B] x 3``.
+
+    Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    """
+    total, shift = count + other_count, other_mean - mean
+    rows = total.clamp(min=1)  # two empty sets give zeros
+    square = square + other_square + shift.square() * (count * other_count / rows)
+    return total, mean + shift * (other_count / rows), square

@@ -1,16 +1,15 @@
-"""How fast BCQ learns and acts here, beside other libraries and beside what the machine could do.
+"""Compares the speed of BCQ here with other libraries, and with the limit of the machine.
 
 python tests/benchmarks/bench_peers.py                      on the CPU
-python tests/benchmarks/bench_peers.py --device cuda        also tells how much of the time kernels run
+python tests/benchmarks/bench_peers.py --device cuda        also measures for which part of the time kernels run
 python tests/benchmarks/bench_peers.py --only eager floor --rounds 2 --seconds 0.1 --hidden 8 --vae-hidden 8
 
-All learn from the same random transitions (17 observations, 6 actions) with the author's settings, each from its own
-buffer, and act with 100 candidates for each state. Each has a process of its own to learn in and another one to act in,
-as the allocator's state, threads, PyTorch's settings and compiled code belong to a process: none helps or hurts
-another. They take turns in every round, one process at a time, and are compared within rounds: "x tianshou" is how many
-times as long Tianshou takes. The limit is the time of a step's matrix products, counted on the floor, bare PyTorch in
-floor.py, at the rate of a product as large as the step's largest, measured in the same rounds. Writes benchmark.json,
-with every round, and benchmark.png.
+All contenders train on the same random transitions (17 observations, 6 actions) with the author's settings, each from
+its own buffer, and act with 100 candidates for each state. Each trains in one process and acts in another, so that they
+share no allocator, threads, PyTorch settings or compiled code. In each round they run one after the other, and are
+compared within rounds: "x tianshou" is Tianshou's time divided by the contender's. The floor is BCQ in bare PyTorch
+(floor.py). The limit is the time of the floor's matrix products alone, at the rate of a product as large as the largest
+one of a step, measured in the same rounds. Writes benchmark.json, with all rounds, and benchmark.png.
 """
 
 from __future__ import annotations
@@ -33,10 +32,11 @@ from speeds import UNITS, draw, summarize, table
 from tqdm import tqdm
 from transitions import Sizes
 
-from torchrl_bcq.data.description.picture import save
+from torchrl_bcq.files import write_whole
 
 BATCH_SIZES = {"cpu": [100, 256, 1024], "cuda": [100, 256, 1024, 4096, 8192]}
 MATMUL_PARTS = 5
+DPI = 130
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def compare_all(kind: str, sizes: list[int], args: argparse.Namespace, results: dict[str, Any], bar: tqdm) -> None:
-    """Measure one size after the other in the same processes, and write all results so far after each."""
+    """Measure one size after the other in the same processes, and write the results after each size."""
     known, left_out = TRAINING if kind == "training" else ACTING, results["left_out"]
     names = [name for name in args.only if name in known and name not in left_out]
     with in_processes([*names, "matmul"], args.threads) as contenders:
@@ -86,7 +86,7 @@ def compare(
     left_out: dict[str, str],
     bar: tqdm,
 ) -> dict[str, Any]:
-    """Measure all contenders of a batch size or number of states; empty if there are none."""
+    """Measure all contenders at one batch size or number of states; empty if there are none."""
     makes = set_ups(kind, size, args.device, Sizes(args.hidden, args.vae_hidden))
     present = {name: make for name, make in makes.items() if name in contenders and name not in left_out}
     ready = set_up(contenders, present, args.device, left_out)
@@ -117,7 +117,7 @@ def compare(
 def set_up(
     contenders: Mapping[str, Contender], makes: Mapping[str, SetUp], device: str, left_out: dict[str, str]
 ) -> dict[str, Contender]:
-    """Try a step of each; a peer that fails, as with another PyTorch than its own, is left out."""
+    """Try one step of each; a peer that fails, for example with an unsupported PyTorch, is left out."""
     ready = {}
     for name, make in makes.items():
         try:
@@ -134,12 +134,11 @@ def set_up(
 
 
 def write(folder: Path, results: Mapping[str, Any]) -> None:
-    """Write both files aside, which then take the place of those before."""
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / ".benchmark.json.part"
-    aside.write_text(json.dumps(results, indent=1) + "\n")
-    aside.replace(folder / "benchmark.json")
-    save(draw(results), folder / "benchmark.png")
+    """Write benchmark.json and benchmark.png."""
+    with write_whole(folder / "benchmark.json") as file:
+        file.write_text(json.dumps(results, indent=1) + "\n")
+    with write_whole(folder / "benchmark.png") as file:
+        draw(results).savefig(file, dpi=DPI)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -147,12 +146,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     names = list(dict.fromkeys([*TRAINING, *ACTING]))
     add, default = parser.add_argument, "(default: %(default)s)"
     add("--device", default="cpu", help=f"cpu or cuda {default}")
-    add("--batch-sizes", type=int, nargs="*", help=f"to learn from; none skips it (default: {BATCH_SIZES})")
-    add("--states", type=int, nargs="*", default=[1, 10, 256], help=f"to act in at a time; none skips it {default}")
-    add("--rounds", type=int, default=10, help=f"turns of each {default}")
-    add("--seconds", type=float, default=1.0, help=f"that a turn lasts, about {default}")
+    add("--batch-sizes", type=int, nargs="*", help=f"to train with; no number skips training (default: {BATCH_SIZES})")
+    add(
+        "--states",
+        type=int,
+        nargs="*",
+        default=[1, 10, 256],
+        help=f"in one call of the policy; no number skips acting {default}",
+    )
+    add("--rounds", type=int, default=10, help=f"in which each contender runs once {default}")
+    add("--seconds", type=float, default=1.0, help=f"for which a contender runs in a round, about {default}")
     add("--threads", type=int, default=torch.get_num_threads(), help=f"of PyTorch on the CPU {default}")
-    add("--out", type=Path, default=Path("runs/benchmark"), metavar="FOLDER", help=f"for the results {default}")
+    add("--out", type=Path, default=Path("runs/benchmark"), metavar="FOLDER", help=f"of the results {default}")
     add("--only", nargs="+", default=names, choices=names, metavar="NAME", help=f"contenders {default}")
     add("--hidden", type=int, nargs="+", default=[400, 300], help=f"of actor and critics {default}")
     add("--vae-hidden", type=int, nargs="+", default=[750, 750], help=f"of encoder and decoder {default}")

@@ -1,9 +1,9 @@
-"""What a batch costs: make_replay_buffer against TorchRL's plain buffer, from memory and from a memory map.
+"""Compares the time of a batch from make_replay_buffer with TorchRL's plain buffer, in memory and memory-mapped.
 
 python tests/benchmarks/bench_sampling.py
 
-Buffers take turns, each round in another order, and each is compared with the plain one of the same round; the table
-gives medians over rounds. Rows have Hopper's size: 11 observations, 3 actions.
+All buffers are measured in each round, in another order each time, and compared with the plain buffer in the same
+round; the table shows medians over rounds. Rows have the size of Hopper's: 11 observations, 3 actions.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def make_buffers(transitions: TensorDict, mapped: bool, batch_size: int) -> dict
         "prioritized": {"sampler": "prioritized"},
     }
     buffers = {PLAIN: plain(transitions, mapped, batch_size)}
-    with contextlib.suppress(RuntimeError):  # the extension does not fit
+    with contextlib.suppress(RuntimeError):  # TorchRL's extension does not fit this torch
         sampler = PrioritizedSampler(len(transitions), alpha=0.6, beta=0.4)
         buffers["TorchRL, prioritized"] = plain(transitions, mapped, batch_size, sampler=sampler)
     for name, settings in kinds.items():
@@ -65,7 +65,7 @@ def make_buffers(transitions: TensorDict, mapped: bool, batch_size: int) -> dict
 
 
 def measure(buffers: dict[str, TensorDictReplayBuffer], rounds: int, calls: int) -> dict[str, list[float]]:
-    """Microseconds a batch, for each buffer and round."""
+    """Microseconds per batch, for each buffer and round."""
     times: dict[str, list[float]] = {name: [] for name in buffers}
     names = list(buffers)
     for number in range(rounds + 1):
@@ -74,7 +74,7 @@ def measure(buffers: dict[str, TensorDictReplayBuffer], rounds: int, calls: int)
             start = time.perf_counter()
             for _ in range(calls):
                 buffers[name].sample()
-            if number:  # the first warms up
+            if number:  # the first round warms up
                 times[name].append((time.perf_counter() - start) / calls * 1e6)
     return times
 
@@ -104,7 +104,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the dataset (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=256, help="rows of a batch (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=100, help="turns of each buffer (default: %(default)s)")
-    parser.add_argument("--calls", type=int, default=10, help="batches a turn (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="where the memory map is written (default: the temporary folder)")
+    parser.add_argument("--rounds", type=int, default=100, help="measurements of each buffer (default: %(default)s)")
+    parser.add_argument("--calls", type=int, default=10, help="batches of a measurement (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="of the memory map (default: the temporary folder)")
     main(**vars(parser.parse_args()))

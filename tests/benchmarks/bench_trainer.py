@@ -1,11 +1,11 @@
-"""What the trainer costs beside a bare loop around the same stepper, on the same batches.
+"""Compares the trainer with a bare loop around the same stepper, on the same batches.
 
 python tests/benchmarks/bench_trainer.py
 python tests/benchmarks/bench_trainer.py --rounds 2 --hidden 8 --vae-hidden 8
 
-Rounds of both, in turn and each second round in the other order: gradient steps with the author's network sizes, 17
-observations, 6 actions, drawing the batch included. The trainer logs every 100 steps into CSV files, checks its losses
-and keeps a progress bar; the loop does none of that. Prints medians, and the median of the ratios within rounds.
+Both draw batches and make gradient steps with the author's network sizes, 17 observations and 6 actions, one after the
+other in each round, in alternating order. The trainer also writes a CSV log every 100 steps, checks its losses and
+shows a progress bar. Prints median times, and the median of the ratios within rounds.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torchrl_bcq import BCQLoss, BCQOptimizationStepper, BCQTrainer, make_bcq_mo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=256, help="rows of a batch (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="of a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=10, help="of each (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="in a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="measurements of each (default: %(default)s)")
     parser.add_argument("--hidden", type=int, nargs="+", default=[400, 300], help="default: %(default)s")
     parser.add_argument("--vae-hidden", type=int, nargs="+", default=[750, 750], help="default: %(default)s")
     args = parser.parse_args()
@@ -53,7 +53,7 @@ def report(args: argparse.Namespace, rounds: dict[str, list[float]]) -> None:
     print(f"batch {args.batch_size}, {args.rounds} rounds of {args.steps} steps, {torch.get_num_threads()} threads")
     for name, times in rounds.items():
         print(
-            f"{name:<10}{1e3 * statistics.median(times):8.2f} ms a step  ({1 / statistics.median(times):.1f} steps/s)"
+            f"{name:<10}{1e3 * statistics.median(times):8.2f} ms per step  ({1 / statistics.median(times):.1f} steps/s)"
         )
     ratios = sorted(trainer / loop for trainer, loop in zip(rounds["trainer"], rounds["loop"], strict=True))
     print(f"trainer / loop: {statistics.median(ratios):.4f}  ({ratios[0]:.4f} to {ratios[-1]:.4f})")
@@ -69,13 +69,13 @@ def make_parts(args: argparse.Namespace, transitions: TensorDict):
 
 def make_loop(args: argparse.Namespace, transitions: TensorDict):
     loss, buffer, updater, stepper = make_parts(args, transitions)
-    stands_in = SimpleNamespace(
+    trainer = SimpleNamespace(
         loss_module=loss, clip_norm=None, compute_loss=lambda batch, method: getattr(loss, method)(batch)
     )
 
     def run() -> None:
         for _ in range(args.steps):
-            stepper.step(stands_in, buffer.sample())
+            stepper.step(trainer, buffer.sample())
             updater.step()
 
     return run

@@ -1,8 +1,8 @@
-"""Who is measured: this package in each of its modes, other libraries, and bare PyTorch.
+"""The contenders: this package in each of its modes, other libraries, and bare PyTorch.
 
-A contender of TRAINING is set up by ``(batch_size, device, sizes)`` and makes ``update(steps)`` gradient steps, each
-on a batch that it draws from its own buffer of the same transitions. One of ACTING is set up by ``(device, sizes)``
-and maps states ``[S, D]`` to actions ``[S, A]``, both in NumPy as environments have them.
+A function of TRAINING takes ``(batch_size, device, sizes)`` and returns ``update(steps)``, which makes gradient steps,
+each on a batch from the contender's own buffer of the same transitions. A function of ACTING takes ``(device, sizes)``
+and returns a function from states ``[S, D]`` to actions ``[S, A]``, both NumPy arrays, as environments use them.
 """
 
 from __future__ import annotations
@@ -22,15 +22,13 @@ from torchrl.data import Bounded, Unbounded
 from torchrl.objectives import SoftUpdate
 from transitions import ACTIONS, OBSERVATIONS, Sizes, make_transitions
 
-from torchrl_bcq import BCQLoss, BCQPolicy, BCQTrainer, make_bcq_modules, make_replay_buffer, train_together
+from torchrl_bcq import BCQLoss, BCQPolicy, BCQTrainer, make_bcq_modules, make_replay_buffer
 
 Train = Callable[[int, str, Sizes], Run]
 Act = Callable[[str, Sizes], Callable[[np.ndarray], np.ndarray]]
-SetUp = Callable[[], Run]  # in a process of its own: to be pickled
+SetUp = Callable[[], Run]  # called in another process, so it can be pickled
 
-CANDIDATES = 100  # of each state, when acting
-
-AGENTS = 4  # that are trained together
+CANDIDATES = 100  # for each state, when acting
 
 CPU_MODES: dict[str, dict[str, Any]] = {  # arguments of BCQTrainer
     "eager": {},
@@ -57,31 +55,14 @@ def make_modules(device: str, sizes: Sizes):
     return make_bcq_modules(*specs, hidden=sizes.hidden, vae_hidden=sizes.vae_hidden, device=device)
 
 
-def make_trainer(batch_size: int, device: str, sizes: Sizes, seed: int = 0, **mode: Any) -> BCQTrainer:
-    loss = BCQLoss(*make_modules(device, sizes))
-    buffer = make_replay_buffer(make_transitions(), batch_size=batch_size, device=device, seed=seed)
-    updater = SoftUpdate(loss, tau=TAU)
-    # steps are asked for one tick after the other: the number of all of them is never reached
-    return BCQTrainer(loss, buffer, target_net_updater=updater, total_steps=10**9, progress_bar=False, **mode)
-
-
 def train_own(batch_size: int, device: str, sizes: Sizes, *, mode: str) -> Callable[[int], None]:
-    """One trainer for all rounds, so that nothing is compiled twice; a call is a tick of its loop, logging included."""
-    trainer = make_trainer(batch_size, device, sizes, **MODES[mode])
+    """One trainer for all rounds, so that nothing is compiled twice; a call is one log interval of its loop."""
+    loss = BCQLoss(*make_modules(device, sizes))
+    buffer = make_replay_buffer(make_transitions(), batch_size=batch_size, device=device, seed=0)
+    updater = SoftUpdate(loss, tau=TAU)
+    settings = {"total_steps": 10**9, "progress_bar": False, **MODES[mode]}  # the total is never reached
+    trainer = BCQTrainer(loss, buffer, target_net_updater=updater, **settings)
     return lambda steps: trainer.optim_steps(TensorDict({}, [steps]))
-
-
-def train_together_own(batch_size: int, device: str, sizes: Sizes) -> Callable[[int], None]:
-    """Agents that make so many steps each; what is measured is the time of one agent's step."""
-    trainers = [make_trainer(batch_size, device, sizes, seed=seed) for seed in range(AGENTS)]
-
-    def update(steps: int) -> None:
-        for trainer in trainers:
-            trainer.total_frames = trainer.collector.total_frames = trainer.collected_frames + steps
-        train_together(trainers)
-
-    update.agents = AGENTS
-    return update
 
 
 def act_own(device: str, sizes: Sizes, *, mode: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -105,7 +86,6 @@ def act_floor(device: str, sizes: Sizes) -> Callable[[np.ndarray], np.ndarray]:
 
 TRAINING: dict[str, Train] = {
     **{mode: partial(train_own, mode=mode) for mode in MODES},
-    f"{AGENTS} agents": train_together_own,
     "tianshou": train_tianshou,
     "d3rlpy": train_d3rlpy,
     "d3rlpy-graph": partial(train_d3rlpy, graph=True),
@@ -117,18 +97,19 @@ ACTING: dict[str, Act] = {
     "d3rlpy": partial(act_d3rlpy, samples=CANDIDATES),
     "floor": act_floor,
 }
-PEERS = {"tianshou": "tianshou", "d3rlpy": "d3rlpy", "d3rlpy-graph": "d3rlpy"}  # and their packages
+INSTALL = "pip install -e '.[bench]' && pip install --no-deps d3rlpy==2.8.1"
+PEERS = {"tianshou": "tianshou", "d3rlpy": "d3rlpy", "d3rlpy-graph": "d3rlpy"}  # contender -> package
 
 
 def set_ups(kind: str, size: int, device: str, sizes: Sizes) -> dict[str, SetUp]:
-    """Of all contenders, to learn from batches of this size, or to act in this number of states."""
+    """For each contender, a function that sets it up to train on batches of ``size``, or to act in ``size`` states."""
     if kind == "training":
         return {name: partial(train, size, device, sizes) for name, train in TRAINING.items()}
     return {name: partial(repeat, act, size, device, sizes) for name, act in ACTING.items()}
 
 
 def repeat(make: Act, number: int, device: str, sizes: Sizes) -> Run:
-    """Act in the same states, time after time."""
+    """Set up a contender to act in the same states in each step."""
     states = np.random.default_rng(0).standard_normal((number, OBSERVATIONS), dtype=np.float32)
     act = make(device, sizes)
 
@@ -140,12 +121,12 @@ def repeat(make: Act, number: int, device: str, sizes: Sizes) -> Run:
 
 
 def absent(device: str) -> dict[str, str]:
-    """Contenders that cannot be measured here, and why."""
-    lacking = {
-        name: f"{package} is not installed: pip install --group bench"
+    """Contenders that cannot be measured here, and the reasons."""
+    missing = {
+        name: f"{package} is not installed: {INSTALL}"
         for name, package in PEERS.items()
         if importlib.util.find_spec(package) is None
     }
     if device.startswith("cuda"):
-        return lacking
-    return {**dict.fromkeys(["d3rlpy-graph", *CUDA_MODES], "it is for CUDA"), **lacking}
+        return missing
+    return {**dict.fromkeys(["d3rlpy-graph", *CUDA_MODES], "it needs CUDA"), **missing}

@@ -1,8 +1,8 @@
-"""BCQ in bare PyTorch: what an update costs where nothing but the algorithm is paid for.
+"""BCQ in bare PyTorch: the cost of an update without any framework.
 
-Linear layers and tensors, no TorchRL, no checks, nothing logged. A gradient is computed only where it is used: the
-target, and the decoder in the actor's loss, run without; the actor's loss runs through detached weights of the first
-critic alone. Adam is fused, the targets move in one call, a batch is one gather a field.
+It consists of linear layers and tensors, without TorchRL, checks or logs. It computes only gradients that are used: the
+target, and the decoder in the actor's loss, run without gradients, and the actor's loss uses detached weights of the
+first critic. Adam is fused, one call moves all targets, and a batch is one gather per field.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Floor:
     Args:
         transitions: batch size ``[N]``.
         batch_size: rows of a gradient step, ``B``.
-        device: of all of it.
+        device: of networks and data.
         sizes: of the networks.
     """
 
@@ -45,7 +45,7 @@ class Floor:
         self.optimizers = {name: Adam(net.parameters(), lr=LR, fused=True) for name, net in networks.items()}
         self.encoder, self.decoder = map(_layers, vae)
         self.actor, self.critics = _layers(actor), [_layers(critic) for critic in critics]
-        # detached, they share memory with what is learned
+        # detached tensors share memory with the trained parameters
         self.first_critic = [(weight.detach(), bias.detach()) for weight, bias in self.critics[0]]
         self.sources = [parameter.detach() for net in (actor, *critics) for parameter in net.parameters()]
         self.targets = [source.clone() for source in self.sources]
@@ -54,7 +54,7 @@ class Floor:
         self.target_actor, *self.target_critics = pairs[:depth], pairs[depth : 2 * depth], pairs[2 * depth :]
 
     def update(self, steps: int) -> None:
-        """Make gradient steps, each on a batch of its own."""
+        """Make gradient steps, each on a new batch."""
         for _ in range(steps):
             rows = torch.randint(len(self.fields[0]), (self.batch_size,), device=self.device)
             state, action, *outcome = (field[rows] for field in self.fields)
@@ -90,7 +90,7 @@ class Floor:
 
     @torch.no_grad()
     def act(self, state: Tensor, samples: int) -> Tensor:
-        """The best of ``samples`` candidates of each state, all in one pass. ``[S, D] -> [S, A]``."""
+        """The best of ``samples`` candidates of each state, evaluated in one pass. ``[S, D] -> [S, A]``."""
         repeated = state.repeat_interleave(samples, 0)
         candidate = torch.tanh(_mlp(self.decoder, repeated, self._latents(len(repeated))))
         candidate = _perturb(self.actor, repeated, candidate)

@@ -1,4 +1,4 @@
-"""How much of a step the device works: the rest is waiting for the CPU to say what comes next."""
+"""Measures for which part of a gradient step CUDA kernels run; for the rest the GPU waits for the CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STEPS = 5
 
 
 def busy_time(intervals: Iterable[tuple[float, float]]) -> float:
-    """Time within which at least one kernel runs, from ``(start, duration)`` of each."""
+    """Time in which at least one kernel runs, from the ``(start, duration)`` of each kernel."""
     busy, reached = 0.0, float("-inf")
     for start, duration in sorted(intervals):
         end = start + duration
@@ -25,16 +25,16 @@ def busy_time(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def kernel_intervals(trace: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """``(start, duration)`` of each kernel in a trace of torch.profiler, in seconds."""
+    """The ``(start, duration)`` of each kernel in a trace of torch.profiler, in seconds."""
     return [(e["ts"] * 1e-6, e["dur"] * 1e-6) for e in trace["traceEvents"] if e.get("cat") == "kernel"]
 
 
 def profile_kernels(update: Callable[[int], None], step_seconds: float) -> dict[str, float]:
-    """Kernels of a few steps, ``busy`` is the fraction of the time in which one runs.
+    """Profile a few steps; ``busy`` is the fraction of the time in which a kernel runs.
 
     Args:
-        update: makes gradient steps; has been warmed up.
-        step_seconds: what a step takes without the profiler, which holds up the CPU but not the kernels.
+        update: makes gradient steps; already warmed up.
+        step_seconds: time of a step without the profiler, which slows the CPU but not the kernels.
     """
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         update(STEPS)

@@ -1,4 +1,4 @@
-"""Peak resident memory of converting a large HDF5 file and training on it, each in a process of its own.
+"""Measures the peak memory of converting a large HDF5 file and of training on it, each in a process of its own.
 
 python tests/benchmarks/large_file.py                  5 million rows of Hopper's size, 595 MB
 python tests/benchmarks/large_file.py --rows 100000    quickly
@@ -23,12 +23,12 @@ OBSERVATIONS, ACTIONS, EPISODE = 11, 3, 1000  # Hopper-v5's
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--rows", type=int, default=5_000_000, help="steps in the file (default: %(default)s)")
 parser.add_argument("--steps", type=int, default=300, help="gradient steps (default: %(default)s)")
-parser.add_argument("--folder", type=Path, help="where file and copy go, and stay; default: a temporary one")
+parser.add_argument("--folder", type=Path, help="keeps the file and its copy (default: a temporary folder)")
 parser.add_argument("--phase", choices=["import", "convert", "reuse", "train"], help=argparse.SUPPRESS)
 
 
 def write_file(path: Path, rows: int) -> None:
-    """Random steps in D4RL's layout, a part at a time."""
+    """Write random steps in D4RL's layout, one part after the other."""
     rng = np.random.default_rng(0)
     widths = {"observations": (OBSERVATIONS,), "actions": (ACTIONS,), "rewards": ()}
     with h5py.File(path, "w") as file:
@@ -41,6 +41,12 @@ def write_file(path: Path, rows: int) -> None:
             step = np.arange(start, part.stop) % EPISODE
             flags["terminals"][part] = step == EPISODE // 2
             flags["timeouts"][part] = step == EPISODE - 1
+
+
+def load_package(folder: Path, steps: int) -> str:
+    from torchrl_bcq import BCQTrainer, load_hdf5  # loads torchrl, which import torchrl_bcq does not
+
+    return f"{BCQTrainer.__name__}, {load_hdf5.__name__}"
 
 
 def convert(folder: Path, steps: int) -> str:
@@ -66,8 +72,7 @@ def train(folder: Path, steps: int) -> str:
     return f"{trainer.collected_frames} gradient steps, batch 256"
 
 
-PHASES = {"import": lambda folder, steps: __import__("torchrl_bcq").__name__, "convert": convert, "reuse": convert}
-PHASES["train"] = train
+PHASES = {"import": load_package, "convert": convert, "reuse": convert, "train": train}
 
 
 def main() -> None:
@@ -84,7 +89,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "large.hdf5", args.rows)
         size = (folder / "large.hdf5").stat().st_size / 1e6
-        print(f"{args.rows:,} rows, {size:.0f} MB in HDF5; resident memory of a process each:", flush=True)
+        print(f"{args.rows:,} rows, {size:.0f} MB in HDF5; peak resident memory of each process:", flush=True)
         for phase in PHASES:
             arguments = ["--phase", phase, "--folder", str(folder), "--steps", str(args.steps)]
             subprocess.run([sys.executable, "-W", "ignore", __file__, *arguments], check=True)

@@ -1,4 +1,4 @@
-"""What a benchmark ran on."""
+"""Describes the machine that runs a benchmark."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def describe(device: str, packages: Iterable[str]) -> dict[str, Any]:
-    """Processor, device, threads and the versions of what was measured, of ``packages`` those that are installed."""
+    """Processor, device, threads, and the versions of the installed packages, of this package's and of ``packages``."""
     versions = {}
     for package in ["torch", "torchrl", "tensordict", "numpy", *dict.fromkeys(packages)]:
         try:
@@ -33,7 +33,7 @@ def describe(device: str, packages: Iterable[str]) -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    """Its model, where the system tells."""
+    """The processor's model, or its architecture if the system does not name the model."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,10 +1,10 @@
-"""What the parts of a gradient step and of acting cost, each alone.
+"""Measures each part of a gradient step and of the policy alone.
 
-pip install --group bench
+pip install -e '.[bench]'
 python -m pytest tests/benchmarks/micro.py --benchmark-sort=name --benchmark-columns=median,iqr,rounds
 python -m pytest tests/benchmarks/micro.py --benchmark-save=NAME --benchmark-compare
 
-With the author's network sizes, batches of 256, on one thread of the CPU. The ordinary test run leaves this file alone.
+Author's network sizes, batches of 256, one thread of the CPU. ``python -m pytest`` does not collect this file.
 """
 
 from __future__ import annotations

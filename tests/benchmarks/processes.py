@@ -1,6 +1,6 @@
-"""A process for each contender: memory, threads, settings and compiled code are its own, for as long as it is measured.
+"""Runs each contender in a process of its own, with its own memory, threads, settings and compiled code.
 
-A contender waits for calls and answers them, one after the other. It works only while it is called.
+The process answers calls one after the other, and waits in between.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from kernels import profile_kernels
 from rounds import Run, Stopwatch
 
-PATIENCE = 5  # seconds in which one that is closed ends by itself
+PATIENCE = 5  # seconds that a closed process has to end by itself
+
+Name = TypeVar("Name")
 
 
 class ContenderError(Exception):
-    """A contender's own error, or its end; ``reason`` is one without the traceback."""
+    """An error in a contender's process, or the end of the process; ``reason`` has no traceback."""
 
     def __init__(self, reason: str, trace: str = "") -> None:
         super().__init__(f"{reason}\n{trace}".rstrip())
@@ -32,20 +34,20 @@ class ContenderError(Exception):
 
 
 class Contender:
-    """Stands for one in a process of its own, with the methods of its Stopwatch."""
+    """A contender in another process, with the methods of its Stopwatch."""
 
     def __init__(self, threads: int) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._calls, theirs = spawn.Pipe()
-        # a daemon is ended with this process
+        # a daemon ends with this process
         self._process = spawn.Process(target=_serve, args=(theirs, threads), daemon=True)
-        heeds = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process alone
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, so that Ctrl-C stops this process only
         self._process.start()
-        signal.signal(signal.SIGINT, heeds)
-        theirs.close()  # so that its end is noticed here
+        signal.signal(signal.SIGINT, handler)
+        theirs.close()  # else recv() would not notice that the process has ended
 
     def set_up(self, make: Callable[[], Run], device: str, parts: int = 1) -> None:
-        """Drop what was measured before, make a run and try a step of it."""
+        """Replace the previous run by a new one, and try one step of it."""
         self._call("set_up", make, device, parts)
 
     def calibrate(self, seconds: float) -> int:
@@ -58,7 +60,7 @@ class Contender:
         return self._call("profile_kernels", step_seconds)
 
     def close(self) -> None:
-        self._calls.close()  # at rest, it ends by itself
+        self._calls.close()  # a waiting process ends by itself
         self._process.join(PATIENCE)
         self._process.terminate()
         self._process.join()
@@ -76,9 +78,9 @@ class Contender:
 
 
 @contextlib.contextmanager
-def in_processes(names: Iterable[str], threads: int) -> Iterator[dict[str, Contender]]:
-    """Contenders whose processes start at once, and end with the block."""
-    contenders: dict[str, Contender] = {}
+def in_processes(names: Iterable[Name], threads: int) -> Iterator[dict[Name, Contender]]:
+    """Start a process for each contender, and end them with the block."""
+    contenders: dict[Name, Contender] = {}
     try:
         for name in names:
             contenders[name] = Contender(threads)
@@ -88,14 +90,14 @@ def in_processes(names: Iterable[str], threads: int) -> Iterator[dict[str, Conte
             contender.close()
 
 
-class _Held:
-    """What a contender's process holds."""
+class _Server:
+    """The methods of Contender, within its process."""
 
     def set_up(self, make: Callable[[], Run], device: str, parts: int) -> None:
         self.stopwatch = None
         gc.collect()
         torch.cuda.empty_cache()
-        torch.compiler.reset()  # else other sizes than the first would be compiled for any size
+        torch.compiler.reset()  # else a second size would be compiled with dynamic shapes
         run = make()
         run(1)
         self.stopwatch = Stopwatch(run, device, parts)
@@ -111,21 +113,21 @@ class _Held:
 
 
 def _serve(calls: Connection, threads: int) -> None:
-    """Answer calls, with a result or an error, until the other end is closed."""
+    """Answer each call with a result or an error, until the other end is closed."""
     hush()
     torch.set_num_threads(threads)
-    held = _Held()
+    server = _Server()
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             method, arguments = calls.recv()
             try:
-                answer = getattr(held, method)(*arguments), None
+                answer = getattr(server, method)(*arguments), None
             except Exception as error:
                 answer = None, (f"{type(error).__name__}: {error}", traceback.format_exc())
             calls.send(answer)
 
 
 def hush() -> None:
-    """Nobody reads warnings between the tables."""
+    """Turn off warnings, which would break up the tables."""
     warnings.simplefilter("ignore")
     logging.getLogger("torchrl").setLevel(logging.ERROR)

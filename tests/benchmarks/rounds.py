@@ -1,4 +1,4 @@
-"""Measuring side by side: in turn within a round, and compared within the same round, as a machine's speed wanders."""
+"""Paired measurements: contenders run in turn, and are compared within a round, since a machine's speed drifts."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 WIDTH = 750
-WARM_UP = 5  # steps, in which some compile and capture graphs
+WARM_UP = 5  # steps, in which contenders compile and capture graphs
 
 Run = Callable[[int], None]
 
 
 class Stopwatch:
-    """Seconds a step of a run, of one agent if there are several, the device's work included.
+    """Measures the seconds that a step of a run takes, including the work of the device.
 
     Args:
-        run: makes so many steps.
-        device: that it waits for.
-        parts: of a turn, of which the median counts.
+        run: makes the number of steps that it is given.
+        device: whose work it waits for.
+        parts: of a measurement; their median counts.
     """
 
     def __init__(self, run: Run, device: str, parts: int = 1) -> None:
@@ -31,7 +31,7 @@ class Stopwatch:
         self._wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
     def calibrate(self, seconds: float) -> int:
-        """Warm up, and find how many steps fill so much time, of each agent if there are several; at least one."""
+        """Warm up, and return the number of steps that take about this time; at least one."""
         self.run(WARM_UP)
         steps = 1
         while (taken := steps * self.time(steps)) < seconds / 4:
@@ -46,19 +46,20 @@ class Stopwatch:
         start = time.perf_counter()
         self.run(steps)
         self._wait()
-        return (time.perf_counter() - start) / steps / getattr(self.run, "agents", 1)
+        return (time.perf_counter() - start) / steps
 
 
 def measure(contenders: Mapping[str, Stopwatch], rounds: int, seconds: float) -> Iterator[dict[str, dict[str, Any]]]:
-    """Measure all in turn, each second round in reverse.
+    """Measure all contenders in turn, in reverse order in every second round.
 
     Args:
-        contenders: stopwatches, or what stands for one in another process.
-        rounds: turns of each.
-        seconds: that a turn lasts, about.
+        contenders: stopwatches, in this process or another.
+        rounds: number of measurements of each.
+        seconds: that a measurement takes, about.
 
     Yields:
-        After calibration and after each round, by name: ``steps`` of a turn, ``seconds`` a step in each round so far.
+        After calibration and after each round, by name: ``steps`` of a measurement, and ``seconds`` per step in each
+        round so far.
     """
     found = {name: {"steps": one.calibrate(seconds), "seconds": []} for name, one in contenders.items()}
     yield found
@@ -69,17 +70,17 @@ def measure(contenders: Mapping[str, Stopwatch], rounds: int, seconds: float) ->
 
 
 def median_ratio(theirs: Sequence[float], own: Sequence[float]) -> float:
-    """How many times as long they take: the median over rounds of the ratio within a round."""
+    """The median over rounds of their time divided by the own time in the same round."""
     return statistics.median(t / o for t, o in zip(theirs, own, strict=True))
 
 
 def faster(times: Mapping[str, Sequence[float]]) -> str | None:
-    """The one of the lowest median."""
+    """The name with the lowest median time; None if there is none."""
     return min(times, key=lambda name: statistics.median(times[name]), default=None)
 
 
 def make_matmul(rows: int, device: str) -> Run:
-    """A matrix product as the VAE's inner layer has it, ``[rows, 750]`` by ``[750, 750]``."""
+    """The matrix product of the VAE's inner layer, ``[rows, 750]`` by ``[750, 750]``."""
     x, weight = torch.randn(rows, WIDTH, device=device), torch.randn(WIDTH, WIDTH, device=device)
 
     @torch.no_grad()
@@ -91,7 +92,7 @@ def make_matmul(rows: int, device: str) -> Run:
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """Floating point operations of the matrix products of a call, its backward passes included."""
+    """Floating point operations of the matrix products of a call, including backward passes."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()

@@ -1,10 +1,10 @@
-"""Does a long run leak? Resident memory of a run of many tiny steps, with logging, evaluation and checkpoints.
+"""Checks a long run for memory leaks: many small steps with logging, evaluation and checkpoints.
 
 python tests/benchmarks/soak.py                    200,000 steps, about 20 minutes
 python tests/benchmarks/soak.py --steps 2000 --from 1000
 
-The run is ``torchrl-bcq train`` in this process: a line of the log and a checkpoint every 100 steps, an evaluation on
-held-out episodes every 1,000. Exits with 1 if the memory at the end is over 5 % above that after ``--from`` steps.
+The run is ``torchrl-bcq train`` in this process. It logs and writes a checkpoint every 100 steps, and evaluates on
+held-out episodes every 1,000. Exits with 1 if resident memory at the end is over 5 % above that after ``--from`` steps.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from torchrl_bcq.cli import train as command
-from torchrl_bcq.cli.config import default_config, to_config
-from torchrl_bcq.trainers import BCQTrainer
+from torchrl_bcq import OfflineTrainer
+from torchrl_bcq.__main__ import main as command
 
 ALLOWED = 1.05
 
@@ -31,7 +30,7 @@ ALLOWED = 1.05
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200_000, help="gradient steps (default: %(default)s)")
-    parser.add_argument("--from", type=int, default=20_000, dest="begin", help="step of the first look")
+    parser.add_argument("--from", type=int, default=20_000, dest="begin", help="step to compare with")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak.") as folder:
         return run(Path(folder), args.steps, args.begin)
@@ -43,32 +42,33 @@ def run(folder: Path, steps: int, begin: int) -> int:
         for name, width in (("observations", 4), ("actions", 2), ("next_observations", 4)):
             file[name] = rng.uniform(-1, 1, (n, width))
         file["rewards"], file["terminals"], file["timeouts"] = rng.normal(size=n), np.zeros(n), np.arange(n) % 50 == 49
-    small = {"hidden": [8], "vae_hidden": [8]}
-    config = default_config()
-    config.merge_with(
-        {
-            "dataset": str(folder / "steps.hdf5"),
-            "steps": steps,
-            "batch_size": 16,
-            "network": small,
-            "held_out": 0.1,
-            "evaluation": {"interval": 1_000, "max_rows": 100},
-            "checkpoint": {"interval": 100, "monitor": "held_out_vae_loss", "mode": "min"},
-            "progress_bar": False,
-            "threads": 1,
-            "out": str(folder / "run"),
-        }
-    )
-    looks: dict[int, float] = {}
+    settings = {
+        "dataset": folder / "steps.hdf5",
+        "out": folder / "run",
+        "steps": steps,
+        "batch_size": 16,
+        "network.hidden": "[8]",
+        "network.vae_hidden": "[8]",
+        "held_out": 0.1,
+        "evaluation.interval": 1_000,
+        "evaluation.max_rows": 100,
+        "checkpoint.interval": 100,
+        "checkpoint.monitor": "held_out_loss_vae",
+        "checkpoint.mode": "min",
+        "progress_bar": "false",
+        "threads": 1,
+    }
+    memory: dict[int, float] = {}
     start = time.monotonic()
-    with watched(looks, every=max(begin // 4, 1), total=steps):
-        command.train(to_config(config))
-    first, last = looks[begin], looks[steps]
+    with watched(memory, every=max(begin // 4, 1), total=steps):
+        if code := command(["train", *(f"{name}={value}" for name, value in settings.items())]):
+            return code
+    first, last = memory[begin], memory[steps]
     print(f"{steps:,} steps in {time.monotonic() - start:.0f} s")
-    for step, megabytes in looks.items():
+    for step, megabytes in memory.items():
         if step in (begin, steps) or step % max(begin, steps // 10) == 0:
             print(f"{step:>9,} steps {megabytes:8.1f} MB")
-    print(f"resident memory at the end against that after {begin:,} steps: {last / first:.3f}x, allowed {ALLOWED}x")
+    print(f"resident memory at the end is {last / first:.3f}x that after {begin:,} steps; {ALLOWED}x is allowed")
     return last > ALLOWED * first
 
 
@@ -79,23 +79,23 @@ def resident() -> float:
 
 
 @contextmanager
-def watched(looks: dict[int, float], every: int, total: int) -> Iterator[None]:
-    """Look at the memory now and then, after a checkpoint was written."""
-    original = BCQTrainer.save_trainer
+def watched(memory: dict[int, float], every: int, total: int) -> Iterator[None]:
+    """Record resident memory by step, after checkpoints were written."""
+    original = OfflineTrainer.save_trainer
     bar = tqdm(total=total, unit=" steps", disable=None)
 
-    def save_and_look(trainer: BCQTrainer, force_save: bool = False) -> None:
+    def save_and_measure(trainer: OfflineTrainer, force_save: bool = False) -> None:
         original(trainer, force_save)
         step = trainer.collected_frames
         bar.update(step - bar.n)
         if step % every == 0 or step == trainer.total_frames:
-            looks[step] = resident()
+            memory[step] = resident()
 
-    BCQTrainer.save_trainer = save_and_look
+    OfflineTrainer.save_trainer = save_and_measure
     try:
         yield
     finally:
-        BCQTrainer.save_trainer = original
+        OfflineTrainer.save_trainer = original
         bar.close()
 
 

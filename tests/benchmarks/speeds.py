@@ -1,4 +1,4 @@
-"""What was measured: as tables for a terminal, and as a picture."""
+"""Results as tables for a terminal and as a picture."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from matplotlib.figure import Figure
 from rounds import faster, median_ratio
 
 OWN, PEER, FLOOR = "#0072b2", "#d55e00", "#999999"
-OFF = 5  # times the fastest: a limit farther away would leave the bars too short to compare
+OFF = 5  # times the fastest: a limit beyond it is not drawn, as the bars would be too short to compare
 UNITS = {"training": ("batch size", "updates/s"), "acting": ("states", "calls/s")}
 
 
 def summarize(measured: Mapping[str, Any], peers: Collection[str]) -> dict[str, dict[str, Any]]:
-    """For each contender, in the order in which they were measured: speed, share of the limit, ratios.
+    """Speed, share of the limit and ratios of each contender, in the order of measurement.
 
-    ``slower`` holds how many times as long each peer takes, ``"faster peer"``, the one of the lowest median, and this
-    package where it does nothing special.
+    ``slower`` holds the time of each peer, of the peer with the lowest median (``"faster peer"``) and of this package
+    without options (``"eager"``), divided by the contender's time.
 
     Args:
-        measured: ``seconds`` a step of each contender in each round, ``flops`` of a step, and the ``limit`` in FLOP/s.
-        peers: names of other libraries' contenders.
+        measured: ``seconds`` per step of each contender in each round, ``flops`` of a step, and ``limit`` in FLOP/s.
+        peers: contenders that are other libraries.
     """
     times: dict[str, Sequence[float]] = measured["seconds"]
     rivals = {name: times[name] for name in times if name in peers}
@@ -41,7 +41,7 @@ def summarize(measured: Mapping[str, Any], peers: Collection[str]) -> dict[str, 
 
 
 def table(kind: str, measured: Mapping[str, Any]) -> str:
-    """One line for each contender."""
+    """A table with one line for each contender."""
     what, unit = UNITS[kind]
     summary = measured["summary"]
     rivals = list(dict.fromkeys(rival for row in summary.values() for rival in row["slower"]))
@@ -56,13 +56,13 @@ def table(kind: str, measured: Mapping[str, Any]) -> str:
         lines.append(line.rstrip())
     for name, kernels in measured["kernels"].items():
         lines.append(
-            f"{name}: {kernels['kernels_per_step']:.0f} kernels a step, one runs {kernels['busy']:.0%} of the time"
+            f"{name}: {kernels['kernels_per_step']:.0f} kernels per step, running {kernels['busy']:.0%} of the time"
         )
     return "\n".join(lines)
 
 
 def draw(results: Mapping[str, Any]) -> Figure:
-    """A panel for each batch size, and below for each number of states; the dashed line is the limit."""
+    """Draw a panel for each batch size and each number of states; the dashed line is the limit."""
     kinds = [kind for kind in UNITS if results[kind]]
     columns = max(len(results[kind]) for kind in kinds)
     bars = max(len(measured["summary"]) for kind in kinds for measured in results[kind])

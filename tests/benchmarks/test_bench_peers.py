@@ -1,4 +1,4 @@
-"""The arithmetic of the benchmark, its floor, and a small run of the command."""
+"""Arithmetic of the benchmark, its floor, and a small run of the command."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HIDDEN, VAE_HIDDEN, BATCH = (7, 5), (9, 11), 8
 
 @pytest.fixture
 def load(monkeypatch):
-    """Import a file as a script does, its neighbours on the path."""
+    """Import a file of this folder as a script does."""
     monkeypatch.syspath_prepend(Path(__file__).parent)
     return importlib.import_module
 
@@ -75,7 +75,7 @@ def test_rounds_take_turns_and_reverse(load, monkeypatch):
     found = {}
     for found in rounds.measure(contenders, rounds=2, seconds=1.0):
         if not found["a"]["seconds"]:
-            order.clear()  # of the calibration
+            order.clear()  # drops the calibration's calls
     assert order == ["a", "b", *["matmul"] * 10, "b", "a"]
     assert {name: one["steps"] for name, one in found.items()} == {"a": 10, "b": 1, "matmul": 100}
     assert {name: one["seconds"] for name, one in found.items()} == {
@@ -92,8 +92,8 @@ def test_rounds_take_turns_and_reverse(load, monkeypatch):
         ([(5, 2)], 2),
         ([(0, 1), (2, 1)], 2),  # a gap
         ([(0, 1), (1, 1)], 2),  # they touch
-        ([(0, 3), (1, 1)], 3),  # one within the other
-        ([(0, 9), (1, 1), (5, 1)], 9),  # two within it
+        ([(0, 3), (1, 1)], 3),  # one within another
+        ([(0, 9), (1, 1), (5, 1)], 9),  # two within another
         ([(0, 2), (1, 2)], 3),  # they overlap
         ([(4, 1), (0, 3), (2, 2), (2, 1), (10, 0)], 5),  # in any order
     ],
@@ -113,12 +113,12 @@ def test_only_kernels_of_a_trace_count(load):
 
 
 def multiply_adds(inputs: int, hidden: tuple[int, int], outputs: int) -> int:
-    """Of one row through a network of two hidden layers."""
+    """Multiply-adds of one row in a network with two hidden layers."""
     return inputs * hidden[0] + hidden[0] * hidden[1] + hidden[1] * outputs
 
 
 def flops_of_update(hidden: tuple[int, int], vae_hidden: tuple[int, int]) -> int:
-    """Of one row, with 17 observations, 6 actions, 12 latents: forward, and backward where a gradient is used."""
+    """FLOP of one row with 17 observations, 6 actions, 12 latents: forward, and backward where a gradient is used."""
     encoder, decoder = multiply_adds(17 + 6, vae_hidden, 24), multiply_adds(17 + 12, vae_hidden, 6)
     actor, critic = multiply_adds(17 + 6, hidden, 6), multiply_adds(17 + 6, hidden, 1)
     no_input_gradient, vae_no_input_gradient = 23 * hidden[0], 23 * vae_hidden[0]
@@ -166,7 +166,7 @@ def test_losses_of_the_floor_are_those_of_the_package(floor):
     SoftUpdate(loss, tau=0.005)
     for source in floor.sources:
         source.add_(torch.randn_like(source))
-    copy_weights()  # far from the targets, which stay
+    copy_weights()  # the targets stay
 
     state, action, reward, following, terminated = (field[:BATCH] for field in floor.fields)
     outcome = {"observation": following, "reward": reward, "terminated": terminated.bool(), "done": terminated.bool()}
@@ -226,7 +226,7 @@ def test_a_peer_that_fails_is_left_out_and_our_own_failure_is_not(load, capfd):
 
 @pytest.fixture
 def heed_interrupts():
-    """As a command does; workers of pytest-xdist ignore them."""
+    """Raise KeyboardInterrupt at SIGINT, which workers of pytest-xdist ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -250,4 +250,4 @@ def test_absent_peers_say_how_to_install_them(load, monkeypatch):
     reasons = contenders.absent("cpu")
     assert reasons.keys() == {"tianshou", "d3rlpy", "d3rlpy-graph", *contenders.CUDA_MODES}
     for name in ("tianshou", "d3rlpy", "d3rlpy-graph"):
-        assert reasons[name].endswith("is not installed: pip install --group bench")
+        assert reasons[name].endswith(f"is not installed: {contenders.INSTALL}")

@@ -1,4 +1,4 @@
-"""The random transitions that all benchmarks of training learn from, and the sizes of the networks."""
+"""Random transitions and network sizes that the benchmarks share."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from tensordict import TensorDict
 
-OBSERVATIONS, ACTIONS, LATENTS, ROWS = 17, 6, 12, 10_000  # those of HalfCheetah and Walker2d
+OBSERVATIONS, ACTIONS, LATENTS, ROWS = 17, 6, 12, 10_000  # sizes of HalfCheetah and Walker2d
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Hidden layers; the defaults are the author's."""
+    """Hidden layers; the defaults are the author's sizes."""
 
     hidden: Sequence[int] = (400, 300)  # actor and critics
     vae_hidden: Sequence[int] = (750, 750)  # encoder and decoder

@@ -1,8 +1,9 @@
-"""What the policy of a run is worth: the numbers, the table, and what is refused."""
+"""``torchrl-bcq evaluate``: numbers, tables, baselines, and refusals."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import gymnasium
@@ -10,30 +11,40 @@ import numpy as np
 import pytest
 
 from torchrl_bcq.__main__ import main
-from torchrl_bcq.cli.train import train
+from torchrl_bcq.runs.job import train
 
 
 @pytest.fixture
-def run(make_config, tmp_path) -> Path:
-    train(make_config("steps=10"))
-    return tmp_path / "run"
+def make_run(make_settings, tmp_path):
+    """A run by the name of its folder."""
+
+    def make(name: str, *overrides: str) -> Path:
+        train(make_settings("steps=10", f"out={tmp_path / name}", *overrides))
+        return tmp_path / name
+
+    return make
 
 
 @pytest.fixture
-def evaluate(run, tmp_path):
-    """The numbers that the command leaves."""
+def run(make_run) -> Path:
+    return make_run("run")
 
-    def call(*arguments: str, folder: Path = run) -> dict:
-        assert main(["evaluate", str(folder), "--out", str(tmp_path / "found.json"), *arguments]) == 0
+
+@pytest.fixture
+def evaluate(tmp_path):
+    """The numbers that the command writes."""
+
+    def call(run: Path, *arguments: str) -> dict:
+        assert main(["evaluate", str(run), "--out", str(tmp_path / "found.json"), *arguments]) == 0
         return json.loads((tmp_path / "found.json").read_text())
 
     return call
 
 
-def table(text: str) -> dict[str, list[str]]:
-    """Cells of the rows that are under the line of headings, by policy."""
-    lines = text.partition("policy  ")[2].splitlines()[1:5]
-    return {line[:20].strip(): line[20:].split() for line in lines}
+def table(text: str, width: int = 20) -> dict[str, list[str]]:
+    """Cells of the rows under the headings, by policy."""
+    lines = text.partition("\npolicy  ")[2].partition("\n\n")[0].splitlines()[1:]
+    return {line[:width].strip(): line[width:].split() for line in lines}
 
 
 # in an environment
@@ -43,36 +54,27 @@ def test_policies_are_compared_with_the_dataset(run, capsys):
     assert main(["evaluate", str(run), "--episodes", "4"]) == 0
     shown = capsys.readouterr().out
     found = json.loads((run / "evaluation.json").read_text())
-    assert list(found) == [
-        "checkpoint",
-        "step",
-        "env",
-        "episodes",
-        "seed",
-        "behaviour",
-        "random",
-        "behaviour cloning",
-        "BCQ",
-    ]
+    names = ["random", "VAE-BC", "BCQ"]
+    assert list(found) == ["checkpoint", "step", "env", "episodes", "seed", "behaviour", *names]
     assert (found["step"], found["env"], found["episodes"], found["seed"]) == (10, "Swing-v0", 4, 0)
     assert found["checkpoint"] == str(run / "best" / "checkpoint-000000000010")
     rows = table(shown)
-    assert list(rows) == ["the dataset", "random", "behaviour cloning", "BCQ"]
+    assert list(rows) == ["the dataset", *names]
     behaviour = json.loads((run / "results.json").read_text())["behaviour"]
     assert found["behaviour"] == behaviour
     assert rows["the dataset"] == [f"{behaviour['mean']:.1f}", f"{behaviour['std']:.1f}", "-", "-"]
-    for name in ("random", "behaviour cloning", "BCQ"):
+    for name in names:
         assert rows[name] == [f"{found[name]['return']:.1f}", f"{found[name]['return_std']:.1f}", "-", "5.0"]
     assert [name for name in rows if "value_estimate" in found.get(name, {})] == ["BCQ"]
     estimate, obtained = (f"{found['BCQ'][name]:.4g}" for name in ("value_estimate", "discounted_return"))
-    assert f"the first critic estimates {estimate}; the discounted return from there was {obtained}." in shown
+    assert f"the critic estimates {estimate}; the discounted return from there was {obtained}." in shown
     assert shown.startswith(f"{found['checkpoint']}: 10 gradient steps on ")
     assert shown.endswith(f"The numbers are in {run / 'evaluation.json'}.\n")
 
 
-def test_returns_are_those_of_episodes(evaluate):
+def test_returns_are_those_of_episodes(run, evaluate):
     """The mean return of many random episodes, found by another loop."""
-    found = evaluate("--episodes", "100", "--seed", "3")["random"]
+    found = evaluate(run, "--episodes", "100", "--seed", "3")["random"]
     env = gymnasium.make("Swing-v0")
     env.action_space.seed(0)
     returns = []
@@ -87,74 +89,152 @@ def test_returns_are_those_of_episodes(evaluate):
     assert found["episode_length"] == 5
 
 
-def test_the_seed_decides_the_numbers(evaluate):
-    first, again, other = (evaluate("--episodes", "3", "--seed", seed) for seed in "445")
+def test_the_seed_decides_the_numbers(run, evaluate):
+    first, again, other = (evaluate(run, "--episodes", "3", "--seed", seed) for seed in "445")
     assert first == again
-    for name in ("random", "behaviour cloning", "BCQ"):
+    for name in ("random", "VAE-BC", "BCQ"):
         assert first[name]["return"] != other[name]["return"]
 
 
-def test_they_are_what_the_run_has_logged(evaluate, run):
+def test_numbers_are_those_that_the_run_has_logged(run, evaluate):
     """With as many episodes from the same states."""
-    found = evaluate("--episodes", "2", "--seed", "1000", "--checkpoint", "last")
+    found = evaluate(run, "--episodes", "2", "--seed", "1000", "--checkpoint", "last")
     logged = json.loads((run / "results.json").read_text())["final"]
     assert (found["BCQ"]["return"], found["BCQ"]["return_std"]) == (logged["mean"], logged["std"])
 
 
-def test_deterministic_actions_are_others(evaluate):
-    sampled, chosen = evaluate("--episodes", "3"), evaluate("--episodes", "3", "--deterministic")
+def test_returns_are_discounted_as_in_the_run(run, make_run, evaluate):
+    found = evaluate(make_run("undiscounted", "loss.gamma=1"), "--episodes", "3")["BCQ"]
+    assert found["discounted_return"] == pytest.approx(found["return"], rel=1e-6)
+    found = evaluate(run, "--episodes", "3")["BCQ"]
+    assert found["discounted_return"] != pytest.approx(found["return"], rel=1e-3)
+
+
+def test_deterministic_actions_are_others(run, evaluate):
+    sampled, chosen = evaluate(run, "--episodes", "3"), evaluate(run, "--episodes", "3", "--deterministic")
     assert sampled["BCQ"]["return"] != chosen["BCQ"]["return"]
 
 
-def test_scores_are_shown_where_there_are_references(make_config, tmp_path, capsys, evaluate):
-    other = tmp_path / "other"
-    train(make_config("steps=10", "evaluation.reference_scores=[0,10]", f"out={other}"))
+def test_scores_are_shown_if_there_are_references(make_run, capsys, evaluate):
+    run = make_run("run", "evaluation.reference_scores=[0,10]")
     capsys.readouterr()
-    found = evaluate("--episodes", "2", folder=other)
-    for name, cells in table(capsys.readouterr().out).items():
+    found = evaluate(run, "--episodes", "2")
+    rows = table(capsys.readouterr().out)
+    assert len(rows) == 4
+    for name, cells in rows.items():
         if name != "the dataset":
             assert found[name]["normalized_score"] == pytest.approx(10 * found[name]["return"])
             assert cells[2] == f"{found[name]['normalized_score']:.1f}"
 
 
 def test_neither_the_dataset_nor_the_settings_are_needed(evaluate, run, file):
-    expected = evaluate("--episodes", "2")
+    expected = evaluate(run, "--episodes", "2")
     file.unlink()
     (run / "config.yaml").unlink()
-    assert evaluate("--episodes", "2") == expected
+    assert evaluate(run, "--episodes", "2") == expected
 
 
 def test_a_checkpoint_may_be_named(evaluate, run):
     one = run / "checkpoints" / "checkpoint-000000000010"
-    assert evaluate("--episodes", "2", folder=one)["checkpoint"] == str(one)
+    assert evaluate(one, "--episodes", "2")["checkpoint"] == str(one)
+    assert main(["evaluate", str(one), "--episodes", "1"]) == 0
+    assert [path.name for path in one.parent.iterdir() if path.suffix] == ["checkpoint-000000000010-evaluation.json"]
 
 
-# without one
+# baselines
+
+
+def test_the_baseline_of_a_run_is_a_row(make_run, evaluate, capsys):
+    run = make_run("run", "baseline=cloning")
+    capsys.readouterr()
+    found = evaluate(run, "--episodes", "3")
+    shown = capsys.readouterr().out
+    assert list(table(shown)) == ["the dataset", "random", "VAE-BC", "cloning", "BCQ"]
+    assert f"\n{run}/baseline/best/checkpoint-000000000010: 10 gradient steps on " in shown
+    alone = evaluate(run / "baseline", "--episodes", "3")
+    assert found["cloning"] == alone["cloning"]
+    assert list(table(capsys.readouterr().out)) == ["the dataset", "random", "cloning"]
+    shutil.rmtree(run / "baseline")
+    without = evaluate(run, "--episodes", "3")
+    assert without == {name: value for name, value in found.items() if name != "cloning"}
+
+
+def test_any_run_may_be_the_baseline(make_run, evaluate, capsys):
+    run = make_run("run", "baseline=cloning")
+    cloning, other = make_run("clone", "algorithm=cloning", "seed=4"), make_run("other", "seed=4")
+    own = evaluate(cloning, "--episodes", "3")["cloning"]
+    found = evaluate(run, "--episodes", "3", "--baseline", str(cloning))
+    assert found["cloning"] == own != evaluate(run, "--episodes", "3")["cloning"]
+    capsys.readouterr()
+    title = f"BCQ, {other}"
+    found = evaluate(run, "--episodes", "3", "--baseline", str(other))
+    shown = capsys.readouterr().out
+    assert list(table(shown, len(title))) == ["the dataset", "random", "VAE-BC", title, "BCQ"]
+    assert found[title]["return"] == evaluate(other, "--episodes", "3")["BCQ"]["return"] != found["BCQ"]["return"]
+    assert list(evaluate(cloning, "--episodes", "3", "--baseline", str(run)))[-3:] == ["random", "BCQ", "cloning"]
+
+
+@pytest.mark.parametrize("what", ["observations", "actions"])
+def test_a_baseline_of_another_task_is_refused(run, make_run, make_file, what, capsys):
+    values = np.random.default_rng(0).uniform(-1, 1, (200, 4))
+    fields = {"actions": values} if what == "actions" else {"observations": values, "next_observations": values}
+    other = make_run("other", f"dataset={make_file('other.hdf5', None, **fields)}")
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--baseline", str(other)]) == 1
+    assert capsys.readouterr().err == (
+        f"torchrl-bcq: {other} has other {what} than {run}; compare runs of one dataset.\n"
+    )
+    assert main(["evaluate", str(run), "--baseline", str(run.parent / "none")]) == 1
+    assert capsys.readouterr().err.startswith(f"torchrl-bcq: {run.parent / 'none'} holds no checkpoint; ")
+
+
+# without an environment
+
+
+def logged(run: Path, *names: str) -> dict[str, float]:
+    """The last lines of the log."""
+    lines = {name: (run / f"log/scalars/{name}.csv").read_text().splitlines()[-1] for name in names}
+    assert {line.partition(",")[0] for line in lines.values()} == {"10"}
+    return {name: float(line.partition(",")[2]) for name, line in lines.items()}
+
+
+HELD_OUT = ["loss_vae", "vae_reconstruction", "vae_kl", "loss_qvalue", "td_error", "pred_value", "target_value"]
+HELD_OUT = [f"held_out_{name}" for name in (*HELD_OUT, "loss_actor")]
 
 
 @pytest.mark.parametrize("held_out", [0.3, 0.0])
-def test_without_an_environment_the_dataset_is_measured(make_config, tmp_path, capsys, held_out):
-    run = tmp_path / "run"
-    train(make_config("evaluation.env=null", f"held_out={held_out}"))
+def test_without_an_environment_the_dataset_is_measured(make_run, capsys, held_out):
+    run = make_run("run", "evaluation.env=null", f"held_out={held_out}", "loss.gamma=0.5", "baseline=cloning")
     capsys.readouterr()
     assert main(["evaluate", str(run)]) == 0
     shown = capsys.readouterr().out
     found = json.loads((run / "evaluation.json").read_text())
-    logged = {}
-    names = ["action_distance", "initial_value", *(["held_out_td_error", "held_out_vae_loss"] if held_out else [])]
-    for name in names:
-        last = (run / f"log/scalars/{name}.csv").read_text().splitlines()[-1]
-        assert last.startswith("20,")
-        logged[name] = float(last.removeprefix("20,"))
-        assert f"{name:<24}{logged[name]:>12.4g}\n" in shown
-    assert {name: found[name] for name in logged} == logged
-    assert set(found) == {"checkpoint", "step", *names}
-    assert f"no environment; on {'held-out episodes' if held_out else 'the dataset'}:" in shown
+    of_both = ["held_out_loss_actor", "action_distance"] if held_out else ["action_distance"]
+    own = logged(run, *(HELD_OUT if held_out else of_both), "action_distance", "initial_value")
+    assert found["BCQ"] == own
+    assert found["cloning"] == logged(run / "baseline", *of_both)
+    assert list(found) == ["checkpoint", "step", "BCQ", "cloning"]
+    for name, value in own.items():
+        other = f"{found['cloning'][name]:.4g}" if name in of_both else "-"
+        assert f"\n{name:<28}{value:>12.4g}{other:>12}\n" in shown
+    assert f"no environment; on {'held-out episodes' if held_out else 'the dataset'}:\n\n" in shown
+    assert f"\n{'':<28}{'BCQ':>12}{'cloning':>12}\n" in shown
     assert main(["evaluate", str(run), "--env", "Swing-v0", "--episodes", "2"]) == 0
-    assert json.loads((run / "evaluation.json").read_text())["env"] == "Swing-v0"
+    assert list(json.loads((run / "evaluation.json").read_text()))[-3:] == ["VAE-BC", "cloning", "BCQ"]
 
 
-# what is refused
+def test_a_baseline_that_learned_from_the_held_out_episodes_is_refused(make_run, capsys):
+    held_out = ["evaluation.env=null", "held_out=0.3"]
+    run, other = make_run("run", *held_out), make_run("other", *held_out, "seed=1", "algorithm=cloning")
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--baseline", str(other)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"torchrl-bcq: {other}/")
+    assert f" held out other episodes than {run}/" in error
+    assert not (run / "evaluation.json").exists()
+
+
+# refusals
 
 
 @pytest.mark.parametrize(
@@ -171,14 +251,14 @@ def test_without_an_environment_the_dataset_is_measured(make_config, tmp_path, c
         (["--out", "folder/none.json", "--episodes", "-1"], "torchrl-bcq: --episodes is -1"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused(run, capsys, arguments, message):
+def test_arguments_that_do_not_fit_are_refused(run, capsys, arguments, message):
     capsys.readouterr()
     assert main(["evaluate", str(run), *arguments]) == 1
     assert capsys.readouterr().err.startswith(message)
     assert not (run / "evaluation.json").exists()
 
 
-def test_what_is_no_run_is_refused(tmp_path, capsys):
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     assert main(["evaluate", str(tmp_path / "none")]) == 1
     assert capsys.readouterr().err == (
         f"torchrl-bcq: {tmp_path / 'none'} holds no checkpoint; name the folder of a run of torchrl-bcq train, or a "
@@ -187,7 +267,7 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_numbers_go_where_they_are_asked_to(run, tmp_path):
+def test_numbers_are_written_to_the_file_that_is_named(run, tmp_path):
     out = tmp_path / "new" / "numbers.json"
     assert main(["evaluate", str(run), "--episodes", "1", "--out", str(out)]) == 0
     assert [path.name for path in out.parent.iterdir()] == ["numbers.json"]

@@ -1,4 +1,4 @@
-"""Several processes make one run, of which the first one alone writes and speaks."""
+"""``torchrl-bcq train`` as a process, and as several that ``torchrun`` starts: signals, exit codes, messages."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from torchrl_bcq.__main__ import main
-from torchrl_bcq.cli import processes, train as module
-from torchrl_bcq.cli.build import build
-from torchrl_bcq.cli.errors import RunError
-from torchrl_bcq.cli.run import find_checkpoint, open_dataset, read_metadata
-from torchrl_bcq.cli.train import train
+from torchrl_bcq.cli import train as module
+from torchrl_bcq.errors import RunError
+from torchrl_bcq.objectives import CloningLoss
+from torchrl_bcq.runs import processes
+from torchrl_bcq.runs.folder import find_checkpoint, read_metadata
+from torchrl_bcq.runs.job import train
+from torchrl_bcq.trainers import OfflineTrainer
 from torchrl_bcq.trainers.distributed import PeerError
 
-from .conftest import assert_same, contents
+from ..runs.folders import assert_same, contents, state
 
-PATIENCE = 120  # seconds, after which they wait for one another in vain
+PATIENCE = 120  # seconds that tests wait for a process
 QUIET = [
     "evaluation.env=null",
     "sampler=without_replacement",
@@ -34,17 +37,29 @@ QUIET = [
     "checkpoint.mode=min",
     "checkpoint.keep=1",
 ]
+ENDLESS = ["steps=1000000", "checkpoint.interval=100000"]
 
 
-def torchrun(*arguments: str) -> subprocess.Popen:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def start(*arguments: str, launch: tuple[str, ...] = ()) -> subprocess.Popen:
     return subprocess.Popen(
-        [*launch, "-m", "torchrl_bcq", "train", *arguments],
+        [sys.executable, *launch, "-m", "torchrl_bcq", "train", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
     )
+
+
+def torchrun(*arguments: str) -> subprocess.Popen:
+    return start(*arguments, launch=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
+
+
+def interrupt(process: subprocess.Popen, number: signal.Signals, run: Path) -> None:
+    """Send a signal once the run has logged a loss."""
+    loss, deadline = run / "log" / "scalars" / "loss_vae.csv", time.monotonic() + PATIENCE
+    while not loss.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
 
 
 def finish(*started: subprocess.Popen) -> list[tuple[int, str]]:
@@ -53,20 +68,106 @@ def finish(*started: subprocess.Popen) -> list[tuple[int, str]]:
         outputs = [process.communicate(timeout=PATIENCE)[0] for process in started]
     finally:
         for process in started:
-            process.terminate()  # and with it those that it has started
+            process.terminate()  # torchrun ends the processes that it has started
     return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
 
 
-def test_two_processes_make_one_run_that_a_signal_stops_and_that_goes_on_bit_by_bit(words, make_config, run, tmp_path):
-    process = torchrun(*words(*QUIET, "steps=1000000", "checkpoint.interval=100000"))
-    loss = run / "log" / "scalars" / "loss_vae.csv"
-    deadline = time.monotonic() + PATIENCE
-    while not loss.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)  # which torchrun hands on
+# one process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_a_checkpoint_that_resumes_bit_for_bit(words, make_settings, run, tmp_path, number, code):
+    own = ["normalize=true", "evaluation.env=null", "optim.actor.every=2", "optim.vae.stop_after=7"]
+    process = start(*words(*own, *ENDLESS))
+    interrupt(process, number, run)
+    ((found, output),) = finish(process)
+    assert found == code, output
+    name = signal.Signals(number).name
+    assert f"{name}: saving after this step; press again to leave at once" in output
+    resume = re.search(rf"{name} after (\d+) steps; resume with: torchrl-bcq train resume={run}\n", output)
+    steps = int(resume[1])
+    assert read_metadata(find_checkpoint(run, "last"))[2] == steps
+    assert not (run / "results.json").exists()
+    assert "Traceback" not in output
+
+    more = [*own, f"steps={steps + 7}", "checkpoint.interval=100000"]
+    train(make_settings(*more, "resume=true"))
+    train(make_settings(*more, f"out={tmp_path / 'undisturbed'}"))
+    for key, value in state(tmp_path / "undisturbed").items():
+        assert torch.equal(state(run)[key], value), key
+
+
+@pytest.fixture
+def send(monkeypatch):
+    """Send signals to this process after step 10 of a baseline."""
+    log = OfflineTrainer._log_losses
+
+    def call(*numbers: signal.Signals) -> None:
+        def log_losses(trainer, *arguments):
+            if isinstance(trainer.loss_module, CloningLoss) and trainer._optim_count == 10:
+                for number in numbers:
+                    signal.raise_signal(number)
+            return log(trainer, *arguments)
+
+        monkeypatch.setattr(OfflineTrainer, "_log_losses", log_losses)
+
+    return call
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_baseline_which_resumes_bit_for_bit(words, run, tmp_path, send, capsys, number, code):
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    assert main(["train", *words("baseline=cloning", f"out={tmp_path / 'undisturbed'}")]) == 0
+    send(number)
+    with pytest.raises(SystemExit) as end:
+        main(["train", *words("baseline=cloning")])
+    assert end.value.code == code
+    assert f"{number.name} after 10 steps; resume with: torchrl-bcq train resume={run}/baseline" in (
+        capsys.readouterr().err
+    )
+    assert (run / "results.json").exists()
+    assert not (run / "baseline" / "results.json").exists()
+    send()
+    assert main(["train", f"resume={run}"]) == 0
+    for folder in ("", "baseline"):
+        assert_same(tmp_path / "undisturbed" / folder, run / folder)
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_second_signal_leaves_the_baseline_at_once(words, run, send, capsys):
+    send(signal.SIGINT, signal.SIGINT)
+    with pytest.raises(SystemExit) as end:
+        main(["train", *words("baseline=cloning")])
+    assert end.value.code == 130
+    assert "left at once; repeat the command with resume=true to resume from the last" in capsys.readouterr().err
+    assert (run / "results.json").exists()
+    assert list((run / "baseline").glob("*/checkpoint-*")) == []
+    send()
+    assert main(["train", *words("baseline=cloning", "resume=true")]) == 0
+    assert read_metadata(find_checkpoint(run / "baseline", "last"))[2] == 20
+
+
+def test_a_signal_ends_a_sweep(words, run, send):
+    send(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        main(["train", "-m", *words("baseline=cloning", "seed=0,1")])
+    assert end.value.code == 143
+    assert sorted(path.name for path in run.iterdir()) == ["0"]
+
+
+# several processes
+
+
+def test_two_processes_make_one_run_that_a_signal_stops_and_that_resumes_bit_for_bit(
+    words, make_settings, run, tmp_path
+):
+    process = torchrun(*words(*QUIET, *ENDLESS))
+    interrupt(process, signal.SIGTERM, run)  # torchrun passes it on
     ((_, output),) = finish(process)
-    assert output.count("SIGTERM: saving after these steps; once more to leave at once") == 1, output
-    (steps,) = map(int, re.findall(rf"SIGTERM after (\d+) steps; go on with: torchrl-bcq train resume={run}\n", output))
+    assert output.count("SIGTERM: saving after these steps; press again to leave at once") == 1, output
+    (steps,) = map(
+        int, re.findall(rf"SIGTERM after (\d+) steps; resume with: torchrl-bcq train resume={run}\n", output)
+    )
     assert steps > 0
     assert steps % 5 == 0  # a log_interval
     assert read_metadata(find_checkpoint(run, "last"))[2] == steps
@@ -75,121 +176,52 @@ def test_two_processes_make_one_run_that_a_signal_stops_and_that_goes_on_bit_by_
     before = contents(run)
     ((code, output),) = finish(torchrun(*words(*QUIET)))
     assert code == 1
-    assert output.count(f"{run} holds a run of {steps} steps; go on with it by resume=true") == 1, output
+    assert output.count(f"{run} holds a run of {steps} steps; resume it with resume=true") == 1, output
     assert contents(run) == before
 
     more = ["checkpoint.interval=100000", f"steps={steps + 7}"]
     clock = f"out={tmp_path}/undisturbed-${{now:%f}}"  # another one in each process
-    ends = finish(torchrun(*words(*QUIET, *more, "resume=true")), torchrun(*words(*QUIET, *more, clock)))
-    for code, output in ends:
+    resumed, undisturbed = [*more, "resume=true"], [*more, clock, "baseline=cloning", "checkpoint.monitor=null"]
+    for words_of_it, runs in ((resumed, 1), (undisturbed, 2)):
+        ((code, output),) = finish(torchrun(*words(*QUIET, *words_of_it)))
         assert code == 0, output
-        assert output.count(f" to {steps + 7} on cpu") == output.count(f"{steps + 7} steps made") == 1
+        assert output.count(f" to {steps + 7} on cpu") == output.count(f"{steps + 7} steps made") == runs
         assert output.count("ERROR") == 0
     (undisturbed,) = tmp_path.glob("undisturbed-*")
     assert_same(run, undisturbed)
+    assert read_metadata(find_checkpoint(undisturbed / "baseline"))[2] == steps + 7
     log = (undisturbed / "train.log").read_text()
-    assert log.count(f"{steps + 7} steps made") == 1
+    assert log.count(f"{steps + 7} steps made") == 2
     assert {path.name for path in undisturbed.rglob(".*")} == {".lock"}
 
     more[1] = f"steps={steps + 12}"
-    assert train(make_config(*QUIET, *more, "resume=true"))["steps"] == steps + 12  # one process
+    assert train(make_settings(*QUIET, *more, "resume=true"))["steps"] == steps + 12  # one process
 
 
-@pytest.fixture
-def second_of_two(monkeypatch):
-    """As if another process had been started before this one, on a machine with two GPUs."""
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-
-
-@pytest.mark.parametrize(("variables", "joins"), [({}, 0), ({"WORLD_SIZE": "1"}, 0), ({"WORLD_SIZE": "2"}, 1)])
-@pytest.mark.parametrize(("gpus", "backend", "device"), [(0, "gloo", []), (4, "cpu:gloo,cuda:nccl", [1])])
-def test_joins_what_torchrun_has_started(monkeypatch, variables, joins, gpus, backend, device):
-    calls, devices = [], []
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **settings: calls.append(backend))
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroyed"))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
-    if variables:
-        variables = {**variables, "TORCHELASTIC_RUN_ID": "1", "LOCAL_RANK": "1"}
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(KeyError, match="within"), processes.joined():
-        raise KeyError("within")
-    assert calls == [backend, "destroyed"] * joins
-    assert devices == device * joins
-
-
-def test_a_single_process_asks_nobody():
-    assert processes.is_first()
-    assert not processes.several()
-    assert processes.own_seed(7) == 7
-    assert processes.from_first(lambda: "value") == "value"
-    processes.check_device("cuda:0")
-
-
-@pytest.mark.usefixtures("second_of_two")
-def test_the_second_of_two_is_another():
-    assert not processes.is_first()
-    assert processes.own_seed(7) not in range(1_000)
-    for device in ("auto", "cuda", "cpu"):
-        processes.check_device(device)
-
-
-@pytest.fixture
-def not_the_first(monkeypatch):
+def test_only_the_first_process_makes_the_folder_and_others_log_their_own_errors_alone(words, run, monkeypatch, capsys):
     monkeypatch.setattr(processes, "is_first", lambda: False)
 
-
-@pytest.mark.usefixtures("not_the_first")
-def test_the_others_make_no_folder_and_say_nothing_but_what_went_wrong_there(words, run, monkeypatch, capsys):
     def run_into(error: Exception | None) -> int:
-        def train(config):
+        def train(settings):
             logging.getLogger("train").info("on the way")
             if error is not None:
                 raise error
+            return {}
 
-        monkeypatch.setattr(module, "train", lambda config: train(config) or {})
+        monkeypatch.setattr(module, "train", train)
         return main(["train", *words()])
 
     assert run_into(None) == 0
-    assert run_into(PeerError("told by the first")) == run_into(FloatingPointError("told by the first")) == 1
+    assert run_into(PeerError("the first one failed")) == run_into(FloatingPointError("logged by the first")) == 1
     assert capsys.readouterr() == ("", "")
     assert run_into(RunError("no such file here")) == 1
     assert capsys.readouterr().err.endswith("[torchrl_bcq.cli.train][ERROR] - no such file here\n")
     assert not run.exists()
 
 
-def test_the_others_neither_log_nor_evaluate(make_config, run, request):
-    built = []
-    for fixture in (None, "not_the_first"):
-        if fixture:
-            request.getfixturevalue(fixture)
-        config = make_config("logger=[csv]", "evaluation.env=null", "checkpoint.monitor=loss_vae")
-        built.append(build(config, *open_dataset(config)))
-    assert [trainer.logger is None for trainer in built] == [False, True]
-    assert [len(trainer._post_steps_log_ops) for trainer in built] == [2, 0]  # metrics, and the best checkpoint
-
-
-@pytest.mark.usefixtures("second_of_two")
-@pytest.mark.parametrize(
-    ("device", "gpus", "message"),
-    [
-        ("cuda:1", 2, "device=cuda:1 is one device for 2 processes; device=cuda gives each its own"),
-        ("auto", 1, "there are 2 processes for 1 GPUs; start as many by torchrun --nproc-per-node, or choose dev"),
-        ("cuda", 0, "there are 2 processes for 0 GPUs"),
-    ],
-)
-def test_a_device_for_several_is_refused(monkeypatch, device, gpus, message):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    with pytest.raises(RunError, match=message):
-        processes.check_device(device)
-
-
-@pytest.mark.usefixtures("second_of_two")
 def test_a_sweep_of_several_processes_is_refused(words, run, monkeypatch, capsys):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(processes, "joined", nullcontext)
     assert main(["train", "-m", *words("seed=0,1")]) == 1
     assert capsys.readouterr().err == "torchrl-bcq: torchrun makes one run; start those of -m one after the other.\n"

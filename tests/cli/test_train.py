@@ -1,8 +1,7 @@
-"""Runs: what they leave, that they go on where they were, and how they end."""
+"""``torchrl-bcq train``, as a user types it: files of a run, messages, sweeps, default settings."""
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -11,95 +10,116 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from torchrl.record.loggers.csv import CSVExperiment
+from filelock import FileLock
 
+from torchrl_bcq import load_policy
 from torchrl_bcq.__main__ import main
 from torchrl_bcq.cli import train as module
-from torchrl_bcq.cli.config import YAML, load_config
-from torchrl_bcq.cli.errors import RunError
-from torchrl_bcq.cli.run import find_checkpoint, open_dataset, read_metadata
-from torchrl_bcq.cli.train import train
 from torchrl_bcq.data import make_replay_buffer
+from torchrl_bcq.errors import RunError
+from torchrl_bcq.evaluation.environments import make_env
+from torchrl_bcq.evaluation.recording import DATASET_ID
+from torchrl_bcq.runs.folder import find_checkpoint, open_dataset, read_metadata
+from torchrl_bcq.runs.settings import load_settings
 
-from .conftest import assert_same, contents, equal, state
+from ..runs.folders import assert_same, contents, equal, state
 
-# what a run leaves
+DEFAULT = f"minari:{DATASET_ID}"
+
+# the files of a run
 
 
-def test_a_run_leaves_what_help_promises(words, run, capsys):
-    assert main(["train", *words()]) == 0
-    promised = module.HELP.partition("The folder of a run holds\n")[2].partition(";")[0]
+def test_a_run_leaves_the_files_that_help_lists(words, run, capsys):
+    assert main(["train", *words("baseline=cloning")]) == 0
+    listed = module.HELP.partition("The folder of a run holds ")[2].partition(";")[0].replace(" and", ",")
+    files = r"(checkpoints|best)/checkpoint-\d{12}/(manifest\.json|components/.*/state\.pt)"
+    files += r"|log/scalars/\w+\.csv|config\.yaml|results\.json"
     found = set()
     for name in contents(run):
-        assert re.fullmatch(r"(checkpoints|best)/checkpoint-\d{12}/(manifest\.json|components/.*/state\.pt)"
-                            r"|log/scalars/\w+\.csv|config\.yaml|results\.json", name), name  # fmt: skip
+        assert re.fullmatch(rf"(baseline/)?({files})", name), name
         found.add(name.split("/")[0] + ("/" if "/" in name else ""))
     found.add("train.log" * (run / "train.log").is_file())
     found = {"log/scalars/*.csv" if name == "log/" else name for name in found}
-    assert found == set(promised.replace(" and", ",").split(", ")) == {
-        "config.yaml", "train.log", "log/scalars/*.csv", "checkpoints/", "best/", "results.json",
+    assert found == set(re.split(r",\s+", listed)) == {
+        "config.yaml", "train.log", "log/scalars/*.csv", "checkpoints/", "best/", "results.json", "baseline/",
     }  # fmt: skip
     assert {path.name for path in run.rglob(".*")} == {".lock"}
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
-        "checkpoint-000000000010", "checkpoint-000000000020",
-    ]  # fmt: skip
+    for folder in (run, run / "baseline"):
+        kept = [f"checkpoint-{step:012}" for step in (10, 20)]
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == kept
     log = (run / "train.log").read_text()
-    assert f"{run}: {run.parent / 'swings.hdf5'}, evaluated in Swing-v0, steps 0 to 20 on cpu" in log
+    data = run.parent / "swings.hdf5"
+    assert f"{run}: bcq on {data}, evaluated in Swing-v0, steps 0 to 20 on cpu" in log
+    assert f"{run}/baseline: cloning on {data}, evaluated in Swing-v0, steps 0 to 20 on cpu" in log
     assert f"torchrl-bcq evaluate {run}; torchrl-bcq plot {run}" in log
-    assert load_config(run).steps == 20
+    assert load_settings(run).steps == 20
 
 
-def test_results_are_the_logs(make_config, run):
-    results = train(make_config())
-    assert json.loads((run / "results.json").read_text()) == results
-    returns = dict(line.split(",") for line in (run / "log/scalars/return.csv").read_text().splitlines())
-    returns = {int(step): float(value) for step, value in returns.items()}
-    deviations = (run / "log/scalars/return_std.csv").read_text().splitlines()
-    assert list(returns) == [0, 10, 20]
-    assert results["steps"] == 20
-    assert results["final"] == {"mean": returns[20], "std": float(deviations[-1].split(",")[1]), "step": 20}
-    best = max((10, 20), key=returns.get)
-    assert results["best"] == {"mean": returns[best], "step": best, "metric": "return"}
-    assert results["behaviour"] == read_metadata(find_checkpoint(run))[1].behaviour
+def test_cloning_is_trained_resumed_evaluated_plotted_and_loaded_like_any_algorithm(words, run, capsys, tmp_path):
+    assert main(["train", *words(algorithm="cloning")]) == 0
+    assert main(["train", f"resume={run}", "steps=30"]) == 0
+    assert main(["train", *words("steps=30", f"out={tmp_path / 'alone'}", algorithm="cloning")]) == 0
+    assert_same(tmp_path / "alone", run)
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--episodes", "2"]) == 0
+    rows = capsys.readouterr().out.partition("policy  ")[2].splitlines()[1:4]
+    assert [row[:20].strip() for row in rows] == ["the dataset", "random", "cloning"]
+    assert main(["plot", str(run)]) == 0
+    assert (run / "learning_curve.png").stat().st_size > 10_000
+    steps = make_env("Swing-v0").rollout(5, load_policy(run))
+    assert steps["action"].abs().max() <= 2
 
 
-def test_lines_are_of_every_interval_and_of_the_last_step(make_config, run):
-    train(make_config("steps=23", "checkpoint.interval=20"))
-    steps = {
-        file.stem: [int(line.split(",")[0]) for line in file.read_text().splitlines()]
-        for file in (run / "log/scalars").iterdir()
-    }
-    assert steps["loss_qvalue"] == steps["td_error"] == [5, 10, 15, 20, 23]
-    assert steps["return"] == steps["action_distance"] == [0, 10, 20, 23]
-    assert read_metadata(find_checkpoint(run, "last"))[2] == 23
+@pytest.mark.parametrize(
+    ("algorithm", "setting"), [("cloning", "loss.lmbda=1"), ("cloning", "optim.vae.lr=1"), ("bcq", "optim.policy.lr=1")]
+)
+def test_settings_of_another_algorithm_are_refused(words, run, capsys, algorithm, setting):
+    name = setting.partition("=")[0]
+    assert main(["train", *words(setting, algorithm=algorithm)]) == 1
+    assert capsys.readouterr().err.startswith(f"torchrl-bcq: there is no setting {name}")
+    assert not run.exists()
 
 
-def test_without_an_environment_there_is_no_return(make_config, run):
-    results = train(make_config("evaluation.env=null"))
-    assert results.keys() == {"steps", "behaviour"}
-    assert not (run / "best").exists()
-    assert not (run / "log/scalars/return.csv").exists()
+def test_resume_takes_the_settings_of_the_named_run(words, run, tmp_path, monkeypatch):
+    own = ["seed=7", "optim.kwargs.eps=1e-3", "held_out=0.3", f"out={tmp_path / 'undisturbed'}", "steps=40"]
+    assert main(["train", *words(*own)]) == 0
+    assert main(["train", *words(*own[:3], "steps=20")]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "resume=run", "steps=40", "evaluation.max_rows=1500"]) == 0
+    assert_same(tmp_path / "undisturbed", run)
+    settings = load_settings(run)
+    assert (settings.seed, settings.steps, settings.out, settings.resume) == (7, 40, "run", True)
+    assert (settings.optim.kwargs, settings.evaluation.max_rows) == ({"eps": 1e-3}, 1500)
 
 
-def test_threads_are_what_was_asked_for(make_config, monkeypatch):
-    asked = []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    train(make_config("threads=3", "steps=1", "log_interval=1", "evaluation.env=null"))
-    assert asked == [3]
+def test_a_second_start_is_refused_and_changes_nothing(words, run, capsys):
+    assert main(["train", *words()]) == 0
+    before = contents(run)
+    capsys.readouterr()
+    for changed in ([], ["seed=1"], ["network.hidden=[9]"], ["steps=40"]):
+        assert main(["train", *words(*changed)]) == 1
+        assert contents(run) == before
+        assert (
+            f"{run} holds a run of 20 steps; resume it with resume=true, or start a new one in another folder with "
+            "out=FOLDER."
+        ) in capsys.readouterr().err
+    with FileLock(run / ".lock"):
+        assert main(["train", *words("resume=true")]) == 1
+    assert f"another run is at work in {run}" in capsys.readouterr().err
 
 
 # several runs
 
 
-def test_a_sweep_makes_a_folder_for_each(words, tmp_path, run, capsys):
+def test_a_sweep_makes_a_folder_for_each(words, tmp_path, run):
     assert main(["train", "-m", *words("seed=0,1", "steps=10")]) == 0
     assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["0", "1"]
-    assert [load_config(run / str(seed)).seed for seed in (0, 1)] == [0, 1]
-    assert [load_config(run / str(seed)).out for seed in (0, 1)] == [str(run / "0"), str(run / "1")]
+    assert [load_settings(run / str(seed)).seed for seed in (0, 1)] == [0, 1]
+    assert [load_settings(run / str(seed)).out for seed in (0, 1)] == [str(run / "0"), str(run / "1")]
     assert main(["train", *words("seed=1", "steps=10", f"out={tmp_path / 'alone'}")]) == 0
     assert_same(tmp_path / "alone", run / "1")
     assert not equal(state(run / "0"), state(run / "1"))
-    assert main(["train", "-m", *words("seed=0,1", "resume=true")]) == 0
+    assert main(["train", "--multirun", *words("seed=0,1", "resume=true")]) == 0
     assert [read_metadata(find_checkpoint(run / str(seed), "last"))[2] for seed in (0, 1)] == [20, 20]
     with pytest.raises(RunError, match=r"It holds the runs \['0', '1'\]; name one of them"):
         module.main([f"resume={run}"])
@@ -113,24 +133,29 @@ def test_a_run_that_fails_does_not_stop_the_others(words, run, capsys, order):
     assert "optim.vae is 'Nonsense', expected one of torch.optim" in capsys.readouterr().err
 
 
-# what is refused
+# refusals
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"),
+    ("word", "message"),
     [
-        ("sed=1", "Could not override 'sed'"),
-        ("steps=many", "Value 'many' of type 'str' could not be converted to Integer"),
-        ("loss.gamma=high", "could not be converted to Float"),
+        ("sed=1", "there is no setting sed; "),
+        ("steps=many", "steps cannot be 'many': Value 'many' of type 'str' could not be converted to Integer"),
+        ("loss.gamma=high", "loss.gamma cannot be 'high': Value 'high' of type 'str' could not be converted to Float"),
+        ("seed=0,1", "['seed=0', 'seed=1'] are several runs, which -m makes"),
+        ("algorithm=bqc", "algorithm is 'bqc', expected one of ['bcq', 'cloning']."),
+        ("dataset=???", "dataset has no value; give it one, as dataset=VALUE."),
+        ("--multi", "there is no flag --multi; see torchrl-bcq train --help."),
+        ("hopper.hdf5", "hopper.hdf5 is no override, expected NAME=VALUE."),
+        ("_target_=os.system", "there is no setting _target_"),
+        ("reader._target_=os.system", "reader._target_ is no setting: settings are plain values"),
     ],
 )
-def test_a_setting_that_is_none_is_refused_before_anything_is_made(words, run, capsys, monkeypatch, setting, message):
-    # Hydra takes coverage for a debugger, to which it leaves its errors
-    monkeypatch.setattr("hydra._internal.utils.is_under_debugger", lambda: False)
-    with pytest.raises(SystemExit) as end:
-        main(["train", *words(setting)])
-    assert end.value.code == 1
-    assert message in capsys.readouterr().err
+def test_words_that_are_no_settings_are_refused_before_anything_is_made(words, run, capsys, word, message):
+    assert main(["train", *words(), word]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"torchrl-bcq: {message}")
+    assert error.count("\n") == 1
     assert not run.exists()
 
 
@@ -142,11 +167,13 @@ def test_a_setting_that_is_none_is_refused_before_anything_is_made(words, run, c
         ("log_interval=3", "no multiple of log_interval 3"),
         ("evaluation.reference_scores=[2,1]", "expected [random, expert], the second one higher."),
         ("logger=[disk]", "there is no logger 'disk'"),
-        ("optim.vae_warmup_steps=-1", "vae_warmup_steps is -1"),
+        ("optim.vae.start_after=-1", "optim.vae: start_after is -1"),
+        ("optim.actor.every=0", "optim.actor: start_after is 0 and every 0; expected 0 or more, and 1 or more."),
         ("precision=half", "precision is 'half', expected null or one of ['highest', "),
+        ("baseline=clonign", "'clonign', expected one of ['bcq', 'cloning']."),
     ],
 )
-def test_a_value_that_is_none_is_refused_in_a_line(words, run, capsys, setting, message):
+def test_values_that_do_not_fit_are_refused_in_a_line(words, run, capsys, setting, message):
     assert main(["train", *words(setting)]) == 1
     (line,) = (run / "train.log").read_text().splitlines()
     assert message in line
@@ -154,7 +181,7 @@ def test_a_value_that_is_none_is_refused_in_a_line(words, run, capsys, setting, 
     assert contents(run) == {}
 
 
-def test_the_whole_traceback_is_there_for_who_wants_it(words, monkeypatch):
+def test_the_whole_traceback_is_shown_on_request(words, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(FileNotFoundError):
         module.main(words("dataset=none.hdf5"))
@@ -169,17 +196,17 @@ def test_a_file_is_no_folder_of_a_run(words, file, capsys):
     assert file.read_bytes() == before
 
 
-def test_a_run_that_is_not_there_is_not_resumed(tmp_path, capsys):
+def test_a_run_that_does_not_exist_is_not_resumed(tmp_path, capsys):
     assert main(["train", f"resume={tmp_path / 'none'}"]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"torchrl-bcq: {tmp_path / 'none'} is no run of torchrl-bcq train")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(make_file, make_config, words, run, capsys):
+def test_a_loss_that_is_not_finite_ends_the_run(make_file, make_settings, words, run, capsys):
     """The reward of a row that is drawn in step 13 is too large to be squared."""
     own = ["evaluation.env=null", "sampler=without_replacement"]
-    transitions, _ = open_dataset(make_config(*own))
+    transitions, _ = open_dataset(make_settings(*own))
     buffer = make_replay_buffer(transitions, batch_size=8, seed=0, sampler="without_replacement")
     rows = [buffer.sample()["index"].tolist() for _ in range(13)][-1]
     rewards = np.zeros(200)
@@ -188,12 +215,11 @@ def test_a_loss_that_is_not_finite_ends_the_run(make_file, make_config, words, r
     assert main(["train", *words(*own)]) == 1
     shown = ", ".join(map(str, rows))
     (error,) = (line for line in (run / "train.log").read_text().splitlines() if "ERROR" in line)
-    assert error.endswith(
+    assert (
         f"qvalue_loss is inf in gradient step 13, on the 8 rows {shown} of the replay buffer, kept for inspection: "
         f"torch.load('{run}/not-finite-13.pt'). The last good checkpoint is "
-        f"{run}/checkpoints/checkpoint-000000000010. If the dataset is finite, lower the learning rate, set clip_norm, "
-        "or scale the rewards."
-    )
+        f"{run}/checkpoints/checkpoint-000000000010."
+    ) in error
     batch = torch.load(run / "not-finite-13.pt", weights_only=True)
     assert batch["index"].tolist() == rows
     assert batch["next"]["reward"].flatten().tolist() == pytest.approx([0, 0, 0, 1e30, 0, 0, 0, 0])
@@ -202,64 +228,56 @@ def test_a_loss_that_is_not_finite_ends_the_run(make_file, make_config, words, r
     assert "Traceback" not in "".join(capsys.readouterr())
 
 
-# what is told
+# help, settings shown, and the run without a dataset
 
 
 def test_help_shows_every_setting(capsys):
     for word in ("-h", "--help"):
         assert main(["train", word]) == 0
-        assert YAML in capsys.readouterr().out
+        assert module.YAML in capsys.readouterr().out
     assert main(["train", "steps=3", "--help"]) == 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 130
-    for kind in ("checkpoints", "resume=runs/hopper", "-m", "--cfg job"):
-        assert kind in shown
+    for word in ("checkpoints", "resume=runs/hopper", "-m", "--cfg", "bcq (BCQ), cloning (cloning)"):
+        assert word in shown
 
 
-def test_without_a_dataset_it_is_the_default_task(monkeypatch, capsys, tmp_path):
+def shown_settings(capsys, *words: str) -> dict:
+    assert main(["train", "--cfg", *words]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_without_a_dataset_the_default_run_is_made_with_its_baseline(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    main(["train", "--cfg", "job", "seed=3"])
-    shown = yaml.safe_load(capsys.readouterr().out)
-    assert shown["dataset"] == "minari:torchrl-bcq/pendulum/swing-up-v0"
-    assert (shown["steps"], shown["network"]["hidden"], shown["seed"]) == (3500, [256, 256], 3)
-    main(["train", "--cfg", "job", "dataset=other.hdf5"])
-    shown = yaml.safe_load(capsys.readouterr().out)
-    assert (shown["dataset"], shown["steps"], shown["network"]["hidden"]) == ("other.hdf5", 1_000_000, [400, 300])
+    shown = shown_settings(capsys, "seed=3")
+    assert (shown["dataset"], shown["steps"], shown["seed"]) == (DEFAULT, 3500, 3)
+    assert (shown["network"]["hidden"], shown["network"]["vae_hidden"]) == ([256, 256], [256, 256])
+    assert (shown["algorithm"], shown["baseline"]) == ("bcq", "cloning")
+    shown = shown_settings(capsys, "algorithm=cloning", "steps=7", "baseline=null")
+    assert (shown["dataset"], shown["steps"], shown["network"]) == (DEFAULT, 7, {"hidden": [256, 256]})
+    assert shown["baseline"] is None
+    shown = shown_settings(capsys, "dataset=other.hdf5")
+    assert (shown["dataset"], shown["steps"]) == ("other.hdf5", 1_000_000)
+    assert (shown["network"]["hidden"], shown["baseline"]) == ([400, 300], None)
+    assert list(tmp_path.iterdir()) == []
+    assert main(["train", "-m", "algorithm=bcq,cloning"]) == 1
+    assert "algorithm=bcq,cloning needs a dataset" in capsys.readouterr().err
 
 
 def test_the_default_dataset_is_recorded_first(monkeypatch, tmp_path, file, words):
     calls = []
     monkeypatch.setattr(module, "record_default", lambda: calls.append("recorded"))
-    monkeypatch.setattr(module, "train", lambda config: calls.append(config.dataset) or {})
-    default = "minari:torchrl-bcq/pendulum/swing-up-v0"
+    monkeypatch.setattr(module, "train", lambda settings: calls.append(settings.dataset) or {})
     assert main(["train", f"out={tmp_path / 'run'}"]) == 0
-    assert calls == ["recorded", default]
+    assert calls == ["recorded", DEFAULT]
     assert main(["train", *words(f"out={tmp_path / 'run'}")]) == 0
     assert calls[2:] == [str(file)]
 
 
-def test_the_csv_files_are_closed_with_the_run(make_config, monkeypatch):
-    files = []
-    closed = CSVExperiment.__del__
-
-    def remember(self):
-        files.extend(self.files.values())
-        closed(self)
-
-    monkeypatch.setattr(CSVExperiment, "__del__", remember)
-    train(make_config("evaluation.env=null"))
-    __import__("gc").collect()
-    assert len(files) > 5
-    assert all(file.closed for file in files)
-
-
-# as processes
-
-
 def test_it_prints_its_settings():
-    command = [sys.executable, "-W", "ignore", "-m", "torchrl_bcq", "train", "--cfg", "job"]
+    command = [sys.executable, "-W", "ignore", "-m", "torchrl_bcq", "train", "--cfg"]
     settings = ["dataset=hopper.hdf5", "loss.gamma=0.5", "out=run"]
     shown = subprocess.run([*command, *settings], capture_output=True, text=True, check=True).stdout
-    expected = yaml.safe_load(YAML)
+    expected = yaml.safe_load(module.YAML)
     expected["loss"]["gamma"] = 0.5
     assert yaml.safe_load(shown) == {**expected, "dataset": "hopper.hdf5", "out": "run"}

@@ -1,4 +1,4 @@
-"""A small file in D4RL's layout, and the example's trainer, by hand and by config."""
+"""A small file in D4RL's layout, and the trainer of the example, by hand and by config."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def dataset(tmp_path):
 
 @pytest.fixture
 def compose_bcq(dataset):
-    """``cfg`` of the root config ``bcq``, on the file, with these overrides."""
+    """``cfg`` of the root config of an algorithm, on the file, with these overrides."""
 
-    def compose_(*overrides):
+    def compose_(*overrides, root="bcq"):
         chosen = ["env=gym", "env.env_name=Pendulum-v1", "dataset=hdf5", f"dataset.path={dataset}"]
         settings = [f"trainer.total_steps={STEPS}", "trainer.seed=3", "trainer.progress_bar=false"]
         with initialize(version_base=None, config_path=None):
-            return compose("bcq", overrides=[*chosen, *settings, *overrides])
+            return compose(root, overrides=[*chosen, *settings, *overrides])
 
     return compose_
 
 
 @pytest.fixture
 def by_hand(dataset):
-    """The trainer, put together as in examples/train_offline.py; each part can be made in another way."""
+    """The trainer as in examples/train_offline.py; each part can be made in another way."""
 
     def build(
         *,
@@ -73,7 +73,7 @@ def by_hand(dataset):
 
 @pytest.fixture
 def assert_learn_the_same():
-    """Build and train two, from unlike random states: in the end all weights and targets are equal bit by bit."""
+    """Build and train two, from different random states: all weights and targets are equal bit by bit afterwards."""
 
     def check(*builds):
         states = []

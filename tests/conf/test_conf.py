@@ -1,15 +1,18 @@
-"""``instantiate(cfg.trainer)`` is the example's trainer: the same seed gives the same weights, bit by bit."""
+"""``instantiate(cfg.trainer)`` builds the example's trainer: the same seed gives the same weights, bit by bit."""
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.errors import InstantiationException
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import GymEnv
@@ -17,7 +20,8 @@ from torchrl.objectives import HardUpdate, SoftUpdate
 from torchrl.record import CSVLogger
 
 import torchrl_bcq as bcq
-from torchrl_bcq import conf
+from torchrl_bcq.runs.algorithms import ALGORITHMS
+from torchrl_bcq.trainers.stepper import Schedule
 
 SMALL = ["networks.hidden=[8]", "networks.vae_hidden=[9]"]
 small_by_hand = partial(bcq.make_bcq_modules, hidden=[8], vae_hidden=[9])
@@ -76,7 +80,6 @@ def test_execution_is_the_trainers(compose_bcq):
     cfg = compose_bcq(*SMALL, "trainer.precision=bf16-target", "trainer.compile={mode: max-autotune}")
     trainer = instantiate(cfg.trainer)
     assert trainer._execution._settings == {"fullgraph": True, "mode": "max-autotune"}
-    assert trainer.loss_module.target_dtype == torch.bfloat16
     with pytest.raises(InstantiationException, match="cudagraph=True needs a loss on a CUDA device, this one is on"):
         instantiate(compose_bcq(*SMALL, "trainer.cudagraph=true").trainer)
 
@@ -86,7 +89,7 @@ def test_parts_of_torchrls_groups(compose_bcq, by_hand, assert_learn_the_same):
     cfg = compose_bcq(
         *SMALL,
         *("target_net_updater=hard", "target_net_updater.value_network_update_interval=2"),
-        *("+optimizer@optimization_stepper.qvalue_optimizer=sgd", "optimization_stepper.qvalue_optimizer.lr=0.1"),
+        *("optimization_stepper.qvalue.optimizer=SGD", "optimization_stepper.qvalue.lr=0.1"),
         *("replay_buffer=tensordict", "replay_buffer.batch_size=20"),
         *("+storage@replay_buffer.storage=lazy_tensor", "replay_buffer.storage.max_size=60"),
     )
@@ -117,21 +120,30 @@ def test_networks_of_your_own(dataset, by_hand, assert_learn_the_same):
     assert_learn_the_same(lambda: instantiate(cfg.trainer), partial(by_hand, make_modules=small_by_hand))
 
 
-def test_nested_keys_are_lists():
+def node(group, name, **fields):
+    """A config of the store with these fields."""
+    made = OmegaConf.structured(ConfigStore.instance().load(f"{group}/{name}.yaml").node)
+    return OmegaConf.merge(made, OmegaConf.create(fields))
+
+
+def test_nested_keys_are_lists_and_dtypes_names():
     spec = {"_target_": "torchrl.data.Bounded", "low": -1.0, "high": 1.0, "shape": [1]}
     keys = {"observation_keys": [["agent", "position"], "goal"], "action_key": ["agent", "action"]}
     mlp = {"_target_": "torch.nn.Identity"}
     read = [("agent", "position"), "goal", ("agent", "action")]
-    vae = instantiate(conf.ActionVAEConfig(encoder=mlp, decoder=mlp, action_spec=spec, latent_dim=1, **keys))
-    actor = instantiate(conf.PerturbationActorConfig(network=mlp, action_spec=spec, **keys))
-    networks = conf.BCQModulesConfig(
-        env={"_target_": "torchrl.envs.GymEnv", "env_name": "Pendulum-v1"},
-        action_key=["agent", "action"],
-        value_key=["agent", "value"],
-    )
+    vae = instantiate(node("model", "action_vae", encoder=mlp, decoder=mlp, action_spec=spec, latent_dim=1, **keys))
+    actor = instantiate(node("model", "perturbation_actor", network=mlp, action_spec=spec, **keys))
+    cloned = instantiate(node("model", "deterministic_actor", network=mlp, action_spec=spec, **keys))
     assert vae.in_keys == actor.in_keys == read
+    assert (cloned.in_keys, cloned.out_keys) == (read[:2], read[2:])
+    networks = node("model", "bcq_modules", action_key=["agent", "action"], value_key=["agent", "value"])
+    networks.env = {"_target_": "torchrl.envs.GymEnv", "env_name": "Pendulum-v1"}
     assert instantiate(networks)[2].in_keys == ["observation", ("agent", "action")]
     assert instantiate(networks)[2].out_keys == [("agent", "value")]
+    double = {"_target_": "torchrl.data.Unbounded", "shape": [3], "dtype": {"_target_": "hydra.utils.get_object"}}
+    double["dtype"]["path"] = "torch.float64"
+    networks = node("model", "bcq_modules", dtype="float64", observation_spec=double, action_spec=spec)
+    assert next(instantiate(networks)[0].parameters()).dtype == torch.float64
 
 
 def test_built_parts_take_the_place_of_configs(compose_bcq, dataset, by_hand, assert_learn_the_same):
@@ -217,3 +229,82 @@ def test_policy_acts_with_what_was_learned(compose_bcq):
     trainer.train()
     assert torch.equal(act(policy), act(by_hand))
     assert not torch.equal(act(policy), before)
+
+
+def test_null_is_a_loss_without_an_actor(compose_bcq):
+    trainer = instantiate(compose_bcq(*SMALL, "loss.actor_network=null").trainer)
+    assert trainer.loss_module.networks[1] is None
+    assert list(trainer.optimization_stepper.optimizers) == ["vae", "qvalue"]
+    trainer.train()
+
+
+# configs follow from signatures
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_each_algorithm_has_a_root_config(compose_bcq, name):
+    cfg = compose_bcq("networks.hidden=[8]", root=name)
+    trainer = instantiate(cfg.trainer)
+    trainer.train()
+    assert isinstance(trainer.loss_module, ALGORITHMS[name].loss)
+    assert trainer.collected_frames == 5
+
+
+def test_cloning_acts_with_its_network(compose_bcq):
+    cfg = compose_bcq("networks.hidden=[8]", root="cloning")
+    actor = instantiate(cfg.trainer).loss_module.actor_network
+    assert instantiate(cfg.policy, network=actor) is actor
+
+
+def test_parts_are_instantiated_alone(compose_bcq):
+    cfg = compose_bcq(*SMALL, "loss.gamma=0.5", "target_net_updater.tau=0.25", "optimization_stepper.vae.stop_after=3")
+    vae, actor, critics = instantiate(cfg.networks, env=GymEnv("Pendulum-v1"))
+    loss = instantiate(cfg.loss, vae_network=vae, actor_network=actor, qvalue_network=critics)
+    assert float(loss.value_estimator.gamma) == 0.5
+    updater = instantiate(cfg.target_net_updater)(loss_module=loss)
+    assert (type(updater), updater.eps, updater.loss_module) == (SoftUpdate, 0.75, loss)
+    stepper = instantiate(cfg.optimization_stepper, loss=loss)
+    assert stepper.schedules == {"vae": Schedule(stop_after=3), "qvalue": Schedule(), "actor": Schedule()}
+
+
+GROUPS = {
+    "dataset": {"hdf5", "npz", "table", "minari", "d4rl", "memmap"},
+    "model": {"action_vae", "perturbation_actor", "q_ensemble", "deterministic_actor", "bcq_modules", "bcq_policy"},
+    "loss": {"bcq", "cloning"},
+    "target_net_updater": {"bcq"},
+    "replay_buffer": {"bcq"},
+    "hook": {"bcq_optimization", "cloning_optimization"},
+    "trainer": {"bcq", "cloning"},
+}
+
+
+def test_a_config_has_the_settings_of_what_it_calls():
+    for group, names in GROUPS.items():
+        assert {f"{name}.yaml" for name in names} <= set(ConfigStore.instance().list(group))
+    table = {
+        ("dataset", "table"): bcq.load_table,
+        ("dataset", "d4rl"): bcq.load_d4rl,
+        ("replay_buffer", "bcq"): bcq.make_replay_buffer,
+        ("model", "action_vae"): bcq.ActionVAE.__init__,
+        ("model", "bcq_modules"): bcq.make_bcq_modules,
+        ("model", "bcq_policy"): bcq.BCQPolicy.__init__,
+        ("loss", "bcq"): bcq.BCQLoss.__init__,
+        ("trainer", "bcq"): bcq.OfflineTrainer.__init__,
+    }
+    other = {"target_net_updater": None, "observation_spec": None, "action_spec": None}  # which other parts give
+    for (group, name), constructor in table.items():
+        found = OmegaConf.to_container(node(group, name))
+        for argument, parameter in inspect.signature(constructor).parameters.items():
+            default = "???" if parameter.default is parameter.empty else parameter.default
+            default = list(default) if isinstance(default, tuple) else default
+            if argument != "self":
+                assert found[argument] in (default, other.get(argument, default)), (name, argument)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["networks.latent_dim=many", "loss.lmbda=high", "trainer.clip_norm=low", "optimization_stepper.vae.lr=fast"],
+)
+def test_types_are_checked(compose_bcq, wrong):
+    with pytest.raises(HydraException, match=f"Error merging override {wrong}"):
+        compose_bcq(wrong)

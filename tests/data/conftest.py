@@ -1,4 +1,4 @@
-"""What the fuzz tests share: steps to break, a ledger of what became of them, and a pickle that must never open."""
+"""Shared by the fuzz tests: good steps, a ledger of malformed inputs, and a pickle that must never be opened."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OURS = Path(torchrl_bcq.__file__).parent
 
 
 class Steps(dict):
-    """Fields of :func:`from_arrays` for 1 to 40 steps of whole episodes, and which episode and step each row is."""
+    """Fields of :func:`from_arrays` for 1 to 40 steps of whole episodes, and the episode and step of each row."""
 
     def __init__(self, seed: int):
         rng = np.random.default_rng(seed)
@@ -49,7 +49,7 @@ class Steps(dict):
         )
 
     def transitions(self) -> TensorDict:
-        """What good files of these steps hold, laid out by hand."""
+        """The transitions of these steps, laid out by hand."""
         done = self["terminated"] | self["truncated"]
         after = {"observation": self["next_observations"], "reward": self["rewards"][:, None], "done": done[:, None]}
         after |= {name: self[name][:, None] for name in ("terminated", "truncated")}
@@ -59,7 +59,7 @@ class Steps(dict):
 
 
 class Ledger:
-    """Loads malformed inputs, asserts how that ends, and counts them by kind."""
+    """Loads malformed inputs, asserts that they are refused or loaded properly, and counts them by kind."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -67,7 +67,7 @@ class Ledger:
         self.counts: Counter[str] = Counter()
 
     def load(self, kind: str, load: Callable[..., TensorDict]) -> TensorDict | None:
-        """The result of a malformed input, the same in memory as memory-mapped; None if it is refused."""
+        """The result of a malformed input, in memory and memory-mapped; None if it is refused."""
         self.counts[kind] += 1
         result = self._outcome(load)
         if "root" in inspect.signature(load).parameters:
@@ -80,7 +80,7 @@ class Ledger:
         return result
 
     def refuse(self, kind: str, load: Callable[..., TensorDict]) -> None:
-        assert self.load(kind, load) is None, "a malformed input was taken for a good one"
+        assert self.load(kind, load) is None, "a malformed input was loaded"
 
     def _outcome(self, load: Callable[..., TensorDict]) -> TensorDict | None:
         try:
@@ -111,7 +111,7 @@ class Bomb:
 
 
 def is_same(one: TensorDict, other: TensorDict) -> bool:
-    """Whether all entries are, bit by bit up to the sign of zero."""
+    """Whether all entries are equal, bit by bit except for the sign of zero."""
     keys = set(one.keys(True, True))
     return keys == set(other.keys(True, True)) and all(
         one[key].dtype == other[key].dtype and torch.equal(one[key], other[key]) for key in keys
@@ -129,7 +129,7 @@ def ledger(tmp_path_factory) -> Ledger:
 
 @pytest.fixture(scope="session")
 def make_steps() -> type[Steps]:
-    """Makes the fields of a number, always the same."""
+    """Makes the fields of a seed."""
     steps = Steps(0)
     assert is_same(from_arrays(**steps), steps.transitions())
     return Steps

@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from torchrl.data import PrioritizedSampler, RandomSampler, SamplerWithoutReplacement
 
 from torchrl_bcq import make_replay_buffer
-from torchrl_bcq.data import buffer as module
+from torchrl_bcq.data import buffer as module, checks
 
 from ..conftest import skip_without_extension
 
@@ -126,7 +126,7 @@ def test_transitions_are_neither_copied_nor_changed(tmp_path):
     buffer.sample()
     assert buffer[:]["observation"].data_ptr() == source["observation"].data_ptr()
     assert set(source.keys(True, True)) == keys
-    source["late"] = torch.zeros(50)  # neither does the buffer follow the TensorDict
+    source["late"] = torch.zeros(50)  # the buffer does not change with the TensorDict
     assert "late" not in buffer.sample().keys()
 
     mapped = source.memmap(tmp_path)
@@ -151,7 +151,7 @@ def test_rows_cannot_be_added_or_dropped():
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("key", ["observation", ("nested", "pose"), ("next", "reward")])
 def test_values_that_are_not_finite_are_refused(tmp_path, monkeypatch, key, mapped):
-    monkeypatch.setattr(module, "_ELEMENTS", 7)  # rows are looked at in small groups
+    monkeypatch.setattr(checks, "CHUNK_VALUES", 7)
     source = full()
     source["nested", "pose"] = torch.zeros(50, 2)
     source[key][12] = torch.inf
@@ -204,6 +204,6 @@ def test_odd_batch_sizes_are_refused(bad):
         ({"weights": torch.ones(49)}, "there are 49 weights for 50 transitions"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         make_replay_buffer(transitions(), **settings)

@@ -1,4 +1,4 @@
-"""Malformed steps, in memory and in files: each is refused by us, whole, and without a trace on disk."""
+"""Malformed steps, in memory and in files: each is refused by this package and leaves nothing on disk."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ STORES = {"d.hdf5": (write_hdf5, load_hdf5), "d.npz": (write_npz, load_npz), "c.
 
 
 def put(values: np.ndarray, rng: np.random.Generator, *candidates: float) -> np.ndarray:
-    """One of the candidates in a place or more."""
+    """Write candidates to one or more places."""
     values = values.astype(float)
     values.flat[rng.integers(0, values.size, 1 + values.size // 8)] = rng.choice(candidates)
     return values
 
 
 def of_kind(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """In a dtype that holds no real numbers."""
+    """An array with a dtype that is not real."""
     dtypes = ("c8", "c16", "U5", "S9", "m8[s]", "O", [("x", "f4"), ("y", "i8")], "V8")
     return np.zeros(values.shape, rng.choice(np.array(dtypes, dtype=object)))
 
@@ -80,7 +80,7 @@ def test_defects_of_a_field(ledger, make_steps, seed, defect, store):
     if store == "memory":
         return ledger.refuse("arrays", lambda: from_arrays(**fields))
     if store == "d.hdf5" and fields[name].dtype.kind in "UmO":
-        fields[name] = fields[name].astype("S9")  # which is all that HDF5 takes
+        fields[name] = fields[name].astype("S9")  # HDF5 takes no other
     write, load = STORES[store]
     with tempfile.TemporaryDirectory(dir=ledger.folder) as folder:
         write(Path(folder) / store, fields)
@@ -99,7 +99,7 @@ def test_good_steps_load_from_each_store(tmp_path, make_steps, same, store):
 @settings(max_examples=300)
 @given(seed=SEEDS, name=st.sampled_from((*NUMBERS, *FLAGS)), data=st.data())
 def test_any_array_in_place_of_a_field(ledger, make_steps, seed, name, data):
-    """What happens to be good must be taken as it is, all else refused."""
+    """Arrays that are valid by chance are accepted, all others refused."""
     steps = make_steps(seed)
     rows, width = len(steps["actions"]), steps[name].shape[-1]
     shapes = nst.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)
@@ -113,7 +113,7 @@ def test_any_array_in_place_of_a_field(ledger, make_steps, seed, name, data):
 
 
 def is_field(name: str, values: np.ndarray, shape: tuple[int, ...]) -> bool:
-    """Whether an array is good in place of another."""
+    """Whether an array is valid as a field of this shape."""
     if name in ("actions", "observations"):
         fits = values.ndim == 2 and values.shape[0] == shape[0] and values.size > 0
         fits = fits and (name == "actions" or values.shape == shape)

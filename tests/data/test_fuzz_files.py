@@ -1,4 +1,4 @@
-"""Damaged files of every format: refused by us, or, where damage cannot be told from data, whole and finite."""
+"""Damaged files of every format: refused by this package, or complete and finite if the damage looks like data."""
 
 from __future__ import annotations
 
@@ -101,11 +101,11 @@ def read_table(file: Path, steps, root=None) -> TensorDict:
 
 
 class Kind(NamedTuple):
-    """How steps are written to a path, and read from there."""
+    """Writes steps to a path and reads them."""
 
     write: Callable
     read: Callable
-    is_checked: bool = False  # all data is under checksums
+    is_checked: bool = False  # checksums cover all data
     has_root: bool = True
 
 
@@ -140,7 +140,7 @@ class Shelf:
         self._steps = {}
 
     def copy(self, name: str, seed: int, folder: str) -> tuple[Path, list[Path], object]:
-        """Path of a copy in a folder, the files of it, and their steps."""
+        """Path of a copy in a folder, its files, and their steps."""
         kind, source = KINDS[name], self._folder / str(seed) / name
         if (name, seed) not in self._steps:
             source.parent.mkdir(exist_ok=True)
@@ -210,20 +210,20 @@ def test_damaged_bytes(ledger, shelf, same, name, seed, damage, at, noise, which
         file.write_bytes(broken)
         result, expected = try_to_read(ledger, name, path, steps), steps.transitions()
         if result is None or same(result, expected):
-            return  # the damage was found, or was between the data
+            return  # the damage was found, or lies between the data
         assert not KINDS[name].is_checked
         check_memmap(result, expected) if name == "memmap" else check_plausible(result, expected)
 
 
 def check_memmap(result: TensorDict, expected: TensorDict) -> None:
-    """Values are under no checksum, and not looked at when files are mapped: shapes and dtypes must be right."""
+    """No checksum covers the values, and mapping does not read them: shapes and dtypes must be right."""
     assert result.batch_size == expected.batch_size
     for key, value in result.items(True, True):
         assert (value.shape, value.dtype) == (expected[key].shape, expected[key].dtype)
 
 
 def check_plausible(result: TensorDict, expected: TensorDict) -> None:
-    """What a reader promises of any values: TorchRL's layout, finite, and flags that agree with the episodes."""
+    """TorchRL's layout, finite values, and flags that agree with the episodes."""
     assert set(result.keys(True, True)) == set(expected.keys(True, True))
     assert result["next", "observation"].shape == result["observation"].shape
     for key, value in result.items(True, True):
@@ -239,14 +239,14 @@ def check_plausible(result: TensorDict, expected: TensorDict) -> None:
 
 
 def format_of(name: str) -> str:
-    """Minari's data are HDF5 files with groups, which its reader takes from any folder."""
+    """Minari stores HDF5 files with groups."""
     return ".hdf5" if name == "minari-v0" else Path(name).suffix or name
 
 
 @settings(max_examples=120)
 @given(seed=SEEDS, name=st.sampled_from(sorted(KINDS)), other=st.sampled_from(sorted(KINDS)), loud=st.booleans())
 def test_wrong_format_behind_a_name(ledger, shelf, seed, name, other, loud):
-    """Files under the name of another format, by its own reader and by the one that its ending stands for."""
+    """Files under the name of another format, read by that format's reader or by their ending."""
     assume(format_of(name) != format_of(other))
     with tempfile.TemporaryDirectory(dir=ledger.folder) as folder, tempfile.TemporaryDirectory() as elsewhere:
         path, files, steps = shelf.copy(name, seed, folder)
@@ -291,7 +291,7 @@ def test_no_data_under_a_name(ledger, shelf, name, seed, content, which):
 
 
 def test_how_many_were_malformed(ledger, show_figure):
-    """Of this file alone: most of the others' count elsewhere."""
+    """Counts the inputs of this test file."""
     if not {*KINDS, "wrong format"} <= ledger.counts.keys():
         pytest.skip("the tests before this one did not all run")
     found = {name: count for name, count in ledger.counts.items() if name in {*KINDS, "wrong format"}}

@@ -1,4 +1,4 @@
-"""Files that are whole and hold the wrong things: fields, groups, members, descriptions."""
+"""Undamaged files with wrong fields, groups, members or descriptions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def short(content: bytes) -> bytes:
 
 
 def header(values: np.ndarray, text: str) -> bytes:
-    """An array behind a header of our own."""
+    """An array with a given header."""
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + values.tobytes()
 
 
@@ -82,7 +82,7 @@ def test_members_of_archives(ledger, make_steps, seed, defect, field, method):
 @settings(max_examples=60)
 @given(seed=SEEDS, offset=st.sampled_from([6, 8]), value=st.integers(1, 2**16 - 1))
 def test_compression_or_flags_of_an_archive(ledger, make_steps, same, seed, offset, value):
-    """Another method or an encrypted member, in the directory of the archive; some bits mean nothing."""
+    """The directory of the archive names another method or an encrypted member; some bits have no meaning."""
     steps = make_steps(seed)
     with tempfile.TemporaryDirectory(dir=ledger.folder) as folder:
         file = Path(folder) / "d.npz"
@@ -181,7 +181,7 @@ def test_names_that_are_not_there(ledger, make_steps, tmp_path, load, names):
 
 
 def change(*path: str, to):
-    """Of an entry of a description."""
+    """Change an entry of a description."""
 
     def apply(meta: dict) -> None:
         for key in path[:-1]:
@@ -248,7 +248,7 @@ def test_descriptions_of_memory_maps(ledger, make_steps, seed, defect, inner):
     seed=SEEDS, name=st.sampled_from(["other.pickle", "data.pkl", "action.memmap", "meta.json"]), is_entry=st.booleans()
 )
 def test_pickles_in_memory_maps(ledger, make_steps, seed, name, is_entry):
-    """As an entry of non-tensor data they are refused; next to the entries they are never looked at."""
+    """As an entry of non-tensor data they are refused; beside the entries they are ignored."""
     with tempfile.TemporaryDirectory(dir=ledger.folder) as folder:
         transitions = make_steps(seed).transitions()
         if is_entry:
@@ -261,7 +261,7 @@ def test_pickles_in_memory_maps(ledger, make_steps, seed, name, is_entry):
 
 
 def test_memory_maps_of_other_entries(tmp_path):
-    """Names with blanks and dots, images, nested observations and more batch dimensions are good."""
+    """Names with blanks and dots, images, nested observations and several batch dimensions are loaded."""
     entries = {
         "a b.c": torch.ones(2, 3, 4),
         "image": torch.zeros(2, 3, 8, 8, dtype=torch.uint8),

@@ -1,4 +1,4 @@
-"""Malformed tables: each is refused by us, whole, and without a trace on disk."""
+"""Malformed tables: each is refused by this package and leaves nothing on disk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SINGLE = {name: name for name in ("reward", "terminated", "truncated", "episode"
 
 
 class Table:
-    """Rows of texts and what their columns are."""
+    """Rows of texts, and the roles of their columns."""
 
     def __init__(self, steps):
         self.rng = steps.rng
@@ -66,7 +66,7 @@ def ragged(table: Table) -> None:
 
 
 def long_enough(table: Table) -> None:
-    """Two episodes of three steps, so that there is something to mix up."""
+    """Two episodes of three steps, whose rows can be exchanged."""
     step, episode, ends = (table.header.index(name) for name in ("step", "episode", "terminated"))
     table.rows = [list(table.rows[0]) for _ in range(6)]
     for i, row in enumerate(table.rows):

@@ -1,4 +1,4 @@
-"""Datasets by name, TorchRL's registry, and recipes for what other libraries hold."""
+"""Datasets by name, TorchRL's registry, and recipes for datasets of other libraries."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def settings_of(name: str) -> dict:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("prefix", [True, False])
 def test_files_and_folders(folder, monkeypatch, expected, name, prefix):
-    """By prefix, and without one by their endings."""
+    """By a prefix, or by their endings."""
     monkeypatch.chdir(folder)
     same(load_transitions(name if prefix else name.partition(":")[2], **settings_of(name)), expected)
     kind, _, path = name.partition(":")
@@ -156,7 +156,7 @@ def test_unknown_sources_name_the_known_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("notes")
     with pytest.raises(
-        ValueError, match=r"^notes.txt does not end in .*'.npz'.*; say what it is, as in 'hdf5:notes.txt'"
+        ValueError, match=r"^notes.txt does not end in .*'.npz'.*; give its kind, as in 'hdf5:notes.txt'"
     ):
         load_transitions("notes.txt")
     for name in ("nonsense", "nonsense:id", "none.txt"):
@@ -203,7 +203,7 @@ def test_missing_and_unknown_settings_are_named(folder):
 
 
 def counting(length: int) -> TensorDict:
-    """A rollout that counts up, and begins anew in the middle."""
+    """A rollout that counts up, and starts again in the middle."""
     state = torch.arange(1.0, length + 1)[:, None]
     state[length // 2 :] += 100
     end = torch.zeros(length, 1, dtype=torch.bool)
@@ -239,7 +239,7 @@ def test_prefixes_of_the_users_own(kind):
 
 @dataclass
 class Episode:
-    """What recipes use of d3rlpy 2's ``Episode``: rewards are [T, 1], and one flag tells how it ended."""
+    """The attributes of d3rlpy 2's ``Episode`` that recipes use; rewards are [T, 1], one flag says how it ended."""
 
     observations: np.ndarray
     actions: np.ndarray
@@ -253,7 +253,7 @@ class Dataset:
 
 
 def test_recipe_for_d3rlpy():
-    """Terminated after 3 steps, cut off after 3 and after 1, terminated at once: where it was cut off a row goes."""
+    """Terminated after 3 steps, cut off after 3 and after 1, terminated after 1: rows that were cut off are dropped."""
     parts, first = [], 0
     for length, terminated in ((3, True), (3, False), (1, False), (1, np.True_)):
         rows = np.arange(first, first + length, dtype=np.float32)
@@ -276,7 +276,7 @@ def test_recipes_are_the_readmes(recipe):
 
 
 class Buffer:
-    """What recipes use of Tianshou 2's ``ReplayBuffer`` and ``VectorReplayBuffer``.
+    """The parts of Tianshou 2's ``ReplayBuffer`` and ``VectorReplayBuffer`` that recipes use.
 
     Storage has free rows; ``buffer.obs`` is all of it. ``buffer[:]`` gives the rows in use, those of each environment
     after those of the one before, from the oldest one on.
@@ -299,7 +299,7 @@ class Buffer:
 
 
 def fill(steps_of_each: list[list[tuple]], capacity: int) -> Buffer:
-    """Write steps ``(obs, obs_next, terminated, truncated)`` of each environment round and round."""
+    """Write steps ``(obs, obs_next, terminated, truncated)`` of each environment to a ring buffer."""
     size = capacity * len(steps_of_each)
     columns = {"obs": np.zeros((size, 1)), "obs_next": np.zeros((size, 1)), "act": np.zeros((size, 1))}
     columns |= {"rew": np.zeros(size), "terminated": np.zeros(size, bool), "truncated": np.zeros(size, bool)}

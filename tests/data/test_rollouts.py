@@ -13,11 +13,11 @@ from torchrl.data import Bounded
 from torchrl.envs import GymEnv, StepCounter, TransformedEnv
 
 from torchrl_bcq import from_rollouts
-from torchrl_bcq.data import rollouts as module
+from torchrl_bcq.data import checks
 
 
 def rollout(first: float, length: int, terminated=(), truncated=(), reset: float = 100.0) -> TensorDict:
-    """Observations count up from ``first``; after an end they begin anew at ``first + reset``."""
+    """Observations count up from ``first``; after an end they continue at ``first + reset``."""
     value, states, after = first, [], []
     for step in range(length):
         states.append(value)
@@ -39,7 +39,7 @@ def rows(td, *key):
 
 
 def test_one_rollout():
-    """Steps 2 (terminated) and 4 (truncated) end episodes; the last step just stops, and was cut off."""
+    """Steps 2 (terminated) and 4 (truncated) end episodes; the last step has no flag and is cut off."""
     td = from_rollouts(rollout(1.0, 7, terminated=[2], truncated=[4]))
     assert td.batch_size == (7,)
     assert rows(td, "observation") == [1, 2, 3, 101, 102, 101, 102]
@@ -52,7 +52,7 @@ def test_one_rollout():
     assert set(td.keys()) == {"observation", "action", "episode", "next"}
 
 
-def test_the_rollouts_handed_in_stay_as_they_are():
+def test_the_given_rollouts_do_not_change():
     given = rollout(1.0, 3)
     before = given.clone()
     from_rollouts(given)
@@ -61,7 +61,7 @@ def test_the_rollouts_handed_in_stay_as_they_are():
 
 
 def test_batch_of_rollouts():
-    """[2, 4]: one after the other, each cut off where it stops."""
+    """[2, 4]: one after the other, each cut off at its last step."""
     td = from_rollouts(torch.stack([rollout(1.0, 4, terminated=[1]), rollout(7.0, 4)]))
     assert rows(td, "observation") == [1, 2, 101, 102, 7, 8, 9, 10]
     assert rows(td, "next", "truncated") == [False, False, False, True, False, False, False, True]
@@ -76,7 +76,7 @@ def test_rollouts_of_several_batch_shapes():
 
 
 @pytest.mark.parametrize("sizes", [[1] * 9, [2, 3, 4], [8, 1], [9]])
-def test_batches_of_a_collector_go_on_where_the_one_before_stopped(sizes):
+def test_batches_of_a_collector_continue_each_other(sizes):
     whole = torch.stack([rollout(1.0, 9, terminated=[3]), rollout(50.0, 9, truncated=[5])])
     expected = from_rollouts(whole)
     td = from_rollouts(list(whole.split(sizes, dim=1)))
@@ -84,7 +84,7 @@ def test_batches_of_a_collector_go_on_where_the_one_before_stopped(sizes):
     assert rows(td, "next", "truncated") == [row in (8, 9 + 5, 9 + 8) for row in range(18)]
 
 
-def test_rollouts_that_do_not_go_on_are_cut():
+def test_rollouts_that_do_not_continue_are_cut_off():
     """Two rollouts from resets: nothing was flagged at the end of the first one."""
     td = from_rollouts([rollout(1.0, 3), rollout(8.0, 2)])
     assert rows(td, "next", "truncated") == [False, False, True, False, True]
@@ -92,7 +92,7 @@ def test_rollouts_that_do_not_go_on_are_cut():
 
 
 def test_padding_is_left_out():
-    """As split_trajectories leaves it: [2, 4], the first one 2 steps long."""
+    """As split_trajectories pads: [2, 4], the first rollout has 2 steps."""
     short = torch.cat([rollout(1.0, 2), rollout(1.0, 2).zero_()])
     padded = torch.stack([short, rollout(7.0, 4)])
     padded["collector", "mask"] = torch.tensor([[True, True, False, False], [True] * 4])
@@ -103,7 +103,7 @@ def test_padding_is_left_out():
     assert "collector" not in td.keys()
 
 
-def test_entries_besides_keep_their_names():
+def test_other_entries_keep_their_names():
     given = rollout(1.0, 3)
     given["pixels"] = given["next", "pixels"] = torch.ones(3, 3, 4, 4, dtype=torch.uint8)
     given["mode"] = torch.tensor([4, 5, 6])
@@ -122,7 +122,7 @@ def nested(first: float, length: int, **ends) -> TensorDict:
 
 
 def test_nested_observations():
-    """Any of them that does not go on cuts the episode."""
+    """The episode is cut off where any of them does not continue."""
     td = from_rollouts([nested(1.0, 3, terminated=[0]), nested(8.0, 2)])
     assert rows(td, "robot", "joints") == [1, 101, 102, 8, 9]
     assert td["robot", "camera"].shape == (5, 2, 2)
@@ -160,7 +160,7 @@ def test_flags_of_environments_without_truncated():
 
 @pytest.mark.parametrize("name", ["done", "terminated", "truncated"])
 def test_an_episode_ends_where_any_flag_is_set(name):
-    """Observations go on beyond the flag, so that nothing else tells the end."""
+    """Observations continue after the flag, so only the flag ends the episode."""
     given = rollout(1.0, 5)
     given["next", name][1] = True
     td = from_rollouts(given)
@@ -177,13 +177,13 @@ def warning(given, caplog) -> str:
 
 
 def test_rows_that_are_all_cut_off_are_reported(caplog):
-    """Next observations that were computed anew, 1e-4 off. Row 2 is terminated, nothing follows row 6."""
+    """Next observations that were computed again, with errors of 1e-4. Row 2 is terminated, row 6 is the last."""
     given = rollout(1.0, 7, terminated=[2])
     given["next", "observation"] += 1e-4
     assert warning(given, caplog) == (
-        "5 rows (first: 0) of 7 are cut off, each the end of an episode, as their next observation is not exactly the "
-        "next row's observation: if they are steps of one episode, put them in order of time and copy each next "
-        "observation from the row that follows"
+        "5 of 7 rows end an episode, as their next observation is not exactly the next row's observation: if they are "
+        "steps of one episode, put them in order of time and copy each next observation from the next row (from_arrays "
+        "copies it if next_observations is left out and truncated is given)"
     )
 
 
@@ -193,7 +193,7 @@ def test_half_of_the_rows_may_be_cut_off(caplog):
     assert warning(pairs, caplog) == ""
     assert warning([*pairs, rollout(90.0, 1), rollout(95.0, 1)], caplog) == ""  # 6 of 12
     singles = [rollout(float(first), 1) for first in (90, 92, 94, 96)]
-    assert warning([*pairs, *singles], caplog).startswith("8 rows (first: 1) of 14 are cut off")
+    assert warning([*pairs, *singles], caplog).startswith("8 of 14 rows end an episode")
 
 
 class Joined(TorchDispatchMode):
@@ -223,7 +223,7 @@ def test_rollouts_are_copied_once(pieces, batch):
 def test_checks_copy_some_rows_at_a_time(monkeypatch):
     """Each field is 400 kB; without chunks, checks hold a copy of three of them at once."""
     given = rollout(1.0, 100_000)
-    monkeypatch.setattr(module, "_CHUNK", 1000)
+    monkeypatch.setattr(checks, "CHUNK_ROWS", 1000)
     tracemalloc.start()
     from_rollouts(given)
     peak = tracemalloc.get_traced_memory()[1]
@@ -233,7 +233,7 @@ def test_checks_copy_some_rows_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize("chunk", [1, 3, 5])
 def test_checks_count_over_chunks(monkeypatch, chunk):
-    monkeypatch.setattr(module, "_CHUNK", chunk)
+    monkeypatch.setattr(checks, "CHUNK_ROWS", chunk)
     given = rollout(1.0, 5)
     given["action"][[2, 4]] = torch.nan
     assert refusal(given) == "actions has 2 rows (first: 2) that are not finite in float32; drop or repair them."
@@ -245,7 +245,7 @@ def refusal(given, **settings) -> str:
     return str(error.value)
 
 
-def test_nothing_is_refused():
+def test_empty_rollouts_are_refused():
     for given in ([], rollout(1.0, 3)[:0], [rollout(1.0, 3)[:0]]):
         assert refusal(given) == "rollouts is empty; there is nothing to learn from."
     found = from_rollouts([rollout(1.0, 2), rollout(1.0, 3)[:0], rollout(3.0, 2)])
@@ -283,7 +283,7 @@ def test_observations_that_are_not_finite_are_refused():
     for part, where in (((), ""), (("next",), " under 'next'")):
         given = nested(1.0, 5)
         given[(*part, "robot", "joints")][2:4] = torch.inf
-        rest = "has 2 rows (first: 2) that are not finite in float32; drop or repair them."
+        rest = "has 2 rows (first: 2) that are not finite; drop or repair them."
         assert refusal(given) == f"('robot', 'joints'){where} {rest}"
 
 

@@ -21,7 +21,7 @@ RETURNS = (5.0, 1.0, 3.0, 1.0)
 
 
 def episodes(numbers=(3, 4, 8, 9), done: bool = False) -> TensorDict:
-    """Four episodes of 1, 4, 2 and 3 rows with returns 5, 1, 3 and 1, told apart by their number or by ``done``."""
+    """Four episodes of 1, 4, 2 and 3 rows with returns 5, 1, 3 and 1, marked by their number or by ``done``."""
     rewards = [5.0, 4.0, -2.0, -2.0, 1.0, 1.5, 1.5, 0.0, 0.0, 1.0]
     source = TensorDict({"row": torch.arange(10), "next": {"reward": torch.tensor(rewards)[:, None]}}, [10])
     if done:
@@ -52,7 +52,7 @@ def test_each_episode_is_as_likely_as_another(source):
 @pytest.mark.parametrize("source", [episodes(), episodes(done=True)])
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 def test_episodes_are_weighted_by_their_return(source, temperature):
-    """Returns 5, 1, 3, 1 are 1, 0, 1/2, 0 of the range."""
+    """Returns 5, 1, 3, 1 are 1, 0, 1/2, 0 when scaled to their range."""
     weights = return_weights(source, temperature=temperature)
     ratios = torch.tensor(spread([0, -1, -0.5, -1]), dtype=torch.float64) / temperature
     torch.testing.assert_close(weights.log(), ratios)
@@ -108,13 +108,13 @@ def test_refusals():
             split_episodes(episodes(), fraction=fraction)
     with pytest.raises(ValueError, match=r"lack \('next', 'done'\); they hold \['row'\].*set transitions\['episode'\]"):
         episode_weights(TensorDict({"row": torch.arange(3)}, [3]))
-    with pytest.raises(ValueError, match=r"episode 4 comes back at row 8, after rows of another; sort the rows"):
+    with pytest.raises(ValueError, match=r"episode 4 appears again at row 8, after rows of another; sort the rows"):
         episode_weights(TensorDict({"episode": torch.tensor([4, 4, 5, 5, 5, 6, 6, 6, 4, 5])}, [10]))
     with pytest.raises(ValueError, match=r"episode has shape \(3, 2\), expected \(3,\)"):
         episode_weights(TensorDict({"episode": torch.zeros(3, 2)}, [3]))
     with pytest.raises(ValueError, match="temperature is 0, expected a number above 0"):
         return_weights(episodes(), temperature=0)
-    with pytest.raises(ValueError, match=r"lack \('next', 'reward'\).*use episode_weights"):
+    with pytest.raises(ValueError, match=r"lack \('next', 'reward'\); they hold \['episode'\]"):
         return_weights(episodes().select("episode"))
 
 
@@ -140,7 +140,7 @@ def test_returns_that_are_not_finite_are_refused(value):
         ([], r"weights have shape \(0,\)"),
     ],
 )
-def test_weights_that_cannot_be_drawn_by_are_refused(weights, message):
+def test_invalid_weights_are_refused(weights, message):
     with pytest.raises(ValueError, match=message):
         WeightedSampler(torch.tensor(weights))
 
@@ -162,7 +162,7 @@ def test_weights_of_any_dtype(dtype):
 
 
 @pytest.mark.parametrize(("point", "row"), [(0.0, 100), (1 - 2**-53, 899)])
-def test_extreme_draws_take_rows_of_weight(monkeypatch, point, row):
+def test_extreme_draws_pick_rows_with_weight(monkeypatch, point, row):
     """``torch.rand`` gives 0 at the lowest and the number just below 1 at the highest."""
     weights = torch.rand(1000) + 0.1
     weights[:100] = weights[900:] = 0
@@ -179,7 +179,7 @@ def test_more_rows_than_multinomial_takes():
     assert WeightedSampler(weights).sample(storage, 100)[0].unique().tolist() == [rows - 3, rows - 2, rows - 1]
 
 
-def test_weights_and_rows_must_agree_whenever_they_meet(tmp_path):
+def test_weights_must_fit_the_storage_and_the_saved_state(tmp_path):
     sampler = WeightedSampler(torch.tensor([1.0, 2, 1, 1, 1]))
     with pytest.raises(ValueError, match="there are 5 weights for the 10 rows of the storage"):
         sampler.sample(TensorStorage(episodes()), 2)

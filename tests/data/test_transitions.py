@@ -1,4 +1,4 @@
-"""Layout against a table written by hand, and the whole message of each refusal."""
+"""The layout compared with a table by hand, and the whole message of each refusal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def column(td, *key):
 
 
 def test_rows_never_join_two_episodes(caplog):
-    """Slip 5. Without next observations the truncated row (4) and the unfinished last one (6) are dropped."""
+    """Without next observations the truncated row (4) and the unfinished last one (6) are dropped."""
     with caplog.at_level(logging.INFO):
         td = from_arrays(**arrays())
     assert td.batch_size == (5,)
@@ -84,7 +84,7 @@ def test_layout_and_dtypes_are_torchrls():
 
 
 def test_bounds_are_compared_in_the_datas_precision():
-    """-0.4 in float32 is a little below -0.4 in float64, and no reason to refuse it."""
+    """-0.4 in float32 is slightly below -0.4 in float64, and accepted."""
     spec = Bounded(-0.4, 0.8, (1,), dtype=torch.float64)
     assert len(from_arrays(**arrays(actions=put(ACTIONS, 0, -0.4), action_spec=spec))) == 5
 
@@ -153,7 +153,7 @@ BAD = [
     ),
     (
         {"action_spec": Categorical(4)},
-        "action_spec is a Categorical, expected the Bounded spec of one action.",
+        "action_spec must be a continuous Bounded spec, got Categorical, torch.int64.",
     ),
     ({"action_spec": Bounded(-1, 1, (2,))}, "actions have shape (7, 1), but the action spec has shape (2,)."),
     (
@@ -199,7 +199,7 @@ def test_several_defects_give_one_message_with_a_list():
 
 
 def test_without_truncated_an_episode_is_cut_where_observations_do_not_continue():
-    """Row 2 is terminated, and no cut although 13 is not 20; row 4 leads to 22, and the next row is 30."""
+    """Row 2 is terminated and not cut off, although 13 is not 20; row 4 leads to 22, but the next row is 30."""
     td = from_arrays(**arrays(truncated=None, next_observations=OBSERVATIONS + 1))
     assert column(td, "next", "observation") == [11, 12, 13, 21, 22, 31, 32]
     assert column(td, "next", "terminated") == [False, False, True, False, False, False, False]
@@ -272,8 +272,8 @@ def test_no_chunk_at_all_is_refused():
         list(lay_out([]))
 
 
-def test_rewards_paid_where_rows_are_dropped_are_warned_of(caplog):
-    """Survivors of a study are paid at the end, which looks cut off: no row is left that says so."""
+def test_warns_of_large_rewards_in_dropped_rows(caplog):
+    """Only the last, cut-off rows of the episodes have a large reward, and they are dropped."""
     rewards = np.array([0.0, 0, -1, 0, 1, 0, 1])
     with caplog.at_level(logging.WARNING):
         from_arrays(**arrays(rewards=rewards * [1, 1, 0.01, 1, 1, 1, 1]))
@@ -288,11 +288,12 @@ def test_rewards_paid_where_rows_are_dropped_are_warned_of(caplog):
     assert caplog.messages == []
 
 
-def test_steps_that_never_continue_are_warned_of(caplog):
+def test_warns_of_steps_that_never_continue(caplog):
     from_arrays(**arrays(truncated=None, next_observations=OBSERVATIONS + 0.5))
     assert caplog.messages == [
-        "5 of 7 rows are followed by another observation than their next one, so each ends an episode; if they should "
-        "go on, pass truncated, or leave next_observations out"
+        "5 of 7 rows end an episode, as their next observation is not exactly the next row's observation: if they are "
+        "steps of one episode, put them in order of time and copy each next observation from the next row (from_arrays "
+        "copies it if next_observations is left out and truncated is given)"
     ]
     caplog.clear()
     from_arrays(**arrays(truncated=None, next_observations=OBSERVATIONS + 1))

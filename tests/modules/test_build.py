@@ -3,10 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.data import Bounded, Composite, Unbounded
 
-from torchrl_bcq import make_bcq_modules
-from torchrl_bcq.modules.bounds import action_bounds
+from torchrl_bcq.modules import Normalization, make_bcq_modules, make_cloning_modules
 
 from ..conftest import ACTION_SPEC, OBSERVATION_SPEC
 
@@ -22,6 +21,29 @@ def test_author_sizes_are_the_default():
     assert sizes(actor.network) == [14, 400, 300, 3]
     assert [sizes(critic.module) for critic in critics.critics] == [[14, 400, 300, 1]] * 2
     assert (vae.latent_clip, vae.log_std_range, actor.phi) == (0.5, (-4.0, 15.0), 0.05)
+
+
+def test_cloning_network_has_the_sizes_of_the_actor():
+    (actor,) = make_cloning_modules(Unbounded((11,)), Bounded(-1, 1, (3,)))
+    assert sizes(actor.network) == [11, 400, 300, 3]
+    spec = Composite(camera=Composite(features=Unbounded((4,))), joints=Unbounded((3,)))
+    (actor,) = make_cloning_modules(spec, ACTION_SPEC, hidden=(8,), action_key=("arm", "torque"))
+    assert sizes(actor.network) == [7, 8, 2]
+    assert {*actor.in_keys, *actor.out_keys} == {("camera", "features"), "joints", ("arm", "torque")}
+
+
+def test_cloning_network_standardises_its_observations():
+    statistics = torch.tensor([10.0, 20.0, 30.0]), torch.tensor([1.0, 2.0, 4.0])
+    actors = []
+    for normalization in (None, Normalization({"observation": statistics})):
+        torch.manual_seed(1)
+        actors += make_cloning_modules(OBSERVATION_SPEC, ACTION_SPEC, hidden=(8,), normalization=normalization)
+    plain, scaled = actors
+    torch.testing.assert_close(
+        scaled(torch.tensor([[11.0, 16.0, 30.0]])), plain(torch.tensor([[1.0, -2.0, 0.0]])), rtol=0, atol=0
+    )
+    with pytest.raises(TypeError, match="normalization is a bool, expected Normalization.fit"):
+        make_cloning_modules(OBSERVATION_SPEC, ACTION_SPEC, normalization=True)
 
 
 def test_several_observations_are_concatenated():
@@ -53,33 +75,14 @@ def test_settings_reach_the_networks():
 
 def test_dtype_and_device_reach_everything():
     double = Unbounded((3,), dtype=torch.float64)
-    for module in make_bcq_modules(double, ACTION_SPEC, hidden=(4,), vae_hidden=(4,), dtype=torch.float64):
-        assert {tensor.dtype for tensor in module.state_dict().values()} == {torch.float64}
-    for module in make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, hidden=(4,), vae_hidden=(4,), device="meta"):
-        assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
+    for build in (make_bcq_modules, make_cloning_modules):
+        for module in build(double, ACTION_SPEC, hidden=(4,), dtype=torch.float64):
+            assert {tensor.dtype for tensor in module.state_dict().values()} == {torch.float64}
+        for module in build(OBSERVATION_SPEC, ACTION_SPEC, hidden=(4,), device="meta"):
+            assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        (Unbounded((2,)), r"action_spec is unbounded in dimensions \[0, 1\]; pass torchrl.data.Bounded"),
-        (Categorical(4), "must be a continuous Bounded spec, got Categorical, torch.int64"),
-        (Bounded(-1, 1, (4, 2)), r"has shape \(4, 2\), expected \[A\]; of a vectorised environment"),
-        (
-            Bounded(torch.tensor([-1.0, 0.0]), torch.tensor([1.0, torch.inf]), (2,)),
-            r"unbounded in dimensions \[1\]; pass",
-        ),
-        (Bounded(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]), (2,)), "action_spec is empty in a dimension"),
-        (Composite(action=Bounded(-1, 1, (2,))), r"Composite; pass one of its leaves \['action'\]"),
-        (Composite(arm=Composite(torque=Bounded(-1, 1, (2,)))), r"leaves \[\('arm', 'torque'\)\], as in env.full_"),
-    ],
-)
-def test_action_specs_that_cannot_work(spec, message):
-    with pytest.raises(ValueError, match=message):
-        action_bounds(spec)
-
-
-def test_observation_that_is_no_vector_is_refused():
+def test_observations_that_are_not_vectors_are_refused():
     with pytest.raises(ValueError, match=r"observation 'pixels' has shape \(3, 8, 8\) and dtype torch.float32"):
         make_bcq_modules(Composite(pixels=Unbounded((3, 8, 8))), ACTION_SPEC)
     with pytest.raises(ValueError, match="observation 'step_count' has shape .* and dtype torch.int64"):

@@ -1,4 +1,4 @@
-"""Scaling inside the networks: the statistics, what they do to learning, and that nothing can lose them."""
+"""Scaling inside the networks: the statistics, the layers, and how losses, copies and casts keep them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_statistics_by_hand(chunk_size, memmap):
 
 @pytest.mark.parametrize("chunk_size", [7, 1000])
 def test_small_noise_on_a_large_offset(chunk_size):
-    """Sums of squares, or float32, would lose it."""
+    """Sums of squares, or sums in float32, would lose the noise."""
     x = np.float32(1e6) + np.random.default_rng(0).normal(size=(1000, 2)).astype(np.float32)
     loc, scale = Normalization.fit(transitions(x), chunk_size=chunk_size).observations["observation"]
     np.testing.assert_allclose(loc, x.mean(0, dtype=np.float64), rtol=1e-14)
@@ -61,7 +61,7 @@ def test_small_noise_on_a_large_offset(chunk_size):
 
 
 def test_columns_that_do_not_vary_are_not_stretched():
-    """Zeros, a constant, its rounding (neighbouring floats), denormals; half a unit at 1e6 is no rounding."""
+    """Zeros, a constant, neighbouring floats and denormals get scale 1; half a unit at 1e6 is more than rounding."""
     million = np.float32(1e6)
     even = [0, 1e6, million, 0.0, million - 0.5]
     odd = [0, 1e6, np.nextafter(million, np.float32(np.inf)), 1e-40, million + 0.5]
@@ -142,7 +142,7 @@ def test_transitions_that_cannot_be_fitted(data, message):
         Normalization.fit(data)
 
 
-def test_layers_refuse_what_they_cannot_do():
+def test_layers_refuse_bad_statistics_and_inputs():
     one = torch.ones(2)
     with pytest.raises(ValueError, match=r"loc has shape \(2,\) and scale \(1,\); both must be \[D\]"):
         Standardize(one, torch.ones(1))
@@ -150,13 +150,13 @@ def test_layers_refuse_what_they_cannot_do():
         Standardize(torch.ones(3), torch.tensor([1.0, 0.0, float("nan")]))
     with pytest.raises(ValueError, match="loc is .* must be finite"):
         Standardize(torch.tensor([0.0, float("inf")]), one)
-    with pytest.raises(ValueError, match=r"input has shape \(5, 1\), but the statistics are of 2 columns"):
+    with pytest.raises(ValueError, match=r"input has shape \(5, 1\), but the layer scales 2 columns"):
         Standardize(one, one)(torch.ones(5, 1))
     with pytest.raises(ValueError, match=r"scale is \[0.0\] in columns \[0\], in torch.float32"):
         Rescale(1e-50)  # positive in float64 alone
 
 
-def test_what_the_networks_read_by_hand(normalized):
+def test_inputs_of_the_networks_by_hand(normalized):
     vae, actor, critics = normalized
     observation, action = torch.tensor([[2.0, -1.0, 0.5], [6.0, 0.0, 1.5]]), torch.tensor([[0.0, 2.0], [1.0, 0.0]])
     seen = torch.tensor([[0.0, 0, 0, 0, 0], [1, 2, 1, 1, -1]])
@@ -170,7 +170,7 @@ def test_what_the_networks_read_by_hand(normalized):
 
 
 def test_without_normalization_the_networks_are_as_before():
-    """Drawn in the same order, with nothing added; and none of the numbers drawn is changed by scaling."""
+    """No layer is added, the weights are drawn in the same order, and scaling changes none of them."""
     torch.manual_seed(3)
     plain = make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, **SMALL)
     torch.manual_seed(3)
@@ -215,7 +215,7 @@ def test_dtype_device_copies_and_pickles(normalized, make_batch):
 
 
 def test_loss_keeps_the_statistics(normalized, make_batch):
-    """In its targets too, whatever the updater does, and when the weights are drawn anew."""
+    """Also in its targets, after the updater's steps and after the parameters are reset."""
     loss = BCQLoss(*normalized)
     updater = SoftUpdate(loss, tau=0.3)
     before = {name: value.clone() for name, value in loss.state_dict().items()}
@@ -245,6 +245,6 @@ def test_losses_compile_as_one_graph(normalized, make_batch, name):
     torch.testing.assert_close(compiled(batch.clone(), noise)[0], eager)
 
 
-def test_what_is_no_normalization_is_refused():
+def test_other_types_of_normalization_are_refused():
     with pytest.raises(TypeError, match=r"^normalization is a bool, expected Normalization.fit\(transitions\), or"):
         make_bcq_modules(Unbounded((3,)), Bounded(-1, 1, (2,)), normalization=True)

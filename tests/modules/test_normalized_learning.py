@@ -1,4 +1,4 @@
-"""Learning with normalization: it does not depend on units, and survives saving and loading."""
+"""Learning with normalization does not depend on units; policies act equally after saving and loading."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SMALL = {"hidden": (32, 32), "vae_hidden": (32, 32)}
 
 
 def test_units_do_not_matter(make_batch):
-    """Twenty steps on data in other units: the same policy, in those units, and the same values, in theirs.
+    """Twenty steps on data in other units give the same actions and values, in those units.
 
-    In float64, and with an ``eps`` of Adam that is nothing beside any gradient.
+    In float64, and with an ``eps`` of Adam far below any gradient.
     """
     data, unseen = make_batch(200, dtype=torch.float64), make_batch(50, dtype=torch.float64)["observation"]
     outcomes = []
@@ -59,7 +59,7 @@ def test_units_do_not_matter(make_batch):
 
 
 class Plant(EnvBase):
-    """A state in thousands, a new one at each step, whose best action is known; rewards of up to 1e4.
+    """Draws a new state at each step, of values in the thousands; its best action is known, rewards are up to 1e4.
 
     The second column of the observation never changes.
     """
@@ -126,7 +126,7 @@ def mean_error(env: EnvBase, networks, steps: int = 200) -> float:
 
 @pytest.mark.no_cover
 def test_policy_acts_in_the_raw_environment_after_save_and_load(tmp_path, show_figure):
-    """Observations in thousands, actions of tens, rewards of ten thousand, and no scaling but the networks' own."""
+    """Observations in thousands, actions in tens, rewards in ten thousands; only the networks scale them."""
     env, data, steps = Plant(), recordings(2000), 500
     specs = env.observation_spec, env.action_spec
     fitted = Normalization.fit(data)
@@ -141,13 +141,13 @@ def test_policy_acts_in_the_raw_environment_after_save_and_load(tmp_path, show_f
     SoftUpdate(loss, tau=0.05)
     Checkpoint(loss_module=loss).load(tmp_path / "checkpoint")
     errors = {"saved": mean_error(env, networks), "loaded": mean_error(env, fresh), "plain": mean_error(env, plain)}
-    show_figure(f"distance from the best action, of a range of 100: {errors}")
+    show_figure(f"mean distance from the best action, in a range of 100: {errors}")
     assert errors["loaded"] == errors["saved"] < 3
-    assert errors["plain"] > 10  # as the paper's networks do here
+    assert errors["plain"] > 10  # the paper's networks fail here
     values = BCQPolicy(*fresh, return_value=True)(TensorDict({"observation": Plant.draw(50)}, [50]))
-    exact = 1e4 / (1 - 0.5)  # the best reward, forever, at the discount of one half
+    exact = 1e4 / (1 - 0.5)  # the sum of the best rewards, discounted by one half
     assert (values["chosen_action_value"] / exact - 1).abs().max() < 0.1
-    for name, value in trained.state_dict().items():  # the targets' too
+    for name, value in trained.state_dict().items():  # targets included
         assert torch.equal(loss.state_dict()[name], value), name
     torch.testing.assert_close(
         fresh[0].encoder[0].loc[:2].double(), fitted.observations["observation"][0], rtol=1e-6, atol=0

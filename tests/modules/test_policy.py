@@ -8,7 +8,7 @@ from torch import nn
 from torchrl.envs import GymEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from torchrl_bcq import (
+from torchrl_bcq.modules import (
     ActionVAE,
     BCQPolicy,
     BehaviorCloningPolicy,
@@ -74,7 +74,7 @@ def test_policy_leaves_only_the_action_behind():
 def test_no_candidate_is_refused(modules):
     with pytest.raises(ValueError, match="num_action_samples is 0"):
         policy(0)
-    with pytest.raises(ValueError, match="chunk_size is 0"):
+    with pytest.raises(ValueError, match="num_action_samples is 100 and chunk_size 0; both must be at least 1"):
         BCQPolicy(*modules, chunk_size=0)
 
 
@@ -121,8 +121,8 @@ def test_two_deterministic_rollouts_from_one_seed_are_bitwise_equal(threads):
     env = GymEnv("Pendulum-v1")
     acting = BCQPolicy(*make_bcq_modules(env.observation_spec, env.action_spec, hidden=(64,), vae_hidden=(64,)))
     rollouts = []
-    for state_of_the_world in (0, 1):
-        torch.manual_seed(state_of_the_world)  # has no say
+    for seed in (0, 1):
+        torch.manual_seed(seed)  # has no effect
         env.set_seed(3)
         with set_exploration_type(ExplorationType.DETERMINISTIC):
             rollouts.append(env.rollout(60, acting))
@@ -214,3 +214,91 @@ def test_policy_reads_what_only_the_critics_read(modules):
         action = policy(states.clone())["action"]
         states["goal"] = -states["goal"]  # turns the order of a bilinear critic's values around, but for its bias
         assert ((policy(states)["action"] - action).abs().sum(-1) > 1e-3).all()
+
+
+# Behaviours without parameters that learn
+
+
+class NearestNeighbour(nn.Module):
+    """Takes the action of the nearest state of the dataset; its latent is added."""
+
+    observation_keys, action_key, latent_dim, latent_clip, loss_keys = ["observation"], "action", 2, 0.5, []
+
+    def __init__(self, observation: torch.Tensor, action: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("observation", observation)
+        self.register_buffer("action", action)
+
+    def training_loss(self, tensordict, noise=None):
+        return torch.zeros(tensordict.batch_size), {}
+
+    def decode(self, tensordict, latent):
+        distance = (tensordict["observation"].unsqueeze(-2) - self.observation).square().sum(-1)
+        return tensordict.set("action", self.action[distance.argmin(-1)] + latent)
+
+
+NEIGHBOURS = torch.tensor([[0.0, 0, 0], [10, 0, 0]]), torch.tensor([[0.0, 1.0], [0.0, 3.0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_behaviour_without_parameters(dtype):
+    """The mean latent is 0: the action of the nearest state itself. In BCQ the critic prefers an action of 0.3."""
+    vae = NearestNeighbour(*(tensor.to(dtype) for tensor in NEIGHBOURS))
+    critics = [TensorDictModule(NearObservation(sign), ["goal", "action"], ["value"]).to(dtype) for sign in (1.0, -1.0)]
+    states = TensorDict({"observation": torch.tensor([[1.0, 2, 0], [9, 0, 0]], dtype=dtype)}, [2])
+    states["goal"] = torch.full((2, 1), 0.3, dtype=dtype)
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        assert BehaviorCloningPolicy(vae)(states.clone())["action"].tolist() == [[0, 1], [0, 3]]
+        action = BCQPolicy(vae, None, QEnsemble(critics))(states.clone())["action"]
+    torch.testing.assert_close(action[:, 0], torch.full((2,), 0.3, dtype=dtype), atol=0.05, rtol=0)
+    assert (action[:, 1] - torch.tensor([1.0, 3.0])).abs().max() <= 0.5
+    sampled = BehaviorCloningPolicy(vae)(states.clone())["action"]
+    assert sampled.dtype == dtype
+    assert (sampled - torch.tensor([[0, 1], [0, 3]])).abs().min() > 0
+
+
+def test_behaviour_and_critics_without_parameters_or_buffers():
+    """Latents then take the dtype of the observation, or PyTorch's default."""
+
+    class Latent(NearestNeighbour):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+
+        def decode(self, tensordict, latent):
+            return tensordict.set("action", latent)
+
+    class Last(nn.Module):
+        def forward(self, action):
+            return action[..., -1:]
+
+    action = BehaviorCloningPolicy(Latent())(observation=torch.zeros(5, 3, dtype=torch.float64))
+    assert action.dtype == torch.float64
+    assert action.unique().numel() > 3
+    policy = BCQPolicy(Latent(), None, QEnsemble([TensorDictModule(Last(), ["action"], ["value"])]))
+    assert policy(observation=torch.zeros(5, 3))[:, 1].tolist() == [0.5] * 5  # the clip, reached by 30% of latents
+
+
+def test_frozen_behaviour(modules, make_batch):
+    states = make_batch(5).select("observation")
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        expected = BCQPolicy(*modules)(states.clone())["action"]
+        modules[0].requires_grad_(False)
+        assert torch.equal(BCQPolicy(*modules)(states.clone())["action"], expected)
+
+
+# Export
+
+
+def test_exported_graph_takes_any_number_of_states(modules):
+    policy = BCQPolicy(*modules, num_action_samples=10)
+
+    class Act(nn.Module):
+        def forward(self, observation):
+            with set_exploration_type(ExplorationType.DETERMINISTIC):
+                return policy(observation)
+
+    size = torch.export.Dim("size", min=1, max=640)  # those of one chunk
+    graph = torch.export.export(Act(), (torch.randn(4, 3),), dynamic_shapes=({0: size},), strict=False).module()
+    for number in (1, 4, 9, 640):
+        observation = torch.randn(number, 3)
+        torch.testing.assert_close(graph(observation), Act()(observation))

@@ -1,4 +1,4 @@
-"""BCQPolicy where TorchRL users put policies: collectors in this process and in others, vectorised environments."""
+"""BCQPolicy in TorchRL's collectors, in this process and in others, and in vectorised environments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl_bcq import BCQPolicy, make_bcq_modules
 
 make_env = functools.partial(GymEnv, "Pendulum-v1")
-LIMIT, PUSH = 2.0, 1.5  # of the torque; what the new weights add to it, before the decoder's tanh
+LIMIT, PUSH = 2.0, 1.5  # bound of the torque; what the new weights add before the decoder's tanh
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def policy() -> BCQPolicy:
 
 
 def trained(policy: BCQPolicy) -> BCQPolicy:
-    """A copy with other weights, in memory of its own, as a learner elsewhere would have it: all actions move up."""
+    """A copy with its own memory and other weights, as in a learner's process: all its actions are larger."""
     learned = copy.deepcopy(policy)
     with torch.no_grad():
         learned.vae.decoder[-1].bias.add_(PUSH)
@@ -60,7 +60,7 @@ def test_collects_receives_new_weights_and_acts_differently(policy, cls):
     batches = collected(cls, policy, trained(policy))
     means = [batch["action"].mean().item() for batch in batches]
     assert all(abs(mean) < 0.6 for mean in means[:2]), means
-    # batches that were under way when the weights came may still be old ones
+    # batches collected while the weights were sent may still come from the old ones
     assert all(mean > 1.2 for mean in means[4:]), means
     for batch in batches:
         assert batch["action"].abs().max() <= LIMIT

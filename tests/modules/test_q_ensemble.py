@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import MLP, ValueOperator
 
-from torchrl_bcq import QEnsemble, Standardize
+from torchrl_bcq.modules import QEnsemble, Standardize
 from torchrl_bcq.modules.normalization import Rescale
 
 
@@ -73,7 +74,7 @@ def test_hooks_and_activations_over_features_are_respected(make_batch):
     for one in doubled:
         one.module[0].register_forward_hook(lambda module, args, output: 2 * output)
     softmax = [critic(activation=nn.Softmax, activation_kwargs={"dim": 1}) for _ in range(2)]
-    late = QEnsemble(normed)
+    late = QEnsemble(normed)  # made before its hooks
     for one in normed:
         nn.utils.spectral_norm(one.module[0]).eval()
     for ensemble, critics in ((QEnsemble(doubled), doubled), (QEnsemble(softmax), softmax), (late, normed)):
@@ -108,7 +109,7 @@ def test_critics_handed_in_stay_live(make_batch):
 
 
 def test_equal_critics_are_refused():
-    """Slip 3: a deep copy has the same weights, and the mixture of minimum and maximum does nothing."""
+    """Slip 3: a deep copy has the same weights, and mixing minimum and maximum has no effect."""
     first = critic()
     with pytest.raises(ValueError, match="critics 0 and 2 hold equal weights"):
         QEnsemble([first, critic(), copy.deepcopy(first)])
@@ -128,3 +129,88 @@ def test_bad_lists_are_refused():
     other = TensorDictModule(nn.Linear(3, 1), in_keys=["observation"], out_keys=["state_action_value"])
     with pytest.raises(ValueError, match="critic 1 maps \\['observation'\\] to 'state_action_value'"):
         QEnsemble([critic(), other])
+
+
+# BatchNorm, shared layers, images
+
+
+class NormedAction(nn.Module):
+    """``weight`` times the sum of the normalised action."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.weight = nn.Parameter(torch.tensor(weight))
+
+    def forward(self, observation, action):
+        return self.weight * self.norm(action).sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 3, 2)])
+def test_batch_norm_sees_all_rows_as_one_batch(make_batch, shape):
+    """The statistics by hand: mean and population variance over all batch dimensions, eps 1e-5, momentum 0.1."""
+    keys = ["observation", "action"], ["state_action_value"]
+    normed = [TensorDictModule(NormedAction(weight), *keys) for weight in (1.0, 2.0)]
+    ensemble, batch = QEnsemble([*normed, critic()]), make_batch(*shape)
+    rows = batch["action"].reshape(-1, 2)
+    deviations = rows - rows.sum(0) / len(rows)
+    expected = (deviations / (deviations.square().sum(0) / len(rows) + 1e-5).sqrt()).sum(-1).reshape(shape)
+    value = ensemble(batch.clone())["state_action_value"]
+    torch.testing.assert_close(value[..., :2], torch.stack([expected, 2 * expected], -1))
+    torch.testing.assert_close(value[..., 2], one_by_one([ensemble.critics[2]], batch)[..., 0])
+    torch.testing.assert_close(ensemble.first(batch.clone())["state_action_value"][..., 0], expected)
+    # two updates of the first critic, one of the second
+    mean = rows.sum(0) / len(rows)
+    torch.testing.assert_close(normed[0].module.norm.running_mean, 0.19 * mean)
+    torch.testing.assert_close(normed[1].module.norm.running_mean, 0.1 * mean)
+
+
+def test_mlp_with_batch_norm_equals_its_rows_one_by_one(make_batch):
+    critics = [critic(norm_class=nn.BatchNorm1d, norm_kwargs=[{"num_features": n} for n in (16, 8)]) for _ in range(2)]
+    ensemble, batch = QEnsemble(critics), make_batch(50, 10)
+    ensemble(batch.clone())  # moves the running statistics
+    ensemble.eval()
+    value = ensemble(batch.clone())["state_action_value"]
+    torch.testing.assert_close(value, one_by_one(critics, batch.reshape(-1)).reshape(50, 10, 2))
+    assert (ensemble(batch[3, 4].clone())["state_action_value"] - value[3, 4]).abs().max() < 1e-6
+
+
+def test_other_critics_get_expanded_states_without_a_copy(make_batch):
+    """Images of many candidates would fill the memory."""
+    strides = []
+
+    class Watching(nn.Module):
+        def forward(self, observation, action):
+            strides.append(observation.stride())
+            return action[..., :1]
+
+    critics = [TensorDictModule(Watching(), ["observation", "action"], ["value"]) for _ in range(2)]
+    states = TensorDict({"observation": torch.randn(4, 3)}, [4]).unsqueeze(-1).expand(4, 10)
+    states = TensorDict({"observation": states["observation"], "action": torch.randn(4, 10, 2)}, [4, 10])
+    ensemble = QEnsemble(critics)
+    ensemble.first(ensemble(states))
+    assert strides == [(3, 0, 1)] * 3
+
+
+def test_shared_layers_and_one_layer_under_two_names(make_batch):
+    """With trunk h and heads w, v: values w h and v h; the trunk's gradient is the sum over both critics."""
+    batch, critics = make_batch(6), [critic(), critic()]
+    critics[1].module[0] = critics[0].module[0]
+    critics[1].again = critics[1].module[2]
+    ensemble = QEnsemble(critics)
+    assert ensemble._batched
+    value = ensemble(batch.clone())["state_action_value"]
+    torch.testing.assert_close(value, one_by_one(critics, batch))
+    gradients = torch.autograd.grad(value.square().sum(), ensemble.parameters())
+    expected = torch.autograd.grad(one_by_one(critics, batch).square().sum(), ensemble.parameters())
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_critics_whose_common_layers_alone_have_weights_are_accepted():
+    trunk = nn.Linear(2, 3)
+
+    def head(layer: nn.Module) -> TensorDictModule:
+        return TensorDictModule(nn.Sequential(trunk, layer), in_keys=["action"], out_keys=["value"])
+
+    out = QEnsemble([head(nn.AvgPool1d(3)), head(nn.Linear(3, 1))])(action=torch.zeros(4, 2))
+    torch.testing.assert_close(out[:, 0], trunk.bias.mean().expand(4))

@@ -1,4 +1,4 @@
-"""BCQLoss computes what the paper says, and teaches each network its own loss."""
+"""Values and gradients of BCQLoss."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_bcq import BCQPolicy
 
+from ..batch_norm import with_batch_norm
 from .conftest import LOSSES, target_values
 
-# The slips that other implementations made
+# mistakes of other implementations
 
 
-def test_target_of_row_i_depends_on_row_i_alone(loss, make_batch, latent):
-    """Slip 1."""
+def test_target_of_a_row_depends_on_that_row_alone(loss, make_batch, latent):
     batch = make_batch(6)
     before = target_values(loss, batch, latent)
     batch["next", "observation"][0] += 1
@@ -29,13 +29,12 @@ def test_target_of_row_i_depends_on_row_i_alone(loss, make_batch, latent):
 
 
 def test_target_uses_the_target_perturbation(loss, make_batch, latent):
-    """Slip 2."""
     batch = make_batch(6)
     before = target_values(loss, batch, latent)
     loss.target_actor_network_params["network", "4", "bias"].data.add_(10)
     moved = target_values(loss, batch, latent)
     assert (before != moved).all()
-    loss.actor_network_params["network", "4", "bias"].data.sub_(10)  # the live one has no say
+    loss.actor_network_params["network", "4", "bias"].data.sub_(10)  # the trained actor is not used
     torch.testing.assert_close(target_values(loss, batch, latent), moved)
 
 
@@ -50,7 +49,6 @@ def test_target_uses_the_target_critics(loss, make_batch, latent):
 
 
 def test_terminated_ends_the_bootstrap_and_truncated_does_not(loss, make_batch, latent):
-    """Slip 5."""
     batch = make_batch(6)
     running = target_values(loss, batch, latent)
     batch["next", "done"][:] = True
@@ -63,7 +61,7 @@ def test_terminated_ends_the_bootstrap_and_truncated_does_not(loss, make_batch, 
 
 
 def test_sampled_latents_of_the_target_are_clipped(loss, make_batch, monkeypatch):
-    """Slip 6, through the loss: whatever is drawn, the decoder sees at most 0.5."""
+    """The decoder gets latents of magnitude 0.5 at most; the reconstruction uses unclipped ones."""
     seen = []
     vae = loss.vae_network
     monkeypatch.setattr(vae.decoder, "forward", lambda *x: seen.append(x[-1]) or x[-1][..., :2])
@@ -92,19 +90,30 @@ def test_target_by_hand(loss, make_batch):
     torch.testing.assert_close(target, torch.tensor([0.0, 1.0, 2.0, 3.0]) + 0.99 * 2.625)
 
 
-# Gradients and live modules
-
-
 @pytest.mark.parametrize("shape", [(6,), (2, 5), (3, 2, 4)])
 @pytest.mark.parametrize("size", [1, 30, 10_000])
-def test_target_in_parts_is_the_target_as_a_whole(loss, make_batch, shape, size):
+def test_target_in_parts_equals_the_whole_target(loss, make_batch, monkeypatch, shape, size):
     loss, batch = loss.double(), make_batch(*shape, dtype=torch.float64)
     latent = torch.randn(*shape, 10, 4, dtype=torch.float64)
     whole = loss.qvalue_loss(batch, latent)[1]["target_value"]
-    loss.target_chunk_size = size
+    loss.target_chunk_size, calls = size, []
+    best_value = loss._best_value
+    monkeypatch.setattr(loss, "_best_value", lambda *part: calls.append(1) or best_value(*part))
     torch.testing.assert_close(loss.qvalue_loss(batch, latent)[1]["target_value"], whole)
-    parts = loss._split(batch.unsqueeze(-1).expand(*shape, 10), latent)
-    assert {1: len(parts) == shape[-1], 30: len(parts) > 1, 10_000: len(parts) == 1}[size]
+    assert {1: len(calls) == shape[-1], 30: len(calls) > 1, 10_000: len(calls) == 1}[size]
+
+
+def test_target_is_evaluated_as_a_whole_where_a_layer_mixes_rows(make_batch):
+    """Statistics of a part differ from those of the batch, so the chunk size must not matter."""
+    loss, batch, latent = with_batch_norm(), make_batch(12), torch.randn(12, 10, 4)
+    whole = target_values(loss, batch, latent)
+    loss.target_chunk_size = 20
+    torch.testing.assert_close(target_values(loss, batch, latent), whole, rtol=0, atol=0)
+    parts = torch.cat([target_values(loss, batch[i : i + 2], latent[i : i + 2]) for i in range(0, 12, 2)])
+    assert (parts - whole).abs().max() > 1e-2
+
+
+# gradients and the modules
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -167,7 +176,7 @@ def test_policy_acts_with_what_was_just_learned(modules, loss, make_batch):
     assert (act() - before).abs().amax(-1).min() > 1e-3
 
 
-def test_casting_the_loss_takes_the_policy_along(modules, loss):
+def test_casting_the_loss_casts_the_policy(modules, loss):
     policy = BCQPolicy(*modules)
     loss.double()
     assert {tensor.dtype for module in modules for tensor in module.state_dict().values()} == {torch.float64}

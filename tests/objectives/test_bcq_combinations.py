@@ -1,4 +1,4 @@
-"""Value estimators x critics x delayed targets x reductions, each against sums written out by hand."""
+"""BCQLoss for each value estimator, number of critics, delay and reduction, against sums in plain Python."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ESTIMATORS = {None: 0.0, "TD0": 0.0, "TD1": 1.0, "TDLambda": DECAY}  # the decay
 
 
 def make_loss(num_critics: int, **settings):
-    """A loss whose live networks have moved away from the targets, and copies of the networks as they were."""
+    """A loss whose networks differ from their targets, and copies of the networks with the targets' weights."""
     modules = make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, hidden=(8,), vae_hidden=(8,), num_critics=num_critics)
     loss = BCQLoss(*modules, lmbda=LMBDA, num_target_samples=SAMPLES, **settings)
     if loss.delay_actor or loss.delay_qvalue:

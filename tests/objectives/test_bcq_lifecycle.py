@@ -1,4 +1,4 @@
-"""What happens to a loss beside being called: copied, pickled, reset, moved, compiled."""
+"""BCQLoss is copied, pickled, reset, moved and compiled."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ def draws(*batch: int) -> dict[str, torch.Tensor]:
     return {"vae": torch.randn(*batch, 4), "qvalue": torch.randn(*batch, 10, 4), "actor": torch.randn(*batch, 4)}
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])
-def test_duplicates_give_the_same_losses_and_go_their_own_way(loss, make_batch, duplicate):
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])
+def test_copies_give_the_same_losses_and_are_independent(loss, make_batch, make_copy):
     loss.set_keys(reward="r")
     loss.make_value_estimator(gamma=0.5)
     batch, noise = make_batch(6), draws(6)
     batch["next"].rename_key_("reward", "r")
-    twin = duplicate(loss)
+    copied = make_copy(loss)
     before = {name: getattr(loss, f"{name}_loss")(batch, noise[name])[0] for name in LOSSES}
     for name in LOSSES:
-        torch.testing.assert_close(getattr(twin, f"{name}_loss")(batch, noise[name])[0], before[name], rtol=0, atol=0)
-    updater = SoftUpdate(twin, tau=0.5)
+        torch.testing.assert_close(getattr(copied, f"{name}_loss")(batch, noise[name])[0], before[name], rtol=0, atol=0)
+    updater = SoftUpdate(copied, tau=0.5)
     with torch.no_grad():
-        for p in twin.parameters():
+        for p in copied.parameters():
             p.add_(0.1)
     updater.step()
     for name in LOSSES:
         assert torch.equal(getattr(loss, f"{name}_loss")(batch, noise[name])[0], before[name])
-        assert not torch.equal(getattr(twin, f"{name}_loss")(batch, noise[name])[0], before[name])
+        assert not torch.equal(getattr(copied, f"{name}_loss")(batch, noise[name])[0], before[name])
 
 
 def replaced(loss: BCQLoss) -> BCQLoss:
@@ -50,7 +50,7 @@ def replaced(loss: BCQLoss) -> BCQLoss:
     return loss
 
 
-CHANGES = {  # a loss with other tensors than before
+CHANGES = {  # after each, the loss holds other tensors than before
     "deepcopy": copy.deepcopy,
     "pickle": lambda loss: pickle.loads(pickle.dumps(loss)),
     "assign": replaced,
@@ -62,8 +62,8 @@ CHANGES = {  # a loss with other tensors than before
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_modules_hold_the_very_parameters_of_their_loss(loss, change):
-    """Else an optimizer would step some, and the losses be those of others; nothing is swapped in for a call."""
+def test_the_modules_hold_the_parameters_of_their_loss(loss, change):
+    """Otherwise an optimizer would step parameters that the losses do not use."""
     loss = CHANGES[change](loss)
     for name in LOSSES:
         tensors = getattr(loss, f"{name}_network_params")
@@ -79,8 +79,8 @@ def test_the_modules_hold_the_very_parameters_of_their_loss(loss, change):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_policy_of_the_modules_acts_with_what_was_learned_afterwards(loss, make_batch, change):
-    """As one does that is made of fresh modules with the same weights; and its loss has trained those."""
+def test_a_policy_of_the_modules_acts_with_the_trained_weights(loss, make_batch, change):
+    """It acts as a policy of new modules, into which the trained weights are loaded."""
     loss = CHANGES[change](loss)
     dtype = next(loss.parameters()).dtype
     policy = BCQPolicy(loss.vae_network, loss.actor_network, loss.qvalue_network)
@@ -94,17 +94,17 @@ def test_a_policy_of_the_modules_acts_with_what_was_learned_afterwards(loss, mak
             optimizer.step()
         after = policy(states.clone())["action"]
         fresh = make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, hidden=(16, 16), vae_hidden=(16, 16))
-        twin = BCQLoss(*(module.to(dtype) for module in fresh))
-        SoftUpdate(twin, tau=0.005)
-        twin.load_state_dict(loss.state_dict())
+        copied = BCQLoss(*(module.to(dtype) for module in fresh))
+        SoftUpdate(copied, tau=0.005)
+        copied.load_state_dict(loss.state_dict())
         expected = BCQPolicy(*fresh)(states.clone())["action"]
     assert (after - before).abs().max() > 0.1
     torch.testing.assert_close(after, expected)
 
 
 @pytest.mark.parametrize("name", ["qvalue", "actor"])
-def test_an_error_leaves_the_modules_with_their_own_weights(loss, modules, make_batch, monkeypatch, name):
-    """Such as one within the target, while they hold the target's."""
+def test_after_an_error_the_modules_hold_their_own_weights(loss, modules, make_batch, monkeypatch, name):
+    """The error is raised while the modules hold the weights of the targets, or detached ones."""
     own = {name: p for i, module in enumerate(modules) for name, p in module.named_parameters(f"{i}")}
 
     def fail(*inputs):
@@ -119,7 +119,7 @@ def test_an_error_leaves_the_modules_with_their_own_weights(loss, modules, make_
 
 
 def test_reset_parameters_recursive(loss, modules):
-    """Every weight is drawn anew, in the modules too, and the critics differ from one another again."""
+    """Each weight is drawn again, also in the modules, and the critics differ from each other."""
     with torch.no_grad():
         for p in loss.state_dict().values():
             p.add_(1000.0)
@@ -134,8 +134,8 @@ def test_reset_parameters_recursive(loss, modules):
 
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 @pytest.mark.parametrize("estimator", [ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda])
-def test_moving_a_loss_moves_everything(loss, modules, make_batch, estimator, device):
-    """To a device, and (as that may be where it is) to other memory: the modules handed in come along."""
+def test_moving_a_loss_moves_its_modules(loss, modules, make_batch, estimator, device):
+    """Moves to a device and, as that may be the present one, to other memory; the modules move, too."""
     loss.make_value_estimator(estimator)
     batch, noise = make_batch(2, 3), draws(2, 3)["qvalue"]
     before = loss.qvalue_loss(batch, noise)[0]
@@ -172,7 +172,7 @@ def test_key_names_and_their_defaults(modules):
 
 @pytest.mark.parametrize("estimator", [ValueEstimators.TD0, ValueEstimators.TDLambda])
 def test_vmap_switches_change_nothing(modules, make_batch, estimator):
-    """Nothing is vmapped, so TorchRL's switches are taken and have nothing to switch."""
+    """Nothing is vmapped: TorchRL's switches are accepted and have no effect."""
     values, batch, latent = [], make_batch(2, 3), torch.randn(2, 3, 10, 4)
     for settings in ({}, {"deactivate_vmap": True}):
         loss = BCQLoss(*modules, **settings)
@@ -186,7 +186,7 @@ def test_vmap_switches_change_nothing(modules, make_batch, estimator):
 
 
 def test_dropout_draws_for_each_candidate(modules, make_batch):
-    """A critic that is random in training needs no setting of vmap's randomness."""
+    """Dropout in a critic needs no setting of vmap's randomness."""
     vae, actor, critics = modules
     for critic in critics.critics:
         critic.module.insert(2, nn.Dropout(0.5))
@@ -200,7 +200,7 @@ def test_dropout_draws_for_each_candidate(modules, make_batch):
 
 
 class RandomDecoder(nn.Module):
-    """A generative model that samples by TorchRL's probabilistic module and pays no heed to its latent."""
+    """A generative model that samples by TorchRL's probabilistic module, independent of its latent."""
 
     observation_keys, action_key, latent_dim, latent_clip, loss_keys = ("observation",), "action", 1, 0.5, ()
 
@@ -224,7 +224,7 @@ class RandomDecoder(nn.Module):
 
 
 def test_candidates_differ_inside_the_losses(modules, make_batch):
-    """TorchRL's losses sample in DETERMINISTIC mode, in which such a model gives its mean, all candidates alike."""
+    """TorchRL's losses sample in DETERMINISTIC mode, in which all candidates of such a model are equal."""
     _, actor, critics = modules
     loss = BCQLoss(RandomDecoder(), actor, critics)
     SoftUpdate(loss, tau=0.005)
@@ -240,7 +240,7 @@ def test_candidates_differ_inside_the_losses(modules, make_batch):
 @pytest.mark.filterwarnings("ignore:torch._dynamo.config.inline_inbuilt_nn_modules:FutureWarning")  # read by tensordict
 @pytest.mark.parametrize("name", LOSSES)
 def test_compiles_as_one_graph(loss, make_batch, name):
-    """With the backend that stops after the graphs are made, forward and backward; inductor would take a minute."""
+    """With a backend that traces forward and backward; inductor would take a minute."""
     batch, noise = make_batch(6), draws(6)[name]
     eager, metadata = getattr(loss, f"{name}_loss")(batch.clone(), noise)
     eager.backward()
@@ -253,4 +253,4 @@ def test_compiles_as_one_graph(loss, make_batch, name):
     torch.testing.assert_close(value, eager)
     torch.testing.assert_close(compiled_metadata, metadata)
     torch.testing.assert_close({k: p.grad for k, p in loss.named_parameters() if p.grad is not None}, expected)
-    assert compiled(batch.clone())[0].isfinite()  # and when it draws its own noise
+    assert compiled(batch.clone())[0].isfinite()  # with drawn noise

@@ -1,4 +1,4 @@
-"""Twenty whole updates against an independent implementation in plain PyTorch, written from the paper's equations."""
+"""Twenty updates compared with an implementation in plain PyTorch, written from the paper's equations."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_twenty_updates_equal_the_reference(make_batch, show_figure):
         (vae.encoder, reference.encoder),
         (vae.decoder, reference.decoder),
         (actor.network, reference.actor),
-        *((critic.module, twin) for critic, twin in zip(critics.critics, reference.critics, strict=True)),
+        *((critic.module, other) for critic, other in zip(critics.critics, reference.critics, strict=True)),
     ]
     for ours, theirs in pairs:
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):

@@ -1,4 +1,4 @@
-"""CUDA graphs, as far as a machine without a GPU can tell, and one test that needs it."""
+"""Gradient steps in CUDA graphs: tests without a GPU, and one that needs it."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ from torchrl_bcq import (
     make_bcq_modules,
     make_replay_buffer,
 )
-from torchrl_bcq.trainers.bcq import _capture
+from torchrl_bcq.trainers.checks import check_stepper
 
 from ..conftest import ACTION_SPEC, OBSERVATION_SPEC, random_transitions
-from .conftest import assert_same_run, make_trainer, weights
-from .test_bcq import prioritised_buffer
+from .conftest import assert_same_run, make_trainer, prioritised_buffer, weights
 
 NAMES = ("vae", "qvalue", "actor")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="captures for real where there is a GPU")
 
 
 class Replayed:
-    """Stands for a captured graph: of what the function does in Python only that gets out which it returns."""
+    """Stands for a captured graph: of the function's effects in Python only its results are kept."""
 
     def __init__(self, function, in_keys, out_keys) -> None:
         self.function = function
@@ -50,7 +49,7 @@ def replayed(monkeypatch):
 
 @pytest.fixture
 def passed_through(monkeypatch):
-    """Tensordict's own, which without a GPU calls the function; else it would change pytree's registry for good."""
+    """tensordict's own class, which calls the function where there is no GPU; pytree's registry stays unchanged."""
     for registry in ("PYTREE_REGISTERED_TDS", "PYTREE_REGISTERED_LAZY_TDS"):
         monkeypatch.setattr(f"tensordict.nn.cudagraphs.{registry}", ())
 
@@ -65,13 +64,13 @@ def captured(**schedule):
 
 
 def run(steps: int, stepper=None, **settings) -> BCQTrainer:
-    """On the same transitions; not begun."""
+    """A trainer of the same transitions."""
     torch.manual_seed(0)
     return make_trainer(random_transitions(50), steps, stepper=stepper, **settings)
 
 
 def with_rates(trainer: BCQTrainer) -> BCQTrainer:
-    """With a schedule of each network's learning rate."""
+    """The trainer with a scheduler for each network's learning rate."""
     for name, optimizer in trainer.optimization_stepper.optimizers.items():
         scheduler = StepLR(optimizer, 5, 0.3) if name == "actor" else CosineAnnealingLR(optimizer, 40)
         NetworkLRScheduler(scheduler, name, trainer.optimization_stepper).register(trainer)
@@ -79,17 +78,17 @@ def with_rates(trainer: BCQTrainer) -> BCQTrainer:
 
 
 def trained(trainer: BCQTrainer) -> BCQTrainer:
-    """It draws from PyTorch's random state, as it was when it was made: no other may be made in between."""
+    """The trainer after training, before another one changes PyTorch's random state."""
     trainer.train()
     return trainer
 
 
 def close(one, other) -> None:
-    """To the rounding of a learning rate to float32, of which 20 steps of 1e-3 make less than 1e-8."""
+    """Equal up to the rounding of a learning rate to float32: less than 1e-8 in 20 steps of 1e-3."""
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
 
 
-SCHEDULES = [  # and the sets of networks that learn together
+SCHEDULES = [  # with the sets of networks that learn in one step
     ({}, [NAMES]),
     (
         {"vae_warmup_steps": 5, "freeze_vae_after": 12, "actor_update_interval": 3},
@@ -106,7 +105,7 @@ SCHEDULES = [  # and the sets of networks that learn together
 def test_without_a_gpu_steps_pass_through(passed_through, schedule, sets):
     def passing(loss):
         stepper = BCQOptimizationStepper.adam(loss, **schedule)
-        stepper.captured = True  # with optimizers as they were
+        stepper.captured = True  # the optimizers stay unchanged
         return stepper
 
     eager = run(20, partial(BCQOptimizationStepper.adam, **schedule))
@@ -120,8 +119,8 @@ def test_without_a_gpu_steps_pass_through(passed_through, schedule, sets):
 
 
 @pytest.mark.parametrize(("schedule", "sets"), SCHEDULES)
-def test_what_is_replayed_is_the_eager_run(replayed, schedule, sets):
-    """Learning rates are scheduled, too: they reach the graph, which was captured with the first one."""
+def test_replayed_steps_equal_eager_ones(replayed, schedule, sets):
+    """Scheduled learning rates reach a graph that was captured at the first rate."""
     steppers = (partial(BCQOptimizationStepper.adam, **schedule), captured(**schedule))
     eager, trainer = (trained(with_rates(run(20, stepper))) for stepper in steppers)
     close(weights(trainer), weights(eager))
@@ -129,7 +128,7 @@ def test_what_is_replayed_is_the_eager_run(replayed, schedule, sets):
     assert set(trainer.optimization_stepper._graphs) == {(*names, torch.Size([16])) for names in sets}
 
 
-def test_a_batch_of_another_size_has_a_graph_of_its_own(replayed):
+def test_each_batch_size_has_a_graph(replayed):
     trainer = run(1, captured())
     for size in (16, 4, 16):
         trainer.optimization_stepper.step(trainer, random_transitions(size))
@@ -139,8 +138,8 @@ def test_a_batch_of_another_size_has_a_graph_of_its_own(replayed):
 
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")  # in TorchRL, where none is written
 @pytest.mark.parametrize("warm_up", [0, 3])
-def test_priorities_get_out_of_a_graph(replayed, warm_up):
-    """None are written while the VAE warms up alone."""
+def test_priorities_are_returned_from_a_graph(replayed, warm_up):
+    """While the VAE warms up alone, none are written."""
     trees = []
     for make in (BCQOptimizationStepper.adam, lambda loss, **schedule: captured(**schedule)(loss)):
         torch.manual_seed(0)
@@ -151,7 +150,7 @@ def test_priorities_get_out_of_a_graph(replayed, warm_up):
     assert len(set(trees[0])) > 40
 
 
-def test_replayed_losses_are_watched(replayed):
+def test_replayed_losses_are_checked(replayed):
     torch.manual_seed(0)
     transitions = random_transitions(50)
     transitions["next", "reward"][:] = 1e38
@@ -160,8 +159,8 @@ def test_replayed_losses_are_watched(replayed):
         make_trainer(transitions, stepper=captured()).train()
 
 
-def test_losses_within_a_capture_are_not_watched():
-    """They have no values yet, and what is captured is not a step."""
+def test_losses_are_not_checked_during_a_capture():
+    """They have no values yet."""
     trainer, losses = run(1), {"loss_vae": torch.tensor(1.0)}
     with mock.patch.multiple(torch.cuda, is_available=lambda: True, is_current_stream_capturing=lambda: True):
         trainer.remember_losses(losses)
@@ -172,7 +171,7 @@ def test_losses_within_a_capture_are_not_watched():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("schedule", [schedule for schedule, _ in SCHEDULES])
-def test_captured_steps_are_the_eager_ones(schedule):
+def test_captured_steps_equal_eager_ones(schedule):
     runs = []
     for cudagraph in (False, True):
         torch.manual_seed(0)
@@ -195,11 +194,11 @@ def test_captured_steps_are_the_eager_ones(schedule):
     assert runs[1].metrics == pytest.approx(runs[0].metrics, rel=1e-4, nan_ok=True)
 
 
-# what is changed by it, and what is kept
+# optimizers and checkpoints
 
 
-def test_capture_puts_rates_into_tensors():
-    """Of float32, whatever the default is: fused optimizers read nothing else."""
+def test_capture_stores_rates_in_tensors():
+    """They are float32 for any default dtype: fused optimizers need that."""
     stepper = run(1).optimization_stepper
     torch.set_default_dtype(torch.float64)
     try:
@@ -224,22 +223,24 @@ def test_an_optimizer_that_cannot_be_captured_is_refused_and_none_changed(module
     assert (group["lr"], group["capturable"]) == (1e-3, False)
 
 
-def test_a_trainer_refuses_what_cannot_be_captured(modules):
+def test_a_trainer_that_cannot_capture_is_refused(modules):
     message = "cudagraph=True needs a loss on a CUDA device, this one is on cpu"
     with pytest.raises(ValueError, match=message):
         make_trainer(random_transitions(50), cudagraph=True)
-    on_cuda = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
-    with pytest.raises(
-        ValueError, match="cudagraph=True needs a BCQOptimizationStepper, not a DefaultOptimizationStep"
-    ):
-        _capture(on_cuda, DefaultOptimizationStepper())
+    on_cuda = SimpleNamespace(
+        parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]), trainable_names=NAMES
+    )
+    message = "cudagraph=True needs an OfflineOptimizationStepper, not a DefaultOptimizationStepper"
+    with pytest.raises(ValueError, match=message):
+        check_stepper(on_cuda, DefaultOptimizationStepper(), captured=True, parallel=False)
     stepper = BCQOptimizationStepper.adam(BCQLoss(*modules))
-    _capture(on_cuda, stepper)
-    assert stepper.captured
+    check_stepper(on_cuda, stepper, captured=True, parallel=False)
+    with pytest.raises(ValueError, match="data_parallel=True and cudagraph=True cannot be combined; set one of them"):
+        check_stepper(on_cuda, stepper, captured=True, parallel=True)
 
 
 def state(trainer: BCQTrainer) -> dict:
-    """Of stepper and schedulers."""
+    """State of stepper and schedulers."""
     hooks = {name: part.state_dict() for name, part in trainer._modules.items() if name.endswith("scheduler")}
     return {"stepper": trainer.optimization_stepper.state_dict(), **hooks}
 
@@ -259,13 +260,14 @@ def test_the_state_is_the_same_captured_or_not(replayed, rates):
     assert kinds(found) == kinds(expected)
     close(found, expected)
     if not rates:
-        groups = [[of["stepper"][name]["param_groups"] for name in NAMES] for of in (found, expected)]
+        optimizers = (each["stepper"]["optimizers"] for each in (found, expected))
+        groups = [[states[name]["param_groups"] for name in NAMES] for states in optimizers]
         assert groups[0] == groups[1]
 
 
 @pytest.mark.parametrize("then", ["eager", "captured"])
 @pytest.mark.parametrize("first", ["eager", "captured"])
-def test_a_run_goes_on_captured_or_not(replayed, tmp_path, first, then):
+def test_a_run_is_resumed_captured_or_not(replayed, tmp_path, first, then):
     steppers = {"eager": None, "captured": captured()}
     undisturbed = with_rates(run(40))
     undisturbed.train()
@@ -281,19 +283,20 @@ def test_a_run_goes_on_captured_or_not(replayed, tmp_path, first, then):
     assert {isinstance(group["lr"], torch.Tensor) for group in groups} == {then == "captured"}
 
 
-def test_a_rate_comes_back_exactly(replayed):
-    """As it was before it was rounded to float32, so that the next checkpoint is the same again."""
+def test_a_rate_is_restored_exactly(replayed):
+    """The checkpoint holds the number before it was rounded to float32."""
     for rate in (3e-4, 0.1, 1.2345e-5):
         trainer = run(1, lambda loss, rate=rate: BCQOptimizationStepper.adam(loss, lr=rate))
         trainer.optimization_stepper.capture()
         saved = trainer.optimization_stepper.state_dict()
-        assert saved["vae"]["param_groups"][0]["lr"] == rate
+        assert saved["optimizers"]["vae"]["param_groups"][0]["lr"] == rate
         trainer.optimization_stepper.load_state_dict(saved)
-        assert trainer.optimization_stepper.state_dict()["vae"]["param_groups"] == saved["vae"]["param_groups"]
+        again = trainer.optimization_stepper.state_dict()
+        assert again["optimizers"]["vae"]["param_groups"] == saved["optimizers"]["vae"]["param_groups"]
 
 
-def test_optimizers_of_ones_own_stay_capturable(modules):
-    """Also where nothing is captured: that says where they count their steps."""
+def test_optimizers_that_are_capturable_stay_so(modules):
+    """Also without a capture: the setting says on which device they count their steps."""
     loss = BCQLoss(*modules)
     SoftUpdate(loss, tau=0.005)
     own = BCQOptimizationStepper(

@@ -1,24 +1,19 @@
-"""Checkpoints: whole or not at all, the best one kept, and all that a run needs to go on."""
+"""Checkpoints: written atomically, the best one kept, and complete enough to resume."""
 
 from __future__ import annotations
 
 import errno
-import math
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, StepLR
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.record.loggers import CSVLogger
-from torchrl.trainers import EarlyStopping
 
-from torchrl_bcq import BCQLoss, BCQOptimizationStepper, BCQTrainer, NetworkLRScheduler
-from torchrl_bcq.trainers.best import KeepBest, best_checkpoint
 from torchrl_bcq.trainers.checkpoints import LoggerState, make_checkpoint, tidy, tidy_rotation
 
-from .conftest import Scripted, assert_same_run, logged, make_trainer, weights
+from .conftest import assert_same_run, make_trainer, weights
 
 
 class Value:
@@ -48,7 +43,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-# --- what a killed run leaves behind ---
+# leftovers of a killed run
 
 
 def test_tidy_removes_half_written_and_half_removed_checkpoints(tmp_path):
@@ -64,7 +59,7 @@ def test_tidy_removes_half_written_and_half_removed_checkpoints(tmp_path):
     assert saved_value(tmp_path / "run") == 1
 
 
-def test_tidy_gives_a_good_checkpoint_its_name_back(tmp_path):
+def test_tidy_renames_the_backup_of_a_good_checkpoint(tmp_path):
     """Killed between the two renames of a replacement."""
     save(tmp_path / ".run.backup-1", 1)
     save(tmp_path / ".run.stage-2", 2)
@@ -119,7 +114,7 @@ def test_a_trainer_tidies_before_it_loads_and_before_it_trains(make_batch, tmp_p
     assert names(tmp_path / "rotation") == {f"kept-{10:012d}"}
 
 
-# --- when it cannot be written ---
+# errors of writing
 
 
 def fail_in_the_middle(monkeypatch) -> None:
@@ -151,14 +146,14 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(make_batch, tmp_path, monke
         fail_in_the_middle(patch)
         message = (
             f"the checkpoint after 20 gradient steps cannot be written .*No space left on device.* "
-            f"The last good checkpoint is {good}. Mend that, then go on from there."
+            f"The last good checkpoint is {good}. Fix this, then resume from that checkpoint."
         )
         with pytest.raises(OSError, match=message):
             second.train()
     assert names(folder) == {good.name}
     third = make_trainer(transitions, 20, **settings).load_from_file(good)
     assert_same_run(third, first)
-    third.train()  # the disk was mended
+    third.train()  # the disk has room again
     assert third.last_checkpoint is not None
     assert Checkpoint.manifest(third.last_checkpoint)["components"].keys() == {*third.checkpoint.components}
 
@@ -171,7 +166,7 @@ def test_the_first_checkpoint_cannot_be_written(make_batch, tmp_path):
         trainer.train()
 
 
-def test_no_state_gets_its_name_before_it_is_on_the_disk(tmp_path, monkeypatch):
+def test_state_is_flushed_before_the_checkpoint_is_renamed(tmp_path, monkeypatch):
     events = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda number: events.append("flushed") or fsync(number))
@@ -180,99 +175,10 @@ def test_no_state_gets_its_name_before_it_is_on_the_disk(tmp_path, monkeypatch):
     assert events == ["flushed", "flushed", "named"]
 
 
-# --- the best one ---
-
-SCORES = [0.5, 2.0, math.nan, 3.0, 1.0, 3.0, -1.0, math.inf]  # at steps 10, 20, ... 80
+# the logger
 
 
-def train_and_keep(make_batch, folder: Path, scores, mode: str = "max", start: Path | None = None) -> BCQTrainer:
-    trainer = make_trainer(make_batch(50), 10 * len(scores))
-    Scripted(scores).register(trainer)
-    KeepBest(folder, "score", mode).register(trainer)
-    if start is not None:
-        trainer.load_from_file(start)
-    trainer.train()
-    return trainer
-
-
-@pytest.mark.parametrize(("mode", "step", "score"), [("max", 40, 3.0), ("min", 70, -1.0)])
-def test_keeps_the_first_best_one_never_nan_nor_infinity(make_batch, tmp_path, mode, step, score):
-    train_and_keep(make_batch, tmp_path, SCORES, mode)
-    assert names(tmp_path) == {f"checkpoint-{step:012d}"}
-    assert best_checkpoint(tmp_path) == KeepBest(tmp_path, "score", mode).rotation.best()
-    metadata = Checkpoint.manifest(best_checkpoint(tmp_path))["metadata"]
-    assert metadata == {"collected_frames": step, "optim_steps": step, "score": score, "best_of": ["score", mode]}
-    assert KeepBest(tmp_path, "score", mode).score == score
-
-
-def test_the_best_one_is_a_checkpoint_of_its_step(make_batch, tmp_path):
-    """One can train on from it, and what follows is what followed."""
-    torch.manual_seed(0)
-    one = train_and_keep(make_batch, tmp_path / "one", [1.0, 0.0, 0.0])
-    torch.manual_seed(0)
-    two = train_and_keep(make_batch, tmp_path / "two", [1.0, 0.0, 0.0], start=best_checkpoint(tmp_path / "one"))
-    assert_same_run(one, two)
-
-
-def test_keeps_nothing_of_a_metric_that_never_came_or_was_not_finite(make_batch, tmp_path):
-    train_and_keep(make_batch, tmp_path, [math.nan, None, math.inf])
-    assert names(tmp_path) == set()
-    assert best_checkpoint(tmp_path) is None
-    assert best_checkpoint(tmp_path / "missing") is None
-
-
-def test_a_metric_of_an_earlier_tick_is_not_taken_for_a_new_one(make_batch, tmp_path):
-    """After the best one is gone, so that the old value would win again."""
-    trainer, writes = make_trainer(make_batch(50), 30), []
-    Scripted([1.0, None, None]).register(trainer)
-    keep = KeepBest(tmp_path, "score")
-    keep.register(trainer)
-    keep.rotation.save = lambda *args, step, **kwargs: writes.append(step)
-    trainer.train()
-    assert writes == [10]
-
-
-def test_goes_on_with_the_best_that_is_there(make_batch, tmp_path):
-    """Another process knows the score from the folder: 1.5 does not beat 2, and 2.5 does."""
-    torch.manual_seed(0)
-    train_and_keep(make_batch, tmp_path, [1.0, 2.0])
-    torch.manual_seed(0)
-    start = best_checkpoint(tmp_path)
-    train_and_keep(make_batch, tmp_path, [0.0, 0.0, 1.5], start=start)
-    assert names(tmp_path) == {f"checkpoint-{20:012d}"}
-    torch.manual_seed(0)
-    train_and_keep(make_batch, tmp_path, [0.0, 0.0, 1.5, 2.5], start=start)
-    assert names(tmp_path) == {f"checkpoint-{40:012d}"}
-
-
-def test_a_better_one_from_before_the_best_is_found(make_batch, tmp_path):
-    """A run goes on from before its best checkpoint, in another way, and is better at an earlier step."""
-    train_and_keep(make_batch, tmp_path, [0.0, 0.0, 5.0])
-    train_and_keep(make_batch, tmp_path, [0.0, 6.0])
-    assert best_checkpoint(tmp_path).name == f"checkpoint-{20:012d}"
-
-
-def test_keep_best_tidies_its_folder(make_batch, tmp_path):
-    (tmp_path / f".checkpoint-{10:012d}.stage-1").mkdir()
-    KeepBest(tmp_path).register(make_trainer(make_batch(50)))
-    assert names(tmp_path) == set()
-
-
-def test_the_best_one_cannot_be_written(make_batch, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="the checkpoint after 10 gradient steps cannot be written"):
-        train_and_keep(make_batch, tmp_path / "file" / "best", [1.0])
-
-
-def test_another_mode_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="mode is 'most', expected 'max' or 'min'"):
-        KeepBest(tmp_path, mode="most")
-
-
-# --- the logger ---
-
-
-def test_what_was_logged_is_not_in_the_checkpoint(tmp_path):
+def test_logged_values_are_not_in_the_checkpoint(tmp_path):
     sizes = []
     for lines in (1, 5000):
         logger = CSVLogger(f"{lines:4}", log_dir=str(tmp_path))
@@ -283,7 +189,7 @@ def test_what_was_logged_is_not_in_the_checkpoint(tmp_path):
     assert sizes[0] == sizes[1]
 
 
-def test_a_trainers_checkpoint_does_not_grow_with_what_it_logs(make_batch, tmp_path):
+def test_a_trainers_checkpoint_does_not_grow_with_its_log(make_batch, tmp_path):
     states = []
     for log_interval in (1, 20):
         logger = CSVLogger("log", log_dir=str(tmp_path))
@@ -306,84 +212,8 @@ def test_counters_of_a_logger_are_in_the_checkpoint(tmp_path):
     assert second.experiment.videos_counter == {"v": 1}
 
 
-# --- going on ---
-
-SCHEDULERS = {
-    "vae": lambda optimizer: StepLR(optimizer, step_size=7, gamma=0.5),
-    "qvalue": lambda optimizer: CosineAnnealingLR(optimizer, T_max=60),
-    "actor": lambda optimizer: ExponentialLR(optimizer, gamma=0.9),
-}
-
-
-def scheduled(loss: BCQLoss) -> BCQOptimizationStepper:
-    return BCQOptimizationStepper.adam(loss, vae_warmup_steps=5, freeze_vae_after=27, actor_update_interval=3)
-
-
-@pytest.mark.parametrize("total", [3, 20, 25, 30, 40])  # in the warm-up; at a tick's end; between; frozen; frozen
-def test_run_save_load_run_equals_run_run_with_all_schedules(make_batch, tmp_path, total):
-    transitions = make_batch(200)
-
-    def make(name: str, total_steps: int, seed: int = 0, **settings) -> BCQTrainer:
-        logger = CSVLogger(name, log_dir=str(tmp_path))
-        trainer = make_trainer(transitions, total_steps, stepper=scheduled, logger=logger, **settings)
-        for network, optimizer in trainer.optimization_stepper.optimizers.items():
-            scheduler = SCHEDULERS[network](optimizer)
-            NetworkLRScheduler(scheduler, network, trainer.optimization_stepper).register(trainer)
-        return trainer
-
-    undisturbed = make("undisturbed", 50)
-    undisturbed.train()
-
-    make("broken", total, save_trainer_file=tmp_path / "checkpoint").train()
-    torch.manual_seed(1234)  # the break
-    second = make("broken", 50)
-    second.load_from_file(tmp_path / "checkpoint")
-    second.train()
-
-    assert_same_run(second, undisturbed)
-    rates = {name: o.param_groups[0]["lr"] for name, o in second.optimization_stepper.optimizers.items()}
-    # 27 steps of the VAE, 45 of the critics, 15 of the actor
-    expected = {"vae": 1e-3 * 0.5**3, "qvalue": 5e-4 * (1 + math.cos(math.pi * 45 / 60)), "actor": 1e-3 * 0.9**15}
-    assert rates == pytest.approx(expected)
-    if total % 10 == 0:  # else a tick is logged in two parts
-        assert logged(tmp_path / "broken") == logged(tmp_path / "undisturbed")
-        assert len(logged(tmp_path / "broken")) == 8
-
-
-def test_early_stopping_remembers_its_best_score(make_batch, tmp_path):
-    """The best is of step 10; with a patience of 30 steps the run ends at step 40, a break at 20 or not."""
-    transitions, ends = make_batch(50), []
-    for parts in ([80], [20, 80]):
-        for total in parts:
-            trainer = make_trainer(transitions, total, save_trainer_file=tmp_path / str(parts))
-            Scripted([9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]).register(trainer)
-            EarlyStopping(monitor="score", patience=30, wait_for=0).register(trainer)
-            if trainer.last_checkpoint is not None:
-                trainer.load_from_file(trainer.last_checkpoint)
-            trainer.train()
-        ends.append(trainer)
-    assert [trainer.collected_frames for trainer in ends] == [40, 40]
-    assert "did not improve for 30 frames" in ends[1]._stop_reason
-    assert_same_run(*ends)
-    assert Checkpoint.is_checkpoint(tmp_path / "[80]")
-
-
-def test_early_stopping_finds_a_metric_that_was_logged_before_the_break(make_batch, tmp_path):
-    """TorchRL's raises where there is none."""
-    transitions = make_batch(50)
-    for total, scores in ((10, [1.0]), (20, [1.0, None])):
-        trainer = make_trainer(transitions, total, save_trainer_file=tmp_path / "checkpoint")
-        Scripted(scores).register(trainer)
-        stopping = EarlyStopping(monitor="score", wait_for=0)
-        stopping.register(trainer)
-        if trainer.last_checkpoint is not None:
-            trainer.load_from_file(trainer.last_checkpoint)
-        trainer.train()
-    assert stopping.best_score == 1.0
-
-
 def test_networks_alone_are_loaded_by_torchrls_checkpoint(make_batch, tmp_path):
-    """With TorchRL's adapters, not with ours."""
+    """With TorchRL's adapters."""
     first = make_trainer(make_batch(50), 10, save_trainer_file=tmp_path / "checkpoint")
     first.train()
     second = make_trainer(make_batch(20), 10, seed=1)

@@ -1,268 +1,23 @@
-"""Several processes train one model: what a single process would, in the same steps, or together not at all."""
+"""The group of processes: a single one, and those of torch.distributed."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import inspect
 
 import pytest
 import torch
 import torch.distributed as dist
-from torchrl.checkpoint import Checkpoint
 from torchrl.trainers.trainers import OptimizationStepper
 
 from torchrl_bcq import make_replay_buffer
 from torchrl_bcq.trainers.checkpoints import SamplerState
-from torchrl_bcq.trainers.distributed import DataParallel, RankStates
+from torchrl_bcq.trainers.distributed import DataParallel, SingleProcess
+from torchrl_bcq.trainers.random_states import RankStates
 
-from .conftest import assert_same_run, logged, make_trainer, weights
-from .twins import CLIPPED, make, make_transitions, one_step_without_noise, watched
+from .conftest import assert_same_run, make_trainer, random_state
 
-ROOT = Path(__file__).parents[2]
-PATIENCE = 60  # seconds, after which they wait for one another in vain
-SAME = {"rtol": 0, "atol": 0}
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Three processes have been through all scenarios, and left there what came of it."""
-    folder = tmp_path_factory.mktemp("twins")
-    processes = []
-    for rank in range(3):
-        command = [sys.executable, "-m", "tests.trainers.twins", str(rank), str(folder)]
-        with (folder / f"errors{rank}").open("w") as errors:
-            env = {**os.environ, "OMP_NUM_THREADS": "1"}
-            processes.append(subprocess.Popen(command, cwd=ROOT, stdout=errors, stderr=errors, env=env))
-    try:
-        codes = [process.wait(PATIENCE) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0, 0, 0], [(folder / f"errors{rank}").read_text()[-2000:] for rank in range(3)]
-    return folder
-
-
-@pytest.fixture(scope="module")
-def results(folder):
-    """What each process of a scenario found, the first one's first."""
-
-    def read(name: str, processes: int = 2) -> list[dict]:
-        return [torch.load(folder / f"{name}-{processes}.{rank}", weights_only=True) for rank in range(processes)]
-
-    return read
-
-
-@pytest.fixture(scope="module")
-def alone() -> dict:
-    """A single process, seeded as the first one of several."""
-    return watched(make(make_transitions(), 0, 100, sampler="uniform", data_parallel=False))
-
-
-def assert_same(found: dict, expected: dict, *names: str) -> None:
-    for name in names:
-        torch.testing.assert_close(found[name], expected[name], **SAME)
-
-
-def assert_different(one: dict, other: dict) -> None:
-    learned = [name for name in one["weights"] if name.endswith(("weight", "bias"))]
-    assert not any(torch.equal(one["weights"][name], other["weights"][name]) for name in learned)
-
-
-def assert_other_noise(*found: dict) -> None:
-    assert len({tuple(each["next noise"].tolist()) for each in found}) == len(found)
-
-
-def assert_a_round(rows: list[list[int]]) -> None:
-    """The first batches hold each of the hundred rows once."""
-    assert sorted(row for batch in rows[:7] for row in batch) == [*range(100)]
-
-
-# --- what is learned
-
-
-def test_replicas_are_the_same_bit_by_bit_after_a_hundred_steps(results, alone):
-    first, second = results("a_hundred_steps")
-    assert first["error"] is second["error"] is None
-    assert first["steps"] == second["steps"] == [100] * 3
-    assert_same(first, second, "weights", "optimizers", "metrics")
-    assert_different(first, alone)
-
-
-def test_the_first_draws_what_a_single_process_would_and_the_second_other_rows_and_noise(results, alone):
-    first, second = results("a_hundred_steps")
-    assert_same(first, alone, "rows", "next rows", "next noise")
-    assert_same(first["logs"][0], alone["logs"][0], "loss_vae")  # before anything was learned
-    shared = [len({*one} & {*other}) for one, other in zip(first["rows"], second["rows"], strict=True)]
-    assert sum(shared) / 100 < 5  # 16 of 100 rows, twice: 2.2 are expected
-    assert_other_noise(first, second)
-
-
-def test_two_batches_are_one_of_twice_the_size(results):
-    """Without noise, by SGD, with gradients that are clipped: the mean is clipped, not what it is made of."""
-    joined = make(make_transitions()[:32], 0, 1, data_parallel=False, **CLIPPED)
-    joined._replay.replay_buffer._batch_size = 32
-    before, expected = weights(joined), one_step_without_noise(joined)
-    moved = {name: expected[name] - before[name] for name in before}
-    assert sum(value.square().sum() for name, value in moved.items() if name.startswith("vae")).sqrt() == pytest.approx(
-        0.1 * 0.05, rel=1e-3
-    )
-    for found in results("half_a_batch_each"):
-        torch.testing.assert_close({n: found[n] - before[n] for n in before}, moved, rtol=1e-4, atol=1e-7)
-
-
-def test_what_is_logged_is_the_mean_over_the_processes(results, folder):
-    both = results("a_hundred_steps")
-    last = [torch.stack([logs["td_error"] for logs in each["logs"][90:]]).mean() for each in both]
-    assert last[0] != last[1]
-    for each in both:
-        assert each["metrics"]["td_error"] == pytest.approx(sum(last).item() / 2, rel=1e-4)
-    assert logged(folder / "log0")["td_error"][-1].split(",")[0] == "100"
-    assert logged(folder / "log1") == {}
-
-
-# --- going on
-
-
-def test_as_many_go_on_bit_by_bit(results):
-    """Networks, optimizers, and of each process sampler, generator and random state."""
-    for found, expected in zip(results("second_half"), results("undisturbed"), strict=True):
-        assert found["error"] is None
-        assert_same(found, expected, "weights", "optimizers", "next rows", "next noise")
-        assert found["rows"] == expected["rows"][20:]
-
-
-def test_as_many_go_on_from_the_best_checkpoint_which_the_first_one_chose(results, folder):
-    assert [path.name for path in (folder / "undisturbed" / "best").iterdir()] == [f"checkpoint-{20:012d}"]
-    for found, expected in zip(results("from_the_best"), results("undisturbed"), strict=True):
-        assert_same(found, expected, "weights", "optimizers", "next rows", "next noise")
-        assert found["rows"] == expected["rows"][20:]
-
-
-def test_one_goes_on_from_two(results):
-    (found,), both = results("second_half", 1), results("undisturbed")
-    assert found["steps"] == [40] * 3
-    assert found["rows"] == both[0]["rows"][20:]
-    assert_different(found, both[0])
-
-
-def test_three_go_on_from_one(results):
-    """The others begin rounds of their own, which follow from the checkpoint, and not from new seeds."""
-    three, again = results("second_half_of_one", 3), results("second_half_of_one_again", 3)
-    undisturbed = watched(make(make_transitions(), 0, data_parallel=False))
-    assert three[0]["rows"] == undisturbed["rows"][20:]
-    for other in three[1:]:
-        assert_a_round(other["rows"])
-        assert_same(other, three[0], "weights", "optimizers")
-    assert len({str(rows[:7]) for rows in (undisturbed["rows"], three[1]["rows"], three[2]["rows"])}) == 3
-    assert_other_noise(*three)
-    for found, expected in zip(again, three, strict=True):
-        assert_same(found, expected, "weights", "optimizers", "rows", "next rows", "next noise")
-
-
-def test_three_go_on_from_two(results):
-    three, two = results("second_half", 3), results("undisturbed")
-    for found, expected in zip(three, two, strict=False):
-        assert found["rows"] == expected["rows"][20:]
-    assert_a_round(three[2]["rows"])
-    assert_other_noise(*three)
-    for each in three:
-        assert_same(each, three[0], "weights", "optimizers")
-
-
-def random_state(path: Path) -> dict:
-    part = Checkpoint.manifest(path)["components"]["trainer_module.random_state"]["path"]
-    return torch.load(path / part / "state.pt", weights_only=True)
-
-
-def test_a_checkpoint_holds_the_others_without_a_pickle(folder):
-    two, one = random_state(folder / "checkpoint"), random_state(folder / "alone")
-    assert {*two} - {*one} == {"ranks"}
-    assert two["ranks"].keys() == {"1"}
-    assert two["ranks"]["1"].keys() == {"sampler", "random_state"}
-    assert not torch.equal(two["torch_cpu"], two["ranks"]["1"]["random_state"]["torch_cpu"])
-    assert {file.suffix for file in (folder / "checkpoint").rglob("*") if file.is_file()} == {".json", ".pt"}
-
-
-# --- ending
-
-
-@pytest.mark.parametrize(
-    ("name", "step", "reason"),
-    [
-        ("a_stop_in_the_second", 20, "enough"),  # asked for in step 17
-        ("a_stop_before_the_first_step", 0, None),
-        ("early_stopping_in_the_first", 30, "Monitored metric 'score' did not improve for 20 frames."),
-    ],
-)
-def test_a_stop_in_one_is_a_stop_of_all_at_the_same_step(results, name, step, reason):
-    for found in results(name):
-        assert (found["steps"], found["stop"], found["error"]) == ([step] * 3, reason, None)
-
-
-def test_a_stop_leaves_a_checkpoint_of_its_step(folder):
-    assert make(make_transitions(), 0, data_parallel=False).load_from_file(folder / "stopped").collected_frames == 20
-
-
-def test_a_loss_that_is_not_finite_in_one_ends_all_and_its_rows_are_kept(results, folder):
-    both = results("not_finite_in_the_second")
-    shown = ", ".join(map(str, both[1]["rows"][12][:10]))
-    file = folder / "nan" / "not-finite-13.pt"
-    message = f"FloatingPointError: in process 1: qvalue_loss is nan in gradient step 13, on the 16 rows {shown} ... of"
-    for found in both:
-        assert found["error"].startswith(message)
-        assert f"torch.load({str(file)!r})" in found["error"]
-    assert torch.load(file, weights_only=True)["index"].tolist() == both[1]["rows"][12]
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
-
-
-def test_a_loss_that_is_not_finite_in_one_ends_the_other_whose_losses_are(results):
-    for found in results("not_finite_in_the_last_loss"):
-        assert found["error"].startswith("FloatingPointError: in process 1: actor_loss is nan in gradient step 10,")
-        assert found["steps"] == [10] * 3
-
-
-def test_a_checkpoint_that_cannot_be_written_ends_all(results):
-    first, second = (found["error"] for found in results("a_full_disk"))
-    assert first.startswith("OSError: the checkpoint after 10 gradient steps cannot be written")
-    assert second == f"PeerError: in process 0: {first.partition(': ')[2]}"
-
-
-@pytest.mark.parametrize(
-    ("name", "error"),
-    [
-        ("one_leaves_a_tick", "RuntimeError: a hook has ended the tick 8 gradient steps early, for which other "),
-        ("one_raises", "KeyError: 'of its own'"),
-    ],
-)
-def test_one_that_ends_alone_leaves_none_waiting(results, name, error):
-    first, second = (found["error"] for found in results(name))
-    assert second.startswith(error)
-    assert first.startswith("PeerError: process 0 of 2 waited for another one, which has ended or does not answer")
-
-
-# --- what is refused
-
-
-def test_the_same_seed_in_two_buffers_is_refused(results):
-    for found in results("the_same_seed"):
-        assert found["error"] == (
-            "ValueError: the replay buffers of processes 0 and 1 would draw the same rows; give each a seed of its "
-            "own: make_replay_buffer(..., seed=seed + rank)."
-        )
-        assert found["steps"] == [0] * 3
-
-
-def test_trainers_that_would_not_meet_are_refused(results):
-    for found in results("other_ticks"):
-        assert found["error"] == (
-            "ValueError: the processes differ in log_interval: [10, 11]; make their trainers alike."
-        )
-
-
-def test_without_a_process_group_it_is_said_how(make_batch):
+def test_a_missing_process_group_is_named(make_batch):
     message = r"needs a process group: start the script by torchrun --nproc-per-node N, and call torch.distributed.init"
     with pytest.raises(ValueError, match=message):
         make_trainer(make_batch(50), data_parallel=True)
@@ -277,7 +32,7 @@ def one_process():
 
 
 @pytest.mark.usefixtures("one_process")
-def test_one_process_in_a_group_is_one_without(make_batch, tmp_path):
+def test_a_group_of_one_process_trains_as_a_single_process(make_batch, tmp_path):
     transitions, trainers = make_batch(100), []
     for data_parallel in (False, True):
         for total, start in ((10, None), (30, tmp_path / str(data_parallel))):
@@ -299,18 +54,18 @@ class Other(OptimizationStepper):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stepper": lambda loss: Other()}, "data_parallel=True needs a BCQOptimizationStepper, not a Other"),
-        ({"cudagraph": True}, "data_parallel=True and cudagraph=True do not go together"),
+        ({"stepper": lambda loss: Other()}, "data_parallel=True needs an OfflineOptimizationStepper, not a Other"),
+        ({"cudagraph": True}, "data_parallel=True and cudagraph=True cannot be combined; set one of them"),
     ],
 )
-def test_what_cannot_be_averaged_is_refused(make_batch, settings, message):
+def test_settings_that_cannot_be_combined_are_refused(make_batch, settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(make_batch(50), data_parallel=True, **settings)
 
 
 @pytest.mark.usefixtures("one_process")
-def test_of_several_gpus_the_one_that_is_used_is_kept(make_batch, monkeypatch):
-    """And goes on on another one."""
+def test_the_random_state_of_the_used_gpu_alone_is_saved(make_batch, monkeypatch):
+    """It is loaded into another GPU."""
     buffer = make_replay_buffer(make_batch(50), seed=0)
     first, second = (
         RankStates(DataParallel(torch.device("cpu")), buffer, SamplerState(buffer), torch.device("cuda", gpu))
@@ -329,15 +84,60 @@ def test_of_several_gpus_the_one_that_is_used_is_kept(make_batch, monkeypatch):
 
 
 @pytest.mark.usefixtures("one_process")
-def test_gradients_of_any_layout_and_dtype_are_averaged_where_they_are():
+def test_gradients_of_any_layout_and_dtype_are_averaged_in_place():
     parallel = DataParallel(torch.device("cpu"))
-    parallel.world_size = 4  # as if the other three had sent zeros
+    parallel.world_size = 4  # the other three would send zeros
     wide = torch.zeros(3, 2).t().requires_grad_()
     parameters = [wide, torch.zeros(2, dtype=torch.float64, requires_grad=True), torch.zeros(1, requires_grad=True)]
     wide.grad = torch.arange(6.0).reshape(3, 2).t()
     parameters[1].grad = torch.tensor([8.0, 1.0], dtype=torch.float64)
     gradients = [parameter.grad for parameter in parameters]
     parallel.average_gradients(parameters)
-    assert [parameter.grad for parameter in parameters] == gradients  # the third took no part
+    assert [parameter.grad for parameter in parameters] == gradients  # the third has none
     assert wide.grad.tolist() == [[0, 0.5, 1], [0.25, 0.75, 1.25]]
     assert parameters[1].grad.tolist() == [2, 0.25]
+
+
+def signatures(group: type) -> dict[str, inspect.Signature]:
+    """Of all public methods."""
+    methods = inspect.getmembers(group, inspect.isfunction)
+    return {name: inspect.signature(method) for name, method in methods if not name.startswith("_")}
+
+
+def test_a_single_process_has_the_methods_of_a_group():
+    """A group overrides each of them."""
+    assert signatures(SingleProcess) == signatures(DataParallel)
+    assert signatures(SingleProcess).keys() == {name for name in vars(DataParallel) if not name.startswith("_")}
+    assert SingleProcess.rank == 0
+    assert SingleProcess.world_size == 1
+
+
+def test_a_single_process_gives_back_its_own_values():
+    alone, parameter = SingleProcess(), torch.ones(2, requires_grad=True)
+    parameter.grad = torch.tensor([1.0, 3.0])
+    alone.average_gradients([parameter])
+    alone.replicate([parameter])
+    alone.check_alike({"steps": 1})
+    alone.check_complete(3)
+    assert parameter.grad.tolist() == [1, 3]
+    assert parameter.tolist() == [1, 1]
+    assert alone.mean(parameter) is parameter
+    assert alone.agree(True, False) == [True, False]
+    assert alone.gather("a") == alone.collect("a") == ["a"]
+    assert alone.on_first(lambda: 5) == 5
+    assert alone.is_first
+    assert alone.name(0) == ""
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_group_of_one_process_gives_the_same_values():
+    group, values = DataParallel(torch.device("cpu")), torch.tensor([1.0, 3.0])
+    assert group.mean(values).tolist() == [1, 3]
+    assert group.agree(True, False) == [True, False]
+    assert group.gather("a") == group.collect("a") == ["a"]
+    assert group.on_first(lambda: 5) == 5
+    assert (group.rank, group.world_size, group.is_first) == (0, 1, True)
+    with pytest.raises(RuntimeError, match="a hook has ended the log interval 3 gradient steps early"):
+        group.check_complete(3)
+    with pytest.raises(ZeroDivisionError):
+        group.on_first(lambda: 1 / 0)

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a replay buffer: enough to go on drawing the same rows, whatever draws them."""
+"""The state of a replay buffer in a checkpoint, from which each sampler draws the same rows again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make(kind: str, seed: int | None) -> TensorDictReplayBuffer:
 
 
 def draw(buffer: TensorDictReplayBuffer, batches: int) -> list[list[int]]:
-    """Rows of some batches; where there are priorities each batch changes them, as training does."""
+    """Rows of some batches; each batch changes the priorities, if there are any, as training does."""
     drawn = []
     for _ in range(batches):
         batch = buffer.sample()
@@ -56,13 +56,13 @@ def checkpoint(buffer: TensorDictReplayBuffer) -> Checkpoint:
 @pytest.mark.parametrize("before", [0, 3, 7, 10])  # 7 batches of 8 are the first round of 50, 10 are within the second
 @pytest.mark.parametrize("seed", [0, None])
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_goes_on_with_the_same_rows(tmp_path, kind, seed, before):
+def test_draws_the_same_rows_after_a_load(tmp_path, kind, seed, before):
     first = make(kind, seed)
     draw(first, before)
     checkpoint(first).save(tmp_path / "checkpoint")
     undisturbed = draw(first, 12)
 
-    torch.manual_seed(1234)  # the break
+    torch.manual_seed(1234)  # a new process has another random state
     second = make(kind, None if seed is None else 99)
     draw(second, 2)
     checkpoint(second).load(tmp_path / "checkpoint")
@@ -73,7 +73,7 @@ def test_goes_on_with_the_same_rows(tmp_path, kind, seed, before):
     assert suffixes == {".json", ".pt"}  # read with weights_only=True
 
 
-def test_a_second_break_changes_nothing_either(tmp_path):
+def test_several_loads(tmp_path):
     buffer = make("without_replacement", 0)
     undisturbed = draw(make("without_replacement", 0), 15)
     for part in range(3):
@@ -83,7 +83,7 @@ def test_a_second_break_changes_nothing_either(tmp_path):
         checkpoint(buffer).load(tmp_path / str(part))
 
 
-def test_a_round_goes_on_where_the_data_is(tmp_path):
+def test_a_round_is_loaded_to_the_device_of_the_data(tmp_path):
     """A generator of another device than the round's could not draw the next one."""
     buffer = make("without_replacement", 0)
     draw(buffer, 1)
@@ -118,7 +118,7 @@ def test_the_weights_are_not_in_the_checkpoint(tmp_path):
     assert state["sampler"].keys() == {"rows", "total", "moment"}
 
 
-def test_a_pickle_in_place_of_a_state_is_never_opened(tmp_path):
+def test_a_pickle_in_place_of_a_state_is_not_loaded(tmp_path):
     checkpoint(make("uniform", 0)).save(tmp_path / "checkpoint")
     file = state_file(tmp_path / "checkpoint")
     torch.save({**torch.load(file, weights_only=True), "x": Bomb(tmp_path / "opened")}, file)
@@ -127,9 +127,9 @@ def test_a_pickle_in_place_of_a_state_is_never_opened(tmp_path):
     assert not (tmp_path / "opened").exists()
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # tensordict warns before it unpickles, which is not enough
-def test_a_pickle_in_memory_mapped_files_is_never_opened(tmp_path):
-    """TorchRL's own adapter would look for them where there is no state.pt."""
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # tensordict warns, and unpickles
+def test_a_pickle_in_memory_mapped_files_is_not_loaded(tmp_path):
+    """TorchRL's own adapter reads them if there is no state.pt."""
     checkpoint(make("uniform", 0)).save(tmp_path / "checkpoint")
     file = state_file(tmp_path / "checkpoint")
     state = TensorDict({"rows": torch.zeros(1), "x": NonTensorData(Bomb(tmp_path / "opened"))})
@@ -154,7 +154,7 @@ class Bomb:
 def test_another_number_of_transitions_is_refused(tmp_path):
     checkpoint(make("uniform", 0)).save(tmp_path / "checkpoint")
     other = make_replay_buffer(TensorDict({"row": torch.arange(49)}, [49]), batch_size=8, seed=0)
-    with pytest.raises(CheckpointError, match="had 50 transitions, this one has 49; go on with the same dataset"):
+    with pytest.raises(CheckpointError, match="had 50 transitions, this one has 49; resume with the same dataset"):
         checkpoint(other).load(tmp_path / "checkpoint")
 
 
@@ -187,8 +187,8 @@ def test_digest_changes_with(changed):
 
 
 @pytest.mark.parametrize("hashed_at_a_time", [1, 20, 1 << 24])
-def test_digest_is_of_the_data_not_of_where_it_is(tmp_path, monkeypatch, hashed_at_a_time):
-    """Neither of files, nor of the order of entries, nor of strides, nor of how much is read at a time."""
+def test_digest_depends_on_the_data_alone(tmp_path, monkeypatch, hashed_at_a_time):
+    """It does not depend on files, the order of entries, strides, or the size of the parts that are read."""
     digest = dataset_digest(TensorDict(DATA, [6]))
     monkeypatch.setattr("torchrl_bcq.trainers.checkpoints._DIGEST_BYTES", hashed_at_a_time)
     assert dataset_digest(TensorDict(DATA, [6]).memmap(tmp_path)) == digest

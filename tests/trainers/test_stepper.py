@@ -1,3 +1,5 @@
+"""Steps of several networks: order, optimizers, schedules, clipping, logs and state."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -6,7 +8,7 @@ import pytest
 import torch
 from torchrl.objectives import SoftUpdate
 
-from torchrl_bcq import BCQLoss, BCQOptimizationStepper, NetworkLRScheduler
+from torchrl_bcq import BCQLoss, BCQOptimizationStepper, NetworkLRScheduler, OfflineOptimizationStepper, Schedule
 
 from .conftest import make_trainer
 
@@ -28,7 +30,7 @@ def trainer_of(loss, calls=None, **settings):
     return SimpleNamespace(loss_module=loss, compute_loss=compute_loss, **settings)
 
 
-def test_the_papers_order_and_the_actor_sees_the_new_critic(loss, make_batch):
+def test_networks_learn_in_order_and_the_actor_uses_the_new_critic(loss, make_batch):
     calls = []
     before = loss.qvalue_network_params["critics", "0", "module", "0", "weight"].detach().clone()
     BCQOptimizationStepper.adam(loss).step(trainer_of(loss, calls), make_batch(16))
@@ -48,17 +50,9 @@ def test_each_optimizer_moves_its_own_network(loss, make_batch):
     assert moved == {"qvalue_network_params"}
 
 
-def test_author_optimizers(loss):
-    stepper = BCQOptimizationStepper.adam(loss)
-    assert {type(optimizer) for optimizer in stepper.optimizers.values()} == {torch.optim.Adam}
-    assert {optimizer.defaults["lr"] for optimizer in stepper.optimizers.values()} == {1e-3}
-    counts = {name: sum(len(g["params"]) for g in o.param_groups) for name, o in stepper.optimizers.items()}
-    assert counts == {"vae": 12, "qvalue": 12, "actor": 6}
-
-
 @pytest.mark.parametrize("by_norm", [True, False])
-def test_clipping_as_the_trainer_says(loss, make_batch, by_norm):
-    """With plain SGD at rate 1 the step is the gradient: its norm, or its largest entry, is the clip."""
+def test_gradients_are_clipped_by_norm_or_by_value(loss, make_batch, by_norm):
+    """With SGD at rate 1 the step is the gradient: its norm, or its largest entry, is the clip."""
     optimizers = [
         torch.optim.SGD(getattr(loss, f"{name}_network_params").parameters(), lr=1.0)
         for name in ("vae", "qvalue", "actor")
@@ -115,26 +109,12 @@ def test_each_network_changes_when_it_is_due_and_only_then(loss, make_batch, sch
     assert steps_that_change(loss, make_batch, stepper, 10) == expected
 
 
-@pytest.mark.parametrize(
-    ("schedule", "message"),
-    [
-        ({"vae_warmup_steps": -1}, "vae_warmup_steps is -1 and actor_update_interval 1; expected 0 or more, and 1 or"),
-        ({"actor_update_interval": 0}, "vae_warmup_steps is 0 and actor_update_interval 0; expected 0 or more"),
-        ({"freeze_vae_after": 0}, "freeze_vae_after is 0, expected at least 1 and vae_warmup_steps=0"),
-        ({"vae_warmup_steps": 5, "freeze_vae_after": 4}, "freeze_vae_after is 4, expected .* vae_warmup_steps=5; None"),
-    ],
-)
-def test_numbers_out_of_range_are_refused(loss, schedule, message):
-    with pytest.raises(ValueError, match=message):
-        BCQOptimizationStepper.adam(loss, **schedule)
-
-
 VAE_KEYS = {"loss_vae", "vae_reconstruction", "vae_kl"}
 CRITIC_KEYS = {"loss_qvalue", "td_error", "pred_value", "target_value"}
 
 
-def test_what_did_not_learn_is_logged_as_nan_and_a_waiting_actor_as_it_was(loss, make_batch):
-    """Warm-up of 2 steps, VAE frozen after 4, actor at steps 4 and 6."""
+def test_logs_are_nan_before_a_network_begins_and_after_it_ends(loss, make_batch):
+    """Warm-up of 2 steps, VAE frozen after 4, actor in steps 4 and 6; in 5 and 7 its last loss is logged."""
     stepper = BCQOptimizationStepper.adam(loss, vae_warmup_steps=2, freeze_vae_after=4, actor_update_interval=2)
     logs = [stepper.step(trainer_of(loss), make_batch(16)).to_dict() for _ in range(7)]
     known = [{key for key, value in each.items() if not value.isnan()} for each in logs]
@@ -148,7 +128,7 @@ def test_what_did_not_learn_is_logged_as_nan_and_a_waiting_actor_as_it_was(loss,
     assert len({each["loss_qvalue"].item() for each in logs[2:]}) == 5
 
 
-def test_changing_the_logs_as_torchrls_means_do_changes_nothing(loss, make_batch):
+def test_the_logs_can_be_changed_in_place(loss, make_batch):
     stepper = BCQOptimizationStepper.adam(loss, actor_update_interval=2)
     second = [stepper.step(trainer_of(loss), make_batch(16)) for _ in range(2)][1]
     actor = second["loss_actor"].item()
@@ -156,7 +136,7 @@ def test_changing_the_logs_as_torchrls_means_do_changes_nothing(loss, make_batch
     assert stepper.step(trainer_of(loss), make_batch(16))["loss_actor"].item() == actor
 
 
-def test_a_tick_in_which_the_warm_up_ends_logs_no_half_means(make_batch):
+def test_a_log_interval_in_which_the_warm_up_ends_logs_no_means_of_critics(make_batch):
     def stepper(loss):
         return BCQOptimizationStepper.adam(loss, vae_warmup_steps=15)
 
@@ -168,7 +148,7 @@ def test_a_tick_in_which_the_warm_up_ends_logs_no_half_means(make_batch):
     assert known == [VAE_KEYS, VAE_KEYS, {*trainer.loss_module.out_keys}]
 
 
-def test_goes_on_after_a_break_with_its_count_and_its_logs(loss, make_batch):
+def test_state_holds_the_count_and_the_logs(loss, make_batch):
     first = BCQOptimizationStepper.adam(loss, actor_update_interval=4)
     for _ in range(5):
         logs = first.step(trainer_of(loss), make_batch(16))
@@ -180,21 +160,19 @@ def test_goes_on_after_a_break_with_its_count_and_its_logs(loss, make_batch):
 
 
 def sgd(loss, **settings):
-    return BCQOptimizationStepper(
-        *(
-            torch.optim.SGD(getattr(loss, f"{name}_network_params").parameters(), lr=0.1, **settings)
-            for name in ("vae", "qvalue", "actor")
-        )
+    params = {name: getattr(loss, f"{name}_network_params").parameters() for name in loss.network_names}
+    return OfflineOptimizationStepper(
+        {name: torch.optim.SGD(each, lr=0.1) for name, each in params.items()}, **settings
     )
 
 
 def test_other_optimizers_are_refused(loss, make_batch):
-    """torch takes their state without a word, and fails within the next step."""
+    """torch accepts their state, and fails within the next step."""
     stepper = sgd(loss)
     stepper.step(trainer_of(loss), make_batch(16))
     adam = BCQOptimizationStepper.adam(loss)
     names = r"\['vae', 'qvalue', 'actor'\]"
-    message = f"the saved optimizers were of {names}, these are of {names}, and others for {names}; make them alike"
+    message = f"the saved optimizers are of {names}, these are of {names}, and of another kind for {names}; make them"
     with pytest.raises(ValueError, match=message):
         adam.load_state_dict(stepper.state_dict())
     sgd(loss).load_state_dict(stepper.state_dict())
@@ -204,10 +182,10 @@ def test_optimizers_of_other_networks_are_refused(loss, modules):
     adam = BCQOptimizationStepper.adam(loss)
     optimizers = adam.optimizers
     without = BCQOptimizationStepper(optimizers["vae"], optimizers["qvalue"])
-    message = r"were of \['vae', 'qvalue', 'actor'\], these are of \['vae', 'qvalue'\], and others for"
+    message = r"are of \['vae', 'qvalue', 'actor'\], these are of \['vae', 'qvalue'\], and of another kind for"
     with pytest.raises(ValueError, match=message):
         without.load_state_dict(adam.state_dict())
-    with pytest.raises(ValueError, match=r"were of \['vae', 'qvalue'\], these are of \['vae', 'qvalue', 'actor'\]"):
+    with pytest.raises(ValueError, match=r"are of \['vae', 'qvalue'\], these are of \['vae', 'qvalue', 'actor'\]"):
         adam.load_state_dict(without.state_dict())
 
 
@@ -226,3 +204,79 @@ def test_a_scheduler_advances_only_in_the_steps_in_which_its_network_learns(make
     rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
     assert rates == {"vae": 1e-3 / 4, "qvalue": 1e-3 / 8, "actor": 1e-3 / 2}
     assert {f"trainer_module.{name}_lr_scheduler" for name in rates} <= {*trainer.checkpoint.components}
+
+
+# schedules
+
+
+@pytest.mark.parametrize(
+    ("schedule", "due"),
+    [
+        (Schedule(), [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+        (Schedule(start_after=4), [5, 6, 7, 8, 9, 10]),
+        (Schedule(stop_after=3), [1, 2, 3]),
+        (Schedule(every=3), [3, 6, 9]),
+        (Schedule(start_after=2, every=3), [5, 8]),
+        (Schedule(start_after=2, stop_after=8, every=3), [5, 8]),
+        (Schedule(start_after=2, stop_after=7, every=3), [5]),
+        (Schedule(start_after=4, stop_after=5), [5]),
+        (Schedule(start_after=10), []),
+    ],
+)
+def test_a_schedule_is_due(schedule, due):
+    assert [step for step in range(1, 11) if schedule.is_due(step)] == due
+    ended = [step for step in range(1, 11) if schedule.has_ended(step)]
+    assert ended == ([] if schedule.stop_after is None else [*range(schedule.stop_after + 1, 11)])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"start_after": -1}, "start_after is -1 and every 1; expected 0 or more, and 1 or more"),
+        ({"every": 0}, "start_after is 0 and every 0; expected 0 or more, and 1 or more"),
+        ({"stop_after": 0}, "stop_after is 0, but the first step is 1 .* the network would never learn"),
+        ({"start_after": 5, "stop_after": 5}, r"stop_after is 5, but the first step is 6 \(start_after 5, every 1\)"),
+        ({"stop_after": 6, "start_after": 4, "every": 3}, r"first step is 7 \(start_after 4, every 3\)"),
+    ],
+)
+def test_schedules_that_never_let_a_network_learn_are_refused(numbers, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(**numbers)
+
+
+def test_a_stepper_follows_its_schedules(loss, make_batch):
+    schedules = {"qvalue": Schedule(start_after=1, stop_after=4), "actor": Schedule(every=2)}
+    stepper = sgd(loss, schedules=schedules)
+    assert stepper.schedules == {"vae": Schedule(), **schedules}
+    expected = {"vae": [1, 2, 3, 4, 5, 6], "qvalue": [2, 3, 4], "actor": [2, 4, 6]}
+    assert steps_that_change(loss, make_batch, stepper, 6) == expected
+
+
+def test_the_mapping_decides_the_order(loss, make_batch):
+    optimizers, calls = sgd(loss).optimizers, []
+    stepper = OfflineOptimizationStepper({name: optimizers[name] for name in ("actor", "vae", "qvalue")})
+    stepper.step(trainer_of(loss, calls), make_batch(16))
+    assert [method for method, _ in calls] == ["actor_loss", "vae_loss", "qvalue_loss"]
+
+
+def test_steppers_without_optimizers_and_schedules_of_other_networks_are_refused(loss):
+    with pytest.raises(ValueError, match="optimizers is empty, expected one for each network that has parameters"):
+        OfflineOptimizationStepper({})
+    message = r"schedules has \['vea'\], but optimizers are for \['vae', 'qvalue', 'actor'\]"
+    with pytest.raises(ValueError, match=message):
+        sgd(loss, schedules={"vea": Schedule()})
+
+
+@pytest.mark.parametrize("trained", [("qvalue", "actor"), ("vae", "qvalue")])
+def test_adam_leaves_frozen_networks_out(loss, make_batch, trained):
+    """Their losses are not evaluated, and their metadata are NaN."""
+    for name in {"vae", "qvalue", "actor"} - {*trained}:
+        getattr(loss, f"{name}_network").requires_grad_(False)
+    stepper, calls = OfflineOptimizationStepper.adam(loss, lr=1e-2), []
+    assert tuple(stepper.optimizers) == trained
+    logs = stepper.step(trainer_of(loss, calls), make_batch(16))
+    assert [method for method, _ in calls] == [f"{name}_loss" for name in trained]
+    keys = {"vae": VAE_KEYS, "qvalue": CRITIC_KEYS, "actor": {"loss_actor"}}
+    known = {key for key, value in logs.items() if not value.isnan()}
+    assert known == set().union(*(keys[name] for name in trained))
+    assert stepper.optimizers["qvalue"].defaults["lr"] == 1e-2

@@ -1,4 +1,4 @@
-"""No gradient step waits for its device or takes anything to it: what a GPU needs, shown without one."""
+"""Gradient steps do not wait for a GPU and copy nothing to it; tested without one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VALUES = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2"
 
 
 class Waits(TorchDispatchMode):
-    """Notes where Python must know a value on a device, and what is copied from one device to another."""
+    """Lists operations that read a value from a device, or copy from one device to another."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -40,10 +40,10 @@ class Waits(TorchDispatchMode):
         return out
 
 
-# on the CPU: a whole tick
+# on the CPU: a whole log interval
 
 
-def waits_in_a_tick(steps: int, planted=None, **settings) -> list[str]:
+def waits_in_an_interval(steps: int, planted=None, **settings) -> list[str]:
     torch.manual_seed(0)
     trainer = make_trainer(random_transitions(50), steps, log_interval=steps, **settings)
     if planted is not None:
@@ -55,9 +55,9 @@ def waits_in_a_tick(steps: int, planted=None, **settings) -> list[str]:
 
 
 @pytest.mark.parametrize("settings", [{}, {"clip_norm": 0.1}, {"clip_norm": 0.1, "clip_grad_norm": False}], ids=str)
-def test_a_tick_waits_as_often_as_it_has_checks_whatever_its_steps(settings):
-    """At its end: whether losses and weights are finite."""
-    few, many = waits_in_a_tick(5, **settings), waits_in_a_tick(20, **settings)
+def test_waits_in_a_log_interval_do_not_depend_on_its_steps(settings):
+    """There are a few at its end, which check losses and weights."""
+    few, many = waits_in_an_interval(5, **settings), waits_in_an_interval(20, **settings)
     assert few == many
     assert 0 < len(few) < 5
 
@@ -72,11 +72,11 @@ def test_a_tick_waits_as_often_as_it_has_checks_whatever_its_steps(settings):
     ids=["item", "if", "nonzero"],
 )
 def test_waits_are_found(planted):
-    few, many = waits_in_a_tick(5, planted), waits_in_a_tick(20, planted)
+    few, many = waits_in_an_interval(5, planted), waits_in_an_interval(20, planted)
     assert len(many) == len(few) + 15
 
 
-# on a GPU that is none: shapes, dtypes and devices are worked out, values are not
+# on a fake GPU: tensors have shapes, dtypes and devices, but no values
 
 
 @pytest.fixture
@@ -89,11 +89,11 @@ def fake():
     return mode
 
 
-def update(fake: FakeTensorMode, spoil=lambda loss, batch: None, captured=False, clip=None, **keys) -> list[str]:
-    """Two steps of all networks and their targets; what waited in them.
+def update(fake: FakeTensorMode, change=lambda loss, batch: None, captured=False, clip=None, **keys) -> list[str]:
+    """Two steps of all networks and their targets; returns the operations that waited.
 
-    Gradients are given: PyTorch's backward pass starts a thread for each device, and there is none. Nor can its fused
-    optimizers do without.
+    Gradients are set to one, because PyTorch's backward pass starts a thread for each device; its fused optimizers
+    need a device, too.
     """
     modules, batch = (
         make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, hidden=(8,), vae_hidden=(8,)),
@@ -110,7 +110,7 @@ def update(fake: FakeTensorMode, spoil=lambda loss, batch: None, captured=False,
         stepper = BCQOptimizationStepper(*optimizers)
         if captured:
             stepper.capture()
-        spoil(loss, batch)
+        change(loss, batch)
 
         def backward(self) -> None:
             for p in loss.parameters():
@@ -130,7 +130,7 @@ def update(fake: FakeTensorMode, spoil=lambda loss, batch: None, captured=False,
 
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"clip": 0.1}, {"priority_weight": torch.ones(6)}], ids=str)
-def test_an_update_stays_on_its_device(fake, settings, captured):
+def test_an_update_stays_on_the_device(fake, settings, captured):
     assert update(fake, captured=captured, **settings) == []
 
 
@@ -138,17 +138,17 @@ def on_the_cpu(loss, batch):
     batch["next", "reward"] = torch.zeros(6, 1)
 
 
-def taken_along(loss, batch):
+def moved_there(loss, batch):
     loss.qvalue_loss = lambda td, own=loss.qvalue_loss: (own(td)[0] * torch.ones(()).to("cuda"), {})
 
 
-def looked_at(loss, batch):
+def read(loss, batch):
     loss.qvalue_loss = lambda td, own=loss.qvalue_loss: (own(td)[0], {"value": torch.tensor(own(td)[0].item())})
 
 
-def test_what_does_not_stay_there_is_found(fake):
+def test_copies_and_reads_are_found(fake):
     with pytest.raises(FakeTensorDeviceMismatchError, match="cpu and cuda"):
         update(fake, on_the_cpu)
     with pytest.raises(DataDependentOutputException, match="_local_scalar_dense"):
-        update(fake, looked_at)
-    assert update(fake, taken_along) == ["_to_copy"] * 2
+        update(fake, read)
+    assert update(fake, moved_there) == ["_to_copy"] * 2

@@ -1,4 +1,4 @@
-"""What is said, and kept, when a loss or a weight is not finite any more."""
+"""Losses and weights that are not finite: the message, and the batch that is written."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torchrl_bcq import BCQTrainer, make_replay_buffer
 from torchrl_bcq.trainers.watch import LossWatch, check_parameters
 
 from ..conftest import skip_without_extension
-from .conftest import AfterStep, make_trainer
+from .conftest import AfterStep, drawn_rows, make_trainer
 
 
 def break_loss(trainer: BCQTrainer, name: str, call: int) -> None:
-    """Let a loss be NaN at one of its calls, counted from 1, and only there."""
+    """Make one call of a loss, counted from 1, return NaN."""
     loss, calls = getattr(trainer.loss_module, name), []
 
     def broken(batch):
@@ -29,18 +29,9 @@ def break_loss(trainer: BCQTrainer, name: str, call: int) -> None:
     setattr(trainer.loss_module, name, broken)
 
 
-def drawn_rows(trainer: BCQTrainer) -> list[list[int]]:
-    """Rows of each step, as they are drawn."""
-    rows, sample = [], trainer._replay.replay_buffer.sample
-    trainer._replay.replay_buffer.sample = lambda *args, **kwargs: (
-        rows.append((batch := sample(*args, **kwargs))["index"].tolist()) or batch
-    )
-    return rows
-
-
 @pytest.mark.parametrize("kind", ["file", "rotation"])
 @pytest.mark.parametrize(("name", "call"), [("vae_loss", 11), ("qvalue_loss", 13), ("actor_loss", 20)])
-def test_names_step_loss_and_rows_keeps_the_batch_and_the_last_good_checkpoint(make_batch, tmp_path, kind, name, call):
+def test_names_the_step_the_loss_the_rows_and_the_last_good_checkpoint(make_batch, tmp_path, kind, name, call):
     transitions, folder = make_batch(50), tmp_path / "run"
     if kind == "file":
         settings, good = {"save_trainer_file": folder / "checkpoint"}, folder / "checkpoint"
@@ -74,7 +65,7 @@ def test_names_step_loss_and_rows_keeps_the_batch_and_the_last_good_checkpoint(m
     second.train()
 
 
-def test_one_row_of_the_dataset_is_found(make_batch, tmp_path):
+def test_one_bad_row_of_the_dataset_is_found(make_batch, tmp_path):
     """Row 7's reward overflows when it is squared; the step is the first that drew it."""
     transitions = make_batch(200)
     transitions["next", "reward"][7] = 1e38
@@ -89,7 +80,7 @@ def test_one_row_of_the_dataset_is_found(make_batch, tmp_path):
     assert kept["index"][kept["next"]["reward"].squeeze(1) == 1e38].unique().tolist() == [7]
 
 
-def test_a_step_after_a_resume_is_counted_from_the_beginning(make_batch, tmp_path):
+def test_steps_before_a_resume_are_counted(make_batch, tmp_path):
     transitions, settings = make_batch(50), {"save_trainer_file": tmp_path / "checkpoint"}
     make_trainer(transitions, 15, **settings).train()
     second = make_trainer(transitions, 40, **settings).load_from_file(tmp_path / "checkpoint")
@@ -99,8 +90,8 @@ def test_a_step_after_a_resume_is_counted_from_the_beginning(make_batch, tmp_pat
 
 
 @pytest.mark.parametrize("sampler", ["without_replacement", "prioritized"])
-def test_whatever_draws_the_rows(make_batch, sampler):
-    """NaN priorities would break the sampler; it must not be the sampler that is blamed."""
+def test_rows_of_other_samplers(make_batch, sampler):
+    """A NaN priority makes the prioritised sampler fail; the message names the loss nevertheless."""
     transitions = make_batch(40)
     transitions["next", "reward"][7] = 1e38
     if sampler == "prioritized":
@@ -124,7 +115,7 @@ def test_without_a_folder_nothing_is_written(make_batch, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_to_hides_nothing(make_batch, tmp_path):
+def test_the_loss_is_named_also_if_the_batch_cannot_be_written(make_batch, tmp_path):
     (tmp_path / "file").touch()
     trainer = make_trainer(make_batch(50), save_trainer_file=tmp_path / "file" / "checkpoint")
     break_loss(trainer, "vae_loss", 3)
@@ -144,7 +135,7 @@ def test_a_batch_of_an_earlier_attempt_is_replaced(make_batch, tmp_path):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_finite_losses_with_other_weights_make_no_checkpoint(make_batch, tmp_path, value):
+def test_weights_that_are_not_finite_make_no_checkpoint(make_batch, tmp_path, value):
     """A target critic that is broken after the last loss was seen."""
     trainer = make_trainer(make_batch(50), 20, save_trainer_file=tmp_path / "checkpoint", save_trainer_interval=9)
     key = "target_qvalue_network_params.critics.1.module.0.bias"
@@ -173,18 +164,16 @@ def test_of_several_losses_the_first_is_named():
     for losses in ({"vae_loss": one}, {"loss_vae": one, "td_error": nan, "loss_actor": inf}, {"vae_loss": nan}):
         watch.next_step(TensorDict())
         watch.add(losses)
-    assert watch.steps == 3
     assert watch.find() == 2
     message = "loss_actor is inf in gradient step 42, on rows that the replay buffer does not name. No checkpoint. If"
     assert watch.describe(2, Path("nowhere"), "No checkpoint.").startswith(message)
     watch.begin(43)
-    assert watch.steps == 0
-    assert watch.find() is None  # forgotten
+    assert watch.find() is None
 
 
 @pytest.fixture
 def waits(monkeypatch) -> Counter:
-    """Counts the calls for which a device that works ahead would be waited for."""
+    """Counts the calls that wait for an asynchronous device."""
     calls: Counter[str] = Counter()
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "numpy"):
         real = getattr(torch.Tensor, name)
@@ -197,7 +186,7 @@ def waits(monkeypatch) -> Counter:
     return calls
 
 
-def test_all_losses_are_checked_at_one_wait(waits):
+def test_all_losses_are_checked_with_one_wait(waits):
     watch = LossWatch(replay_buffer=None)
     for _ in range(1000):
         watch.next_step(TensorDict())
@@ -207,10 +196,10 @@ def test_all_losses_are_checked_at_one_wait(waits):
 
 
 @pytest.mark.parametrize("log_interval", [1, 10, 40])
-def test_training_waits_twice_a_tick(make_batch, waits, log_interval):
-    """For the check, and for the means that are logged; not for each step."""
+def test_training_waits_twice_in_a_log_interval(make_batch, waits, log_interval):
+    """For the check, and for the means that are logged."""
     trainer = make_trainer(make_batch(50), 40, log_interval=log_interval)
     waits.clear()
     trainer.train()
-    ticks = 40 // log_interval
-    assert +waits == {"__bool__": ticks, "tolist": ticks}
+    intervals = 40 // log_interval
+    assert +waits == {"__bool__": intervals, "tolist": intervals}

@@ -1,4 +1,4 @@
-"""``torchrl-bcq describe`` and ``convert``: what is in a dataset, and a memory-mapped copy of it."""
+"""``torchrl-bcq describe`` and ``convert``: describe a dataset, or make a memory-mapped copy of it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.data import DatasetError, load_transitions
-from torchrl_bcq.data.description import describe
 from torchrl_bcq.data.registry import find_source
+from torchrl_bcq.evaluation.environments import make_env
+from torchrl_bcq.reports.description import describe
 
+_COLUMNS = ("observation", "action", "next_observation", "reward", "terminated", "truncated", "episode", "step")
 _SOURCES = """\
 sources:
   FILE.hdf5 FILE.npz       fields with D4RL's names, or other common ones
   FILE.csv FILE.parquet    tables of logged decisions; say which column is what
   minari:ID                such as minari:mujoco/hopper/medium-v0
   d4rl:ID                  such as d4rl:hopper-medium-v2; downloaded once
-  FOLDER                   what convert leaves
+  FOLDER                   a copy made by convert
 
 examples:
   torchrl-bcq describe hopper.hdf5 --env Hopper-v5
@@ -28,7 +30,7 @@ examples:
 
 
 def add_parsers(commands: argparse._SubParsersAction) -> None:
-    """Add the commands; what they set as ``run`` takes the parsed arguments."""
+    """Add the commands; the default ``run`` of each is a function of the parsed arguments."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("source", metavar="SOURCE", help="FILE, PREFIX:ID, or FOLDER; see below")
     shared.add_argument("--env", metavar="ID", help="Gymnasium environment whose action bounds the data must keep")
@@ -47,18 +49,11 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
         )
 
     def add(name: str, run: Any, what: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name,
-            parents=[shared],
-            help=what,
-            description=what,
-            epilog=_SOURCES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        command = commands.add_parser(name, parents=[shared], help=what, description=what, epilog=_SOURCES)
         command.set_defaults(run=run)
         return command
 
-    command = add("describe", _describe, "Print and draw what is in a dataset, and what looks wrong.")
+    command = add("describe", _describe, "Print and draw statistics of a dataset and possible defects.")
     command.add_argument("--out", type=Path, metavar="PNG", help="picture; default: SOURCE.png, here")
     command.add_argument("--root", metavar="FOLDER", help="folder for a memory-mapped copy of large data")
     command = add("convert", _convert, "Check a dataset and make a memory-mapped copy, once for the same content.")
@@ -71,7 +66,6 @@ def _describe(args: argparse.Namespace) -> None:
     transitions = load_transitions(args.source, root=args.root, strict=False, **settings)
     description = describe(transitions, action_spec=action_spec)
     out = args.out or Path(f"{Path(args.source.rpartition(':')[2]).name}.png")
-    out.parent.mkdir(parents=True, exist_ok=True)
     print(description)
     description.plot(out)
     print(f"\nThe pictures are in {out}.")
@@ -85,32 +79,20 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _action_spec(args: argparse.Namespace, settings: dict[str, Any]) -> TensorSpec | None:
-    """Of the environment, if one is named, or else of the source, if it knows."""
-    if args.env is None:
-        source = find_source(args.source, **settings)
-        return None if source is None else source.action_spec
-    import gymnasium
-    from torchrl.envs import GymEnv
-
-    try:
-        return GymEnv(args.env).action_spec
-    except gymnasium.error.Error as error:
-        raise DatasetError(f"environment {args.env!r} cannot be made: {error}") from error
+    """Spec of the environment, if one is named, or else of the source, if it knows."""
+    if args.env is not None:
+        return make_env(args.env, remedy="choose another with --env ID").action_spec
+    source = find_source(args.source, **settings)
+    return None if source is None else source.action_spec
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What was said about the source."""
-    settings = {
-        name: getattr(args, name) for name in (*_COLUMNS, "max_episode_steps") if getattr(args, name) is not None
-    }
+    """Arguments of the source's reader."""
+    names = (*_COLUMNS, "max_episode_steps")
+    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.names:
         pairs = [pair.partition("=") for pair in args.names]
         if odd := [f"{field}{sign}{entry}" for field, sign, entry in pairs if not (field and entry)]:
             raise DatasetError(f"--names has {odd}, expected FIELD=ENTRY, such as observations=obs.")
         settings["names"] = {field: entry for field, _, entry in pairs}
     return settings
-
-
-_COLUMNS = (
-    "observation", "action", "next_observation", "reward", "terminated", "truncated", "episode", "step",
-)  # fmt: skip

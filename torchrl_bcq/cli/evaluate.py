@@ -1,20 +1,21 @@
-"""``torchrl-bcq evaluate``: what the policy of a run is worth."""
+"""``torchrl-bcq evaluate``: run episodes with the policy of a run and with its baselines."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torchrl_bcq.cli.errors import RunError
+from torchrl_bcq.errors import RunError
+from torchrl_bcq.files import write_whole
 
 _EXAMPLES = """\
 examples:
   torchrl-bcq evaluate runs/hopper --episodes 100
+  torchrl-bcq evaluate runs/hopper --baseline runs/hopper-cloning
   torchrl-bcq evaluate runs/hopper --checkpoint last --deterministic
   torchrl-bcq evaluate runs/hopper/checkpoints/checkpoint-000000005000
 """
@@ -22,117 +23,149 @@ examples:
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command ``evaluate``; what it sets as ``run`` takes the parsed arguments."""
-    what = "Run episodes with the policy of a run, and with what it must beat."
+    what = "Run episodes with the policy of a run and with its baselines."
     command = commands.add_parser(
         "evaluate",
         help=what,
-        description=f"{what} Of a run without an environment, measure what its dataset tells.",
+        description=f"{what} A run without an environment is evaluated on its dataset.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = command.add_argument
     add("folder", type=Path, metavar="RUN", help="folder that torchrl-bcq train made, or one of its checkpoints")
+    add("--baseline", type=Path, metavar="RUN2", help="run to compare with; default: the baseline that RUN trained")
     add("--checkpoint", choices=("best", "last"), default="best", help="default: best, or last if none was kept")
     add("--env", metavar="ID", help="Gymnasium environment; default: that of the run")
     add("--episodes", type=int, default=100, metavar="N", help="of each policy (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of initial states and actions (default: %(default)s)")
-    add("--deterministic", action="store_true", help="one action for each state, in place of newly drawn candidates")
-    add("--device", default="auto", help="any torch device (default: cuda if it is there)")
-    add(
-        "--out",
-        type=Path,
-        metavar="JSON",
-        help="of the numbers; default: evaluation.json in RUN, or beside the checkpoint",
-    )
+    add("--deterministic", action="store_true", help="the same action for the same state, without random candidates")
+    add("--device", default="auto", help="any torch device (default: cuda if it is available)")
+    out = "file of the numbers; default: evaluation.json in RUN, or beside the checkpoint"
+    add("--out", type=Path, metavar="JSON", help=out)
     command.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
-    from torchrl_bcq.cli.run import load
+    from torchrl_bcq.runs.folder import load
 
     if args.episodes < 1:
         raise RunError(f"--episodes is {args.episodes}, expected at least 1.")
     trained = load(args.folder, args.checkpoint, args.device)
+    runs = {trained.algorithm.title: trained, **_load_baseline(args, trained)}
     if args.env:
-        _check_env(args.env, trained.task)
+        for one in runs.values():
+            _check_env(args.env, one.task)
         trained = replace(trained, task=replace(trained.task, env_id=args.env))
-    print(f"{trained.path}: {trained.step:,} gradient steps on {trained.config.dataset}")
+    for one in runs.values():
+        print(f"{one.path}: {one.step:,} gradient steps on {one.settings.dataset}")
     out = args.out or args.folder / "evaluation.json"
     if args.out is None and trained.path == args.folder:  # a checkpoint stays as it was written
         out = args.folder.with_name(f"{args.folder.name}-evaluation.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    results = _in_environment(trained, args) if trained.task.env_id else _on_the_dataset(trained)
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    aside.write_text(json.dumps({"checkpoint": str(trained.path), "step": trained.step, **results}, indent=2) + "\n")
-    aside.replace(out)
+    results = _in_environment(trained, runs, args) if trained.task.env_id else _on_the_dataset(trained, runs)
+    with write_whole(out) as aside:
+        numbers = {"checkpoint": str(trained.path), "step": trained.step, **results}
+        aside.write_text(json.dumps(numbers, indent=2) + "\n")
     print(f"\nThe numbers are in {out}.")
 
 
-def _check_env(env_id: str, task: Any) -> None:
-    """Refuse an environment that the policy cannot act in."""
-    from torchrl_bcq.cli.run import check_observations, make_env
+def _load_baseline(args: argparse.Namespace, trained: Any) -> dict[str, Any]:
+    """The run to compare with, if there is one, by its title in tables."""
+    from torchrl_bcq.runs.folder import BASELINE, find_checkpoint, load
 
-    env: Any = make_env(env_id)
-    check_observations(env, env_id, (task.observation_size,), "the run", "choose another with --env ID")
+    folder = args.baseline or args.folder / BASELINE
+    if args.baseline is None:
+        try:
+            find_checkpoint(folder, args.checkpoint)
+        except RunError:
+            return {}
+    baseline = load(folder, args.checkpoint, args.device)
+    for what, ours, theirs in (
+        ("observations", trained.task.observation_spec, baseline.task.observation_spec),
+        ("actions", trained.task.action_spec, baseline.task.action_spec),
+    ):
+        if ours != theirs:
+            raise RunError(f"{folder} has other {what} than {args.folder}; compare runs of one dataset.")
+    title = baseline.algorithm.title
+    return {title if title != trained.algorithm.title else f"{title}, {folder}": baseline}
+
+
+def _check_env(env_id: str, task: Any) -> None:
+    """Refuse an environment that the policy does not fit."""
+    from torchrl_bcq.evaluation.environments import check_observations, make_env
+
+    remedy = "choose another with --env ID"
+    env = make_env(env_id, remedy=remedy)
+    check_observations(env, env_id, (task.observation_size,), "the run", remedy)
     if env.action_spec.shape != task.action_spec.shape:
         found, expected = tuple(env.action_spec.shape), tuple(task.action_spec.shape)
-        raise RunError(f"{env_id} has actions of shape {found}, the run of {expected}; choose another with --env ID.")
+        raise RunError(f"{env_id} has actions of shape {found}, the run of {expected}; {remedy}.")
 
 
-def _in_environment(trained: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Returns of a random policy, of the dataset, of behaviour cloning and of BCQ."""
+def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Returns of a random policy, the dataset, the baselines and the run's policy."""
     from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-    from torchrl_bcq.cli.run import make_envs
-    from torchrl_bcq.modules import BehaviorCloningPolicy
-    from torchrl_bcq.trainers.metrics import evaluate, summarize
+    from torchrl_bcq.evaluation.environments import make_envs
+    from torchrl_bcq.evaluation.rollouts import evaluate, summarize
 
-    task, loss = trained.task, trained.loss
-    envs = make_envs(task, args.episodes, next(loss.parameters()).device)
-    policies = {"random": None, "behaviour cloning": BehaviorCloningPolicy(loss.vae_network), "BCQ": trained.policy}
+    task, loss, own, *baselines = trained.task, trained.loss, *runs
+    envs = make_envs(task.env_id, args.episodes, next(loss.parameters()).device)
+    policies: dict[str, Any] = {"random": None}
+    policies |= {title: make(*loss.networks) for title, make in trained.algorithm.compared.items()}
+    policies |= {title: runs[title].policy for title in (*baselines, own)}
     mode = set_exploration_type(ExplorationType.DETERMINISTIC) if args.deterministic else nullcontext()
+    gamma = trained.settings.loss.get("gamma", 0.99)
     rows: dict[str, dict[str, float]] = {}
     with mode:
-        for name, policy in policies.items():
-            critics = loss.qvalue_network if name == "BCQ" else None
-            episodes = evaluate(envs, policy, critics=critics, gamma=trained.config.loss.gamma, seed=args.seed)
-            rows[name] = summarize(episodes, task.references)
-    print(f"\n{task.env_id}, {args.episodes} episodes of each policy")
-    print(f"\n{'policy':<20}{'return':>12}{'std':>10}{'normalized':>12}{'steps':>10}")
-    behaviour = {"return": task.behaviour["mean"], "return_std": task.behaviour["std"]}
-    for name, row in {"the dataset": behaviour, **rows}.items():
-        cells = [(row["return"], 12), (row["return_std"], 10), (row.get("normalized_score"), 12)]
-        cells += [(row.get("episode_length"), 10)]
-        print(f"{name:<20}" + "".join(f"{'-' if value is None else f'{value:.1f}':>{width}}" for value, width in cells))
-    found = rows["BCQ"]
-    print(
-        f"\nAt the initial states the first critic estimates {found['value_estimate']:.4g}; the discounted return from "
-        f"there was {found['discounted_return']:.4g}."
-    )
+        for title, policy in policies.items():
+            value = loss.value if title == own else None
+            rows[title] = summarize(evaluate(envs, policy, value=value, gamma=gamma, seed=args.seed), task.references)
+    print(f"\n{task.env_id}, {args.episodes} episodes of each policy\n")
+    _print_returns({"the dataset": {"return": task.behaviour["mean"], "return_std": task.behaviour["std"]}, **rows})
+    if "value_estimate" in rows[own]:
+        print(
+            f"\nAt the initial states the critic estimates {rows[own]['value_estimate']:.4g}; the discounted return "
+            f"from there was {rows[own]['discounted_return']:.4g}."
+        )
     return {"env": task.env_id, "episodes": args.episodes, "seed": args.seed, "behaviour": task.behaviour, **rows}
 
 
-def _on_the_dataset(trained: Any) -> dict[str, Any]:
-    """What can be known without an environment."""
-    from torchrl_bcq.cli.build import split
-    from torchrl_bcq.cli.run import open_dataset
-    from torchrl_bcq.trainers.metrics import DatasetMetrics
+def _print_returns(rows: dict[str, dict[str, float]]) -> None:
+    columns = {"return": 12, "return_std": 10, "normalized_score": 12, "episode_length": 10}
+    titles = ("return", "std", "normalized", "steps")
+    width = max(20, *(len(title) + 2 for title in rows))
+    print(f"{'policy':<{width}}" + "".join(f"{title:>{n}}" for title, n in zip(titles, columns.values(), strict=True)))
+    for title, row in rows.items():
+        cells = (f"{row[name]:.1f}" if name in row else "-" for name in columns)
+        print(f"{title:<{width}}" + "".join(f"{cell:>{n}}" for cell, n in zip(cells, columns.values(), strict=True)))
 
-    config = trained.config
-    transitions, _ = open_dataset(config)
-    learned = split(config, transitions)
+
+def _on_the_dataset(trained: Any, runs: dict[str, Any]) -> dict[str, Any]:
+    """Metrics that need no environment, of the run and its baseline."""
+    from torchrl_bcq.evaluation import DatasetMetrics
+    from torchrl_bcq.runs.assembly import split
+    from torchrl_bcq.runs.folder import open_dataset
+
+    settings = trained.settings
+    transitions, _ = open_dataset(settings)
+    learned = split(settings, transitions)
     rows = transitions if learned is None else transitions[~learned]
-    metrics = DatasetMetrics(
-        trained.loss,
-        trained.policy,
-        rows,
-        interval=1,
-        held_out=learned is not None,
-        max_rows=config.evaluation.max_rows,
-        seed=config.evaluation.seed,  # so that they are those that the run has logged
-    ).measure()
-    of = "held-out episodes" if learned is not None else "the dataset"
-    print(f"\nno environment; on {of}:\n")
-    for name, value in metrics.items():
-        print(f"{name:<24}{value:>12.4g}")
-    return metrics
+    found = {}
+    for title, one in runs.items():
+        if learned is not None and (one.settings.held_out, one.settings.seed) != (settings.held_out, settings.seed):
+            raise RunError(f"{one.path} held out other episodes than {trained.path}; compare runs of one seed.")
+        found[title] = DatasetMetrics(
+            one.loss,
+            one.policy,
+            rows,
+            interval=1,
+            held_out=learned is not None,
+            max_rows=settings.evaluation.max_rows,
+            seed=settings.evaluation.seed,  # the run has logged the same numbers
+        ).measure()
+    print(f"\nno environment; on {'the dataset' if learned is None else 'held-out episodes'}:\n")
+    widths = {title: max(12, len(title) + 2) for title in found}
+    print(" " * 28 + "".join(f"{title:>{width}}" for title, width in widths.items()))
+    for name in dict.fromkeys(name for metrics in found.values() for name in metrics):
+        cells = (f"{metrics[name]:.4g}" if name in metrics else "-" for metrics in found.values())
+        print(f"{name:<28}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths.values(), strict=True)))
+    return found

@@ -1,69 +1,110 @@
-"""Hydra configs in TorchRL's own config groups; importing this registers them, beside TorchRL's.
+"""Hydra configs in TorchRL's config groups; importing this package registers them beside TorchRL's.
 
-``import torchrl_bcq`` does not import this room, nor Hydra.
+Names, types and defaults of the settings are those of the functions and classes that a config calls. A nested key is
+written as a list, ``action_key: [agent, action]``, and a dtype by its name. ``import torchrl_bcq`` imports neither this
+package nor Hydra.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 try:
     from hydra.core.config_store import ConfigStore
 except ImportError as error:
     raise ImportError("torchrl_bcq.conf needs Hydra: pip install hydra-core.") from error
 
-from torchrl_bcq.conf.data import (
-    BCQReplayBufferConfig,
-    D4RLDatasetConfig,
-    HDF5DatasetConfig,
-    MemmapDatasetConfig,
-    MinariDatasetConfig,
-    NPZDatasetConfig,
-    TableDatasetConfig,
-)
-from torchrl_bcq.conf.modules import (
-    ActionVAEConfig,
-    BCQModulesConfig,
-    BCQPolicyConfig,
-    PerturbationActorConfig,
-    QEnsembleConfig,
-)
-from torchrl_bcq.conf.objectives import BCQLossConfig, BCQSoftUpdateConfig
-from torchrl_bcq.conf.root import BCQ
-from torchrl_bcq.conf.trainers import BCQOptimizationStepperConfig, BCQTrainerConfig
+import torch
+from hydra.utils import get_method
+from torchrl.trainers.algorithms.configs.common import ConfigBase, _normalize_hydra_key, _normalize_hydra_keys
+from torchrl.trainers.algorithms.configs.data import ReplayBufferBaseConfig
+from torchrl.trainers.algorithms.configs.hooks import HookConfig
+from torchrl.trainers.algorithms.configs.modules import NetworkConfig
+from torchrl.trainers.algorithms.configs.objectives import LossConfig, TargetNetUpdaterConfig
+from torchrl.trainers.algorithms.configs.trainers import TrainerConfig
 
-__all__ = [
-    "ActionVAEConfig",
-    "BCQLossConfig",
-    "BCQModulesConfig",
-    "BCQOptimizationStepperConfig",
-    "BCQPolicyConfig",
-    "BCQReplayBufferConfig",
-    "BCQSoftUpdateConfig",
-    "BCQTrainerConfig",
-    "D4RLDatasetConfig",
-    "HDF5DatasetConfig",
-    "MemmapDatasetConfig",
-    "MinariDatasetConfig",
-    "NPZDatasetConfig",
-    "PerturbationActorConfig",
-    "QEnsembleConfig",
-    "TableDatasetConfig",
-]
+from torchrl_bcq import data, modules
+from torchrl_bcq.runs.algorithms import ALGORITHMS, Algorithm
+from torchrl_bcq.runs.build import make_loss, make_networks, make_policy, make_trainer, make_updater
+from torchrl_bcq.runs.optimizers import make_optimizer, make_stepper, optim_settings
+from torchrl_bcq.runs.signatures import Settings, fields_of, make_section, settings_of
+from torchrl_bcq.trainers import OfflineTrainer
 
-for _group, _name, _node in (
-    ("model", "action_vae", ActionVAEConfig),
-    ("model", "perturbation_actor", PerturbationActorConfig),
-    ("model", "q_ensemble", QEnsembleConfig),
-    ("model", "bcq_modules", BCQModulesConfig),
-    ("model", "bcq_policy", BCQPolicyConfig),
-    ("loss", "bcq", BCQLossConfig),
-    ("target_net_updater", "bcq", BCQSoftUpdateConfig),
-    ("dataset", "hdf5", HDF5DatasetConfig),  # TorchRL has no such group
-    ("dataset", "npz", NPZDatasetConfig),
-    ("dataset", "table", TableDatasetConfig),
-    ("dataset", "minari", MinariDatasetConfig),
-    ("dataset", "d4rl", D4RLDatasetConfig),
-    ("dataset", "memmap", MemmapDatasetConfig),
-    ("replay_buffer", "bcq", BCQReplayBufferConfig),
-    ("hook", "bcq_optimization", BCQOptimizationStepperConfig),
-    ("trainer", "bcq", BCQTrainerConfig),
-):
-    ConfigStore.instance().store(group=_group, name=_name, node=_node, provider="torchrl_bcq")
-ConfigStore.instance().store(name="bcq", node=BCQ, provider="torchrl_bcq")
+# a root config puts the parts together, each a group to choose from: compose("bcq"), or "- bcq" in a file's defaults
+_WIRING = {
+    "env": "${oc.select:env}",  # null if nothing is chosen
+    "dataset": "${oc.select:dataset}",
+    "replay_buffer": "${replay_buffer}",
+    "networks": "${networks}",
+    "loss_module": "${loss}",
+    "target_net_updater": "${oc.select:target_net_updater}",
+    "optimization_stepper": "${optimization_stepper}",
+    "logger": "${oc.select:logger}",
+}
+
+
+def call(function: str, **arguments: Any) -> Any:
+    """Call a function by its dotted name; lists among ``*_key`` and ``*_keys`` are nested keys, ``dtype`` is a name."""
+    for name, value in arguments.items():
+        if name.endswith("_keys"):
+            arguments[name] = _normalize_hydra_keys(value)
+        elif name.endswith("_key"):
+            arguments[name] = _normalize_hydra_key(value)
+        elif name == "dtype" and isinstance(value, str):
+            arguments[name] = getattr(torch, value.removeprefix("torch."))
+    return get_method(function)(**arguments)
+
+
+def _store(group: str | None, name: str, function: Callable, base: type, **fields: Any) -> None:
+    """Register a config that calls a function or a class: all its arguments, and these fields."""
+    settings = {**fields_of(function), **fields}
+    target = f"{function.__module__}.{function.__qualname__}"
+    if any(argument.endswith(("_key", "_keys")) or argument == "dtype" for argument in settings):
+        settings["function"], target = (str, target), f"{__name__}.{call.__name__}"
+    settings = {"_convert_": (str, "all"), **settings, "_target_": (str, target)}
+    node = make_section(function.__name__, settings, base)
+    ConfigStore.instance().store(group=group, name=name, node=node, provider="torchrl_bcq")
+
+
+def _store_algorithm(name: str, record: Algorithm) -> None:
+    """Register the parts of an algorithm, and the config that puts them together."""
+    algorithm: Settings = {"algorithm": (str, name)}
+    networks = {**fields_of(record.make_modules), **fields_of(make_networks), **algorithm}
+    _store("model", f"{name}_modules", make_networks, NetworkConfig, **networks)
+    _store("model", f"{name}_policy", make_policy, NetworkConfig, **fields_of(record.policy), **algorithm)
+    estimator = settings_of(record.loss.make_value_estimator)
+    _store("loss", name, make_loss, LossConfig, **fields_of(record.loss), **estimator, **algorithm)
+    if record.make_updater is not None:
+        settings = {**settings_of(record.make_updater), **algorithm}
+        _store("target_net_updater", name, make_updater, TargetNetUpdaterConfig, **settings)
+    trained = [argument.removesuffix("_network") for argument in record.loss.network_arguments()]
+    _store("hook", f"{name}_optimization", make_stepper, HookConfig, **optim_settings(trained, make_optimizer))
+    settings = {**fields_of(OfflineTrainer), **fields_of(make_trainer), **algorithm}
+    own = {"_recursive_": (bool, False), "_convert_": (str, "none")}  # parts are built after the seed is set
+    _store("trainer", name, make_trainer, TrainerConfig, **settings, **own)
+    defaults = [
+        {"env": None},  # optional: override env=gym
+        {"dataset": None},
+        {"replay_buffer": "bcq"},
+        {"model@networks": f"{name}_modules"},
+        {"loss": name},
+        {"target_net_updater": name if record.make_updater else None},
+        {"hook@optimization_stepper": f"{name}_optimization"},
+        {"logger": None},
+        {"trainer": name},
+        {"model@policy": f"{name}_policy"},
+        "_self_",
+    ]
+    ConfigStore.instance().store(name=name, node={"defaults": defaults, "trainer": _WIRING}, provider="torchrl_bcq")
+
+
+for _name in ("hdf5", "npz", "table", "minari", "d4rl", "memmap"):
+    _store("dataset", _name, getattr(data, f"load_{_name}"), ConfigBase)
+_store("model", "action_vae", modules.ActionVAE, NetworkConfig)
+_store("model", "perturbation_actor", modules.PerturbationActor, NetworkConfig)
+_store("model", "q_ensemble", modules.QEnsemble, NetworkConfig)
+_store("model", "deterministic_actor", modules.DeterministicActor, NetworkConfig)
+_store("replay_buffer", "bcq", data.make_replay_buffer, ReplayBufferBaseConfig)
+for _name, _record in ALGORITHMS.items():
+    _store_algorithm(_name, _record)

@@ -1,35 +1,37 @@
-"""What a dataset must be to be learned from: checks that count over chunks of it and report everything at the end."""
+"""Checks of a dataset: they count bad rows over all chunks and report every defect at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
-from torchrl.data import Bounded, TensorSpec
+from torch import Tensor
+from torchrl.data import TensorSpec
+
+from torchrl_bcq.bounds import action_bounds
 
 Columns = Mapping[str, Any]  # fields as from_arrays takes them, one row for each step
 
+CHUNK_ROWS = 2**16  # checked at a time, since checks copy them
+CHUNK_VALUES = 2**22  # the same, for entries of any width
 _NUMBERS = {"observations": 2, "actions": 2, "rewards": 1, "next_observations": 2}  # and their ranks
 _FLAGS = ("terminated", "truncated")
 _OPTIONAL = ("truncated", "next_observations")
+FIELDS = ("observations", "actions", "rewards", "terminated", *_OPTIONAL)  # the arguments of from_arrays
 
 
 class DatasetError(ValueError):
-    """Data that cannot be learned from; says what was found, where, and what to do."""
+    """A dataset that cannot be used; the message says what was found, where, and what to do."""
 
 
 class Checks:
-    """Checks a dataset chunk by chunk.
+    """Checks a dataset chunk by chunk, and the bounds of its actions if there is an ``action_spec``.
 
     A wrong rank, width, length or dtype is refused at once. Bad rows are counted over all chunks, and refused by
-    :meth:`finish`.
-
-    Args:
-        action_spec: bounds that the actions must keep, if given.
+    :meth:`finish`. All refusals are a :class:`DatasetError`.
     """
 
     def __init__(self, action_spec: TensorSpec | None = None) -> None:
@@ -37,21 +39,17 @@ class Checks:
         self._bounds = None if action_spec is None else spec_bounds(action_spec)
         self._names: set[str] = set()
         self._widths: dict[str, int] = {}
-        self._zero: dict[str, bool] = {}  # whether a field was zero all along
+        self._zero: dict[str, bool] = {}  # whether all values of a field were zero
         self._not_finite = {name: Rows() for name in _NUMBERS}
         self._not_flags = {name: Rows() for name in _FLAGS}
         self._outside = Rows()
         self._lowest, self._highest = np.float32(np.inf), np.float32(-np.inf)  # of each action
 
     def __call__(self, chunk: Columns) -> dict[str, np.ndarray]:
-        """The fields as arrays: numbers in float32, ``[n, features]`` or ``[n]`` for rewards, and boolean ``[n]``.
-
-        Raises:
-            DatasetError: if a field has the wrong rank, dtype or length, or is empty.
-        """
+        """The fields as arrays: numbers in float32, ``[n, features]`` or ``[n]`` for rewards, and boolean ``[n]``."""
         given = {name: values for name, values in chunk.items() if values is not None or name not in _OPTIONAL}
         self._check_names(given)
-        fields = {name: self._numbers(name, given[name]) for name in _NUMBERS if name in given}
+        fields = {name: self._read_numbers(name, given[name]) for name in _NUMBERS if name in given}
         fields |= {name: self._read_flags(name, given[name]) for name in _FLAGS if name in given}
         check_lengths({name: len(fields[name]) for name in given})
         self._check_widths(fields)
@@ -60,46 +58,45 @@ class Checks:
         self.rows += len(fields["rewards"])
         return fields
 
-    def finish(self, *, strict: bool = True) -> None:
-        """Refuse what was counted; if not ``strict``, only what the arrays do not show any more: odd flags.
+    def check_all(self, columns: Columns) -> None:
+        """Check whole fields, some rows at a time, and finish."""
+        for start in range(0, len(columns["rewards"]), CHUNK_ROWS):
+            self({name: values[start : start + CHUNK_ROWS] for name, values in columns.items()})
+        self.finish()
 
-        Raises:
-            DatasetError: if rows are not finite, flags neither 0 nor 1, actions out of bounds, or a field is zero.
+    def finish(self, *, strict: bool = True) -> None:
+        """Refuse rows that are not finite, flags other than 0 and 1, actions out of bounds, and fields of zeros.
+
+        If not ``strict``, only odd flags are refused, since the boolean arrays do not show them.
         """
         odd_flags = [
             f"{name} has {rows} that are neither 0 nor 1, such as {rows.example}; write 1 where it is so, 0 elsewhere."
             for name, rows in self._not_flags.items()
             if rows.count
         ]
-        found = [*self._not_finite_rows(), *odd_flags, *self._zero_fields(), *self._outside_rows()]
-        if refused := found if strict else odd_flags:
-            raise DatasetError(listed(refused))
-
-    def _not_finite_rows(self) -> Iterator[str]:
-        for name, rows in self._not_finite.items():
-            if rows.count:
-                yield f"{name} has {rows} that are not finite in float32; drop or repair them."
-
-    def _zero_fields(self) -> Iterator[str]:
-        for name, zero in self._zero.items():
-            if zero:
-                yield f"{name} is zero in all {self.rows} rows; was it written and read properly?"
-
-    def _outside_rows(self) -> Iterator[str]:
+        found = [
+            f"{name} has {rows} that are not finite in float32; drop or repair them."
+            for name, rows in self._not_finite.items()
+            if rows.count
+        ]
+        zero = [name for name, is_zero in self._zero.items() if is_zero]
+        found += odd_flags
+        found += [f"{name} is zero in all {self.rows} rows; was it written and read properly?" for name in zero]
         if self._outside.count and self._bounds is not None:
             low, high = self._bounds
-            yield (
+            found.append(
                 f"actions has {self._outside} outside the action spec: they span {self._lowest.tolist()} to "
                 f"{self._highest.tolist()}, the spec {low.tolist()} to {high.tolist()}; clip or rescale them."
             )
+        if refused := found if strict else odd_flags:
+            raise DatasetError(listed(refused))
 
-    def _numbers(self, name: str, values: ArrayLike) -> np.ndarray:
+    def _read_numbers(self, name: str, values: ArrayLike) -> np.ndarray:
         array = column(name, values, rank=_NUMBERS[name])
-        kinds = "f" if name == "actions" else "fiu"
-        if array.dtype.kind not in kinds:
+        if array.dtype.kind not in ("f" if name == "actions" else "fiu"):
             hint = " BCQLoss needs continuous actions; cast them if they are." if name == "actions" else ""
             raise DatasetError(f"{name} has dtype {array.dtype}, expected real numbers.{hint}")
-        with np.errstate(over="ignore", invalid="ignore"):  # both are found below
+        with np.errstate(over="ignore", invalid="ignore"):  # both are counted below
             array = array.astype(np.float32)
         self._not_finite[name].add(~np.isfinite(array).reshape(len(array), -1).all(1), self.rows)
         self._zero[name] = self._zero.get(name, True) and not array.any()
@@ -116,16 +113,16 @@ class Checks:
         rows.add(odd, self.rows)
         return array.astype(bool)
 
-    def _check_names(self, given: Mapping[str, ArrayLike]) -> None:
+    def _check_names(self, given: Columns) -> None:
         self._names = self._names or set(given)
         for name in sorted(self._names ^ set(given)):
             found = "given from row {} on, and missing" if name in given else "missing from row {} on, and given"
             raise DatasetError(f"{name} is {found.format(self.rows)} before; every row needs the same.")
 
     def _check_widths(self, fields: Mapping[str, np.ndarray]) -> None:
-        if "next_observations" in fields and fields["next_observations"].shape != fields["observations"].shape:
-            shapes = fields["next_observations"].shape, fields["observations"].shape
-            raise DatasetError(f"next_observations has shape {shapes[0]}, observations {shapes[1]}.")
+        observations, following = fields.get("observations"), fields.get("next_observations")
+        if observations is not None and following is not None and observations.shape != following.shape:
+            raise DatasetError(f"next_observations has shape {following.shape}, observations {observations.shape}.")
         for name in [name for name in ("observations", "actions") if name in fields]:
             width = fields[name].shape[1]
             if width != self._widths.setdefault(name, width):
@@ -140,7 +137,7 @@ class Checks:
         low, high = self._bounds
         if actions.shape[1:] != low.shape:
             raise DatasetError(f"actions have shape {actions.shape}, but the action spec has shape {low.shape}.")
-        finite = np.isfinite(actions).all(1)  # the others are counted as such
+        finite = np.isfinite(actions).all(1)  # the others are counted as not finite
         self._lowest = np.minimum(self._lowest, actions[finite].min(0, initial=np.inf))
         self._highest = np.maximum(self._highest, actions[finite].max(0, initial=-np.inf))
         self._outside.add(finite & ((actions < low) | (actions > high)).any(1), self.rows)
@@ -154,8 +151,9 @@ class Rows:
     first: int = 0
     example: str = ""
 
-    def add(self, mask: np.ndarray, start: int) -> None:
-        """Count the rows of a chunk that begins at row ``start``."""
+    def add(self, mask: np.ndarray | Tensor, start: int = 0) -> None:
+        """Count the rows of a chunk that begins at row ``start``; ``mask [n]`` is on the CPU."""
+        mask = np.asarray(mask)
         if not self.count and mask.any():
             self.first = start + int(mask.argmax())
         self.count += int(mask.sum())
@@ -166,20 +164,16 @@ class Rows:
 
 
 def listed(defects: list[str]) -> str:
-    """One message of them all."""
+    """One message for all defects."""
     return defects[0] if len(defects) == 1 else "\n- ".join([f"{len(defects)} defects:", *defects])
 
 
 def column(name: str, values: ArrayLike, rank: int) -> np.ndarray:
-    """An array of the given rank with at least one row; ``[N, 1]`` passes for ``[N]``.
-
-    Raises:
-        DatasetError: for any other shape.
-    """
+    """An array of the given rank with at least one row; ``[N, 1]`` counts as ``[N]``, other shapes are refused."""
     try:
-        array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+        array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     except Exception as error:  # arrays of other libraries, and tensors without numbers, raise many kinds
-        raise DatasetError(f"{name} is no array ({error}); each of its rows needs the same shape.") from error
+        raise DatasetError(f"{name} is not an array ({error}); each of its rows needs the same shape.") from error
     if np.ma.is_masked(values):
         raise DatasetError(f"{name} has {np.ma.count_masked(values)} masked values; fill them in, or drop their rows.")
     if rank == 1 and array.ndim == 2 and array.shape[1] == 1:
@@ -194,11 +188,7 @@ def column(name: str, values: ArrayLike, rank: int) -> np.ndarray:
 
 
 def check_lengths(lengths: Mapping[str, int]) -> None:
-    """Refuse fields of different lengths.
-
-    Raises:
-        DatasetError: naming all lengths.
-    """
+    """Refuse fields of different lengths."""
     if len(set(lengths.values())) > 1:
         raise DatasetError(
             f"fields differ in length: {dict(lengths)}; each needs one row per step, and the last observation of an "
@@ -206,12 +196,21 @@ def check_lengths(lengths: Mapping[str, int]) -> None:
         )
 
 
-def spec_bounds(spec: TensorSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest action, in float32.
+def check_finite(name: str, values: Tensor) -> None:
+    """Refuse floats ``[N, ...]`` that are not finite; reads a memory-mapped tensor in chunks."""
+    rows, step = Rows(), max(CHUNK_VALUES * len(values) // max(values.numel(), 1), 1)
+    for start in range(0, len(values), step) if values.is_floating_point() else ():
+        finite = values[start : start + step].isfinite()
+        if not finite.all():
+            rows.add(~finite.reshape(len(finite), -1).all(1).cpu(), start)
+    if rows.count:
+        raise DatasetError(f"{name} has {rows} that are not finite; drop or repair them.")
 
-    Raises:
-        DatasetError: for an unbounded spec.
-    """
-    if not isinstance(spec, Bounded):
-        raise DatasetError(f"action_spec is a {type(spec).__name__}, expected the Bounded spec of one action.")
-    return spec.space.low.cpu().float().numpy(), spec.space.high.cpu().float().numpy()
+
+def spec_bounds(spec: TensorSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest action ``[A]`` of a spec, in float32; other specs than of one bounded action are refused."""
+    try:
+        low, high = action_bounds(spec)
+    except ValueError as error:
+        raise DatasetError(str(error)) from error
+    return low.cpu().float().numpy(), high.cpu().float().numpy()

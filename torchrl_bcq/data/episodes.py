@@ -1,4 +1,4 @@
-"""Which episode each transition belongs to."""
+"""The episode of each transition."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from torch import Tensor
 
 from torchrl_bcq.data.checks import DatasetError
 
+FLAGS = ("done", "terminated", "truncated")
+
 
 def episode_numbers(transitions: TensorDictBase) -> Tensor:
     """Number the episodes ``0`` to ``E - 1`` in the order of their rows: ``[N]``.
 
     Args:
-        transitions: batch size ``[N]``, rows of an episode one after another; ``episode [N]`` tells episodes apart,
-            or, where there is none, ``("next", "done") [N, 1]``.
+        transitions: batch size ``[N]``, the rows of an episode one after another; ``episode [N]`` tells episodes
+            apart, or ``("next", "done") [N, 1]`` if there is no such entry.
 
     Raises:
         DatasetError: if both entries are missing, or the rows of an episode are not together.
@@ -22,15 +24,22 @@ def episode_numbers(transitions: TensorDictBase) -> Tensor:
     rows = check_rows(transitions)
     episode = transitions.get("episode", None)
     if episode is None:
-        done = flat_entry(transitions, ("next", "done"), "set transitions['episode'], one number for each row")
-        done = done.to(torch.int64)
-        return done.cumsum(0) - done  # the row that ends an episode still belongs to it
+        done = flat_entry(transitions, ("next", "done"), "set transitions['episode'], one number for each row").long()
+        return done.cumsum(0) - done  # the last row of an episode belongs to it
     if episode.shape not in ((rows,), (rows, 1)):
         raise DatasetError(f"episode has shape {tuple(episode.shape)}, expected ({rows},), one number for each row.")
     episode = episode.reshape(rows)
     starts = torch.ones(rows, dtype=torch.bool, device=episode.device)
     starts[1:] = episode[1:] != episode[:-1]
-    _check_together(episode, starts.nonzero().squeeze(1))
+    first = starts.nonzero().squeeze(1)
+    numbers, order = episode[first].sort(stable=True)
+    repeated = first[order[1:][numbers[1:] == numbers[:-1]]]
+    if len(repeated):
+        row = int(repeated.min())
+        raise DatasetError(
+            f"episode {episode[row].item()} appears again at row {row}, after rows of another; sort the rows by "
+            "episode, then time."
+        )
     return starts.cumsum(0) - 1
 
 
@@ -38,7 +47,8 @@ def episode_returns(transitions: TensorDictBase) -> Tensor:
     """Sum of the rewards of each episode, undiscounted, in float64: ``[E]``.
 
     Args:
-        transitions: batch size ``[N]``, with ``("next", "reward") [N, 1]`` and what :func:`episode_numbers` reads.
+        transitions: batch size ``[N]``, with ``("next", "reward") [N, 1]`` and the entries that
+            :func:`episode_numbers` reads.
 
     Raises:
         DatasetError: if the reward is missing or of another shape, or nothing tells episodes apart.
@@ -49,11 +59,7 @@ def episode_returns(transitions: TensorDictBase) -> Tensor:
 
 
 def flat_entry(transitions: TensorDictBase, key: tuple[str, str], remedy: str) -> Tensor:
-    """An entry ``[N, 1]`` as ``[N]``.
-
-    Raises:
-        DatasetError: if it is missing or of another shape.
-    """
+    """An entry ``[N, 1]`` as ``[N]``; a missing one and other shapes are refused."""
     value, rows = transitions.get(key, None), len(transitions)
     if value is None:
         present = sorted(map(str, transitions.keys(True, True)))
@@ -64,11 +70,7 @@ def flat_entry(transitions: TensorDictBase, key: tuple[str, str], remedy: str) -
 
 
 def check_rows(transitions: TensorDictBase) -> int:
-    """Count the rows of flat transitions.
-
-    Raises:
-        ValueError: if the batch size is not ``[N]`` with N at least 1.
-    """
+    """Number of rows of flat transitions; other batch sizes than ``[N]`` and no rows are refused by a ValueError."""
     if len(transitions.batch_size) != 1 or not len(transitions):
         raise ValueError(
             f"transitions have batch size {tuple(transitions.batch_size)}, expected [N] with N at least 1."
@@ -76,15 +78,13 @@ def check_rows(transitions: TensorDictBase) -> int:
     return len(transitions)
 
 
-def _check_together(episode: Tensor, starts: Tensor) -> None:
-    numbers = episode[starts]
-    _, first = torch.unique(numbers, return_inverse=True)
-    if len(first) == int(first.max()) + 1:
-        return
-    seen: set[int] = set()
-    for number, row in zip(numbers.tolist(), starts.tolist(), strict=True):
-        if number in seen:
-            raise DatasetError(
-                f"episode {number} comes back at row {row}, after rows of another; sort the rows by episode, then time."
-            )
-        seen.add(number)
+def check_outcomes(transitions: TensorDictBase) -> None:
+    """Refuse a reward under ``"next"`` that is not ``[N, 1]``, and flags that are not boolean ``[N, 1]``."""
+    rows = len(transitions)
+    for name in ("reward", *FLAGS):
+        value = transitions.get(("next", name), None)
+        if value is not None and value.shape != (rows, 1):
+            hint = f" Use {name}[:, None]." if value.shape == (rows,) else ""
+            raise DatasetError(f"('next', {name!r}) has shape {tuple(value.shape)}, expected ({rows}, 1).{hint}")
+        if value is not None and name in FLAGS and value.dtype != torch.bool:
+            raise DatasetError(f"('next', {name!r}) has dtype {value.dtype}, expected torch.bool; cast it.")

@@ -13,7 +13,7 @@ from torchrl_bcq.data.episodes import episode_numbers, flat_entry
 from torchrl_bcq.data.sources.conversion import load_memmap, write_memmap
 
 _STEPS = "steps_to_next_obs"
-_CHUNK = 2**16  # rows written together
+_CHUNK = 2**16  # rows written at a time
 
 
 def multi_step(
@@ -21,41 +21,41 @@ def multi_step(
 ) -> TensorDict:
     """Make each row span ``h`` steps, ``num_steps`` or as many as its episode has left.
 
-    ``("next", "reward")`` becomes ``sum_{k<h} gamma^k r_{i+k}``, added in float64 (integers become floats); everything
-    else under ``"next"``, flags included, becomes that of row ``i + h - 1``; ``steps_to_next_obs [N, 1]`` is ``h``, by
-    which the loss bootstraps with ``gamma^h``, unless that row terminated. Nothing reaches over the end of an episode,
-    flagged or not. The rewards follow the dataset's actions for ``h`` steps, uncorrected.
+    ``("next", "reward")`` becomes ``sum_{k<h} gamma^k r_{i+k}``, summed in float64 (integers become floats). All other
+    entries under ``"next"``, including the flags, become those of row ``i + h - 1``. ``steps_to_next_obs [N, 1]`` is
+    ``h``: the loss bootstraps with ``gamma^h``, unless that row terminated. No row reaches beyond the end of its
+    episode, flagged or not. There is no off-policy correction: the rewards are those of the dataset's actions.
 
-    In memory the result holds a copy of what is under ``"next"``, and shares all else with ``transitions``, memory maps
-    included; while it is made, it takes about 50 bytes a row more.
+    In memory, the result copies the entries under ``"next"`` and shares all others with ``transitions``, memory maps
+    included; this takes about 50 more bytes per row meanwhile.
 
     Args:
         transitions: batch size ``[N]``, rows of an episode in order; ``("next", "reward")`` and ``("next", "done")``
             ``[N, 1]``, and ``episode [N]`` where episodes end without a flag.
-        num_steps: at least 1, which changes nothing but adds ``steps_to_next_obs``.
-        gamma: that of the loss.
-        folder: where to write the result, some rows at a time, and map it from, if it does not fit into memory; it must
-            not exist yet, those above it are made.
+        num_steps: at least 1; 1 only adds ``steps_to_next_obs``.
+        gamma: discount of the loss.
+        folder: new folder for a memory-mapped result, written in parts, if it does not fit into memory; missing parent
+            folders are created.
 
     Raises:
         FileExistsError: if the folder exists.
         OSError: if it cannot be written.
         ValueError: if ``num_steps`` or ``gamma`` is out of its range.
         DatasetError: if the reward or the flags are missing, ``done`` is not boolean, the rows of an episode are not
-            together, the transitions span several steps already, or, under ``"next"`` or with ``folder``, an entry is
-            no tensor.
+            together, the transitions span several steps already, or an entry under ``"next"`` (with ``folder``: any
+            entry) is not a tensor.
 
-    Source: Sutton, 1988. TorchRL's ``MultiStep`` leaves the flags of row ``i`` where they are, so the rows before a
-    terminated one bootstrap from beyond it; joins episodes that end without ``done``; and needs memory for the number
-    of episodes times N.
+    Source: Sutton, 1988. TorchRL's ``MultiStep`` keeps the flags of row ``i``, so rows before a terminated one
+    bootstrap from beyond the end; it joins episodes that end without ``done``; and its memory grows with the number of
+    episodes times N.
     """
     if num_steps < 1 or not 0 <= gamma <= 1:
         raise ValueError(f"num_steps is {num_steps} and gamma {gamma}, expected at least 1, and between 0 and 1.")
     if _STEPS in transitions.keys():
-        raise DatasetError(f"the transitions hold {_STEPS}, so they span several steps already; start from the others.")
+        raise DatasetError(f"the transitions hold {_STEPS}, so they span several steps already; pass single steps.")
     folder = None if folder is None else Path(folder).expanduser()
     if folder is not None and folder.exists():
-        raise FileExistsError(f"{folder} exists; name a new folder, or load_memmap it if it is what you are after.")
+        raise FileExistsError(f"{folder} exists; name a new folder, or read this one with load_memmap.")
     _check_tensors(transitions, written=folder is not None)
     steps = _steps_left(transitions).clamp_max(num_steps)
     last = torch.arange(len(steps), device=steps.device) + steps - 1
@@ -69,16 +69,12 @@ def multi_step(
 
     if folder is None:
         return part(slice(None))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"{folder.parent} cannot be a folder ({error}); name another.") from error
     write_memmap((part(slice(i, i + _CHUNK)).cpu() for i in range(0, len(steps), _CHUNK)), len(steps), folder)
     return load_memmap(folder)
 
 
 def _check_tensors(transitions: TensorDictBase, written: bool) -> None:
-    """Refuse what cannot be moved between rows, or be written."""
+    """Refuse entries that are not tensors under "next", and anywhere if they are to be written."""
     tensors = set(transitions.keys(True, True))
     entries = transitions.keys(True, True, is_leaf=is_leaf_nontensor)
     odd = [key for key in entries if key not in tensors and (written or key[0] == "next")]
@@ -87,7 +83,7 @@ def _check_tensors(transitions: TensorDictBase, written: bool) -> None:
 
 
 def _steps_left(transitions: TensorDictBase) -> Tensor:
-    """Rows up to the end of the episode, the row itself included: ``[N]``."""
+    """Number of rows up to the end of the episode, including the row itself: ``[N]``."""
     numbers = episode_numbers(transitions)
     done = flat_entry(transitions, ("next", "done"), "add it")
     if done.dtype != torch.bool:

@@ -1,9 +1,8 @@
-"""Datasets by name: ``"hdf5:FILE"``, ``"minari:ID"`` ... here, and ``"bcq:hdf5:FILE"`` ... in TorchRL's registry."""
+"""Datasets by name, such as ``"hdf5:FILE"`` or ``"minari:ID"``; ``"bcq:hdf5:FILE"`` in TorchRL's registry."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +13,22 @@ from torchrl.data.datasets import load_dataset, register_dataset
 from torchrl_bcq.data.buffer import make_replay_buffer
 from torchrl_bcq.data.checks import Checks, DatasetError
 from torchrl_bcq.data.rollouts import from_rollouts
-from torchrl_bcq.data.sources.array_files import hdf5, npz
+from torchrl_bcq.data.sources.array_files import hdf5, load_hdf5, load_npz, npz
 from torchrl_bcq.data.sources.conversion import load_memmap
-from torchrl_bcq.data.sources.hubs import d4rl, minari
+from torchrl_bcq.data.sources.hubs import d4rl, load_d4rl, load_minari, minari
 from torchrl_bcq.data.sources.source import Source
-from torchrl_bcq.data.sources.tables import table
+from torchrl_bcq.data.sources.tables import load_table, table
 
-_ROWS = 65_536  # looked at together
-_SOURCES: dict[str, Callable[..., Source]] = {
-    "hdf5": hdf5,
-    "npz": npz,
-    "csv": table,
-    "parquet": table,
-    "minari": minari,
-    "d4rl": d4rl,
+_SOURCES: dict[str, tuple[Any, Any]] = {  # makes the source; reads it, with the same settings
+    "hdf5": (hdf5, load_hdf5),
+    "npz": (npz, load_npz),
+    "csv": (table, load_table),
+    "parquet": (table, load_table),
+    "minari": (minari, load_minari),
+    "d4rl": (d4rl, load_d4rl),
 }
-_SUFFIXES = {
-    ".hdf5": "hdf5",
-    ".h5": "hdf5",
-    ".npz": "npz",
-    ".csv": "csv",
-    ".gz": "csv",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-}
+_ENDINGS = {f".{kind}": kind for kind in ("hdf5", "npz", "csv", "parquet")}
+_ENDINGS |= {".h5": "hdf5", ".gz": "csv", ".pq": "parquet"}
 
 
 def load_transitions(
@@ -56,7 +47,7 @@ def load_transitions(
             TorchRL's :func:`~torchrl.data.datasets.register_dataset`.
         action_spec: bounds that the actions must keep, if given.
         root: folder for a memory-mapped copy, made once and for data larger than memory.
-        strict: whether bad rows are refused, rather than left for :func:`~torchrl_bcq.describe` to find.
+        strict: whether bad rows are refused; if not, :func:`~torchrl_bcq.describe` can report them.
         **settings: of the reader, such as ``names`` of :func:`~torchrl_bcq.load_hdf5`.
 
     Raises:
@@ -76,7 +67,7 @@ def load_transitions(
         return transitions
     try:
         dataset = load_dataset(name, **settings)
-    except Exception as error:  # of whoever registered it
+    except Exception as error:  # loaders registered by others raise any kind
         raise DatasetError(
             f"{name!r} is no file; sources are {[*_SOURCES, 'memmap']}, or TorchRL's: {error}"
         ) from error
@@ -85,66 +76,56 @@ def load_transitions(
 
 
 def _check_actions(name: str, transitions: TensorDictBase, action_spec: TensorSpec) -> None:
-    """Bounds of a copy, which may have been made without them."""
-    checks = Checks(action_spec)
+    """Check the bounds of a copy, which may have been made without them."""
     try:
-        for start in range(0, len(transitions), _ROWS):
-            rows = transitions[start : start + _ROWS]
-            checks({"actions": rows.get("action", None), "rewards": rows.get(("next", "reward"), None)})
-        checks.finish()
+        missing = [key for key in ("action", ("next", "reward")) if key not in transitions.keys(True)]
+        if missing:
+            raise DatasetError(f"it lacks {missing}; rename its entries with rename_key_.")
+        Checks(action_spec).check_all({"actions": transitions["action"], "rewards": transitions["next", "reward"]})
     except DatasetError as error:
         raise DatasetError(f"{name}: {error}") from None
 
 
 def find_source(name: str, **settings: Any) -> Source | None:
-    """The source that a name stands for; none for a memory-mapped copy, or what only TorchRL knows."""
+    """The source of a name; None for a memory-mapped copy and for datasets that only TorchRL knows."""
     prefix, rest = _split(name)
     if prefix not in _SOURCES:
         return None
-    taken = list(signature(_SOURCES[prefix]).parameters.values())[1:]  # the first is the path or id
-    needed = [parameter.name for parameter in taken if parameter.default is parameter.empty]
+    open_source, read = _SOURCES[prefix]
+    _, *parameters = signature(read).parameters.values()  # the first is the path or id
+    taken = {parameter.name: parameter.default for parameter in parameters}
+    needed = [setting for setting, default in taken.items() if default is Parameter.empty]
     if missing := [setting for setting in needed if setting not in settings]:
         raise DatasetError(f"{name} is a {prefix} source, which also needs {missing}.")
-    if unused := sorted(settings.keys() - {parameter.name for parameter in taken}):
+    if unused := sorted(settings.keys() - taken.keys() | settings.keys() & {"action_spec", "root"}):
         raise DatasetError(f"{name} is a {prefix} source, which has no use for {unused}.")
-    return _SOURCES[prefix](rest, **settings)
+    return open_source(rest, **settings)
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Prefix and the rest, also of a bare path."""
+    """Prefix and rest of a name; the prefix of a bare path follows from its ending."""
     path = Path(name).expanduser()
     if path.is_dir():
         return "memmap", name
     prefix, colon, rest = name.partition(":")
     if path.is_file() or not colon:
-        kind = _SUFFIXES.get(path.suffix.lower(), "")
+        kind = _ENDINGS.get(path.suffix.lower(), "")
         if path.is_file() and not kind:
-            raise DatasetError(f"{name} does not end in {[*_SUFFIXES]}; say what it is, as in 'hdf5:{name}'.")
+            raise DatasetError(f"{name} does not end in {[*_ENDINGS]}; give its kind, as in 'hdf5:{name}'.")
         return kind, name
     return prefix, rest
 
 
-def open_replay_buffer(
-    name: str,
-    *,
-    batch_size: int = 100,
-    device: Any = None,
-    seed: int | None = None,
-    sampler: Any = "uniform",
-    **reader: Any,
-) -> TensorDictReplayBuffer:
+def open_replay_buffer(name: str, **settings: Any) -> TensorDictReplayBuffer:
     """The replay buffer of a dataset: ``torchrl.data.datasets.load_dataset("bcq:hdf5:FILE", batch_size=256)``.
 
     Args:
         name: as :func:`load_transitions` takes it.
-        batch_size: of :func:`~torchrl_bcq.make_replay_buffer`, as ``device``, ``seed`` and ``sampler``.
-        device: where the dataset lives.
-        seed: of the order of rows.
-        sampler: which rows to draw.
-        **reader: whatever else :func:`load_transitions` takes.
+        **settings: those of :func:`~torchrl_bcq.make_replay_buffer`, such as ``batch_size``, and of
+            :func:`load_transitions`.
     """
-    transitions = load_transitions(name, **reader)
-    return make_replay_buffer(transitions, batch_size=batch_size, device=device, seed=seed, sampler=sampler)
+    own = {key: settings.pop(key) for key in settings.keys() & signature(make_replay_buffer).parameters.keys()}
+    return make_replay_buffer(load_transitions(name, **settings), **own)
 
 
 register_dataset("bcq", open_replay_buffer, replace=True)

@@ -1,4 +1,4 @@
-"""Which rows of a fixed dataset are drawn, and how often."""
+"""Weights and masks of the rows of a fixed dataset, and the sampler that draws by them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from torchrl.data import Storage
 from torchrl.data.replay_buffers.samplers import Sampler
 
-from torchrl_bcq.data.checks import DatasetError, Rows
-from torchrl_bcq.data.episodes import episode_numbers, flat_entry
+from torchrl_bcq.data.checks import Rows, check_finite
+from torchrl_bcq.data.episodes import episode_numbers, episode_returns
 
 
 class WeightedSampler(Sampler):
     """A TorchRL sampler that draws rows with replacement, in proportion to fixed weights.
 
-    Takes 8 bytes a row. ``torch.multinomial`` stops at 2^24 rows and adds up all weights at each draw.
+    It takes 8 bytes per row. ``torch.multinomial`` is limited to 2^24 rows and sums all weights at each draw.
 
     Args:
         weights: ``[N]``, of any real dtype or boolean; a row of weight 0 is never drawn.
@@ -33,14 +33,14 @@ class WeightedSampler(Sampler):
         weights = torch.as_tensor(weights).detach().cpu()
         _check_weights(weights)
         share = weights.double() / weights.max()
-        cumulative = share.cumsum(0)  # on the CPU, in order: it never falls, and a row of weight 0 adds nothing
+        cumulative = share.cumsum(0)  # sequential on the CPU: it never decreases, and stays the same at weight 0
         drawable = share.nonzero().squeeze(1)
-        self._equal = bool((share[drawable] == 1).all())  # as in a mask
+        self._equal = bool((share[drawable] == 1).all())  # a mask
         self._table = drawable if self._equal else cumulative
         self._rows, self._total, self._moment = len(share), cumulative[-1].item(), cumulative.sum().item()
 
     def sample(self, storage: Storage, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
-        """Draw ``batch_size`` rows: their indices, and nothing to tell about them."""
+        """Draw the indices of ``batch_size`` rows; there is no further information about them."""
         if len(storage) != self._rows:
             raise ValueError(f"there are {self._rows} weights for the {len(storage)} rows of the storage.")
         if self._table.device != storage.device:
@@ -52,11 +52,11 @@ class WeightedSampler(Sampler):
         return torch.searchsorted(self._table, point, right=True), {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What identifies the weights; the draws themselves depend on nothing but the generator."""
+        """Three numbers that identify the weights; the sampler has no other state."""
         return {"rows": self._rows, "total": self._total, "moment": self._moment}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that the weights are those of the state."""
+        """Check that the saved sampler had the same weights."""
         own = self.state_dict()
         if any(abs(own[name] - state_dict[name]) > 1e-9 * own[name] for name in own):
             raise ValueError(
@@ -69,15 +69,15 @@ class WeightedSampler(Sampler):
         (Path(path) / "weights.json").write_text(json.dumps(self.state_dict()))
 
     def loads(self, path: str | Path) -> None:
-        """Read it back."""
+        """Read the state from a folder and compare it."""
         self.load_state_dict(json.loads((Path(path) / "weights.json").read_text()))
 
     def _empty(self) -> None:
-        """Weights outlive the rows."""
+        """Do nothing: the weights are kept when the buffer is emptied."""
 
 
 def episode_weights(transitions: TensorDictBase) -> Tensor:
-    """Weights ``[N]`` that make each episode equally likely, and within it each row: one over its length.
+    """Weights ``[N]`` with which each episode is equally likely, and so is each of its rows: 1 / length.
 
     Args:
         transitions: batch size ``[N]``, with ``episode [N]`` or ``("next", "done") [N, 1]``.
@@ -93,12 +93,13 @@ def return_weights(transitions: TensorDictBase, temperature: float = 0.1) -> Ten
     """Weights ``[N]`` that prefer episodes of high return: ``exp(return / temperature)``, the highest scaled to 1.
 
     Returns are undiscounted and scaled to [0, 1] over the dataset, so at the published temperature the best episode's
-    rows are drawn e^10 times as often as the worst's. As published each row has its episode's weight, so a longer
-    episode is drawn more often; ``return_weights(data) * episode_weights(data)`` undoes that.
+    rows are drawn e^10 times as often as the worst's. As published, each row has its episode's weight, so longer
+    episodes are drawn more often; ``return_weights(data) * episode_weights(data)`` corrects that.
 
     Args:
-        transitions: batch size ``[N]``, with ``("next", "reward") [N, 1]`` and what :func:`episode_weights` reads.
-        temperature: the lower, the more the best episodes are preferred.
+        transitions: batch size ``[N]``, with ``("next", "reward") [N, 1]`` and the entries that
+            :func:`episode_weights` reads.
+        temperature: lower values prefer the best episodes more.
 
     Raises:
         ValueError: if the temperature is not above 0.
@@ -109,28 +110,23 @@ def return_weights(transitions: TensorDictBase, temperature: float = 0.1) -> Ten
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, expected a number above 0; episode_weights ignores returns.")
-    numbers = episode_numbers(transitions)
-    reward = flat_entry(transitions, ("next", "reward"), "use episode_weights").double()
-    bad = Rows()
-    bad.add(~reward.isfinite().cpu().numpy(), 0)
-    if bad.count:
-        raise DatasetError(f"('next', 'reward') has {bad} that are not finite; drop or repair them.")
-    returns = reward.new_zeros(int(numbers[-1]) + 1).index_add_(0, numbers, reward)
+    returns = episode_returns(transitions)
+    check_finite("('next', 'reward')", transitions["next", "reward"])
     low, high = returns.aminmax()
     scaled = (returns - high) / (high - low) if high > low else torch.zeros_like(returns)  # [-1, 0]
-    return (scaled / temperature).exp()[numbers]
+    return (scaled / temperature).exp()[episode_numbers(transitions)]
 
 
 def split_episodes(transitions: TensorDictBase, fraction: float = 0.1, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Hold out whole episodes, for validation: boolean masks ``[N]`` of the rows to learn from and of the others.
+    """Hold out whole episodes for validation: boolean masks ``[N]`` of the training rows and of the held-out rows.
 
-    ``make_replay_buffer(transitions, weights=train)`` draws the first part only, without a copy of it; masks can be
-    multiplied with other weights. ``transitions[held_out]`` is the second.
+    ``make_replay_buffer(transitions, weights=train)`` draws training rows only, without copying them; masks can be
+    multiplied with other weights. ``transitions[held_out]`` are the others.
 
     Args:
         transitions: batch size ``[N]``, with ``episode [N]`` or ``("next", "done") [N, 1]``.
         fraction: of the episodes to hold out, rounded, but at least one on each side.
-        seed: decides which.
+        seed: of the choice of episodes.
 
     Raises:
         ValueError: if there are fewer than two episodes, or the fraction is not between 0 and 1.
@@ -155,7 +151,7 @@ def _check_weights(weights: Tensor) -> None:
     bad = ~(weights.isfinite() & (weights >= 0))
     if bad.any():
         rows = Rows()
-        rows.add(bad.numpy(), 0)
+        rows.add(bad)
         raise ValueError(
             f"weights has {rows} negative or not finite, such as {weights[bad][0].item()}; 0 leaves a row out."
         )

@@ -1,4 +1,4 @@
-"""From recorded steps to transitions in TorchRL's layout."""
+"""Transitions in TorchRL's layout, made from arrays of recorded steps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from numpy.typing import ArrayLike
 from tensordict import TensorDict
 from torchrl.data import TensorSpec
 
-from torchrl_bcq.data.checks import Checks, DatasetError, Rows
+from torchrl_bcq.data.checks import FIELDS, Checks, DatasetError, Rows
 
 _logger = logging.getLogger(__name__)
-_PAID_AT_THE_END = 10  # dropped rewards against the others, mean magnitudes: those of a time-out are like any
+_PAID_AT_THE_END = 10  # ratio of mean reward magnitudes, dropped rows to kept ones: about 1 for time-outs
 
 
 def from_arrays(
@@ -30,17 +30,17 @@ def from_arrays(
     """Check arrays of ``N`` steps and lay them out as TorchRL transitions, in float32.
 
     Rows of one episode follow one another, and an episode ends where ``terminated`` or ``truncated`` is set. Without
-    ``next_observations`` each row's next observation is the next row's; a truncated row, and an unfinished last one,
-    has none and is dropped; a terminated row, whose next observation is never used, repeats its own. Without
-    ``truncated`` an episode is cut off wherever a row's next observation is not the next row's observation.
+    ``next_observations``, each row's next observation is the next row's. A truncated row and an unfinished last row
+    have none and are dropped; a terminated row repeats its own, which is never used. Without ``truncated``, an episode
+    is cut off wherever a row's next observation is not the next row's observation.
 
     Args:
         observations: ``[N, D]``.
         actions: ``[N, A]``, continuous, in the units of the environment.
         rewards: ``[N]`` or ``[N, 1]``.
-        terminated: ``[N]`` or ``[N, 1]``, the episode ended in a final state: no value follows.
-        truncated: the same shapes, the episode was cut off: value follows. Needed unless there
-            are ``next_observations``.
+        terminated: ``[N]`` or ``[N, 1]``, the episode ended in a final state, whose value is 0.
+        truncated: ``[N]`` or ``[N, 1]``, the episode was cut off, so the next state still has a value. Needed unless
+            there are ``next_observations``.
         next_observations: ``[N, D]``.
         action_spec: bounds that the actions must keep, if given.
 
@@ -53,44 +53,30 @@ def from_arrays(
             or length, is empty or all zero, or has non-finite rows or actions out of bounds; it names the field, the
             count and the first row.
     """
-    columns = {
-        "observations": observations,
-        "actions": actions,
-        "rewards": rewards,
-        "terminated": terminated,
-        "truncated": truncated,
-        "next_observations": next_observations,
-    }
     if truncated is None and next_observations is None:
         raise DatasetError(
             "truncated and next_observations are both missing, so nothing says where an episode was cut off and the "
             "next one began; if none was cut, pass truncated=np.zeros(N)."
         )
     checks = Checks(action_spec)
-    checked = checks(columns)
+    given = (observations, actions, rewards, terminated, truncated, next_observations)
+    checked = checks(dict(zip(FIELDS, given, strict=True)))
     checks.finish()
     parts = list(lay_out([checked]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def lay_out(chunks: Iterable[dict[str, np.ndarray]], *, report: bool = True) -> Iterator[TensorDict]:
-    """Transitions of checked chunks; episodes may go on from one chunk to the next.
+    """Transitions of checked chunks with the same fields; episodes may continue from one chunk to the next.
 
-    Args:
-        chunks: fields of :class:`~torchrl_bcq.data.checks.Checks`, all with the same ones.
-        report: whether to log what was dropped.
-
-    Raises:
-        DatasetError: after the last chunk, if there was none, or no transition is complete.
+    Which rows were dropped is logged if ``report``. After the last chunk, datasets without a complete transition are
+    refused.
     """
     episode = rows = 0
     dropped, lost, kept = Rows(), 0.0, 0.0
-    guessed = 0  # ends of episodes, where nothing but the observations tells
-    held: dict[str, np.ndarray] = {}  # the last row, whose successor is not known yet
-    for chunk in chunks:
-        fields = {name: np.concatenate([held[name], values]) if held else values for name, values in chunk.items()}
-        held = {name: values[-1:] for name, values in fields.items()}
-        part, keep = _part(fields, episode)
+    guessed = 0  # ends of episodes found by comparing observations
+    for fields, is_last in with_successors(chunks):
+        part, keep = _part(fields, episode, is_last)
         guessed += 0 if "truncated" in fields else int(part["next", "truncated"].sum())
         episode += int(part["next", "done"].sum())
         dropped.add(~keep, rows)
@@ -99,30 +85,50 @@ def lay_out(chunks: Iterable[dict[str, np.ndarray]], *, report: bool = True) -> 
         rows += len(part)
         if keep.any():
             yield part if keep.all() else part[torch.from_numpy(keep)]
-    if not held:
+    if not rows:
         raise DatasetError("it holds no rows; there is nothing to learn from.")
-    part, keep = _part({name: np.concatenate([values, values]) for name, values in held.items()}, episode, is_last=True)
-    dropped.add(~keep, rows)
-    lost += 0 if keep.all() else float(np.abs(held["rewards"][0]))
-    rows += 1
     if dropped.count == rows:
         raise DatasetError(
             f"all {rows} rows are truncated and next_observations is not given: no transition is complete."
         )
-    if guessed > rows / 2 and report:
+    if report:
+        report_cuts(guessed, rows)
+    if report and dropped.count:
+        _report_dropped(dropped, lost / dropped.count, kept / (rows - dropped.count))
+
+
+def with_successors(chunks: Iterable[dict[str, np.ndarray]]) -> Iterator[tuple[dict[str, np.ndarray], bool]]:
+    """Regroup rows so that each chunk ends with a row that only serves as the successor of the one before.
+
+    The last chunk is the last row twice, since it has no successor; only there the flag is True. Widths that change
+    between chunks are refused.
+    """
+    held: dict[str, np.ndarray] = {}
+    for chunk in chunks:
+        for name, values in held.items():
+            if values.shape[1:] != chunk[name].shape[1:]:
+                raise DatasetError(f"{name} has lists of different lengths; each row needs the same.")
+        fields = {name: np.concatenate([held[name], values]) if held else values for name, values in chunk.items()}
+        held = {name: values[-1:] for name, values in fields.items()}
+        if len(fields["actions"]) > 1:
+            yield fields, False
+    if held:
+        yield {name: np.concatenate([values, values]) for name, values in held.items()}, True
+
+
+def report_cuts(cut: int, rows: int) -> None:
+    """Warn if most rows end an episode that no flag ends; the rows may be out of order."""
+    if 2 * cut > rows:
         _logger.warning(
-            "%d of %d rows are followed by another observation than their next one, so each ends an episode; if they "
-            "should go on, pass truncated, or leave next_observations out",
-            guessed,
+            "%d of %d rows end an episode, as their next observation is not exactly the next row's observation: if they"
+            " are steps of one episode, put them in order of time and copy each next observation from the next row "
+            "(from_arrays copies it if next_observations is left out and truncated is given)",
+            cut,
             rows,
         )
-    if dropped.count and report:
-        _report(dropped, lost / dropped.count, kept / (rows - dropped.count))
-    if keep.any():
-        yield part
 
 
-def _report(dropped: Rows, lost: float, kept: float) -> None:
+def _report_dropped(dropped: Rows, lost: float, kept: float) -> None:
     """Log which rows were dropped; ``lost`` and ``kept`` are mean magnitudes of rewards."""
     what = f"dropped {dropped} without a next observation (truncated, or the unfinished last one)"
     if lost > _PAID_AT_THE_END * kept:
@@ -137,11 +143,8 @@ def _report(dropped: Rows, lost: float, kept: float) -> None:
         _logger.info(what)
 
 
-def _part(fields: dict[str, np.ndarray], episode: int, is_last: bool = False) -> tuple[TensorDict, np.ndarray]:
-    """Transitions of all rows but the last, which serves as a successor only, and which of them are complete.
-
-    With ``is_last`` the successor is none, but a stand-in for it.
-    """
+def _part(fields: dict[str, np.ndarray], episode: int, is_last: bool) -> tuple[TensorDict, np.ndarray]:
+    """Transitions of all rows but the last one, and which of them are complete; see :func:`with_successors`."""
     observation, following = fields["observations"][:-1], fields["observations"][1:]
     terminated = fields["terminated"][:-1]
     given = fields.get("next_observations")

@@ -1,8 +1,8 @@
-"""What is learned, and how it acts."""
+"""Networks and policies."""
 
-from torchrl_bcq.modules.build import make_bcq_modules
+from torchrl_bcq.modules.actors import DeterministicActor, PerturbationActor
+from torchrl_bcq.modules.build import make_bcq_modules, make_cloning_modules
 from torchrl_bcq.modules.normalization import Normalization, Standardize
-from torchrl_bcq.modules.perturbation import PerturbationActor
 from torchrl_bcq.modules.policy import BCQPolicy, BehaviorCloningPolicy
 from torchrl_bcq.modules.q_ensemble import QEnsemble
 from torchrl_bcq.modules.vae import ActionVAE
@@ -11,9 +11,11 @@ __all__ = [
     "ActionVAE",
     "BCQPolicy",
     "BehaviorCloningPolicy",
+    "DeterministicActor",
     "Normalization",
     "PerturbationActor",
     "QEnsemble",
     "Standardize",
     "make_bcq_modules",
+    "make_cloning_modules",
 ]

@@ -1,19 +1,20 @@
-"""The networks of the paper, from two specs."""
+"""The networks of each algorithm, built from two specs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torchrl.data import Composite, TensorSpec
+from torchrl.data import TensorSpec
 from torchrl.modules import MLP
 
-from torchrl_bcq.modules.bounds import action_bounds
-from torchrl_bcq.modules.normalization import Normalization
-from torchrl_bcq.modules.perturbation import PerturbationActor
+from torchrl_bcq.bounds import action_bounds
+from torchrl_bcq.modules.actors import DeterministicActor, PerturbationActor
+from torchrl_bcq.modules.normalization import Normalization, Rescale, Standardize, observation_leaves
 from torchrl_bcq.modules.q_ensemble import QEnsemble
 from torchrl_bcq.modules.vae import ActionVAE
 
@@ -49,91 +50,132 @@ def make_bcq_modules(
         phi: largest perturbation, as a fraction of half the action range.
         action_key: entry of the action.
         value_key: entry of the critics' values.
-        normalization: of the dataset, built into the networks as layers: they read standardised observations, actions
-            in half-ranges around the centre of their bounds, and learn values in units of ``reward_scale``, while all
-            that goes in and comes out stays in raw units, in training, acting and fine-tuning alike. Not given, the
-            networks are the paper's.
-        device: where the parameters live.
+        normalization: scaling of the dataset, added to the networks as layers. They standardise observations, scale
+            actions to [-1, 1], and multiply values by ``reward_scale``. If not given, the networks are the paper's.
+        device: of the parameters.
         dtype: of the parameters, PyTorch's default if not given.
 
     Returns:
-        ``(vae, actor, critics)``, each initialised on its own from PyTorch's global random state.
+        ``(vae, actor, critics)``, each with its own initial weights, drawn from PyTorch's global random state.
 
     Raises:
-        TypeError: if ``normalization`` is anything else.
+        TypeError: if ``normalization`` has another type.
         ValueError: if an observation is not a vector of ``dtype``, the action is not a finite box, or the
-            normalization is of other observations.
+            normalization was fitted to other observations.
+
+    Example:
+        >>> from torchrl.data import Bounded, Unbounded
+        >>> from torchrl_bcq.modules import make_bcq_modules
+        >>> vae, actor, critics = make_bcq_modules(Unbounded((3,)), Bounded(-2, 2, (1,)), hidden=(64, 64))
+        >>> vae.latent_dim, len(critics.critics)
+        (2, 2)
 
     Source: arXiv:1812.02900, appendix D.1, with the layer sizes of the author's code.
     """
-    if normalization is not None and not isinstance(normalization, Normalization):
-        raise TypeError(
-            f"normalization is a {type(normalization).__name__}, expected Normalization.fit(transitions), or "
-            "Normalization.identity(observation_spec) before a checkpoint is loaded."
-        )
-    dtype = dtype or torch.get_default_dtype()
-    sizes = _observation_sizes(observation_spec, dtype)
-    keys, features = list(sizes), sum(sizes.values())
+    networks = _Networks(observation_spec, normalization, device, dtype)
     low, high = (bound.double() for bound in action_bounds(action_spec))
     actions = len(low)
     latents = 2 * actions if latent_dim is None else latent_dim
     action_input = (high + low) / 2, (high - low) / 2
     latent_input = torch.zeros(latents), torch.ones(latents)
-
-    def mlp(beside: tuple[Tensor, Tensor], out_features: int, num_cells: Sequence[int]) -> MLP:
-        """Reads the observations, and beside them what has this location and scale."""
-        in_features = features + len(beside[0])
-        net = MLP(
-            in_features=in_features,
-            out_features=out_features,
-            num_cells=list(num_cells),
-            activation_class=nn.ReLU,
-            activation_kwargs={"inplace": True},  # on its linear layer's output, which nothing else reads
-        )
-        if normalization is not None:
-            net.insert(0, normalization.first_layer(sizes, *beside, dtype))
-        return net.to(device=device, dtype=dtype)
-
-    def critic() -> TensorDictModule:
-        net = mlp(action_input, 1, hidden)
-        if normalization is not None:
-            net.append(normalization.last_layer(dtype).to(device))
-        return TensorDictModule(net, in_keys=[*keys, action_key], out_keys=[value_key])
-
+    keys = {"observation_keys": networks.keys, "action_key": action_key}
     vae = ActionVAE(
-        mlp(action_input, 2 * latents, vae_hidden),
-        mlp(latent_input, actions, vae_hidden),
+        networks.mlp(2 * latents, vae_hidden, *action_input),
+        networks.mlp(actions, vae_hidden, *latent_input),
         action_spec,
         latent_dim=latents,
         latent_clip=latent_clip,
         kl_weight=kl_weight,
         error_scale=None if normalization is None else action_input[1],
-        observation_keys=keys,
-        action_key=action_key,
+        **keys,
     )
-    actor = PerturbationActor(
-        mlp(action_input, actions, hidden),
-        action_spec,
-        phi=phi,
-        observation_keys=keys,
-        action_key=action_key,
-    )
-    critics = QEnsemble([critic() for _ in range(num_critics)])
-    return vae.to(device=device, dtype=dtype), actor.to(device=device, dtype=dtype), critics
+    actor = PerturbationActor(networks.mlp(actions, hidden, *action_input), action_spec, phi=phi, **keys)
+    critics = []
+    for _ in range(num_critics):
+        network = networks.mlp(1, hidden, *action_input)
+        if normalization is not None:
+            network.append(Rescale(normalization.reward_scale, networks.dtype))
+        critics.append(TensorDictModule(network, in_keys=[*networks.keys, action_key], out_keys=[value_key]))
+    return networks.place(vae, actor, QEnsemble(critics))
 
 
-def _observation_sizes(spec: TensorSpec, dtype: torch.dtype) -> dict[NestedKey, int]:
-    """Size of each leaf."""
-    leaves = list(spec.items(True, True)) if isinstance(spec, Composite) else [("observation", spec)]
-    for key, leaf in leaves:
-        if len(leaf.shape) != 1 or not leaf.dtype.is_floating_point:
-            raise ValueError(
-                f"observation {key!r} has shape {tuple(leaf.shape)} and dtype {leaf.dtype}, expected a float "
-                "vector [D]; pass the leaf or a Composite of what the networks shall read, or build them by hand."
+def make_cloning_modules(
+    observation_spec: TensorSpec,
+    action_spec: TensorSpec,
+    *,
+    hidden: Sequence[int] = (400, 300),
+    action_key: NestedKey = "action",
+    normalization: Normalization | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[DeterministicActor]:
+    """Build the network of behaviour cloning: a ReLU MLP that reads the concatenated observations.
+
+    Args:
+        observation_spec: spec of one observation ``[D]`` (read from ``"observation"``), or a Composite of such.
+        action_spec: bounded spec of one action ``[A]``.
+        hidden: hidden sizes.
+        action_key, device, dtype: as in :func:`make_bcq_modules`.
+        normalization: scaling of the dataset, added to the network as its first layer.
+
+    Returns:
+        ``(actor,)``: the networks of :class:`~torchrl_bcq.CloningLoss`, in its order.
+
+    Raises:
+        TypeError, ValueError: as :func:`make_bcq_modules`.
+    """
+    networks = _Networks(observation_spec, normalization, device, dtype)
+    network = networks.mlp(len(action_bounds(action_spec)[0]), hidden)
+    return networks.place(
+        DeterministicActor(network, action_spec, observation_keys=networks.keys, action_key=action_key)
+    )
+
+
+class _Networks:
+    """Builds ReLU MLPs that all read the same observations."""
+
+    def __init__(
+        self, observation_spec: TensorSpec, normalization: Normalization | None, device: Any, dtype: torch.dtype | None
+    ) -> None:
+        if normalization is not None and not isinstance(normalization, Normalization):
+            raise TypeError(
+                f"normalization is a {type(normalization).__name__}, expected Normalization.fit(transitions), or "
+                "Normalization.identity(observation_spec) before a checkpoint is loaded."
             )
-        if leaf.dtype != dtype:
-            raise ValueError(
-                f"observation {key!r} is {leaf.dtype}, the networks {dtype}: wrap the environment in "
-                f"TransformedEnv(env, DoubleToFloat()), or pass dtype={leaf.dtype}."
-            )
-    return {key: leaf.shape[0] for key, leaf in leaves}
+        self.device = device
+        self.dtype = dtype or torch.get_default_dtype()
+        leaves = observation_leaves(observation_spec)
+        for key, leaf in leaves.items():
+            if len(leaf.shape) != 1 or not leaf.dtype.is_floating_point:
+                raise ValueError(
+                    f"observation {key!r} has shape {tuple(leaf.shape)} and dtype {leaf.dtype}, expected a float "
+                    "vector [D]; pass only the leaves that the networks shall read, or build the networks by hand."
+                )
+            if leaf.dtype != self.dtype:
+                raise ValueError(
+                    f"observation {key!r} is {leaf.dtype}, the networks {self.dtype}: wrap the environment in "
+                    f"TransformedEnv(env, DoubleToFloat()), or pass dtype={leaf.dtype}."
+                )
+        sizes = {key: leaf.shape[0] for key, leaf in leaves.items()}
+        self.keys = list(sizes)
+        self.width = sum(sizes.values())
+        self.statistics = None if normalization is None else normalization.columns(sizes)
+
+    def mlp(self, out_features: int, num_cells: Sequence[int], *other: Tensor) -> MLP:
+        """An MLP of the observations and, if given, an input of another location and scale, each ``[K]``."""
+        loc, scale = other or (torch.zeros(0), torch.ones(0))
+        network = MLP(
+            in_features=self.width + len(loc),
+            out_features=out_features,
+            num_cells=list(num_cells),
+            activation_class=nn.ReLU,
+            activation_kwargs={"inplace": True},  # overwrites its linear layer's output, which nothing else reads
+        )
+        if self.statistics is not None:
+            columns = zip(self.statistics, (loc, scale), strict=True)
+            network.insert(0, Standardize(*(torch.cat([one, other.cpu()]).to(self.dtype) for one, other in columns)))
+        return network
+
+    def place(self, *modules: nn.Module) -> Any:
+        """Move modules to the device and dtype of all networks."""
+        return tuple(module.to(device=self.device, dtype=self.dtype) for module in modules)

@@ -1,51 +1,60 @@
-"""How BCQ acts: sample actions that the dataset would hold, adjust them a little, take the best."""
+"""Policies of BCQ: sample actions that the dataset would hold, adjust them a little, take the best."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from itertools import chain
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from torchrl_bcq.functional import clipped_normal, spread_normal
 from torchrl_bcq.memory import keep_freed_memory
+from torchrl_bcq.modules.dispatch import accepts_tensors
 from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, check_action, check_networks, require
 
 
 class BCQPolicy(TensorDictModuleBase):
-    """``argmax_a Q_1(s, a)`` over perturbed samples of the behaviour, for any batch of states at once.
+    """``argmax_a Q_1(s, a)`` over perturbed samples of the behaviour, for any batch of states.
 
-    It holds the modules that it is given, not copies: while a loss trains them it acts with what was just learned.
+    It holds the given modules, not copies: while a loss trains them, the policy acts with the new weights.
 
-    Latents are drawn anew at each call, as in the paper, also where no exploration type is set. Under
-    ``ExplorationType.DETERMINISTIC`` (or ``MODE``, ``MEAN``) they are a fixed set instead, spread evenly over the same
-    distribution and held in the buffer ``latents``: the same observation then gives the same action.
+    The paper draws new latents at each call; so does the policy under ``ExplorationType.RANDOM`` or without an
+    exploration type. Under ``DETERMINISTIC``, ``MODE`` or ``MEAN`` it uses the fixed latents of its buffer ``latents``,
+    which are spread evenly over the same distribution: an equal observation then gives an equal action.
 
     Args:
         vae: samples the candidates.
-        actor: perturbs them; None takes them as they are.
+        actor: perturbs them; None leaves them unchanged.
         critics: the first critic chooses.
         num_action_samples: candidates for each state.
-        chunk_size: candidates evaluated at a time, over all states (at least those of one state): bounds the memory.
+        chunk_size: largest number of candidates evaluated together (at least those of one state); limits the memory.
         seed: of the fixed latents.
         return_value: also write ``chosen_action_value [*B, 1]``.
         return_candidates: also write ``candidates [*B, n, A]`` and their ``action_value [*B, n]``.
 
-    Reads: the observations. Writes: the action, ``[*B, A]``, and what was asked for.
-
     Raises:
-        TypeError: if a network lacks a member that is needed of it.
-        ValueError: if a number is below 1, or the networks disagree about the action's key; when called, if an
-            observation has another dtype than the networks.
+        TypeError: if a network lacks a member that the policy needs.
+        ValueError: if a number is below 1, or the networks use different action keys; when called, if the dtypes of an
+            observation and of the networks differ.
+
+    Example:
+        >>> import torch
+        >>> from torchrl.data import Bounded, Unbounded
+        >>> from torchrl_bcq.modules import BCQPolicy, make_bcq_modules
+        >>> policy = BCQPolicy(*make_bcq_modules(Unbounded((3,)), Bounded(-2, 2, (1,))), return_value=True)
+        >>> action, value = policy(torch.zeros(5, 3))  # or policy(tensordict) with the entry "observation"
+        >>> action.shape, value.shape
+        (torch.Size([5, 1]), torch.Size([5, 1]))
 
     Source: arXiv:1812.02900, eq. 12 and algorithm 1.
     """
-
-    latents: Tensor
 
     def __init__(
         self,
@@ -60,20 +69,18 @@ class BCQPolicy(TensorDictModuleBase):
         return_candidates: bool = False,
     ) -> None:
         super().__init__()
-        if num_action_samples < 1:
-            raise ValueError(f"num_action_samples is {num_action_samples}; the policy needs at least one candidate.")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}, expected at least 1.")
+        if num_action_samples < 1 or chunk_size < 1:
+            raise ValueError(
+                f"num_action_samples is {num_action_samples} and chunk_size {chunk_size}; both must be at least 1."
+            )
         check_networks(vae, actor, critics)
-        self.vae = vae
-        self.actor = actor
-        self.critics = critics
+        self.vae, self.actor, self.critics = vae, actor, critics
         self.chunk_size = chunk_size
         self.return_value = return_value
         self.return_candidates = return_candidates
-        like = next(self.parameters())
+        like = _like(self, default=torch.empty(0))
         keep_freed_memory(like.device)
-        self.register_buffer("latents", spread_normal(num_action_samples, vae.latent_dim, vae.latent_clip, seed, like))
+        self.latents = nn.Buffer(spread_normal(num_action_samples, vae.latent_dim, vae.latent_clip, seed, like))
         in_keys = dict.fromkeys([*vae.observation_keys, *(() if actor is None else actor.in_keys), *critics.in_keys])
         self.in_keys = [key for key in in_keys if key != vae.action_key]
         self.out_keys = [
@@ -87,12 +94,13 @@ class BCQPolicy(TensorDictModuleBase):
         """Candidates for each state."""
         return len(self.latents)
 
+    @accepts_tensors
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the chosen action of each state, ``[*B, A]``."""
-        like = next(self.parameters())
-        states = self._states(tensordict, like.dtype)
-        number = tensordict.batch_size.numel()
+        like = _like(self, default=self.latents)
+        number = math.prod(tensordict.batch_size)  # numel() would fix the batch size in an exported graph
+        states = self._states(tensordict, number, like.dtype)
         size = max(1, self.chunk_size // self.num_action_samples)
         parts = [states]
         if number > size:
@@ -106,9 +114,9 @@ class BCQPolicy(TensorDictModuleBase):
             tensordict.set(key, value)
         return tensordict
 
-    def _states(self, tensordict: TensorDictBase, wanted: torch.dtype) -> dict[NestedKey, Tensor]:
+    def _states(self, tensordict: TensorDictBase, number: int, wanted: torch.dtype) -> dict[NestedKey, Tensor]:
         """The observations, one row for each state. ``[*B, ...] -> [N, ...]``."""
-        states, batch = {}, tensordict.batch_size
+        states, ndim = {}, tensordict.ndim
         for key in self.in_keys:
             value = tensordict[key]
             if value.dtype != wanted and value.dtype.is_floating_point:
@@ -116,24 +124,19 @@ class BCQPolicy(TensorDictModuleBase):
                     f"{key} has dtype {value.dtype}, the networks {wanted}: wrap the environment in "
                     "TransformedEnv(env, DoubleToFloat()), or build the networks in the other dtype."
                 )
-            states[key] = value if len(batch) == 1 else value.reshape(batch.numel(), *value.shape[len(batch) :])
+            states[key] = value if ndim == 1 else value.reshape(number, *value.shape[ndim:])
         return states
 
-    def _choose(
-        self, states: Mapping[NestedKey, Tensor], like: Tensor, device: torch.device | None
-    ) -> dict[NestedKey, Tensor]:
-        """The best candidate of each state, and what else was asked for, each ``[N, ...]``.
-
-        Args:
-            states: each ``[N, ...]``.
-            like: a parameter, of whose kind latents are.
-            device: of the tensordict in which networks find the candidates.
-        """
-        number, n = len(next(iter(states.values()))), self.num_action_samples
+    def _choose(self, states: Mapping[NestedKey, Tensor], like: Tensor, device: Any) -> dict[NestedKey, Tensor]:
+        """The best candidate of each state and the other outputs, each ``[N, ...]``."""
+        number, n = next(iter(states.values())).shape[0], self.num_action_samples
         repeated = {key: value.unsqueeze(1).expand(number, n, *value.shape[1:]) for key, value in states.items()}
         candidates = TensorDict(repeated, (number, n), device=device)
-        candidates = self.vae.decode(candidates, self._draw_latents(number, like))
-        candidates = check_action(candidates, self.vae.action_key)
+        if _is_random():
+            latents = clipped_normal((number, *self.latents.shape), self.vae.latent_clip, like)
+        else:
+            latents = self.latents.to(like).expand(number, -1, -1)  # a loss may have cast the networks
+        candidates = check_action(self.vae.decode(candidates, latents), self.vae.action_key)
         if self.actor is not None:
             candidates = self.actor(candidates)
         actions = candidates.get(self.vae.action_key)  # [N, n, A]
@@ -146,23 +149,14 @@ class BCQPolicy(TensorDictModuleBase):
             out |= {"candidates": actions, "action_value": value.squeeze(-1)}
         return out
 
-    def _draw_latents(self, states: int, like: Tensor) -> Tensor:
-        """Latents ``[N, n, L]`` of the candidates."""
-        shape = (states, *self.latents.shape)
-        if _is_random():
-            return clipped_normal(shape, self.vae.latent_clip, like)
-        return self.latents.to(like).expand(shape)  # the networks may have been cast through a loss
-
 
 class BehaviorCloningPolicy(TensorDictModuleBase):
-    """One sample of the behaviour, ``D(s, z)``: the generative model alone, as a baseline.
+    """One sample of the behaviour, ``D(s, z)``: the generative model without actor and critics.
 
-    Under ``ExplorationType.DETERMINISTIC`` (or ``MODE``, ``MEAN``) the latent is 0, its mean.
+    Under ``ExplorationType.DETERMINISTIC``, ``MODE`` or ``MEAN`` the latent is its mean, 0.
 
     Args:
         vae: samples the action.
-
-    Reads: the observations. Writes: the action, ``[*B, A]``.
 
     Source: "VAE-BC" in the experiments of arXiv:1812.02900.
     """
@@ -174,12 +168,19 @@ class BehaviorCloningPolicy(TensorDictModuleBase):
         self.in_keys = list(vae.observation_keys)
         self.out_keys = [vae.action_key]
 
+    @accepts_tensors
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write an action for each state, ``[*B, A]``."""
-        shape, like = (*tensordict.batch_size, self.vae.latent_dim), next(self.parameters())
+        shape, like = (*tensordict.batch_size, self.vae.latent_dim), _like(self, tensordict.get(self.in_keys[0]))
         latent = clipped_normal(shape, self.vae.latent_clip, like) if _is_random() else like.new_zeros(shape)
         return self.vae.decode(tensordict, latent)
+
+
+def _like(networks: nn.Module, default: Tensor) -> Tensor:
+    """A tensor whose dtype and device latents take: the first parameter, else the first buffer of floats."""
+    tensors = chain(networks.parameters(), networks.buffers())
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), default)
 
 
 def _is_random() -> bool:

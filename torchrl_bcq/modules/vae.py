@@ -1,4 +1,4 @@
-"""The generative model of the behaviour: which actions does the dataset hold for a state?"""
+"""The generative model of the behaviour: samples actions that the dataset would hold for a state."""
 
 from __future__ import annotations
 
@@ -11,38 +11,50 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.data import TensorSpec
 
+from torchrl_bcq.bounds import action_bounds
 from torchrl_bcq.functional import clipped_normal, gaussian_kl, squash_to_bounds
-from torchrl_bcq.modules.bounds import action_bounds
+from torchrl_bcq.modules.dispatch import accepts_tensors
 
 
 class ActionVAE(TensorDictModuleBase):
-    """Conditional variational auto-encoder over actions, ``p(a | s) = E_z[D(s, z)]``.
+    """Conditional variational auto-encoder over actions, a :class:`~torchrl_bcq.protocols.GenerativeModel`.
 
-    Calling it reconstructs the action of a transition; :meth:`decode` samples a new one for a state. It is a
-    :class:`~torchrl_bcq.protocols.GenerativeModel`.
+    A call reconstructs the action of a transition; :meth:`decode` samples a new action for a state.
 
     Args:
         encoder: ``(*observations, action [*B, A]) -> [*B, 2 * L]``, mean and log standard deviation of the latent.
-        decoder: ``(*observations, latent [*B, L]) -> [*B, A]``, squashed here by tanh onto the action bounds.
+        decoder: ``(*observations, latent [*B, L]) -> [*B, A]``, unbounded; tanh maps its output onto the action bounds.
         action_spec: bounded spec of one action, shape ``[A]``.
-        latent_dim: ``L``, the author's value is ``2 * A``.
-        latent_clip: sampled latents are clipped to this many standard deviations; reconstructions are not.
+        latent_dim: ``L``; the author uses ``2 * A``.
+        latent_clip: clip of sampled latents, in standard deviations; reconstructions are not clipped.
         log_std_range: clamp of the encoder's log standard deviation.
-        kl_weight: weight of the latent's KL divergence beside the reconstruction error in :meth:`training_loss`.
-        error_scale: unit of that error in each action dimension, ``[A]``. Half the action's range makes its weight
-            against the KL divergence independent of the action's units; the paper's is 1.
+        kl_weight: weight of the latent's KL divergence in :meth:`training_loss`.
+        error_scale: unit of the reconstruction error in each action dimension, ``[A]``; 1 in the paper.
         observation_keys: entries given to both networks, in this order.
-        action_key: entry that is read by the encoder and written by :meth:`decode`.
+        action_key: entry that the encoder reads and :meth:`decode` writes.
 
     Writes: ``reconstruction [*B, A]``, ``loc [*B, L]``, ``log_std [*B, L]``.
 
     Raises:
-        ValueError: if ``action_spec`` is not a finite box of rank 1, or a size, clip, weight or scale is not positive.
+        ValueError: if ``action_spec`` is not a finite box of rank 1, or a size, clip, weight or scale is out of range.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Bounded
+        >>> from torchrl.modules import MLP
+        >>> from torchrl_bcq.modules import ActionVAE
+        >>> encoder = MLP(in_features=3 + 1, out_features=2 * 2, num_cells=[64])
+        >>> decoder = MLP(in_features=3 + 2, out_features=1, num_cells=[64])
+        >>> vae = ActionVAE(encoder, decoder, Bounded(-2, 2, (1,)), latent_dim=2)
+        >>> vae.decode(TensorDict({"observation": torch.zeros(5, 3)}, [5]))["action"].shape
+        torch.Size([5, 1])
+        >>> reconstruction, loc, log_std = vae(observation=torch.zeros(5, 3), action=torch.zeros(5, 1))
+        >>> loc.shape
+        torch.Size([5, 2])
 
     Source: arXiv:1812.02900, section 4.1 and appendix D.1.
     """
-
-    error_scale: Tensor | None
 
     def __init__(
         self,
@@ -68,39 +80,31 @@ class ActionVAE(TensorDictModuleBase):
         self.in_keys = [*self.observation_keys, action_key]
         self.out_keys = ["reconstruction", "loc", "log_std"]
         self.loss_keys = ["vae_reconstruction", "vae_kl"]
-        self.encoder = encoder
-        self.decoder = decoder
+        self.encoder, self.decoder = encoder, decoder
         self.latent_dim = latent_dim
         self.latent_clip = latent_clip
         self.log_std_range = log_std_range
         self.kl_weight = kl_weight
-        low, high = action_bounds(action_spec)
-        self.register_buffer("low", low)
-        self.register_buffer("high", high)
-        self.register_buffer("error_scale", _error_scale(error_scale, like=low))
+        self.low, self.high = map(nn.Buffer, action_bounds(action_spec))
+        self.error_scale = None if error_scale is None else nn.Buffer(_error_scale(error_scale, like=self.low))
 
     def encode(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the posterior of the latent: ``loc`` and ``log_std``, each ``[*B, L]``."""
         posterior = self.encoder(*self._observations(tensordict), tensordict.get(self.action_key))
-        if posterior.shape[-1] != 2 * self.latent_dim:
-            raise ValueError(
-                f"encoder gives {posterior.shape[-1]} features, expected 2 * latent_dim = {2 * self.latent_dim}."
-            )
-        posterior = posterior.to(self.low.dtype)  # from autocast's, in which small KL divergences would round to none
+        found, expected = posterior.shape[-1], 2 * self.latent_dim
+        if found != expected:
+            raise ValueError(f"encoder gives {found} features, expected 2 * latent_dim = {expected}.")
+        posterior = posterior.to(self.low.dtype)  # in autocast's dtype small KL divergences would round to 0
         loc, log_std = posterior.chunk(2, -1)  # [*B, 2L] -> 2 x [*B, L]
         return tensordict.set("loc", loc).set("log_std", log_std.clamp(*self.log_std_range))
 
     def decode(self, tensordict: TensorDictBase, latent: Tensor | None = None) -> TensorDictBase:
-        """Write an action ``[*B, A]`` for each state.
-
-        Args:
-            tensordict: holds the observations, batch size ``*B``.
-            latent: ``[*B, L]``; drawn from the clipped standard normal if not given.
-        """
+        """Write an action ``[*B, A]`` for each state. ``latent [*B, L]`` is clipped standard normal if not given."""
         if latent is None:
             latent = clipped_normal((*tensordict.batch_size, self.latent_dim), self.latent_clip, like=self.low)
         return tensordict.set(self.action_key, self._decode(tensordict, latent))
 
+    @accepts_tensors
     def forward(self, tensordict: TensorDictBase, noise: Tensor | None = None) -> TensorDictBase:
         """Write posterior and reconstruction. ``noise [*B, L]`` is standard normal, drawn if not given."""
         tensordict = self.encode(tensordict)
@@ -111,10 +115,9 @@ class ActionVAE(TensorDictModuleBase):
     def training_loss(
         self, tensordict: TensorDictBase, noise: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Negative evidence lower bound of each row, ``[*B]``, with its two parts by name.
+        """Negative evidence lower bound of each row, ``[*B]``, and its two parts.
 
-        ``vae_reconstruction`` is the squared error, mean over action dimensions; ``vae_kl`` the KL divergence in nats,
-        mean over latents, before its weight.
+        ``vae_reconstruction`` is the mean squared error, ``vae_kl`` the mean KL divergence in nats, before its weight.
         """
         out = self(tensordict.copy(), noise=noise)
         error = out.get("reconstruction") - out.get(self.action_key)
@@ -134,10 +137,8 @@ class ActionVAE(TensorDictModuleBase):
         return squash_to_bounds(logits.to(self.low.dtype), self.low, self.high)
 
 
-def _error_scale(scale: Tensor | Sequence[float] | None, like: Tensor) -> Tensor | None:
+def _error_scale(scale: Tensor | Sequence[float], like: Tensor) -> Tensor:
     """The scale as a new tensor ``[A]``."""
-    if scale is None:
-        return None
     scale = torch.as_tensor(scale).to(like, copy=True)
     if scale.shape != like.shape or not ((scale > 0) & scale.isfinite()).all():
         raise ValueError(f"error_scale is {scale.tolist()}, expected {len(like)} positive numbers, one of each action.")

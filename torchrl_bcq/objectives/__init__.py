@@ -1,5 +1,8 @@
-"""What is minimised."""
+"""Objectives: what is minimised."""
 
+from torchrl_bcq.objectives.base import OfflineLoss
 from torchrl_bcq.objectives.bcq import BCQLoss
+from torchrl_bcq.objectives.cloning import CloningLoss
+from torchrl_bcq.objectives.values import ValueLoss
 
-__all__ = ["BCQLoss"]
+__all__ = ["BCQLoss", "CloningLoss", "OfflineLoss", "ValueLoss"]

@@ -1,4 +1,4 @@
-"""What a loss may be given: nothing is missing, broadcast, cast or skipped silently."""
+"""Checks of what a loss is given: nothing is missing, broadcast, cast or skipped silently."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 
 
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+    """Raise a ValueError if a setting is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {[*choices]}.")
+
+
 def select_inputs(
     tensordict: TensorDictBase,
     keys: Sequence[NestedKey],
     *,
     action_key: NestedKey,
-    reward_key: NestedKey,
-    flag_keys: Collection[NestedKey],
     dtype: torch.dtype,
+    reward_key: NestedKey | None = None,
+    flag_keys: Collection[NestedKey] = (),
 ) -> TensorDictBase:
     """Select the entries that a loss reads, with the batch size ``*B`` of the action ``[*B, A]``.
 
@@ -25,9 +31,9 @@ def select_inputs(
         tensordict: any batch size that is a prefix of ``*B``.
         keys: entries to select, the action among them.
         action_key: decides ``*B``.
+        dtype: of all entries that are real numbers.
         reward_key: must be ``[*B, 1]``.
         flag_keys: must be boolean and ``[*B, 1]``.
-        dtype: of all entries that are real numbers.
 
     Raises:
         ValueError: if an entry is missing, or its shape or dtype does not fit.

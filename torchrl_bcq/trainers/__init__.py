@@ -1,22 +1,20 @@
-"""The loop: TorchRL's Trainer on a fixed dataset."""
+"""Training: TorchRL's Trainer on a fixed dataset."""
 
-from torchrl_bcq.trainers.bcq import BCQTrainer
+from torchrl_bcq.trainers.bcq import BCQOptimizationStepper, BCQTrainer
 from torchrl_bcq.trainers.best import KeepBest
 from torchrl_bcq.trainers.checkpoints import make_checkpoint
-from torchrl_bcq.trainers.metrics import DatasetMetrics, EnvironmentMetrics, evaluate
+from torchrl_bcq.trainers.offline import OfflineTrainer
 from torchrl_bcq.trainers.offline_collector import OfflineCollector
-from torchrl_bcq.trainers.stepper import BCQOptimizationStepper, NetworkLRScheduler
-from torchrl_bcq.trainers.together import train_together
+from torchrl_bcq.trainers.stepper import NetworkLRScheduler, OfflineOptimizationStepper, Schedule
 
 __all__ = [
     "BCQOptimizationStepper",
     "BCQTrainer",
-    "DatasetMetrics",
-    "EnvironmentMetrics",
     "KeepBest",
     "NetworkLRScheduler",
     "OfflineCollector",
-    "evaluate",
+    "OfflineOptimizationStepper",
+    "OfflineTrainer",
+    "Schedule",
     "make_checkpoint",
-    "train_together",
 ]

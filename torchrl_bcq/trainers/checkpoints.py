@@ -1,4 +1,4 @@
-"""What a checkpoint is made of: state that is written whole or not at all, and read without opening a pickle."""
+"""Checkpoints that are complete or absent, and are read without unpickling."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Stateful(Protocol):
     """Anything with a ``state_dict``."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """What it needs to go on."""
+        """State to save."""
         ...
 
     def load_state_dict(self, state_dict: Any) -> Any:
-        """Take it back."""
+        """Restore the state."""
         ...
 
 
@@ -70,7 +70,7 @@ class WeightsOnlyAdapter(StateDictCheckpointAdapter):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """Read the state; what else ``torch.load`` may be told is left aside."""
+        """Read the state; other arguments of ``torch.load`` are ignored."""
         file = path / self.state_torch
         if not file.is_file():
             raise FileNotFoundError(f"there is no {file}.")
@@ -78,19 +78,19 @@ class WeightsOnlyAdapter(StateDictCheckpointAdapter):
 
 
 def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Without what else its memory holds, which would be written with it."""
+    """The tensor without the rest of its storage, which would be written too."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def make_checkpoint(**components: Any) -> Checkpoint:
-    """A :class:`torchrl.checkpoint.Checkpoint` of these components that never opens a pickle."""
+    """A :class:`torchrl.checkpoint.Checkpoint` of these components that never unpickles."""
     return Checkpoint(**components).register_adapter(Stateful, WeightsOnlyAdapter())
 
 
 def tidy(path: Path) -> None:
-    """Remove what a run that was killed while it wrote the checkpoint ``path`` left beside it.
+    """Remove the temporary files of a run that was killed while it wrote the checkpoint ``path``.
 
-    A good checkpoint that was being replaced gets its name back. Nobody else may be writing there.
+    A good checkpoint that was being replaced gets its name back. No other process may be writing there.
     """
     for aside in sorted(path.parent.glob(f".{glob.escape(path.name)}.*-*")):
         kind = aside.name[len(path.name) + 2 :].partition("-")[0]
@@ -108,7 +108,7 @@ def tidy_rotation(directory: Path, prefix: str = "checkpoint") -> None:
 
 
 class LoggerState:
-    """What a logger needs to go on, such as the id of a W&B run; not the scalars it has written already."""
+    """State that a logger needs to resume, such as the id of a W&B run, without the scalars that it has written."""
 
     def __init__(self, logger: Logger) -> None:
         self._logger = logger
@@ -120,22 +120,19 @@ class LoggerState:
         return {**state, "local": local}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take it back."""
+        """Restore the state."""
         self._logger.load_state_dict(state_dict)
 
 
 class SamplerState:
-    """What a replay buffer needs to go on drawing the same rows: its sampler, its generator, and the same data.
-
-    The data is not kept, but a digest of it.
-    """
+    """State from which a replay buffer draws the same rows again: sampler, generator, and a digest of the data."""
 
     def __init__(self, replay_buffer: ReplayBuffer) -> None:
         self._buffer = replay_buffer
         self._known_digest: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """State of sampler and generator; what identifies the data."""
+        """State of sampler and generator, and the digest of the data."""
         generator = self._buffer._rng
         return {
             "class": self._sampler_class,
@@ -169,12 +166,12 @@ class SamplerState:
         if saved["rows"] != len(self._buffer):
             raise ValueError(
                 f"the checkpoint's replay buffer had {saved['rows']} transitions, this one has {len(self._buffer)}; "
-                "go on with the same dataset."
+                "resume with the same dataset."
             )
         if saved["dataset"] != self._digest:
             raise ValueError(
-                "the dataset has changed since the checkpoint: as many transitions, other values. Go on with the same "
-                "one, or begin anew with the networks alone: Checkpoint(loss_module=loss).load(path)."
+                "the dataset has changed since the checkpoint: as many transitions, other values. Resume with the same "
+                "one, or start a new run from the networks alone: Checkpoint(loss_module=loss).load(path)."
             )
         if (saved["generator"] is None) != (self._buffer._rng is None):
             with_seed = "without" if saved["generator"] is None else "with"

@@ -1,4 +1,4 @@
-"""How a gradient step is executed: in which precision, compiled or not. What it computes stays the same."""
+"""Precision and compilation of gradient steps."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor
 
 from torchrl_bcq.memory import keep_freed_memory
-from torchrl_bcq.objectives import BCQLoss
+from torchrl_bcq.objectives import OfflineLoss
+from torchrl_bcq.objectives.base import target_precision
 
 _MATMUL = ("highest", "high", "medium")  # torch.set_float32_matmul_precision's
 PRECISIONS = (*_MATMUL, "bf16-target", "bf16-mixed")
@@ -21,13 +21,13 @@ _logger = logging.getLogger(__name__)
 
 
 class Execution:
-    """Evaluates losses as :class:`~torchrl_bcq.BCQTrainer` was told to.
+    """Evaluates the losses of an :class:`~torchrl_bcq.OfflineTrainer`.
 
     Args:
         loss_module: the objective.
         compile: whether each loss is compiled, forward and backward, without a graph break; or keywords of
             :func:`torch.compile`.
-        precision: of matrix products; see :class:`~torchrl_bcq.BCQTrainer`.
+        precision: of matrix products; see :class:`~torchrl_bcq.OfflineTrainer`.
 
     Raises:
         TypeError: if ``compile`` is neither.
@@ -35,7 +35,7 @@ class Execution:
     """
 
     def __init__(
-        self, loss_module: BCQLoss, compile: bool | Mapping[str, Any] = False, precision: str | None = None
+        self, loss_module: OfflineLoss, compile: bool | Mapping[str, Any] = False, precision: str | None = None
     ) -> None:
         if not isinstance(compile, (bool, Mapping)):
             raise TypeError(f"compile is {compile!r}, expected True, False, or keywords of torch.compile.")
@@ -46,40 +46,41 @@ class Execution:
         self._loss = loss_module
         self._matmul = precision if precision in _MATMUL else None
         self._autocast = precision == "bf16-mixed"
-        loss_module.target_dtype = torch.bfloat16 if precision == "bf16-target" else None
+        self._target_dtype = torch.bfloat16 if precision == "bf16-target" else None
         keep_freed_memory(next(loss_module.parameters()).device)
         self._compiled: dict[str, Callable] = {}
         self._settings: dict[str, Any] | None = None
         if compile is not False:
             self._settings = {"fullgraph": True, **(compile if isinstance(compile, Mapping) else {})}
 
-    def compute(self, batch: TensorDictBase, method: str | None, *noise: Tensor) -> Any:
+    def compute(self, batch: TensorDictBase, method: str | None = None) -> Any:
         """Evaluate the loss, or one of its methods, on a batch."""
         device = next(self._loss.parameters()).device.type
         with torch.autocast(device, torch.bfloat16) if self._autocast else nullcontext():
-            return self._function(method or "forward")(batch, *noise)
+            return self._function(method or "forward")(batch)
 
     def _function(self, method: str) -> Callable:
         if self._settings is None:
             return self._loss if method == "forward" else getattr(self._loss, method)
         if method not in self._compiled:
-            _logger.info("compiling %s, which takes its first steps up to a minute", method)
+            _logger.info("compiling %s; its first step takes up to a minute", method)
             _ = self._loss.in_keys  # found now, else a second graph is compiled once they are known
             self._compiled[method] = torch.compile(_with_own_code(getattr(self._loss, method)), **self._settings)
         return self._compiled[method]
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Set PyTorch's precision of float32 matrix products, which is global, and set it back."""
-        if self._matmul is None:  # not even read: that fails where it was set for each backend
-            yield
-            return
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(self._matmul)
+        """Set the precisions, which are global to PyTorch and to the losses, and restore them afterwards."""
+        # the present one is not even read unless it changes: that fails if it was set for each backend
+        before = None if self._matmul is None else torch.get_float32_matmul_precision()
         try:
-            yield
+            if self._matmul is not None:
+                torch.set_float32_matmul_precision(self._matmul)
+            with target_precision(self._target_dtype):
+                yield
         finally:
-            torch.set_float32_matmul_precision(before)
+            if before is not None:
+                torch.set_float32_matmul_precision(before)
 
 
 def _with_own_code(method: Callable) -> Callable:

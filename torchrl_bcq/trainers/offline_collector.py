@@ -1,4 +1,4 @@
-"""A collector for a learner that never collects."""
+"""A collector for training without an environment."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torchrl.collectors import BaseCollector
 
 
 class OfflineCollector(BaseCollector):
-    """Lets :class:`torchrl.trainers.Trainer` run with no environment: yields empty ticks, a frame is a gradient step.
+    """Lets :class:`torchrl.trainers.Trainer` run without an environment: a frame is a gradient step.
 
     Args:
         total_steps: gradient steps in all.
-        steps_per_tick: gradient steps of each tick, between two looks of the trainer at its logs. Ticks end at
-            multiples of it, wherever they begin, and at ``total_steps``.
+        steps_per_batch: gradient steps of each batch, after which the trainer logs. Batches end at its multiples, and
+            at ``total_steps``.
 
     Yields: a TensorDict without entries, of batch size ``[k]``, that asks for ``k`` gradient steps.
 
@@ -26,26 +26,26 @@ class OfflineCollector(BaseCollector):
 
     init_random_frames = 0
 
-    def __init__(self, total_steps: int, steps_per_tick: int) -> None:
+    def __init__(self, total_steps: int, steps_per_batch: int) -> None:
         super().__init__()
-        if total_steps < 1 or steps_per_tick < 1:
+        if total_steps < 1 or steps_per_batch < 1:
             raise ValueError(
-                f"total_steps is {total_steps} and steps_per_tick {steps_per_tick}; both must be at least 1."
+                f"total_steps is {total_steps} and steps_per_batch {steps_per_batch}; both must be at least 1."
             )
         self.total_frames = total_steps
-        self.requested_frames_per_batch = steps_per_tick
+        self.requested_frames_per_batch = steps_per_batch
         self._steps = 0
 
     def iterator(self) -> Iterator[TensorDictBase]:
-        """Ticks from the present step to the last."""
+        """Batches from the present step to the last."""
         while self._steps < self.total_frames:
-            per_tick = self.requested_frames_per_batch
-            tick = min(per_tick - self._steps % per_tick, self.total_frames - self._steps)
-            self._steps += tick
-            yield TensorDict({}, [tick])
+            interval = self.requested_frames_per_batch
+            steps = min(interval - self._steps % interval, self.total_frames - self._steps)
+            self._steps += steps
+            yield TensorDict({}, [steps])
 
     def take_back(self, steps: int) -> None:
-        """Steps that were handed out, but not made."""
+        """Return steps that were handed out but not made."""
         self._steps -= steps
 
     def set_seed(self, seed: int, static_seed: bool = False) -> int:
@@ -63,5 +63,5 @@ class OfflineCollector(BaseCollector):
         return OrderedDict(steps=self._steps)
 
     def load_state_dict(self, state_dict: OrderedDict[str, int]) -> None:
-        """Go on after ``state_dict["steps"]``."""
+        """Continue after ``state_dict["steps"]``."""
         self._steps = state_dict["steps"]

@@ -1,7 +1,9 @@
-"""One batch, three optimizers, in the paper's order."""
+"""Gradient steps of several networks on one batch, each with its own optimizer and schedule."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,121 +16,130 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchrl.trainers import LRSchedulerHook
 from torchrl.trainers.trainers import OptimizationStepper, Trainer
 
-from torchrl_bcq.objectives import BCQLoss
-from torchrl_bcq.trainers.distributed import DataParallel
+from torchrl_bcq.objectives import OfflineLoss
+from torchrl_bcq.trainers.distributed import SingleProcess
+
+_ALONE = SingleProcess()
 
 
-class BCQOptimizationStepper(OptimizationStepper):
-    """Steps the VAE, then the critics, then the actor, each on its own loss, within one batch.
-
-    Gradients are clipped as the trainer says (``clip_norm``, ``clip_grad_norm``). The target networks are the
-    business of the trainer's target updater.
+@dataclass(frozen=True)
+class Schedule:
+    """When a network learns, in gradient steps of the trainer.
 
     Args:
-        vae_optimizer: of the VAE's parameters.
-        qvalue_optimizer: of all critics' parameters.
-        actor_optimizer: of the perturbation actor's parameters; None where the loss has no actor.
-        vae_warmup_steps: gradient steps of the VAE alone, before critics and actor begin; the paper's is 0.
-        freeze_vae_after: gradient steps after which the VAE stays as it is; the paper's never does.
-        actor_update_interval: gradient steps of the critics for each of the actor; the paper's is 1.
+        start_after: steps before it begins.
+        stop_after: step after which it stays as it is; None never stops.
+        every: it learns in each step of this many.
 
     Raises:
-        ValueError: if one of these numbers is out of its range, or the VAE would be frozen before its warm-up ends.
-
-    Source: arXiv:1812.02900, algorithm 1.
+        ValueError: if a number is out of range, or the network would never learn.
     """
 
-    def __init__(
-        self,
-        vae_optimizer: Optimizer,
-        qvalue_optimizer: Optimizer,
-        actor_optimizer: Optimizer | None = None,
-        *,
-        vae_warmup_steps: int = 0,
-        freeze_vae_after: int | None = None,
-        actor_update_interval: int = 1,
-    ) -> None:
-        if vae_warmup_steps < 0 or actor_update_interval < 1:
+    start_after: int = 0
+    stop_after: int | None = None
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.start_after < 0 or self.every < 1:
             raise ValueError(
-                f"vae_warmup_steps is {vae_warmup_steps} and actor_update_interval {actor_update_interval}; expected "
-                "0 or more, and 1 or more."
+                f"start_after is {self.start_after} and every {self.every}; expected 0 or more, and 1 or more."
             )
-        if freeze_vae_after is not None and freeze_vae_after < max(vae_warmup_steps, 1):
+        if self.stop_after is not None and self.stop_after < self.start_after + self.every:
             raise ValueError(
-                f"freeze_vae_after is {freeze_vae_after}, expected at least 1 and vae_warmup_steps={vae_warmup_steps}; "
-                "None leaves the VAE learning."
+                f"stop_after is {self.stop_after}, but the first step is {self.start_after + self.every} "
+                f"(start_after {self.start_after}, every {self.every}); the network would never learn."
             )
-        self.optimizers = {"vae": vae_optimizer, "qvalue": qvalue_optimizer}
-        if actor_optimizer is not None:
-            self.optimizers["actor"] = actor_optimizer
-        self.vae_warmup_steps = vae_warmup_steps
-        self.freeze_vae_after = freeze_vae_after
-        self.actor_update_interval = actor_update_interval
+
+    def is_due(self, step: int) -> bool:
+        """Whether the network learns in gradient step ``step``, counted from 1."""
+        since = step - self.start_after
+        return since > 0 and since % self.every == 0 and not self.has_ended(step)
+
+    def has_ended(self, step: int) -> bool:
+        """Whether the network no longer learns in gradient step ``step`` and after it."""
+        return self.stop_after is not None and step > self.stop_after
+
+
+class OfflineOptimizationStepper(OptimizationStepper):
+    """Steps each network of an :class:`~torchrl_bcq.OfflineLoss` on its own loss, in order, within one batch.
+
+    Gradients are clipped as the trainer says (``clip_norm``, ``clip_grad_norm``). Target networks are moved by the
+    trainer's target updater.
+
+    Args:
+        optimizers: an optimizer for each network, in the order of the steps.
+        schedules: when a network learns; one without an entry learns in every step.
+
+    Raises:
+        ValueError: if there is no optimizer, or a schedule is for a network without one.
+    """
+
+    def __init__(self, optimizers: Mapping[str, Optimizer], *, schedules: Mapping[str, Schedule] | None = None) -> None:
+        if not optimizers:
+            raise ValueError("optimizers is empty, expected one for each network that has parameters to train.")
+        if unknown := [name for name in schedules or {} if name not in optimizers]:
+            raise ValueError(f"schedules has {unknown}, but optimizers are for {[*optimizers]}.")
+        self.optimizers = dict(optimizers)
+        self.schedules = {name: (schedules or {}).get(name, Schedule()) for name in optimizers}
         self.steps = 0
         self.captured = False
-        self.parallel: DataParallel | None = None  # the trainer's
         self._logs: dict[str, Tensor] = {}
         self._graphs: dict[tuple[Any, ...], CudaGraphModule] = {}
 
     @classmethod
-    def adam(cls, loss: BCQLoss, lr: float = 1e-3, **schedule: Any) -> BCQOptimizationStepper:
-        """The author's optimizers: Adam at 1e-3 for every network. ``schedule`` is of the constructor."""
-        return cls(
-            *(
-                Adam(getattr(loss, f"{name}_network_params").parameters(), lr=lr, fused=True)
-                for name in loss.network_names
-            ),
-            **schedule,
-        )
+    def adam(cls, loss: OfflineLoss, lr: float = 1e-3, **settings: Any) -> Any:
+        """Adam for each network that has parameters to train, in the loss's order.
+
+        Args:
+            loss: the objective.
+            lr: learning rate.
+            **settings: of the constructor.
+        """
+        return cls(make_adam(loss, lr), **settings)
 
     def is_due(self, name: str, step: int) -> bool:
-        """Whether a network (``"vae"``, ``"qvalue"``, ``"actor"``) learns in gradient step ``step``, counted from 1."""
-        if name == "vae":
-            return self.freeze_vae_after is None or step <= self.freeze_vae_after
-        after_warmup = step - self.vae_warmup_steps
-        return after_warmup > 0 and (name != "actor" or after_warmup % self.actor_update_interval == 0)
+        """Whether a network learns in gradient step ``step``, counted from 1."""
+        return self.schedules[name].is_due(step)
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
         """Make one gradient step of each network that is due.
 
         Returns:
-            Scalars to log: the three losses and the batch means of the losses' metadata. Of an actor that waits they
-            are those of its last step; of a network in warm-up or frozen, NaN.
+            Scalars to log: the losses and the batch means of their metadata. Those of a network that waits are of its
+            last step; those of a network that has not begun, or has ended, are NaN.
         """
-        self.steps += 1
+        step, loss = self.steps + 1, trainer.loss_module
         if not self._logs:  # TorchRL's means need the same entries in every step
-            unknown = next(trainer.loss_module.parameters()).new_full((), torch.nan)
-            self._logs = dict.fromkeys(trainer.loss_module.out_keys, unknown)
-        if self.steps - 1 == self.freeze_vae_after:
-            vae = ["loss_vae", *trainer.loss_module.vae_network.loss_keys]
-            self._logs |= {key: torch.full_like(self._logs[key], torch.nan) for key in vae}
-        due = tuple(name for name in self.optimizers if self.is_due(name, self.steps))
-        self._logs.update(
-            self._replay(trainer, sub_batch, due) if self.captured else self._update(trainer, sub_batch, due)
-        )
+            unknown = next(loss.parameters()).new_full((), torch.nan)
+            self._logs = dict.fromkeys(loss.out_keys, unknown)
+        for name, schedule in self.schedules.items():
+            if step - 1 == schedule.stop_after:
+                keys = (f"loss_{name}", *loss.metadata_keys[name])
+                self._logs |= {key: torch.full_like(self._logs[key], torch.nan) for key in keys}
+        due = tuple(name for name in self.optimizers if self.is_due(name, step))
+        update = self._replay if self.captured else self._update
+        self._logs.update(update(trainer, sub_batch, due))
+        self.steps = step
         return TensorDict(self._logs)
 
-    def _update(self, trainer: Trainer, batch: TensorDictBase, due: tuple[str, ...]) -> dict[str, Tensor]:
-        """One gradient step of each of these networks; what is to be logged of it."""
-        logs = {}
+    def _update(self, trainer: Any, batch: TensorDictBase, due: tuple[str, ...]) -> dict[str, Tensor]:
+        """One gradient step of each of these networks; returns the scalars to log."""
+        logs, processes = {}, getattr(trainer, "processes", _ALONE)  # TorchRL's own trainer has none
         for name in due:
             loss, metadata = trainer.compute_loss(batch, method=f"{name}_loss")
-            self.optimizers[name].zero_grad()
+            optimizer = self.optimizers[name]
+            optimizer.zero_grad()
             loss.backward()
-            self.step_optimizer(name, trainer)
+            processes.average_gradients(_parameters(optimizer))
+            self._clip(optimizer, trainer)
+            optimizer.step()
             logs[f"loss_{name}"] = loss.detach()
             logs.update({key: value.mean() for key, value in metadata.items()})
         return logs
 
-    def step_optimizer(self, name: str, trainer: Trainer) -> None:
-        """Average the gradients of a network over processes, clip them as the trainer says, and follow them."""
-        if self.parallel is not None:
-            self.parallel.average_gradients(_parameters(self.optimizers[name]))
-        self._clip(self.optimizers[name], trainer)
-        self.optimizers[name].step()
-
     def capture(self) -> None:
-        """From now on capture gradient steps into CUDA graphs, and replay them.
+        """Capture gradient steps into CUDA graphs from now on, and replay them.
 
         There is one graph for each set of networks that learn in a step and for each size of a batch, captured in the
         second step of its kind.
@@ -147,18 +158,18 @@ class BCQOptimizationStepper(OptimizationStepper):
         self.captured = True
         self._graphs.clear()
 
-    def _replay(self, trainer: Trainer, batch: TensorDictBase, due: tuple[str, ...]) -> dict[str, Tensor]:
+    def _replay(self, trainer: Any, batch: TensorDictBase, due: tuple[str, ...]) -> dict[str, Tensor]:
         kind = (*due, batch.batch_size)
+        priority_key = trainer.loss_module.tensor_keys.priority
         if kind not in self._graphs:
 
             def update(batch: TensorDictBase) -> TensorDict:
                 out = {"logs": self._update(trainer, batch, due)}
-                if (priority := batch.get(priority_key, None)) is not None:  # the critics learn
+                if (priority := batch.get(priority_key, None)) is not None:
                     out["priority"] = priority
                 return TensorDict(out)
 
             self._graphs[kind] = CudaGraphModule(update, in_keys=[], out_keys=[])
-        priority_key = trainer.loss_module.tensor_keys.priority
         out = self._graphs[kind](batch.exclude("index", priority_key))
         if (priority := out.get("priority", None)) is not None:
             batch.set(priority_key, priority)
@@ -170,14 +181,11 @@ class BCQOptimizationStepper(OptimizationStepper):
     def _clip(optimizer: Optimizer, trainer: Trainer) -> None:
         if trainer.clip_norm is None:
             return
-        parameters = _parameters(optimizer)
-        if trainer.clip_grad_norm:
-            nn.utils.clip_grad_norm_(parameters, trainer.clip_norm)
-        else:
-            nn.utils.clip_grad_value_(parameters, trainer.clip_norm)
+        clip = nn.utils.clip_grad_norm_ if trainer.clip_grad_norm else nn.utils.clip_grad_value_
+        clip(_parameters(optimizer), trainer.clip_norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of each optimizer, the number of gradient steps, and what is logged of those that wait.
+        """State of each optimizer, number of gradient steps, and scalars logged last.
 
         It is the same whether steps are captured or not.
         """
@@ -187,34 +195,39 @@ class BCQOptimizationStepper(OptimizationStepper):
                 for group in state["param_groups"]:
                     group["capturable"] = False
                     group.update({key: _number(group[key]) for key in ("lr", "initial_lr") if key in group})
-        return {"steps": self.steps, "logs": dict(self._logs), **optimizers}
+        return {"steps": self.steps, "logs": dict(self._logs), "optimizers": optimizers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore all of that.
+        """Restore the state.
 
         Raises:
-            ValueError: if the saved optimizers were of other kinds or networks.
+            ValueError: if the saved optimizers are of other kinds or networks.
         """
-        saved = {
-            name: set(state["param_groups"][0]) for name, state in state_dict.items() if name not in ("steps", "logs")
-        }
+        given = state_dict["optimizers"]
+        saved = {name: set(state["param_groups"][0]) for name, state in given.items()}
         own = {name: set(optimizer.param_groups[0]) for name, optimizer in self.optimizers.items()}
         # torch takes the state of any optimizer, and fails within its next step
         differing = [name for name in {**own, **saved} if not own.get(name, set()) <= saved.get(name, set())]
         if differing or own.keys() != saved.keys():
             raise ValueError(
-                f"the saved optimizers were of {[*saved]}, these are of {[*own]}, and others for "
+                f"the saved optimizers are of {[*saved]}, these are of {[*own]}, and of another kind for "
                 f"{differing or 'none of them'}; make them alike."
             )
         self.steps = state_dict["steps"]
-        device = next(iter(self.optimizers["vae"].param_groups[0]["params"])).device
+        device = _parameters(next(iter(self.optimizers.values())))[0].device
         self._logs = {name: value.to(device) for name, value in state_dict["logs"].items()}
         for name, optimizer in self.optimizers.items():
             kept = {k: v for k, v in optimizer.param_groups[0].items() if k == "capturable"}  # where its counter is
-            groups = [{**group, **kept} for group in state_dict[name]["param_groups"]]
-            optimizer.load_state_dict({**state_dict[name], "param_groups": groups})
+            groups = [{**group, **kept} for group in given[name]["param_groups"]]
+            optimizer.load_state_dict({**given[name], "param_groups": groups})
         if self.captured:
             self.capture()
+
+
+def make_adam(loss: OfflineLoss, lr: float = 1e-3) -> dict[str, Optimizer]:
+    """Adam for each network that has parameters to train, in the loss's order."""
+    names = loss.trainable_names
+    return {name: Adam(getattr(loss, f"{name}_network_params").parameters(), lr=lr, fused=True) for name in names}
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -226,13 +239,13 @@ class NetworkLRScheduler(LRSchedulerHook):
 
     Args:
         scheduler: of that network's optimizer.
-        name: ``"vae"``, ``"qvalue"`` or ``"actor"``.
-        stepper: says when it learns.
+        name: of the network.
+        stepper: knows when it learns.
 
-    ``NetworkLRScheduler(scheduler, "vae", stepper).register(trainer)``.
+    ``NetworkLRScheduler(scheduler, "critic", stepper).register(trainer)``.
     """
 
-    def __init__(self, scheduler: LRScheduler, name: str, stepper: BCQOptimizationStepper) -> None:
+    def __init__(self, scheduler: LRScheduler, name: str, stepper: OfflineOptimizationStepper) -> None:
         super().__init__(scheduler, interval="optim")
         self.name = name
         self.stepper = stepper
@@ -242,7 +255,7 @@ class NetworkLRScheduler(LRSchedulerHook):
         return super().__call__(batch) if self.stepper.is_due(self.name, self.stepper.steps) else batch
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the scheduler, the same whether steps are captured or not."""
+        """State of the scheduler, the same whether steps are captured or not."""
         state = super().state_dict()
         rates = {key: state["scheduler"].get(key) for key in ("base_lrs", "_last_lr")}
         plain = {key: [_number(rate) for rate in value] for key, value in rates.items() if value is not None}
@@ -254,5 +267,5 @@ class NetworkLRScheduler(LRSchedulerHook):
 
 
 def _number(rate: float | Tensor) -> float:
-    """A learning rate, which :meth:`BCQOptimizationStepper.capture` may have put into a tensor of float32."""
+    """A learning rate, which may be in a float32 tensor of :meth:`OfflineOptimizationStepper.capture`."""
     return float(str(np.float32(rate.item()))) if isinstance(rate, Tensor) else rate

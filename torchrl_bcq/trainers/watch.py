@@ -1,4 +1,4 @@
-"""Losses and weights stay finite, or it is said which one did not, and when, and on which rows."""
+"""Checks that losses and weights stay finite, and reports the step, the loss and the rows if not."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 
-from torchrl_bcq.objectives import BCQLoss
+from torchrl_bcq.files import write_whole
+from torchrl_bcq.objectives import OfflineLoss
 
 _REMEDY = "If the dataset is finite, lower the learning rate, set clip_norm, or scale the rewards."
 _SHOWN = 10  # rows in a message
 
 
 class LossWatch:
-    """Remembers the losses and rows of some gradient steps, and checks all of them at once.
+    """Remembers the losses and rows of several gradient steps, and checks them together.
 
-    So a device that works ahead is waited for once, and the step, the loss and the rows are known all the same.
+    This waits for a device once per log interval, and still knows the step, the loss and the rows.
 
     Args:
-        replay_buffer: where the rows come from.
+        replay_buffer: the source of the rows.
     """
 
     def __init__(self, replay_buffer: ReplayBuffer) -> None:
@@ -32,15 +33,10 @@ class LossWatch:
         self.begin(0)
 
     def begin(self, steps_before: int) -> None:
-        """Forget what was remembered; the next step is the one after ``steps_before``."""
+        """Forget all steps; the next one is the one after ``steps_before``."""
         self._before = steps_before
         self._rows: list[Tensor | None] = []
         self._losses: list[tuple[int, str, Tensor]] = []
-
-    @property
-    def steps(self) -> int:
-        """Gradient steps since the beginning."""
-        return len(self._rows)
 
     def next_step(self, batch: TensorDictBase) -> None:
         """Begin a gradient step on a batch, whose ``index`` names its rows."""
@@ -50,22 +46,22 @@ class LossWatch:
         """Remember the values ``[]`` of losses in the present step."""
         for name, value in losses.items():
             if name.startswith("loss_") or name.endswith("_loss"):
-                self._losses.append((self.steps, name, value.detach()))
+                self._losses.append((len(self._rows), name, value.detach()))
 
     def find(self) -> int | None:
-        """Check all losses that are remembered: the place of the first that is not finite, None if all are."""
+        """Position of the first remembered loss that is not finite; None if all are."""
         values = [value for *_, value in self._losses]
         if not values or (finite := torch.stack(values).isfinite()).all():
             return None
         return int((~finite).nonzero()[0])
 
     def describe(self, place: int, folder: Path | None, last_good: str) -> str:
-        """Say which loss it is.
+        """Describe the loss at a position.
 
         Args:
-            place: where it was found.
+            place: its position, from :meth:`find`.
             folder: where its batch is written, for inspection.
-            last_good: names the last good checkpoint.
+            last_good: sentence that names the last good checkpoint.
         """
         step, name, value = self._losses[place]
         rows = self._describe_rows(self._rows[step - 1], step, folder)
@@ -87,17 +83,17 @@ class LossWatch:
         return f"{found}, kept for inspection: torch.load({str(target)!r})"
 
     def _write(self, rows: Tensor, target: Path) -> None:
-        content, aside = io.BytesIO(), target.with_name(f".{target.name}")
+        content = io.BytesIO()
         torch.save(self._buffer.storage[rows].clone().set("index", rows).cpu().to_dict(), content)
-        aside.write_bytes(content.getbuffer())
-        aside.replace(target)
+        with write_whole(target) as aside:
+            aside.write_bytes(content.getbuffer())
 
 
-def check_parameters(loss_module: BCQLoss, steps: int, last_good: str) -> None:
-    """Whether all weights and targets are finite.
+def check_parameters(loss_module: OfflineLoss, steps: int, last_good: str) -> None:
+    """Check that all weights and targets are finite.
 
     Raises:
-        FloatingPointError: if not: a gradient was not, though the losses were.
+        FloatingPointError: if not, because a gradient was not finite though the losses were.
     """
     state = {name: value for name, value in loss_module.state_dict().items() if value.is_floating_point()}
     finite = torch.stack([value.isfinite().all() for value in state.values()])

@@ -1,4 +1,4 @@
-"""HDF5 and NPZ files made on the spot, in the layouts of D4RL, Gymnasium, Tianshou, Minari and robomimic."""
+"""HDF5 and NPZ files in the layouts of D4RL, Gymnasium, Tianshou, Minari and robomimic."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def rows(td, *key):
 @pytest.mark.parametrize("names", [D4RL, MINARI, SINGULAR | MINARI, TIANSHOU, D4RL | TIANSHOU])
 def test_common_names(form, names):
     write, load = form
-    td = load(write(steps(names) | {"infos": np.ones(3)}))  # what is no field may have any length
+    td = load(write(steps(names) | {"infos": np.ones(3)}))  # other entries may have any length
     same(td, from_arrays(**STEPS))
     assert rows(td, "next", "reward") == list(range(1, 13))
     assert rows(td, "episode") == [0] * 4 + [1] * 5 + [2] * 3
@@ -94,7 +94,7 @@ def test_time_out_keeps_its_true_next_observation_where_there_is_one(form):
 
 
 def test_time_out_without_next_observation_is_dropped(form):
-    """So is the unfinished last row; the terminated one repeats its own."""
+    """The unfinished last row is dropped, too; the terminated row repeats its own observation."""
     write, load = form
     td = load(write(steps(D4RL, without=["next_observations"])))
     kept = [0, 1, 2, 3, 4, 5, 6, 7, 9, 10]
@@ -106,7 +106,7 @@ def test_time_out_without_next_observation_is_dropped(form):
     assert rows(td, "episode") == [0] * 4 + [1] * 4 + [2] * 2
 
 
-def test_names_say_what_is_what(form):
+def test_names_may_be_given(form):
     write, load = form
     own = {"observations": "o", "actions": "a", "rewards": "r", "terminated": "failed", "next_observations": "after"}
     same(load(write(steps(own)), names=own), from_arrays(**STEPS))
@@ -143,12 +143,12 @@ def test_missing_fields_are_named(form):
     path = write(steps(without=["rewards", "terminated"]))
     assert refusal(load, path) == (
         f"{path.name}: it lacks ['rewards', 'terminated']; it holds ['actions', 'next_observations', 'observations', "
-        "'truncated']. Say what is what with names={'rewards': ...}."
+        "'truncated']. Name the entries with names={'rewards': ...}."
     )
     path = write(steps({"terminated": "dones"}))
     assert refusal(load, path) == (
         f"{path.name}: it lacks ['terminated']; it holds ['actions', 'dones', 'next_observations', 'observations', "
-        "'rewards', 'truncated']. dones does not say whether an episode ended or was cut off. Say what is what with "
+        "'rewards', 'truncated']. dones does not say whether an episode ended or was cut off. Name the entries with "
         "names={'terminated': ...}."
     )
     same(load(path, names={"terminated": "dones"}), from_arrays(**STEPS))
@@ -193,7 +193,7 @@ def test_without_time_outs_an_episode_is_cut_where_it_does_not_continue(form):
 
 
 def cut_off(terminated: np.ndarray, limit: int) -> list[bool]:
-    """Where a time limit ends episodes, step by step."""
+    """Rows at which a time limit ends episodes, counted step by step."""
     cut, step = [], 0
     for ended in terminated.tolist():
         step += 1
@@ -206,7 +206,7 @@ def cut_off(terminated: np.ndarray, limit: int) -> list[bool]:
 @pytest.mark.parametrize("limit", [1, 2, 3, 5, 7, 40])
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
 def test_time_limit(tmp_path, monkeypatch, limit, chunk):
-    """Chunks of every size cut episodes anywhere."""
+    """Chunks of any size may divide an episode."""
     rng = np.random.default_rng(limit)
     ends = rng.random(60) < 0.12
     fields = {
@@ -235,7 +235,7 @@ def test_time_limit_of_one_step_leaves_nothing_without_next_observations(tmp_pat
     )
 
 
-def test_time_outs_in_the_file_go_before_a_time_limit(form):
+def test_time_outs_in_the_file_override_a_time_limit(form):
     write, load = form
     same(load(write(steps(D4RL)), max_episode_steps=2), from_arrays(**STEPS))
 
@@ -274,7 +274,7 @@ def test_compressed_and_chunked_hdf5(tmp_path, monkeypatch, options):
 
 
 def test_chunks_hold_a_few_rows(tmp_path, monkeypatch):
-    """The widest field decides: observations of 2 float32 are 8 bytes a row."""
+    """The widest field decides: observations of 2 float32 are 8 bytes per row."""
     monkeypatch.setattr(array_files, "CHUNK_BYTES", 8 * 5)
     for source in (
         array_files.hdf5(write_hdf5(tmp_path / "d.hdf5", STEPS)),
@@ -284,7 +284,7 @@ def test_chunks_hold_a_few_rows(tmp_path, monkeypatch):
 
 
 def episodes(layout: str):
-    """Each of the episodes in its own fields; Minari's have an observation more than steps."""
+    """The fields of each episode; Minari's have one observation more than steps."""
     ends = np.cumsum(LENGTHS)
     for start, end in zip(ends - LENGTHS, ends, strict=True):
         fields = {name: value[start:end] for name, value in STEPS.items()}
@@ -297,7 +297,7 @@ def episodes(layout: str):
 
 
 def write_episodes(path, layout: str, name: str, **names: str):
-    """In an order that is neither that of their names nor that of their numbers."""
+    """Write the groups in another order than that of their names and numbers."""
     with h5py.File(path, "w") as file:
         for number, fields in reversed(list(zip((2, 9, 10), episodes(layout), strict=True))):
             for field, value in fields.items():
@@ -310,7 +310,7 @@ def write_episodes(path, layout: str, name: str, **names: str):
     ("layout", "name"), [("minari", "episode_{}"), ("minari", "data/{}"), ("steps", "data/demo_{}")]
 )
 def test_groups_of_episodes(tmp_path, layout, name):
-    """Ends are kept, and where a record just stops (the third episode) it was cut off."""
+    """Ends are kept; the third episode has no flag at its end and is cut off."""
     td = load_hdf5(write_episodes(tmp_path / "d.hdf5", layout, name))
     expected = from_arrays(**{**STEPS, "truncated": STEPS["truncated"] | (np.arange(12) == 11)})
     same(td, expected)
@@ -327,12 +327,12 @@ def test_groups_with_names(tmp_path):
             demo["states"] = np.ones((len(demo["reward"]), 3))
     own = {"observations": "obs/robot", "next_observations": "next_obs/robot", "terminated": "dones"}
     td = load_hdf5(path, names=own)
-    cut = (np.arange(12) == 8) | (np.arange(12) == 11)  # its own "cut" is not named: episodes that just stop
+    cut = (np.arange(12) == 8) | (np.arange(12) == 11)  # "cut" has no common name: both ends lack a flag
     same(td, from_arrays(**{**STEPS, "truncated": cut}))
 
 
 def test_fields_beside_numbered_groups_are_no_episodes(tmp_path):
-    """As the weights of D4RL's behaviour policy."""
+    """Such as the weights of D4RL's behaviour policy."""
     path = write_hdf5(
         tmp_path / "d.hdf5", {**steps(D4RL), "policy/fc0/weight": np.ones(3), "policy/fc1/weight": np.ones(3)}
     )
@@ -399,7 +399,7 @@ def test_other_and_damaged_files(form, tmp_path):
     path.write_bytes(whole.read_bytes()[:-30])
     if load is load_hdf5:
         assert re.fullmatch(
-            r"text.hdf5: it cannot be read \(.*truncated file.*\); copy it again, or write it anew.",
+            r"text.hdf5: it cannot be read \(.*truncated file.*\); copy it again, or write it again.",
             refusal(load, path),
         )
     else:
@@ -414,7 +414,7 @@ def test_npz_with_a_changed_byte_is_refused(tmp_path, write):
         member = archive.getinfo("rewards.npy")
     content[member.header_offset + 30 + len(member.filename) + 20 + member.compress_size - 10] ^= 16
     path.write_bytes(content)
-    assert re.fullmatch(r"d.npz: it cannot be read \(.*\); copy it again, or write it anew.", refusal(load_npz, path))
+    assert re.fullmatch(r"d.npz: it cannot be read \(.*\); copy it again, or write it again.", refusal(load_npz, path))
 
 
 @pytest.mark.parametrize("change", [-8, 8])
@@ -462,13 +462,13 @@ def test_hdf5_knows_its_environment_and_scores(tmp_path):
     source = source_with(tmp_path / "d.hdf5", env_id="Hopper-v5", **SCORES)
     assert (source.env_id, source.reference_scores) == ("Hopper-v5", (-20.5, 3234.25))
     source = source_with(tmp_path / "d.hdf5", env_id=np.bytes_("mine/Hop.per-v5"), ref_min_score=np.array([3]))
-    assert (source.env_id, source.reference_scores) == ("mine/Hop.per-v5", None)  # one score alone is of no use
+    assert (source.env_id, source.reference_scores) == ("mine/Hop.per-v5", None)  # one score is missing
     source = source_with(tmp_path / "d.hdf5")
     assert (source.env_id, source.reference_scores) == (None, None)
 
 
 @pytest.mark.parametrize("env_id", ["os:Hopper-v5", "Hopper-v5; import os", "", b"\xff", 5, np.array([b"a", b"b"])])
-def test_an_id_that_could_import_a_module_or_is_none_is_left_out(tmp_path, env_id):
+def test_unsafe_and_invalid_ids_are_left_out(tmp_path, env_id):
     source = source_with(tmp_path / "d.hdf5", env_id=env_id, **SCORES)
     assert (source.env_id, source.reference_scores) == (None, (-20.5, 3234.25))
 
@@ -477,12 +477,12 @@ def test_an_id_that_could_import_a_module_or_is_none_is_left_out(tmp_path, env_i
     "scores",
     [(1.0, 1.0), (2.0, 1.0), (np.nan, 1.0), (0.0, np.nan), (-np.inf, 1.0), (0.0, np.inf), ("low", 1.0), ([0, 1], 2)],
 )
-def test_scores_that_nothing_can_be_measured_between_are_left_out(tmp_path, scores):
+def test_unusable_scores_are_left_out(tmp_path, scores):
     source = source_with(tmp_path / "d.hdf5", env_id="Hopper-v5", ref_min_score=scores[0], ref_max_score=scores[1])
     assert (source.env_id, source.reference_scores) == ("Hopper-v5", None)
 
 
-def test_a_file_that_is_none_is_refused_by_its_reader_alone(tmp_path):
+def test_a_file_that_is_not_hdf5_is_refused_when_it_is_read(tmp_path):
     (tmp_path / "d.hdf5").write_text("no HDF5")
     source = array_files.hdf5(tmp_path / "d.hdf5")
     assert (source.env_id, source.reference_scores) == (None, None)

@@ -1,4 +1,4 @@
-"""No reader holds more than a part of a file at a time."""
+"""Each reader holds only a part of a file in memory."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write_npz(path):
 
 
 def write_lists(path):
-    """One column of lists, in one row group, which its writer could hold in memory."""
+    """One column of lists in one row group."""
     lists = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(ROWS * WIDE, dtype=np.float32)), WIDE)
     parquet.write_table(columns(x=lists), path, row_group_size=ROWS, use_dictionary=False, compression="none")
     return table(path, observation=["x"], **COLUMNS)

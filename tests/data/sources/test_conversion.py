@@ -1,4 +1,4 @@
-"""Memory-mapped copies: the same content, made once, complete or not there at all."""
+"""Memory-mapped copies: the same content, made once, complete or absent."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from torchrl_bcq import from_arrays, load_hdf5
 from torchrl_bcq.data.sources import array_files, conversion, source
 from torchrl_bcq.data.sources.conversion import load_memmap, write_memmap
 from torchrl_bcq.data.sources.source import Source
+from torchrl_bcq.files import UNFINISHED
 
 ROWS = 40
 TIME = np.arange(ROWS, dtype=np.float32)
@@ -57,7 +58,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """How often a file's chunks were begun."""
+    """Counts how often a file is read."""
     count = []
     slices = array_files._slices
     monkeypatch.setattr(array_files, "_slices", lambda fields: count.append(1) or slices(fields))
@@ -69,7 +70,7 @@ def copies(root) -> list[Path]:
 
 
 def leftovers(root) -> list[str]:
-    """Everything but the locks."""
+    """All names except locks."""
     return [path.name for path in root.iterdir() if not path.name.endswith(".lock")] if root.exists() else []
 
 
@@ -122,7 +123,7 @@ def test_other_content_or_settings_are_converted_anew(file, root, reads):
     before, stamp = file.stat().st_size, file.stat().st_mtime_ns
     write(file, rewards=changed)
     os.utime(file, ns=(stamp, stamp))
-    assert file.stat().st_size == before  # neither size nor time tell
+    assert file.stat().st_size == before  # size and time do not show the change
     assert load_hdf5(file, root=root)["next", "reward"][17].item() == 99
     assert len(copies(root)) == 2
     for settings in (
@@ -138,7 +139,7 @@ def test_other_content_or_settings_are_converted_anew(file, root, reads):
     assert len(reads) == 2 * 6
 
 
-def test_a_copy_does_not_stand_for_other_bounds(file, root):
+def test_a_copy_is_not_used_for_other_bounds(file, root):
     load_hdf5(file, root=root, action_spec=Bounded(-1, 1, (1,)))
     with pytest.raises(ValueError, match=r"^d.hdf5: actions has 20 rows \(first: 0\) outside the action spec"):
         load_hdf5(file, root=root, action_spec=Bounded(-0.5, 0.5, (1,)))
@@ -163,7 +164,7 @@ def test_files_that_change_meanwhile_leave_nothing(root):
         with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole message is compared below)
             Source("log", chunks, []).read(root=root)
         assert str(error.value) == (
-            f"log: it had 19 transitions when it was checked and has {19 + more} now; let it settle."
+            f"log: it had 19 transitions when it was checked and has {19 + more} now; wait until it stays the same."
         )
         assert leftovers(root) == []
 
@@ -213,7 +214,7 @@ def test_full_disks_are_refused_before_anything_is_written(file, root, monkeypat
 
 
 def test_disks_that_become_full_leave_nothing(file, root, monkeypatch):
-    """Rewards go to a device that is always full."""
+    """Rewards are written to a device that is always full."""
     monkeypatch.setattr(array_files, "CHUNK_BYTES", 40)
 
     def full(path, mode):
@@ -241,7 +242,7 @@ def test_disks_that_are_full_when_files_are_flushed_leave_nothing(file, root, mo
 
 @contextmanager
 def unprivileged():
-    """Root may write anywhere; nobody may not."""
+    """Run as nobody, since root may write anywhere."""
     if os.getuid():
         yield
         return
@@ -253,7 +254,7 @@ def unprivileged():
 
 
 def test_read_only_folders():
-    """They take no copy; one that is there can be read."""
+    """No copy can be written to them; an existing one can be read."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         file = write(folder / "d.hdf5")
@@ -278,7 +279,7 @@ def test_a_file_where_the_folder_should_be(file, tmp_path):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_two_at_once_make_one_copy(file, root, reads, shared):
-    """Threads wait for each other at the lock file as processes do."""
+    """Threads wait for the lock file, as processes do."""
     found, begin = [], threading.Barrier(4)
 
     def load():
@@ -296,8 +297,8 @@ def test_two_at_once_make_one_copy(file, root, reads, shared):
         same(td, from_arrays(**ARRAYS))
 
 
-def test_another_process_is_waited_for(file, root, reads):
-    """It holds the lock, and is done a second later: nothing is converted here."""
+def test_waits_for_another_process(file, root, reads):
+    """Another process holds the lock and finishes a second later: nothing is converted here."""
     made = load_hdf5(file, root=root)
     folder = copies(root)[0]
     same(made, from_arrays(**ARRAYS))
@@ -314,13 +315,13 @@ def test_another_process_is_waited_for(file, root, reads):
         td = load_hdf5(file, root=root)
         assert time.monotonic() - begin > 0.5
     same(td, from_arrays(**ARRAYS))
-    assert len(reads) == 2  # of the first one
+    assert len(reads) == 2  # by the first call
 
 
 def test_what_a_killed_run_left_is_removed(file, root):
     load_hdf5(file, root=root)
     folder = copies(root)[0]
-    stale = folder.rename(root / f".{folder.name}.0a1b2c3d.part")
+    stale = folder.rename(root / f"{UNFINISHED}0a1b2c3d.{folder.name}")
     (stale / "observation.memmap").write_bytes(b"half")
     (stale / "junk").write_text("junk")
     same(load_hdf5(file, root=root), from_arrays(**ARRAYS))
@@ -340,8 +341,8 @@ def refusal(folder) -> str:
 
 
 def test_unfinished_conversions_are_not_loaded(tmp_path):
-    folder = saved(tmp_path / ".d-0123456789abcdef.part")
-    assert refusal(folder) == f"{folder} is of a conversion that was cut off; convert it again."
+    folder = saved(tmp_path / f"{UNFINISHED}0a1b2c3d.d-0123456789abcdef")
+    assert refusal(folder) == f"{folder} is an unfinished conversion; convert it again."
 
 
 @pytest.mark.parametrize("key", ["observation", "episode", "next/reward", "next/done"])
@@ -399,7 +400,7 @@ def test_folders_of_tensordict_are_loaded(tmp_path):
 
 
 def test_loading_writes_nothing(tmp_path):
-    """Or others who load at the same time would find half a description."""
+    """Otherwise processes that load at the same time would find an incomplete description."""
     folder = saved(tmp_path / "copy")
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.rglob("*")}
     load_memmap(folder)
@@ -423,7 +424,7 @@ def test_progress_is_shown_on_a_terminal_only(root, monkeypatch, stream):
         for start in range(0, 40, 20):
             yield {name: value[start : start + 20] for name, value in ARRAYS.items()}
 
-    at_once = {"delay": 0, "mininterval": 0}  # in place of a second
+    at_once = {"delay": 0, "mininterval": 0}  # instead of a second
     bar = tqdm.auto.tqdm
     monkeypatch.setattr(tqdm.auto, "tqdm", lambda **settings: bar(**{**settings, **at_once}))
     shown = stream()
@@ -462,7 +463,7 @@ def test_name_of_a_copy_is_safe(root, reads):
 
 
 def test_sources_that_change_meanwhile_are_refused(file, root, monkeypatch):
-    """The same number of rows, but others, between checking and writing: the old digest must not stand for them."""
+    """The file changes between checking and writing, with the same number of rows; its digest differs then."""
     written = conversion.write_memmap
 
     def change_and_write(parts, rows, folder):
@@ -470,7 +471,7 @@ def test_sources_that_change_meanwhile_are_refused(file, root, monkeypatch):
         written(parts, rows, folder)
 
     monkeypatch.setattr(source, "write_memmap", change_and_write)
-    with pytest.raises(ValueError, match=r"^d.hdf5: it changed while it was converted; let it settle.$"):
+    with pytest.raises(ValueError, match=r"^d.hdf5: it changed while it was converted; wait until it stays the same.$"):
         load_hdf5(file, root=root)
     assert leftovers(root) == []
 
@@ -482,7 +483,7 @@ def test_copies_are_found_whatever_the_file_is_called(file, root, reads):
     assert (len(reads), len(copies(root))) == (2, 1)
 
 
-def test_bad_rows_are_kept_where_they_are_to_be_described(file, root):
+def test_bad_rows_are_kept_if_not_strict(file, root):
     rewards = np.where(TIME == 3, np.nan, TIME)
     source_of = array_files.hdf5(write(file, rewards=rewards))
     with pytest.raises(ValueError, match=r"rewards has 1 row \(first: 3\)"):
@@ -493,8 +494,8 @@ def test_bad_rows_are_kept_where_they_are_to_be_described(file, root):
         source_of.read(root=root)
 
 
-def test_odd_flags_are_refused_even_there(file):
-    """As booleans they could not be told from good ones any more."""
+def test_odd_flags_are_refused_even_if_not_strict(file):
+    """As booleans they would look like good ones."""
     odd = array_files.hdf5(write(file, terminals=np.where(TIME == 4, 2.0, 0), rewards=np.full(ROWS, np.nan)))
     with pytest.raises(
         ValueError, match="^d.hdf5: terminated has 1 row [^\\n]*, such as 2.0; write 1 where it is so, 0 els"

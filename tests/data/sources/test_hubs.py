@@ -1,4 +1,4 @@
-"""Datasets that others keep: a local Minari store, and files in D4RL's layouts where D4RL keeps them."""
+"""A local Minari store, and files of D4RL in its folder."""
 
 from __future__ import annotations
 
@@ -66,7 +66,11 @@ def test_minari_keeps_the_true_next_observation_at_every_end(store):
     assert td["next", "observation"].tolist() == [[1, 1], [1, 2], [1, 3], [2, 1], [2, 2], [3, 1], [3, 2]]
     assert td["next", "reward"].flatten().tolist() == [1, 2, 3, 2, 3, 3, 4]
     assert td["next", "terminated"].flatten().tolist() == [False, False, True] + [False] * 4
-    assert td["next", "truncated"].flatten().tolist() == [False] * 4 + [True, False, True]  # a broken-off record is cut
+    assert td["next", "truncated"].flatten().tolist() == [False] * 4 + [
+        True,
+        False,
+        True,
+    ]  # an end without a flag is a cut
     assert td["episode"].tolist() == [0, 0, 0, 1, 1, 2, 2]
     assert td["action"].dtype == torch.float32
 
@@ -103,7 +107,7 @@ def test_minari_copy_is_the_same(store, tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning:minari")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_minari_bounds_may_be_given(store):
-    """In place of those of its action space, -2 to 2."""
+    """They replace those of its action space, -2 to 2."""
     create("test/narrow-v0", [episode(1, 3, True, False)])
     assert len(load_minari("test/narrow-v0")) == 3
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole message is compared below)
@@ -141,9 +145,22 @@ def test_minari_without_an_environment(store):
     assert (source.env_id, source.reference_scores) == (None, None)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:minari")
+@pytest.mark.filterwarnings("ignore::UserWarning:gymnasium")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("low", "high"), [(-np.inf, np.inf), (0, np.inf), (-1, [1, -1])])
+def test_minari_action_spaces_that_are_no_finite_box_give_no_bounds(store, low, high):
+    actions = np.array([[0.5, -1]] * 3, dtype=np.float32)
+    recorded = dataclasses.replace(episode(1, 3, True, False), actions=actions)
+    space = gymnasium.spaces.Box(np.full(2, low, np.float32), np.full(2, high, np.float32))
+    create("test/wide-v0", [recorded], action_space=space)
+    assert hubs.minari("test/wide-v0").action_spec is None
+    assert load_minari("test/wide-v0")["action"].tolist() == [[0.5, -1]] * 3
+
+
 @pytest.fixture
 def shelf(tmp_path, monkeypatch):
-    """Where D4RL keeps its files; nothing is downloaded."""
+    """The folder of D4RL's files; downloads fail the test."""
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "shelf"))
     monkeypatch.setattr(hubs, "_download", lambda url, file: pytest.fail(f"{url} was downloaded"))
     (tmp_path / "shelf").mkdir()
@@ -166,7 +183,7 @@ def file_of(dataset_id: str) -> str:
 
 
 def test_d4rl_file_without_time_outs(shelf):
-    """hopper-medium-v0: a limit of 1000 steps is known, counted from the last end; rows that it cut off are dropped."""
+    """hopper-medium-v0 has a limit of 1000 steps since the last end; rows at the limit are dropped."""
     write(shelf / file_of("hopper-medium-v0"), 2510, [299])
     td = load_d4rl("hopper-medium-v0")
     cut = {1300, 2300, 2510}  # the last one is unfinished
@@ -187,16 +204,16 @@ def test_d4rl_time_limit_may_be_given(shelf):
 
 
 def test_d4rl_known_time_limits(shelf, monkeypatch):
-    monkeypatch.setattr(hubs, "_D4RL_TIME_LIMITS", {"walker2d": 7})
+    monkeypatch.setattr(hubs, "_D4RL_TIME_LIMIT", 7)
     write(shelf / file_of("walker2d-expert-v0"), 20, [])
     assert len(load_d4rl("walker2d-expert-v0")) == 20 - 3
-    write(shelf / file_of("halfcheetah-expert-v0"), 20, [])
+    write(shelf / file_of("antmaze-umaze-v0"), 20, [])
     with pytest.raises(ValueError, match="it has neither timeouts nor next_observations, .* Pass max_episode_steps="):
-        load_d4rl("halfcheetah-expert-v0")
+        load_d4rl("antmaze-umaze-v0")
 
 
 def test_d4rl_file_with_everything(shelf):
-    """hopper-medium-v2: its time-outs go before the limit that is known, and keep their true next observation."""
+    """hopper-medium-v2: its own time-outs replace the known limit and keep their true next observation."""
     timeouts = np.zeros(1100, dtype=bool)
     timeouts[[49, 1049]] = True
     after = np.arange(2, 1102, dtype=np.float32)[:, None]
@@ -212,7 +229,7 @@ def test_d4rl_file_with_everything(shelf):
 
 
 @pytest.mark.parametrize(
-    ("task", "env_id", "middle"),  # the return that is worth 50 points
+    ("task", "env_id", "middle"),  # the return with a score of 50
     [
         ("hopper", "Hopper-v5", 1607.0138475),
         ("halfcheetah", "HalfCheetah-v5", 5927.4105235),
@@ -236,7 +253,7 @@ def test_d4rl_of_other_tasks_knows_neither(shelf):
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    """Dataset hopper-medium-v2 at a file:// address, an empty shelf, and a whole file."""
+    """The file of hopper-medium-v2 at a file:// address, and an empty folder for downloads."""
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "own" / "shelf"))
     source = tmp_path / "hopper_medium-v2.hdf5"
     monkeypatch.setitem(D4RL_DATASETS, "hopper-medium-v2", source.as_uri())

@@ -1,4 +1,4 @@
-"""Tables of logged decisions, written cell by cell."""
+"""Tables of logged decisions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchrl_bcq.data.sources import tables
 
 # a stay of 3 hours that ended, one of 4 that was cut off, one of 2 that just stops
 EPISODE = ["ann", "ann", "ann", "bob", "bob", "bob", "bob", "cy", "cy"]
-STEP = [0, 1, 2, 5, 6, 7, 8, 0, 1]  # bob's record begins late
+STEP = [0, 1, 2, 5, 6, 7, 8, 0, 1]  # bob's steps start at 5
 PULSE = [60.0, 61, 62, 70, 71, 72, 73, 80, 81]
 PRESSURE = [9.5, 8.5, 7.5, 6.5, 5.5, 4.5, 3.5, 2.5, 1.5]
 DOSE = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
@@ -180,7 +180,7 @@ def test_numbers_of_csv_episodes_are_compared_as_they_are_written(tmp_path):
     assert load_table(path, **ROLES, episode="episode")["episode"].max() == 2
 
 
-def test_no_column_that_says_where_episodes_end_is_refused(write):
+def test_a_column_must_say_where_episodes_end(write):
     assert refusal(write()) == (
         "nothing says where an episode was cut off and the next one began; name the column of truncated, of episode, "
         "or those of next_observation."
@@ -190,7 +190,7 @@ def test_no_column_that_says_where_episodes_end_is_refused(write):
 
 @pytest.mark.usefixtures("small_chunks")
 def test_gaps_in_steps_are_refused(write):
-    """Where a row is missing (bob's 6th hour is his 7th), or out of order."""
+    """Step 6 of bob is missing, and the two steps of cy are exchanged."""
     for roles in ({"episode": "episode"}, {"truncated": "cut"}):
         path = write(step=[0, 1, 2, 5, 7, 8, 9, 1, 0])
         assert refusal(path, step="step", **roles) == (
@@ -203,7 +203,7 @@ def test_gaps_in_steps_are_refused(write):
 def test_torn_episodes_are_refused(write):
     path = write(episode=["ann", "ann", "ann", "bob", "ann", "bob", "cy", "cy", "bob"])
     assert refusal(path, episode="episode") == (
-        f"{path.name}: episode has 3 rows (first: 4) where an earlier episode goes on; sort the table by episode and "
+        f"{path.name}: episode has 3 rows (first: 4) where an earlier episode continues; sort the table by episode and "
         "step."
     )
 
@@ -213,7 +213,7 @@ def test_ends_inside_an_episode_are_refused(write):
     path = write(died=[row in (1, 2, 4) for row in range(9)])
     assert refusal(path, episode="episode", truncated="cut") == (
         f"{path.name}: terminated or truncated is set in 2 rows (first: 1) before the last one of an episode; correct "
-        "them, or number the episodes anew."
+        "them, or renumber the episodes."
     )
 
 
@@ -226,7 +226,7 @@ def test_episodes_without_a_name_are_refused(write):
     ]
 
 
-def test_numbers_that_are_none_name_no_episode(tmp_path):
+def test_nan_is_no_name_of_an_episode(tmp_path):
     path = write_parquet(tmp_path / "d.parquet", COLUMNS | {"episode": [1.0] * 3 + [2.0] * 4 + [np.nan] * 2})
     assert (
         refusal(path, episode="episode")
@@ -321,9 +321,9 @@ def test_other_and_damaged_files(write, tmp_path):
     with pytest.raises(FileNotFoundError, match="^there is no file .*none.csv.$"):
         load_table(tmp_path / "none.csv", **ROLES, truncated="cut")
     path = write()
-    if path.suffix != ".csv":  # a text that ends with a line looks whole
+    if path.suffix != ".csv":  # a text that ends after a line looks complete
         path.write_bytes(path.read_bytes()[:-20])
-        message = rf"{re.escape(path.name)}: it cannot be read \(.*\); copy it again, or write it anew."
+        message = rf"{re.escape(path.name)}: it cannot be read \(.*\); copy it again, or write it again."
         assert re.fullmatch(message, refusal(path, truncated="cut"), re.DOTALL)
     path.write_bytes(b"")
     assert re.fullmatch(rf"{re.escape(path.name)}: it cannot be read \(.*\); .*", refusal(path, truncated="cut"))
@@ -348,7 +348,7 @@ def test_other_delimiters_and_decimal_points(tmp_path):
     ) or "delimiter=" in refusal(path, truncated="cut")
 
 
-def test_step_needs_to_know_where_episodes_end(write):
+def test_step_alone_is_refused(write):
     assert refusal(write(), step="step", next_observation=NEXT) == (
         "step alone does not say where an episode ends; name the column of episode or truncated, too."
     )

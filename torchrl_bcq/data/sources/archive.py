@@ -1,4 +1,4 @@
-"""Members of NPZ archives: checked, and read from their beginning to their end."""
+"""Arrays in NPZ archives, read in parts: ``numpy.load`` reads each of them whole and ignores surplus data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import zipfile
 from math import prod
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -14,54 +14,45 @@ from torchrl_bcq.data.checks import DatasetError
 
 
 def check_members(path: Path, archive: zipfile.ZipFile) -> None:
-    """Refuse an archive whose list of members is damaged: no checksum covers it, and it could hide an optional field.
-
-    Raises:
-        DatasetError: if names or their count do not agree.
-    """
+    """Refuse an archive with a damaged directory, which has no checksum and could hide an optional field."""
     for member in archive.infolist():
-        archive.open(member).close()  # compares its name with a second copy
+        archive.open(member).close()  # compares its name with the second copy
     with open(path, "rb") as file:
         file.seek(-12 - len(archive.comment), os.SEEK_END)
         count = int.from_bytes(file.read(2), "little")
-    if count not in (len(archive.infolist()), 0xFFFF):  # which stands for more
+    if count not in (len(archive.infolist()), 0xFFFF):  # the latter stands for more
         raise DatasetError(
             f"it says that it holds {count} arrays, but {len(archive.infolist())} are found. Copy it again."
         )
 
 
 class Member:
-    """An array in an NPZ archive, read from its beginning to its end and never unpickled."""
+    """An array in an NPZ archive, read from its beginning to its end in parts, and never unpickled."""
 
     def __init__(self, name: str, stream: IO[bytes]) -> None:
         version = np.lib.format.read_magic(stream)
         if version not in ((1, 0), (2, 0)):
             raise DatasetError(f"{name} is stored in version {version} of NumPy's format; save a plain array.")
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        self.shape, self._columns_first, self.dtype = read_header(stream)
+        self.shape, columns_first, self.dtype = read_header(stream)
         if self.dtype.hasobject:
             raise DatasetError(f"{name} holds pickled objects, which are never loaded; save a plain array of numbers.")
-        self._name = name
-        self._stream = stream
+        self._name, self._stream = name, stream
         self._left = prod(self.shape) * self.dtype.itemsize  # bytes to read
-        self._whole: np.ndarray | None = None
+        is_whole = columns_first or not self.shape
+        self._whole = self._read(self.shape[::-1]).T if is_whole else None
 
-    def __getitem__(self, rows: slice | tuple[()]) -> np.ndarray:
-        """The next rows; they are held in memory at once where they lie column by column."""
-        if isinstance(rows, tuple):
-            return self._read(())
-        if self._columns_first and len(self.shape) > 1:
-            if self._whole is None:
-                self._whole = self._read(self.shape[::-1]).T
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        """The next rows, or all of a scalar."""
+        if self._whole is not None:
             return self._whole[rows]
-        count = len(range(*rows.indices(self.shape[0])))
-        return self._read((count, *self.shape[1:]))
+        return self._read((len(range(*rows.indices(self.shape[0]))), *self.shape[1:]))
 
     def _read(self, shape: tuple[int, ...]) -> np.ndarray:
         size = prod(shape) * self.dtype.itemsize
         data = self._stream.read(size)
         self._left -= size
-        over = not self._left and self._stream.read(1)  # only at its end is the checksum looked at
+        over = not self._left and self._stream.read(1)  # zipfile compares the checksum at the end
         if len(data) < size or over:
             raise DatasetError(
                 f"{self._name} is damaged: its shape is {self.shape}, but it holds {'more' if over else 'less'} data. "

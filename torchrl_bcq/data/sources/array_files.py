@@ -15,13 +15,13 @@ import numpy as np
 from tensordict import TensorDict
 from torchrl.data import TensorSpec
 
-from torchrl_bcq.data.checks import Columns, DatasetError, check_lengths
+from torchrl_bcq.data.checks import FIELDS, Columns, DatasetError, check_lengths
 from torchrl_bcq.data.sources.archive import Member, check_members
 from torchrl_bcq.data.sources.source import Source, env_id_or_none, scores_or_none
 
-CHUNK_BYTES = 16 << 20  # of the widest field, as stored: what is held in memory at a time
+CHUNK_BYTES = 16 << 20  # read at a time, of the widest field as stored
 
-# what D4RL, Gymnasium and Minari, TorchRL, Tianshou, and others call the fields
+# names of the fields in D4RL, Gymnasium, Minari, TorchRL, Tianshou and others
 _NAMES = {
     "observations": ("observations", "observation", "obs", "states", "state"),
     "actions": ("actions", "action", "act"),
@@ -30,7 +30,7 @@ _NAMES = {
     "truncated": ("timeouts", "timeout", "truncations", "truncated"),
     "next_observations": ("next_observations", "next_observation", "obs_next", "next_obs", "next_states", "next_state"),
 }
-_REQUIRED = ("observations", "actions", "rewards", "terminated")
+_REQUIRED = FIELDS[:4]
 
 
 def load_hdf5(
@@ -41,16 +41,15 @@ def load_hdf5(
     action_spec: TensorSpec | None = None,
     root: str | Path | None = None,
 ) -> TensorDict:
-    """Read an HDF5 file: D4RL's layout, one with other common names of the same fields, or a group for each episode.
+    """Read an HDF5 file: D4RL's layout, the same fields under other common names, or a group for each episode.
 
     Args:
         path: file with ``observations [N, D]``, ``actions [N, A]``, ``rewards [N]``, ``terminals [N]``, and at least
-            one of ``timeouts [N]`` and ``next_observations [N, D]``; or with groups of such, each an episode (Minari's
-            own files, robomimic's), that may hold one observation more than steps.
-        names: where a field of :func:`~torchrl_bcq.from_arrays` is, if under no common name, such as
+            one of ``timeouts [N]`` and ``next_observations [N, D]``; or with a group of these fields for each episode
+            (as in files of Minari and robomimic), which may hold one observation more than steps.
+        names: entry of a field of :func:`~torchrl_bcq.from_arrays`, if it has no common name, such as
             ``{"observations": "obs/robot"}``.
-        max_episode_steps: time limit in steps, for files without ``timeouts``: an episode is cut off when it is
-            reached.
+        max_episode_steps: time limit in steps at which episodes were cut off, for files without ``timeouts``.
         action_spec: bounds that the actions must keep, if given.
         root: folder for a memory-mapped copy, made once and for data larger than memory.
 
@@ -77,8 +76,8 @@ def load_npz(
 ) -> TensorDict:
     """Read an NPZ file of ``numpy.savez`` or ``numpy.savez_compressed`` with the fields of :func:`load_hdf5`.
 
-    Takes, gives and raises what :func:`load_hdf5` does. Pickled arrays are refused, and one in Fortran order is held in
-    memory whole.
+    Arguments, result and errors are those of :func:`load_hdf5`. Pickled arrays are refused; an array in Fortran order
+    is read into memory whole.
     """
     return npz(path, names=names, max_episode_steps=max_episode_steps).read(action_spec=action_spec, root=root)
 
@@ -123,11 +122,7 @@ def npz(path: str | Path, *, names: Mapping[str, str] | None = None, max_episode
 
 
 def existing_file(path: str | Path) -> Path:
-    """The path of a file that is there.
-
-    Raises:
-        FileNotFoundError: if it is not.
-    """
+    """The path of an existing file; others are refused by a FileNotFoundError."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
@@ -135,11 +130,7 @@ def existing_file(path: str | Path) -> Path:
 
 
 def find_fields(found: list[str], names: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Which entries of a file are the fields of :func:`~torchrl_bcq.from_arrays`.
-
-    Raises:
-        DatasetError: if a field is missing, or could be more than one entry.
-    """
+    """The entry of a file for each field; missing fields and fields with several candidates are refused."""
     names = dict(names or {})
     if unknown := sorted(names.keys() - _NAMES.keys()):
         raise DatasetError(f"names has {unknown}, which are no fields; those are {list(_NAMES)}.")
@@ -151,11 +142,10 @@ def find_fields(found: list[str], names: Mapping[str, str] | None = None) -> dic
     for field, matches in candidates.items():
         if len(matches) > 1:
             raise DatasetError(f"{matches} could all be {field}; choose with names={{{field!r}: {matches[0]!r}}}.")
-    missing = [field for field in _REQUIRED if not candidates[field]]
-    if missing:
+    if missing := [field for field in _REQUIRED if not candidates[field]]:
         hint = " dones does not say whether an episode ended or was cut off." if "dones" in found else ""
         raise DatasetError(
-            f"it lacks {missing}; it holds {sorted(found)}.{hint} Say what is what with names={{{missing[0]!r}: ...}}."
+            f"it lacks {missing}; it holds {sorted(found)}.{hint} Name the entries with names={{{missing[0]!r}: ...}}."
         )
     return {field: matches[0] for field, matches in candidates.items() if matches}
 
@@ -170,7 +160,7 @@ def _source(
 
 
 def _with_ends(chunks: Iterator[Columns], max_episode_steps: int | None) -> Iterator[Columns]:
-    """Add where the time limit cut episodes off, where nothing else says so."""
+    """Add ``truncated`` where the time limit cut episodes off, if nothing else says where episodes end."""
     steps = 0  # of the episode so far
     for chunk in chunks:
         if "truncated" in chunk or (max_episode_steps is None and "next_observations" in chunk):
@@ -191,7 +181,7 @@ def _with_ends(chunks: Iterator[Columns], max_episode_steps: int | None) -> Iter
 
 
 def _slices(fields: Mapping[str, Any]) -> Iterator[Columns]:
-    """Rows of what has ``shape``, ``dtype`` and slices, a chunk at a time; at least one, be it empty."""
+    """Chunks of rows of arrays; there is one chunk at least, which may be empty."""
     lengths = {name: field.shape[0] if field.shape else 0 for name, field in fields.items()}
     check_lengths(lengths)
     widest = max(field.dtype.itemsize * prod(field.shape[1:]) for field in fields.values())
@@ -201,13 +191,13 @@ def _slices(fields: Mapping[str, Any]) -> Iterator[Columns]:
 
 
 def _hdf5_attributes(path: Path) -> dict[str, Any]:
-    """What a file says of its environment; nothing if it cannot be opened: its reader then says why."""
+    """Environment and scores in a file; nothing if it cannot be opened, which its reader will report."""
     import h5py
 
     try:
         with h5py.File(path, "r") as file:
             env_id, *scores = (file.attrs.get(name) for name in ("env_id", "ref_min_score", "ref_max_score"))
-    except Exception:  # libraries raise many kinds for damaged files
+    except Exception:  # h5py raises many kinds for damaged files
         return {}
     return {"env_id": env_id_or_none(env_id), "reference_scores": scores_or_none(*scores)}
 
@@ -223,11 +213,7 @@ def _hdf5_fields(group: Any, names: Mapping[str, str] | None) -> dict[str, Any]:
 
 
 def check_hdf5(path: Path, names: Collection[str]) -> None:
-    """Refuse a file in which a dataset with one of the names is not whole.
-
-    Raises:
-        DatasetError: naming the first one.
-    """
+    """Refuse a file in which a dataset with one of the names is incomplete."""
     import h5py
 
     def check(name: str, item: Any) -> None:
@@ -239,20 +225,16 @@ def check_hdf5(path: Path, names: Collection[str]) -> None:
 
 
 def _check_stored(name: str, field: Any) -> None:
-    """Refuse what a writer announced and never wrote, or a damaged header makes up: it would read as zeros."""
+    """Refuse data that was never written, or that only a damaged header describes: it would read as zeros."""
     if field.is_virtual or field.external:
         raise DatasetError(f"{name} lies in other files, which may be gone or change; copy it into this one.")
     if not field.size:
         return
+    found, expected, kind = field.id.get_storage_size(), field.nbytes, "bytes"
     if field.chunks:
-        found, expected = (
-            field.id.get_num_chunks(),
-            prod(-(-n // c) for n, c in zip(field.shape, field.chunks, strict=True)),
-        )
-    else:
-        found, expected = field.id.get_storage_size(), field.nbytes
+        expected = prod(-(-n // c) for n, c in zip(field.shape, field.chunks, strict=True))
+        found, kind = field.id.get_num_chunks(), "chunks"
     if found < expected:
-        kind = "chunks" if field.chunks else "bytes"
         raise DatasetError(
             f"{name} has shape {field.shape}, but only {found} of its {expected} {kind} were written. Copy it again, "
             "or write it whole."
@@ -260,7 +242,7 @@ def _check_stored(name: str, field: Any) -> None:
 
 
 def _episode_groups(file: Any) -> list[Any]:
-    """Groups with numbers for names, in their order, if that is all there is in the file or in a group of it."""
+    """Groups with numbered names, in order, if the file or a group of it holds nothing else."""
     if not all(hasattr(child, "values") for child in file.values()):
         return []
     for group in [file, *file.values()]:
@@ -271,7 +253,7 @@ def _episode_groups(file: Any) -> list[Any]:
 
 
 def end_episode(episode: Mapping[str, np.ndarray]) -> Columns:
-    """Fields of one whole episode: it may hold an observation more than steps, and is cut off where it just stops."""
+    """Fields of one episode, which may hold one observation more than steps; its end is a cut unless it has a flag."""
     observations, terminated = episode["observations"], episode["terminated"]
     steps = len(episode["actions"])
     if len(observations) == steps + 1 and "next_observations" not in episode:
@@ -283,7 +265,7 @@ def end_episode(episode: Mapping[str, np.ndarray]) -> Columns:
 
 
 def joined(episodes: Iterable[Columns]) -> Iterator[Columns]:
-    """Chunks of many episodes, as long as they have the same fields, widths and dtypes."""
+    """Join episodes with the same fields, widths and dtypes to chunks."""
     held: list[Columns] = []
     kind: object = None
     size = 0

@@ -1,4 +1,4 @@
-"""Datasets that others keep: Minari's and D4RL's, by their ids."""
+"""Datasets of Minari and D4RL, by their ids."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from torchrl.data import Bounded, TensorSpec
 from torchrl_bcq.data.checks import Columns, DatasetError
 from torchrl_bcq.data.sources.array_files import check_hdf5, end_episode, hdf5, joined
 from torchrl_bcq.data.sources.source import Source, env_id_or_none, scores_or_none
+from torchrl_bcq.files import write_whole
 
-# time limits of the tasks whose first files (-v0) do not record time-outs, from their registrations in D4RL
-_D4RL_TIME_LIMITS = {"ant": 1000, "halfcheetah": 1000, "hopper": 1000, "walker2d": 1000}
-# mean returns of a random and of an expert policy, as D4RL publishes them (arXiv:2004.07219, its d4rl/infos.py)
-_D4RL_SCORES = {
-    "ant": (-325.6, 3879.7),
-    "halfcheetah": (-280.178953, 12135.0),
-    "hopper": (-20.272305, 3234.3),
-    "walker2d": (1.629008, 4592.3),
+_MINARI_NAMES = {name: name for name in ("observations", "actions", "rewards")}
+_MINARI_NAMES |= {"terminated": "terminations", "truncated": "truncations"}
+# D4RL's Gym tasks: environment, and mean returns of a random and of an expert policy (arXiv:2004.07219, d4rl/infos.py).
+# D4RL recorded -v2 with mujoco-py, which Gymnasium no longer supports: returns in -v5 are close, but not equal. Ant has
+# no environment: Ant-v5 has 105 observations, D4RL's has 111.
+_D4RL_TASKS: dict[str, tuple[str | None, tuple[float, float]]] = {
+    "ant": (None, (-325.6, 3879.7)),
+    "halfcheetah": ("HalfCheetah-v5", (-280.178953, 12135.0)),
+    "hopper": ("Hopper-v5", (-20.272305, 3234.3)),
+    "walker2d": ("Walker2d-v5", (1.629008, 4592.3)),
 }
-# D4RL recorded -v2 on mujoco-py, which Gymnasium no longer has: returns in -v5 are close, but not equal. There is none
-# for ant, whose 111 observations no -v5 gives (Ant-v5 has 105).
-_D4RL_ENVS = {"halfcheetah": "HalfCheetah-v5", "hopper": "Hopper-v5", "walker2d": "Walker2d-v5"}
+_D4RL_TIME_LIMIT = 1000  # of these tasks, as registered in D4RL; their -v0 files do not record time-outs
 
 
 def load_minari(
     dataset_id: str, *, action_spec: TensorSpec | None = None, root: str | Path | None = None
 ) -> TensorDict:
-    """Read a Minari dataset, from the local store or else from its server.
+    """Read a Minari dataset from the local store, or download it.
 
     Args:
         dataset_id: such as ``"mujoco/hopper/medium-v0"``; observations and actions must be boxes.
-        action_spec: bounds that the actions must keep, those of the dataset's action space if not given.
+        action_spec: bounds that the actions must keep; those of the dataset's action space if not given.
         root: folder for a memory-mapped copy, made once and for data larger than memory.
 
     Returns:
@@ -61,11 +62,11 @@ def load_d4rl(
     action_spec: TensorSpec | None = None,
     root: str | Path | None = None,
 ) -> TensorDict:
-    """Read a D4RL dataset, downloaded once; neither ``d4rl`` nor ``mujoco_py`` is needed.
+    """Read a D4RL dataset, which is downloaded once; neither ``d4rl`` nor ``mujoco_py`` is needed.
 
     Args:
-        dataset_id: such as ``"hopper-medium-v2"``. Files are kept in ``$D4RL_DATASET_DIR``, ``~/.d4rl/datasets`` if not
-            set, as D4RL does.
+        dataset_id: such as ``"hopper-medium-v2"``. Files are kept in ``$D4RL_DATASET_DIR``, or ``~/.d4rl/datasets``, as
+            D4RL does.
         max_episode_steps: time limit in steps, for files without ``timeouts``; those of the Gym tasks are known.
         action_spec: bounds that the actions must keep, if given.
         root: folder for a memory-mapped copy, made once and for data larger than memory.
@@ -91,22 +92,15 @@ def minari(dataset_id: str) -> Source:
     def chunks() -> Iterator[Columns]:
         for file in files:
             if file.suffix == ".hdf5":
-                check_hdf5(file, ("observations", "actions", "rewards", "terminations", "truncations"))
+                check_hdf5(file, _MINARI_NAMES.values())
         yield from joined(
-            end_episode(
-                {
-                    "observations": episode.observations,
-                    "actions": episode.actions,
-                    "rewards": episode.rewards,
-                    "terminated": episode.terminations,
-                    "truncated": episode.truncations,
-                }
-            )
+            end_episode({field: getattr(episode, name) for field, name in _MINARI_NAMES.items()})
             for episode in dataset.iterate_episodes()
         )
 
-    box = dataset.action_space
-    spec = Bounded(torch.tensor(box.low), torch.tensor(box.high), box.shape, dtype=torch.float32)
+    box, spec = dataset.action_space, None
+    if box.is_bounded() and len(box.shape) == 1 and (box.low < box.high).all():
+        spec = Bounded(torch.tensor(box.low), torch.tensor(box.high), box.shape, dtype=torch.float32)
     files = sorted(path for path in Path(dataset.storage.data_path).rglob("*") if path.is_file())
     metadata, made = dataset.storage.metadata, dataset.env_spec
     return Source(
@@ -114,7 +108,7 @@ def minari(dataset_id: str) -> Source:
         chunks,
         files,
         action_spec=spec,
-        env_id=env_id_or_none(made and made.id),  # its entry point is a stranger's: made from it, it could run anything
+        env_id=env_id_or_none(made and made.id),  # not made from its entry point, which could run any code
         reference_scores=scores_or_none(metadata.get("ref_min_score"), metadata.get("ref_max_score")),
     )
 
@@ -145,8 +139,8 @@ def d4rl(dataset_id: str, *, max_episode_steps: int | None = None) -> Source:
     """The source of :func:`load_d4rl`."""
     from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 
+    task = dataset_id.split("-")[0]
     if dataset_id not in D4RL_DATASETS:
-        task = dataset_id.split("-")[0]
         alike = [name for name in sorted(D4RL_DATASETS) if name.startswith(task)] or sorted(D4RL_DATASETS)
         raise DatasetError(f"D4RL has no dataset {dataset_id!r}; it has {', '.join(alike)}.")
     url = D4RL_DATASETS[dataset_id]
@@ -154,24 +148,19 @@ def d4rl(dataset_id: str, *, max_episode_steps: int | None = None) -> Source:
     file = folder / url.rpartition("/")[2]
     if not file.is_file():
         _download(url, file)
-    task = dataset_id.split("-")[0]
-    if max_episode_steps is None:
-        max_episode_steps = _D4RL_TIME_LIMITS.get(task)
-    source = hdf5(file, max_episode_steps=max_episode_steps)
-    return replace(source, env_id=_D4RL_ENVS.get(task), reference_scores=_D4RL_SCORES.get(task))
+    if max_episode_steps is None and task in _D4RL_TASKS:
+        max_episode_steps = _D4RL_TIME_LIMIT
+    env_id, scores = _D4RL_TASKS.get(task, (None, None))
+    return replace(hdf5(file, max_episode_steps=max_episode_steps), env_id=env_id, reference_scores=scores)
 
 
 def _download(url: str, file: Path) -> None:
-    """Download an HDF5 file; it is there whole, or not at all."""
+    """Download an HDF5 file; it is there complete, or not at all."""
     import h5py
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        torch.hub.download_url_to_file(url, str(aside), progress=sys.stderr.isatty())
-        with h5py.File(aside, "r"):  # refuses one that was cut off
-            aside.replace(file)
+        with write_whole(file) as aside:
+            torch.hub.download_url_to_file(url, str(aside), progress=sys.stderr.isatty())
+            h5py.File(aside, "r").close()  # refuses an incomplete one
     except Exception as error:
         raise DatasetError(f"{url} cannot be downloaded ({error}); try again, or put the file at {file}.") from error
-    finally:
-        aside.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A source of recorded steps, and what becomes of it: transitions in memory, or memory-mapped."""
+"""A source of recorded steps, which is read into memory or converted to a memory-mapped copy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,39 +22,38 @@ from torchrl_bcq.data.sources.conversion import fingerprint, load_memmap, remove
 from torchrl_bcq.data.transitions import lay_out
 
 _logger = logging.getLogger(__name__)
+_Parts = Generator[TensorDict, None, None]
+_Chunks = Generator[dict[str, np.ndarray], None, None]
 
 
 def env_id_or_none(name: object) -> str | None:
-    """The Gymnasium id that a dataset gives, if it is one that is safe to make.
-
-    Gymnasium imports whatever stands before a colon, and a dataset may come from anybody: such ids are left out.
-    """
+    """The Gymnasium id in a dataset, if it is safe to make: Gymnasium would import the module before a colon."""
     if isinstance(name, bytes):
         name = name.decode(errors="replace")
     return str(name) if isinstance(name, str) and re.fullmatch(r"[\w./-]+", name) else None
 
 
 def scores_or_none(random: object, expert: object) -> tuple[float, float] | None:
-    """Two mean returns that a score can be measured between: finite numbers, the expert's above the random policy's."""
+    """Mean returns of a random and of an expert policy, if both are finite and the expert's is higher."""
     try:
         low, high = (np.asarray(score, dtype=float).item() for score in (random, expert))
-    except (TypeError, ValueError, OverflowError):  # of whatever was written in place of a number
+    except (TypeError, ValueError, OverflowError):  # not a number
         return None
     return (low, high) if -math.inf < low < high < math.inf else None
 
 
 @dataclass(frozen=True)
 class Source:
-    """Recorded steps that can be read again and again, a chunk at a time.
+    """Recorded steps that can be read several times, in chunks.
 
     Args:
-        name: of messages, progress bars and converted copies.
-        chunks: gives fields as :func:`~torchrl_bcq.from_arrays` takes them, the same ones in each chunk.
-        files: what the steps are read from.
-        settings: whatever else decides what is read, such as the names of columns.
-        action_spec: bounds that the source itself gives for its actions.
-        env_id: Gymnasium id of the environment that was recorded, if the source names it.
-        reference_scores: mean returns of a random and of an expert policy, if the source gives both, for D4RL's
+        name: shown in messages and progress bars, and part of the name of a copy.
+        chunks: yields fields as :func:`~torchrl_bcq.from_arrays` takes them, the same ones in each chunk.
+        files: files that hold the steps.
+        settings: other values that the steps depend on, such as the names of columns.
+        action_spec: bounds of the actions, if the source has them.
+        env_id: Gymnasium id of the recorded environment, if the source names it.
+        reference_scores: mean returns of a random and of an expert policy, if the source has both, for D4RL's
             normalised score ``100 * (return - random) / (expert - random)`` (arXiv:2004.07219).
     """
 
@@ -69,19 +68,11 @@ class Source:
     def read(
         self, *, action_spec: TensorSpec | None = None, root: str | Path | None = None, strict: bool = True
     ) -> TensorDict:
-        """Check the steps and lay them out as transitions.
+        """Read the transitions, as :func:`~torchrl_bcq.load_transitions` does.
 
-        Args:
-            action_spec: bounds that the actions must keep; the source's own if not given.
-            root: folder for a memory-mapped copy, which is made once for the same content; without it, transitions
-                are read into memory.
-            strict: whether bad rows are refused, rather than left for :func:`~torchrl_bcq.describe` to find.
-
-        Raises:
-            DatasetError: if the source cannot be read, or does not pass :func:`~torchrl_bcq.from_arrays`.
-            OSError: if the copy cannot be written.
+        If no ``action_spec`` is given, the bounds are the source's own.
         """
-        action_spec = action_spec or self.action_spec
+        action_spec = self.action_spec if action_spec is None else action_spec
         try:
             if root is not None:
                 return self._convert(Path(root).expanduser(), action_spec, strict)
@@ -90,20 +81,20 @@ class Source:
             raise DatasetError(f"{self.name}: {error}") from error.__cause__
 
     def _convert(self, root: Path, action_spec: TensorSpec | None, strict: bool) -> TensorDict:
-        """Check everything, then write everything, unless it was done before."""
+        """Check all steps, then write them, unless there is a copy already."""
         bounds = None if action_spec is None else [bound.tolist() for bound in spec_bounds(action_spec)]
         settings = {**self.settings, "action_spec": bounds, "strict": strict}
         digest = fingerprint(self.files, settings)
         folder = root / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(self.name).stem)[:100]}-{digest}"
-        folder = next(root.glob(f"[!.]*-{digest}"), folder)  # whatever the file was called
-        if not folder.exists():  # a copy that is there may lie where nobody can write
+        folder = next(root.glob(f"[!.]*-{digest}"), folder)  # made from a file with another name
+        if not folder.exists():  # an existing copy may be in a read-only folder
             try:
                 root.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise OSError(f"{root} cannot be a folder for copies ({error}); choose another root.") from error
-            with FileLock(root / f".{folder.name}.lock"):  # others who want the same copy wait for it
+            with FileLock(root / f".{folder.name}.lock"):  # other processes wait for the same copy
                 if not folder.exists():
-                    remove_unfinished(folder)  # of a run that was killed
+                    remove_unfinished(folder)
                     checks = Checks(action_spec)
                     rows = sum(len(part) for part in self._parts(checks, "checking", strict=strict))
                     with closing(self._unchanged_parts(checks.rows, digest, settings)) as parts:
@@ -111,37 +102,34 @@ class Source:
         _logger.info("%s is memory-mapped from %s", self.name, folder)
         return load_memmap(folder)
 
-    def _unchanged_parts(
-        self, steps: int, digest: str, settings: Mapping[str, Any]
-    ) -> Generator[TensorDict, None, None]:
+    def _unchanged_parts(self, steps: int, digest: str, settings: Mapping[str, Any]) -> _Parts:
         yield from self._parts(Checks(), "converting", steps=steps, strict=False)
         if fingerprint(self.files, settings) != digest:
-            raise DatasetError("it changed while it was converted; let it settle.")
+            raise DatasetError("it changed while it was converted; wait until it stays the same.")
 
-    def _parts(
-        self, checks: Checks, verb: str, steps: int | None = None, strict: bool = True
-    ) -> Generator[TensorDict, None, None]:
-        with closing(self._watched_chunks(verb, steps)) as chunks:  # a refused file is not left open
-            yield from lay_out(map(checks, chunks), report=steps is None)  # once for two passes
+    def _parts(self, checks: Checks, verb: str, steps: int | None = None, strict: bool = True) -> _Parts:
+        with closing(self._checked_chunks(checks, verb, steps)) as chunks:  # closes a refused file
+            yield from lay_out(chunks, report=steps is None)  # the second pass does not report again
         checks.finish(strict=strict)
 
-    def _watched_chunks(self, verb: str, steps: int | None) -> Generator[Columns, None, None]:
-        """The chunks, with a progress bar where there is a terminal and tqdm."""
-        try:
-            from tqdm.auto import tqdm
-        except ImportError:
-            yield from self._guarded_chunks()
-            return
-        desc = f"{verb} {self.name}"
-        with tqdm(total=steps, desc=desc, unit=" rows", unit_scale=True, disable=None, delay=1, leave=False) as bar:
-            for chunk in self._guarded_chunks():
-                yield chunk
-                bar.update(np.shape(chunk["actions"])[0])
+    def _checked_chunks(self, checks: Checks, verb: str, steps: int | None) -> _Chunks:
+        with _progress_bar(f"{verb} {self.name}", steps) as bar:
+            try:
+                for chunk in self.chunks():
+                    fields = checks(chunk)
+                    yield fields
+                    if bar is not None:
+                        bar.update(len(fields["actions"]))
+            except (DatasetError, ImportError, MemoryError):
+                raise
+            except Exception as error:  # libraries raise many kinds for damaged files
+                raise DatasetError(f"it cannot be read ({error}); copy it again, or write it again.") from error
 
-    def _guarded_chunks(self) -> Iterator[Columns]:
-        try:
-            yield from self.chunks()
-        except (DatasetError, ImportError, MemoryError):
-            raise
-        except Exception as error:  # libraries raise many kinds for damaged files
-            raise DatasetError(f"it cannot be read ({error}); copy it again, or write it anew.") from error
+
+def _progress_bar(description: str, rows: int | None) -> Any:
+    """A progress bar where there is a terminal and tqdm is installed; otherwise a context of None."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return nullcontext()
+    return tqdm(total=rows, desc=description, unit=" rows", unit_scale=True, disable=None, delay=1, leave=False)

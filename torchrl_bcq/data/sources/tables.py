@@ -1,4 +1,4 @@
-"""Tables of logged decisions: CSV and Parquet, with columns that the user names."""
+"""CSV and Parquet tables of logged decisions; the user names their columns."""
 
 from __future__ import annotations
 
@@ -13,10 +13,23 @@ from torchrl.data import TensorSpec
 from torchrl_bcq.data.checks import Columns, DatasetError, Rows, listed
 from torchrl_bcq.data.sources.array_files import existing_file
 from torchrl_bcq.data.sources.source import Source
+from torchrl_bcq.data.transitions import with_successors
 
-_ROWS = 65_536  # read at a time, or fewer:
-_CHUNK_BYTES = 8 << 20  # as stored
+_ROWS, _CHUNK_BYTES = 65_536, 8 << 20  # read at a time, at most; bytes as stored
 _TRUE, _FALSE = ("1", "1.0", "true", "True", "TRUE"), ("0", "0.0", "false", "False", "FALSE")
+_REQUIRED = {"observation": "observations", "action": "actions", "reward": "rewards", "terminated": "terminated"}
+_FIELDS = _REQUIRED | {"next_observation": "next_observations"}  # from_arrays has other names
+# defects of the order of rows, and what to do
+_NAMELESS = "episode has {} without a name or number; fill them in, or drop those rows."
+_TORN = "episode has {} where an earlier episode continues; sort the table by episode and step."
+_INSIDE = (
+    "terminated or truncated is set in {} before the last one of an episode; correct them, or renumber the episodes."
+)
+_STEPLESS = "step has {} without a finite number; fill them in, or drop those rows."
+_JUMPS = (
+    "step has {} that do not follow the row before by 1; sort the table by episode and step, and give what comes after "
+    "a gap another episode."
+)
 
 
 def load_table(
@@ -35,10 +48,10 @@ def load_table(
     action_spec: TensorSpec | None = None,
     root: str | Path | None = None,
 ) -> TensorDict:
-    """Read a table of logged decisions, one row for each step, in a CSV (also ``.csv.gz``) or Parquet file.
+    """Read a table of logged decisions, one row for each step, from a CSV (also ``.csv.gz``) or Parquet file.
 
-    Rows of one episode follow one another, in order. An episode ends where ``terminated`` or ``truncated`` is set, or
-    ``episode`` changes: there it was cut off.
+    Rows of one episode follow one another, in order. An episode ends where ``terminated`` or ``truncated`` is set, and
+    is cut off where ``episode`` changes.
 
     Args:
         path: ``.csv``, ``.csv.gz`` or ``.parquet``.
@@ -49,7 +62,7 @@ def load_table(
         truncated: column of flags: the episode was cut off.
         next_observation: columns of the state that followed, in the order of ``observation``.
         episode: column of the episode's number or name.
-        step: column of the step within the episode, in case rows are missing or out of order: that is refused.
+        step: column of the step within the episode; rows that are missing or out of order are then refused.
         delimiter: between the cells of a CSV file, such as ``";"``.
         decimal_point: in the numbers of a CSV file, such as ``","``.
         action_spec: bounds that the actions must keep, if given.
@@ -60,8 +73,8 @@ def load_table(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        DatasetError: if it is no such table, a column is missing, empty in some rows or no numbers, episodes are torn
-            apart or out of order, or it does not pass :func:`~torchrl_bcq.from_arrays`.
+        DatasetError: if it is no such table, a column is missing, does not hold numbers or has empty cells, episodes
+            are not together or out of order, or :func:`~torchrl_bcq.from_arrays` refuses it.
         OSError: if the copy cannot be written.
     """
     source = table(
@@ -81,50 +94,29 @@ def load_table(
 
 
 def table(
-    path: str | Path,
-    *,
-    observation: Sequence[str],
-    action: Sequence[str],
-    reward: str,
-    terminated: str,
-    truncated: str | None = None,
-    next_observation: Sequence[str] | None = None,
-    episode: str | None = None,
-    step: str | None = None,
-    delimiter: str = ",",
-    decimal_point: str = ".",
+    path: str | Path, *, delimiter: str = ",", decimal_point: str = ".", **columns: Sequence[str] | str | None
 ) -> Source:
-    """The source of :func:`load_table`."""
+    """The source of :func:`load_table`, with the same columns."""
     path = existing_file(path)
-    columns: dict[str, Sequence[str] | str | None] = {
-        "observations": observation,
-        "actions": action,
-        "rewards": reward,
-        "terminated": terminated,
-        "truncated": truncated,
-        "next_observations": next_observation,
-        "episode": episode,
-        "step": step,
-    }
     named = {
-        field: [names] if isinstance(names, str) else list(names)
-        for field, names in columns.items()
+        _FIELDS.get(name, name): [names] if isinstance(names, str) else list(names)
+        for name, names in columns.items()
         if names is not None and len(names)  # of a pandas index, too
     }
-    if missing := [field for field in ("observations", "actions", "rewards", "terminated") if field not in named]:
+    if missing := [field for field in _REQUIRED.values() if field not in named]:
         raise DatasetError(f"no columns are named for {missing}.")
     if not named.keys() & {"truncated", "next_observations", "episode"}:
         raise DatasetError(
             "nothing says where an episode was cut off and the next one began; name the column of truncated, of "
             "episode, or those of next_observation."
         )
-
     if "step" in named and not named.keys() & {"truncated", "episode"}:
         raise DatasetError(
             "step alone does not say where an episode ends; name the column of episode or truncated, too."
         )
-    if episode in {name for field, names in named.items() if field != "episode" for name in names}:
-        raise DatasetError(f"column {episode!r} names the episode and cannot be a number of its steps, too.")
+    episode = named.get("episode", [])
+    if repeated := [name for field, names in named.items() for name in names if field != "episode" and name in episode]:
+        raise DatasetError(f"column {repeated[0]!r} names the episode and cannot be a number of its steps, too.")
 
     def chunks() -> Iterator[Columns]:
         steps = (_fields(batch, named) for batch in _batches(path, named, delimiter, decimal_point))
@@ -141,7 +133,7 @@ def _batches(path: Path, named: Mapping[str, list[str]], delimiter: str, decimal
     wanted = list(dict.fromkeys(name for names in named.values() for name in names))
     name = path.name.lower()
     if name.endswith((".parquet", ".pq")):
-        # without these two, pyarrow holds row groups in memory, which may be the whole file
+        # without these two options, pyarrow holds row groups in memory, which may be the whole file
         flat = {"pre_buffer": False, "buffer_size": 1 << 20}
         with parquet.ParquetFile(path, page_checksum_verification=True, **flat) as file:
             _check_columns(file.schema_arrow.names, wanted)
@@ -167,9 +159,11 @@ def _csv_batches(
     import pyarrow
     from pyarrow import csv
 
-    parse = csv.ParseOptions(delimiter=delimiter)
-    compression = "gzip" if path.name.lower().endswith(".gz") else None
-    with csv.open_csv(pyarrow.input_stream(path, compression), parse_options=parse) as reader:
+    def open_csv(**options: Any) -> Any:
+        stream = pyarrow.input_stream(path, "gzip" if path.name.lower().endswith(".gz") else None)
+        return csv.open_csv(stream, parse_options=csv.ParseOptions(delimiter=delimiter), **options)
+
+    with open_csv() as reader:
         _check_columns(reader.schema.names, wanted)
     numbers = {name: pyarrow.float64() for field, names in named.items() if field != "episode" for name in names}
     flags = {name: pyarrow.bool_() for field in ("terminated", "truncated") for name in named.get(field, ())}
@@ -182,8 +176,7 @@ def _csv_batches(
         false_values=_FALSE,
         decimal_point=decimal_point,
     )
-    stream = pyarrow.input_stream(path, compression)
-    with csv.open_csv(stream, parse_options=parse, convert_options=convert) as reader:
+    with open_csv(convert_options=convert) as reader:
         yield from reader
 
 
@@ -195,18 +188,16 @@ def _check_columns(found: Sequence[str], wanted: Sequence[str]) -> None:
 
 
 def _fields(batch: Any, named: Mapping[str, list[str]]) -> dict[str, np.ndarray]:
-    fields = {}
-    for field, names in named.items():
-        if field == "episode":
-            values = np.asarray(batch.column(names[0]).to_pylist(), dtype=object)
-        else:
-            values = np.concatenate([_numbers(batch.column(name), name) for name in names], axis=1)
-        fields[field] = values
-    return fields
+    return {
+        field: np.asarray(batch.column(names[0]).to_pylist(), dtype=object)
+        if field == "episode"
+        else np.concatenate([_numbers(batch.column(name), name) for name in names], axis=1)
+        for field, names in named.items()
+    }
 
 
 def _numbers(column: Any, name: str) -> np.ndarray:
-    """Numbers ``[n, 1]``, or ``[n, D]`` of a column of lists of the same length; an empty cell is NaN."""
+    """Numbers ``[n, 1]``, or ``[n, D]`` of a column of lists of one length; an empty cell is NaN."""
     from pyarrow import compute, float64, types
 
     width = 1
@@ -221,89 +212,41 @@ def _numbers(column: Any, name: str) -> np.ndarray:
 
 
 def _in_order(chunks: Iterator[dict[str, np.ndarray]]) -> Iterator[Columns]:
-    """Steps whose episodes are whole and in order, cut off where another one begins.
+    """Check that episodes are together and in order, and set ``truncated`` where another one begins.
 
     Raises:
-        DatasetError: after the last chunk, for rows that are not.
+        DatasetError: after the last chunk, naming the columns, the counts and the first rows of what is not in order.
     """
-    order = _Order()
-    held: dict[str, np.ndarray] = {}  # the last row, of which the next one says whether it ends its episode
-    for chunk in chunks:
-        for field, values in held.items():
-            if values.shape[1:] != chunk[field].shape[1:]:
-                raise DatasetError(f"{field} has lists of different lengths; each row needs the same.")
-        if held:
-            chunk = {field: np.concatenate([held[field], values]) for field, values in chunk.items()}
-        held = {field: values[-1:] for field, values in chunk.items()}
-        if len(chunk["actions"]) > 1:
-            yield order.close({field: values[:-1] for field, values in chunk.items()}, chunk)
-    if held:
-        yield order.close(held, None)
-    order.finish()
-
-
-class _Order:
-    """Counts rows that are out of order, over all chunks."""
-
-    def __init__(self) -> None:
-        self._rows = 0
-        self._seen: set[object] = set()
-        self._nameless, self._torn, self._inside = Rows(), Rows(), Rows()
-        self._stepless, self._jumps = Rows(), Rows()
-
-    def close(self, fields: dict[str, np.ndarray], following: dict[str, np.ndarray] | None) -> Columns:
-        """Rows with ``truncated`` where their episode was cut off.
-
-        Args:
-            fields: ``[n, ...]`` each.
-            following: the same rows and the one after them, None after the last.
-        """
-        terminated = fields["terminated"][:, 0] == 1
-        truncated = fields.get("truncated", np.zeros((len(terminated), 1)))
+    start = 0
+    seen: set[object] = set()  # names of episodes
+    defects = {remedy: Rows() for remedy in (_NAMELESS, _TORN, _INSIDE, _STEPLESS, _JUMPS)}
+    for fields, is_end in with_successors(chunks):
+        chunk = {field: values[:-1] for field, values in fields.items() if field not in ("episode", "step")}
+        terminated = chunk["terminated"][:, 0] == 1
+        truncated = chunk.get("truncated", np.zeros((len(terminated), 1)))
         last = done = terminated | (truncated[:, 0] == 1)
         if "episode" in fields:
-            last = self._last_of_episode(fields["episode"], following)
-            self._inside.add(done & ~last, self._rows)
-            truncated = np.where((last & ~terminated)[:, None], 1, truncated)
+            names = fields["episode"]
+            last = (names[:-1] != names[1:]).astype(bool) | is_end
+            defects[_NAMELESS].add(np.array([name is None or name != name for name in names[:-1]]), start)  # or NaN
+            defects[_INSIDE].add(done & ~last, start)
+            defects[_TORN].add(_returning(names, last & ~is_end, seen), start + 1)
+            chunk["truncated"] = np.where((last & ~terminated)[:, None], 1, truncated)
         if "step" in fields:
-            self._stepless.add(~np.isfinite(fields["step"][:, 0]), self._rows)
-        if "step" in fields and following is not None:
-            jumps = following["step"][1:, 0] != fields["step"][:, 0] + 1
-            self._jumps.add(jumps & ~last, self._rows + 1)
-        self._rows += len(done)
-        closed = {field: values for field, values in fields.items() if field not in ("episode", "step")}
-        return {**closed, "truncated": truncated} if fields.keys() & {"truncated", "episode"} else closed
+            step = fields["step"][:, 0]
+            defects[_STEPLESS].add(~np.isfinite(step[:-1]), start)
+            defects[_JUMPS].add((step[1:] != step[:-1] + 1) & ~(last | is_end), start + 1)
+        start += len(done)
+        yield chunk
+    if found := [remedy.format(rows) for remedy, rows in defects.items() if rows.count]:
+        raise DatasetError(listed(found))
 
-    def _last_of_episode(self, episode: np.ndarray, following: dict[str, np.ndarray] | None) -> np.ndarray:
-        """Which rows ``[n]`` are the last of their episode."""
-        self._nameless.add(np.array([name is None or name != name for name in episode]), self._rows)  # or NaN
-        if not self._rows:
-            self._seen.add(episode[0])
-        if following is None:
-            return np.ones(len(episode), dtype=bool)
-        successor = following["episode"][1:]
-        last = (episode != successor).astype(bool)
-        for row in last.nonzero()[0]:  # once an episode
-            if successor[row] in self._seen:
-                self._torn.add(np.ones(1, dtype=bool), self._rows + 1 + int(row))
-            self._seen.add(successor[row])
-        return last
 
-    def finish(self) -> None:
-        """Refuse what was counted.
-
-        Raises:
-            DatasetError: naming the column, the count and the first row.
-        """
-        remedies = {
-            "episode has {} without a name or number; fill them in, or drop those rows.": self._nameless,
-            "episode has {} where an earlier episode goes on; sort the table by episode and step.": self._torn,
-            "terminated or truncated is set in {} before the last one of an episode; correct them, or number the "
-            "episodes anew.": self._inside,
-            "step has {} without a finite number; fill them in, or drop those rows.": self._stepless,
-            "step has {} that do not follow the row before by 1; sort the table by episode and step, and give what "
-            "comes after a gap another episode.": self._jumps,
-        }
-        found = [remedy.format(rows) for remedy, rows in remedies.items() if rows.count]
-        if found:
-            raise DatasetError(listed(found))
+def _returning(names: np.ndarray, last: np.ndarray, seen: set[object]) -> np.ndarray:
+    """Whether another episode follows each row ``[n]`` that was seen before; adds its ``names [n + 1]`` to ``seen``."""
+    found = np.zeros(len(last), dtype=bool)
+    seen.add(names[0])
+    for row in last.nonzero()[0]:  # once an episode
+        found[row] = names[row + 1] in seen
+        seen.add(names[row + 1])
+    return found

@@ -1,0 +1,80 @@
+"""Environments are made in float32, or refused with what the user can do."""
+
+from __future__ import annotations
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from torchrl_bcq.errors import RunError
+from torchrl_bcq.evaluation.environments import check_observations, make_env, make_envs
+
+
+class Counter(gymnasium.Env):
+    """Counts in float64, from a number that is an argument."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, start=0.0):
+        self.start = start
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = np.full(2, self.start)
+        return self.state.copy(), {}
+
+    def step(self, action):
+        self.state += 1
+        return self.state.copy(), 0.5, False, False, {}
+
+
+class Graph(Counter):
+    observation_space = gymnasium.spaces.Graph(gymnasium.spaces.Box(-1, 1, (1,)), None)
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    for name, kind in {"Counter-v0": Counter, "Graph-v0": Graph}.items():
+        gymnasium.register(name, kind, max_episode_steps=3)
+    yield
+    for name in ("Counter-v0", "Graph-v0"):
+        del gymnasium.registry[name]
+
+
+def test_observations_and_rewards_are_float32_and_settings_reach_the_environment():
+    steps = make_env("Counter-v0", start=4.0).rollout(10)
+    assert steps["observation"].dtype == steps["next", "reward"].dtype == torch.float32
+    assert steps["observation"].tolist() == [[4, 4], [5, 5], [6, 6]]
+    assert steps["next", "truncated"].flatten().tolist() == [False, False, True]
+
+
+def test_as_many_environments_as_episodes():
+    envs = make_envs("Counter-v0", 3, "cpu")
+    assert envs.rollout(10)["next", "observation"][..., 0].tolist() == [[1, 2, 3]] * 3
+    envs.close()
+
+
+@pytest.mark.parametrize(
+    ("env_id", "message"),
+    [
+        ("Nonsense-v1", "Environment `Nonsense` doesn't exist"),
+        ("nowhere:Counter-v0", "No module named 'nowhere'"),
+        ("Graph-v0", "No conversion tool could be found with the gym space"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_or_left_out(env_id, message, caplog):
+    with pytest.raises(RunError, match=f"^environment '{env_id}' cannot be made: .*{message}.*; choose --env ID\\.$"):
+        make_env(env_id, remedy="choose --env ID")
+    assert make_env(env_id, optional=True) is None
+    (warning,) = caplog.messages
+    assert warning.startswith(f"no evaluation in {env_id}, which the dataset names: it cannot be made (")
+
+
+def test_observations_of_another_shape_are_refused():
+    env = make_env("Counter-v0")
+    check_observations(env, "Counter-v0", (2,), "the dataset", "choose another")
+    message = r"^Counter-v0 has observations of shape \(2,\), the dataset of \(3,\); choose another\.$"
+    with pytest.raises(RunError, match=message):
+        check_observations(env, "Counter-v0", (3,), "the dataset", "choose another")

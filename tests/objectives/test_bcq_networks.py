@@ -1,0 +1,180 @@
+"""BCQLoss and BCQPolicy name a network that breaks its protocol."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.data import Composite, Unbounded
+from torchrl.modules import MLP
+from torchrl.objectives import SoftUpdate
+
+from torchrl_bcq import (
+    ActionVAE,
+    BCQLoss,
+    BCQPolicy,
+    BehaviorCloningPolicy,
+    PerturbationActor,
+    QEnsemble,
+    make_bcq_modules,
+)
+
+from ..conftest import ACTION_SPEC
+
+
+class Gaussian(nn.Module):
+    """A generative model that keeps its protocol, unless its loss or its action is changed."""
+
+    observation_keys, action_key, latent_dim, latent_clip, loss_keys = ("observation",), "action", 2, math.inf, ()
+
+    def __init__(self, change_loss=lambda rows: (rows, {}), change_action=lambda td, action: td.set("action", action)):
+        super().__init__()
+        self.mean = nn.Linear(3, 2)
+        self.change_loss, self.change_action = change_loss, change_action
+
+    def training_loss(self, tensordict, noise=None):
+        return self.change_loss((tensordict["action"] - self.mean(tensordict["observation"])).square().sum(-1))
+
+    def decode(self, tensordict, latent):
+        return self.change_action(tensordict, self.mean(tensordict["observation"]) + latent)
+
+
+def loss_of(vae, actor, critics) -> BCQLoss:
+    loss = BCQLoss(vae, actor, critics)
+    SoftUpdate(loss, tau=0.005)
+    return loss
+
+
+def test_a_model_that_keeps_the_protocol(modules, make_batch):
+    model, batch = Gaussian(), make_batch(8)
+    loss = loss_of(model, *modules[1:])
+    expected = (batch["action"] - model.mean(batch["observation"])).square().sum(-1).mean()
+    torch.testing.assert_close(loss.vae_loss(batch)[0], expected)
+    assert loss.out_keys == ["loss_vae", "loss_qvalue", "loss_actor", "td_error", "pred_value", "target_value"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda rows: (rows.mean(), {}),
+            r"training_loss gave shape \(\) and \[\], expected one loss for each row, \(8,\)",
+        ),
+        (lambda rows: (rows.unsqueeze(-1), {}), r"training_loss gave shape \(8, 1\)"),
+        (lambda rows: (rows, {"nll": rows}), r"gave shape \(8,\) and \['nll'\], expected .* and loss_keys, \[\]"),
+    ],
+)
+def test_training_loss_must_have_one_value_for_each_row(modules, make_batch, change, message):
+    with pytest.raises(ValueError, match=message):
+        loss_of(Gaussian(change_loss=change), *modules[1:]).vae_loss(make_batch(8))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda td, action: td, "decode wrote nothing to 'action', expected an action"),
+        (lambda td, action: td.empty().set("other", action), "decode wrote nothing to 'action'"),
+        (
+            lambda td, action: td.empty().set("action", action.sum(-1)),
+            r"wrote shape \(.*\) to 'action', expected an act",
+        ),
+    ],
+)
+def test_decode_must_write_an_action(modules, make_batch, change, message):
+    model, batch = Gaussian(change_action=change), make_batch(8)
+    loss = loss_of(model, *modules[1:])
+    for call in (loss.actor_loss, loss.qvalue_loss, BCQPolicy(model, *modules[1:])):
+        with pytest.raises(ValueError, match=message):
+            call(batch.clone())
+
+
+def test_outputs_that_would_broadcast_are_refused(modules, make_batch):
+    """One number for two action dimensions."""
+    vae, actor, critics = modules
+    narrow_actor = PerturbationActor(MLP(5, 1, num_cells=[4]), ACTION_SPEC)
+    narrow_vae = ActionVAE(vae.encoder, MLP(7, 1, num_cells=[4]), ACTION_SPEC, latent_dim=4)
+    with pytest.raises(ValueError, match="the actor's network gives 1 features, the action has 2 dimensions"):
+        loss_of(vae, narrow_actor, critics).actor_loss(make_batch(4))
+    for name in ("vae", "qvalue", "actor"):
+        with pytest.raises(ValueError, match="decoder gives 1 features, expected the action's 2"):
+            getattr(loss_of(narrow_vae, actor, critics), f"{name}_loss")(make_batch(4))
+
+
+@pytest.mark.parametrize("width", [2, 0])
+def test_critics_write_one_value(modules, make_batch, width):
+    """``[*B, 2]`` would look like two critics, ``[*B]`` like none."""
+
+    class Critic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(5, max(width, 1))
+
+        def forward(self, observation, action):
+            value = self.net(torch.cat([observation, action], -1))
+            return value if width else value.squeeze(-1)
+
+    critics = QEnsemble([TensorDictModule(Critic(), ["observation", "action"], ["q"]) for _ in range(2)])
+    loss, shape = loss_of(*modules[:2], critics), r"\(4, 2\)" if width else r"\(4,\)"
+    for call in (loss.qvalue_loss, loss.actor_loss):
+        with pytest.raises(ValueError, match=rf"critic 0 writes values of shape {shape}, expected one .* \(4, 1\)"):
+            call(make_batch(4))
+    with pytest.raises(ValueError, match="critic 0 writes values of shape"):
+        BCQPolicy(*modules[:2], critics)(make_batch(4).select("observation"))
+    mlps = [TensorDictModule(MLP(5, 2, num_cells=[4]), ["observation", "action"], ["q"]) for _ in range(2)]
+    with pytest.raises(ValueError, match="critic 0 writes values of shape"):
+        QEnsemble(mlps)(make_batch(4))
+
+
+def test_policies_check_their_networks(modules):
+    vae, actor, critics = modules
+    with pytest.raises(TypeError, match=r"critics is a PerturbationActor, which lacks \['first'\]"):
+        BCQPolicy(vae, critics, actor)
+    with pytest.raises(TypeError, match="vae is a PerturbationActor, which lacks .*'decode'"):
+        BCQPolicy(actor, vae, critics)
+    with pytest.raises(TypeError, match="vae is a PerturbationActor, which lacks .*'decode'"):
+        BehaviorCloningPolicy(actor)
+    elsewhere = TensorDictModule(nn.Bilinear(3, 2, 2), ["observation", "action"], ["pert"])
+    with pytest.raises(ValueError, match=r"actor maps .* to \['pert'\], expected to read and overwrite 'action'"):
+        BCQPolicy(vae, elsewhere, critics)
+    blind = QEnsemble([TensorDictModule(nn.Linear(3, 1), ["observation"], ["q"]) for _ in range(2)])
+    with pytest.raises(ValueError, match=r"critics reads \['observation'\], but not 'action', which vae writes"):
+        BCQPolicy(vae, actor, blind)
+
+
+def test_keys_in_a_string_and_lazy_layers_are_refused(modules):
+    vae, actor, critics = modules
+    model = Gaussian()
+    model.observation_keys = "observation"
+    with pytest.raises(TypeError, match="vae_network.observation_keys is the string 'observation', expected a list"):
+        BCQLoss(model, actor, critics)
+    lazy = PerturbationActor(MLP(out_features=2, num_cells=[4]), ACTION_SPEC)
+    with pytest.raises(ValueError, match="actor_network has lazy layers without weights yet; call it once on data"):
+        BCQLoss(vae, lazy, critics)
+    with pytest.raises(ValueError, match="critic 0 has lazy layers without weights yet"):
+        QEnsemble([TensorDictModule(MLP(out_features=1, num_cells=[4]), ["observation", "action"], ["q"])])
+    with pytest.raises(TypeError, match="critic 0 is a MLP; wrap it, as in TensorDictModule"):
+        QEnsemble([MLP(5, 1)])
+
+
+@pytest.mark.filterwarnings("ignore:torch._dynamo.config.inline_inbuilt_nn_modules:FutureWarning")  # read by tensordict
+@pytest.mark.parametrize("name", ["vae", "qvalue", "actor"])
+def test_nested_keys_compile_as_one_graph(make_batch, name):
+    """tensordict's own select breaks the graph where keys are nested."""
+    observations = Composite(robot=Composite(joints=Unbounded((3,))))
+    modules = make_bcq_modules(observations, ACTION_SPEC, hidden=(8,), vae_hidden=(8,), action_key=("robot", "torque"))
+    loss = loss_of(*modules)
+    loss.set_keys(reward=("outcome", "gain"), done=("outcome", "over"), terminated=("outcome", "end"))
+    flat, noise = make_batch(6), torch.randn(6, 10, 4) if name == "qvalue" else torch.randn(6, 4)
+    batch = TensorDict(batch_size=[6])
+    batch["robot", "joints"], batch["robot", "torque"] = flat["observation"], flat["action"]
+    batch["next", "robot", "joints"] = flat["next", "observation"]
+    for new, old in (("gain", "reward"), ("over", "done"), ("end", "terminated")):
+        batch["next", "outcome", new] = flat["next", old]
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(loss, f"{name}_loss"), fullgraph=True, backend="aot_eager")
+    value = compiled(batch.clone(), noise)[0]
+    torch.testing.assert_close(value, getattr(loss, f"{name}_loss")(batch.clone(), noise)[0])

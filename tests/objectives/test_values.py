@@ -1,0 +1,128 @@
+"""Value estimators: by name, class and instance, against sums by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.objectives.utils import ValueEstimators
+from torchrl.objectives.value import TD0Estimator, TD1Estimator, TDLambdaEstimator
+
+from torchrl_bcq import BCQLoss
+
+from ..own_objective import OwnLoss
+from .conftest import bcq_modules, make_loss
+
+REWARDS, VALUE, GAMMA = [1.0, 2.0, 3.0], 10.0, 0.5
+TARGETS = {  # of a slice of three steps, at whose next states the value is 10
+    "TD0": [1 + 0.5 * 10, 2 + 0.5 * 10, 3 + 0.5 * 10],
+    "TD1": [1 + 0.5 * (2 + 0.5 * 8), 2 + 0.5 * 8, 8],
+    # lambda 0.8: r + 0.5 * (0.2 * 10 + 0.8 * next return)
+    "TDLambda": [1 + 0.5 * (2 + 0.8 * 6.2), 2 + 0.5 * (2 + 0.8 * 8), 3 + 0.5 * 10],
+}
+CLASSES = {"TD0": TD0Estimator, "TD1": TD1Estimator, "TDLambda": TDLambdaEstimator}
+
+
+@pytest.fixture
+def loss() -> OwnLoss:
+    """All values are 10."""
+    loss = make_loss("own")
+    last = list(loss.target_critic_network_params.flatten_keys(".").items())[-2:]
+    for _, tensor in last:
+        tensor.data.zero_()
+    dict(last)["critics.0.module.2.bias"].data.fill_(VALUE)
+    return loss
+
+
+@pytest.fixture
+def trajectory(make_batch) -> TensorDict:
+    """One slice of three steps that does not end."""
+    batch = make_batch(1, 3)
+    batch["next", "reward"] = torch.tensor(REWARDS).reshape(1, 3, 1)
+    return batch
+
+
+def targets(loss: OwnLoss, batch: TensorDict) -> list[float]:
+    return loss.critic_loss(batch)[1]["target_value"].flatten().tolist()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("kind", ["name", "class", "instance"])
+def test_targets_by_hand(loss, trajectory, name, kind):
+    decay = {"lmbda": 0.8} if name == "TDLambda" else {}
+    if kind == "name":
+        chosen = loss.make_value_estimator(ValueEstimators[name], gamma=GAMMA, **decay)
+    elif kind == "class":
+        chosen = loss.make_value_estimator(CLASSES[name], gamma=GAMMA, **decay)
+    else:
+        estimator = CLASSES[name](gamma=GAMMA, value_network=None, **decay)
+        chosen = loss.make_value_estimator(estimator)
+        assert loss.value_estimator is estimator
+    assert chosen is loss
+    assert isinstance(loss.value_estimator, CLASSES[name])
+    assert targets(loss, trajectory) == pytest.approx(TARGETS[name])
+
+
+@pytest.mark.parametrize("kind", ["default", "class", "instance"])
+def test_renamed_keys_reach_the_estimator(loss, trajectory, kind):
+    loss.set_keys(reward="gain", terminated="end")
+    if kind == "class":
+        loss.make_value_estimator(TD0Estimator, gamma=GAMMA)
+    elif kind == "instance":
+        loss.make_value_estimator(TD0Estimator(gamma=GAMMA, value_network=None))
+    else:
+        loss.make_value_estimator(gamma=GAMMA)
+    trajectory["next"].rename_key_("reward", "gain").rename_key_("terminated", "end")
+    trajectory["next", "end"][0, 1] = True
+    assert targets(loss, trajectory) == pytest.approx([6, 2, 8])
+
+
+def test_default_discount(loss, trajectory):
+    assert targets(loss, trajectory) == pytest.approx([10.9, 11.9, 12.9])
+    loss.make_value_estimator(TD0Estimator)
+    assert targets(loss, trajectory) == pytest.approx([10.9, 11.9, 12.9])
+
+
+@pytest.mark.parametrize("estimator", [ValueEstimators.TDLambda, TDLambdaEstimator])
+def test_discount_and_decay_have_the_precision_of_the_loss(loss, estimator):
+    """TorchRL rounds them to float32."""
+    loss.double().make_value_estimator(estimator, gamma=0.9, lmbda=0.7)
+    assert loss.value_estimator.gamma.item() == 0.9
+    assert loss.value_estimator.lmbda.item() == 0.7
+
+
+@pytest.mark.parametrize("estimator", [TD1Estimator, TDLambdaEstimator])
+@pytest.mark.parametrize("kind", ["class", "instance"])
+def test_multi_step_estimators_refuse_a_flat_batch(loss, trajectory, estimator, kind):
+    """They would take its rows for one trajectory."""
+    settings = {"gamma": GAMMA, **({"lmbda": 0.8} if estimator is TDLambdaEstimator else {})}
+    if kind == "class":
+        loss.make_value_estimator(estimator, **settings)
+    else:
+        loss.make_value_estimator(estimator(value_network=None, **settings))
+    with pytest.raises(
+        ValueError, match=r"the batch has size \(3,\), but TD\(1\) and TD\(lambda\) need a time dimension"
+    ):
+        loss.critic_loss(trajectory[0])
+
+
+def test_estimators_of_advantages_are_refused(loss):
+    with pytest.raises(NotImplementedError, match=r"ValueEstimators.GAE.* is not implemented for loss OwnLoss"):
+        loss.make_value_estimator(ValueEstimators.GAE)
+
+
+def test_unknown_loss_function_is_refused():
+    with pytest.raises(ValueError, match=r"loss_function is 'l3', expected one of \['l2', 'smooth_l1', 'l1'\]"):
+        BCQLoss(*bcq_modules(), loss_function="l3")
+
+
+@pytest.mark.parametrize(("name", "expected"), [("l2", 25 + 0.25), ("l1", 5 + 0.5), ("smooth_l1", 4.5 + 0.125)])
+def test_distance_and_priority_by_hand(loss, make_batch, name, expected):
+    """Errors of 5 and -0.5 in the two columns of one row."""
+    loss.loss_function = name
+    batch = make_batch(1)
+    value, metadata = loss.td_distance(torch.tensor([[6.0, 0.5]]), torch.tensor([[1.0]]), batch)
+    assert value.item() == expected
+    assert metadata["td_error"].tolist() == [[5, 0.5]]
+    assert metadata["target_value"].tolist() == [1]
+    assert batch["td_error"].tolist() == [5]

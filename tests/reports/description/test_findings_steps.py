@@ -1,0 +1,161 @@
+"""One defect of the steps at a time in a healthy dataset, and the whole message that it gives."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torchrl.data import Bounded, Unbounded
+
+from torchrl_bcq import DatasetError, describe, multi_step
+
+from .conftest import LAST, LENGTHS, ROWS, SPEC, healthy, messages
+
+
+@pytest.mark.parametrize("spec", [None, SPEC])
+def test_healthy_data_gives_none(data, spec):
+    assert messages(data, spec) == []
+
+
+def test_no_observation(data):
+    del data["observation"]
+    del data["next", "observation"]
+    assert messages(data)[0] == (
+        "observations are missing in all 1212 rows (first: 0), under any key; add them, a policy needs them."
+    )
+
+
+def test_all_rows_terminal(data):
+    data["next", "terminated"][:] = True
+    data["next", "truncated"][:] = False
+    data["next", "done"][:] = True
+    del data["episode"]
+    assert messages(data) == [
+        "terminated is set in all 1212 rows (first: 0), so each target is the reward alone; set it where an episode "
+        "ended in a final state, and truncated where a time limit cut it off."
+    ]
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_no_flag_at_all(numbered):
+    data = healthy(LENGTHS if numbered else torch.tensor([ROWS]))
+    for flag in ("done", "terminated", "truncated"):
+        data["next", flag].zero_()
+    what = "though there are 12 episodes" if numbered else "so they are one endless episode"
+    assert messages(data) == [
+        f"terminated and truncated are set in none of 1212 rows (first: 0), {what}; that is right if only time limits "
+        "ended them, otherwise set terminated where an episode ended in a final state."
+    ]
+
+
+def test_both_flags(data):
+    data["next", "terminated"][LAST] = True
+    assert messages(data) == [
+        "terminated and truncated are both set in 6 rows (first: 89); clear terminated where a time limit cut it off."
+    ]
+
+
+def test_done_without_a_reason(data):
+    data["next", "truncated"][LAST[0]] = False
+    assert messages(data) == [
+        "done is set in 1 row (first: 89) where neither terminated nor truncated is, and targets use the value of the "
+        "next observation; set terminated where the state was final, truncated where a time limit cut the episode off."
+    ]
+
+
+def test_done_inside_an_episode(data):
+    data["next", "done"][5] = data["next", "truncated"][5] = True
+    assert messages(data) == [
+        "done is set in 1 row (first: 5) inside an episode, whose number continues; correct the flags, or episode."
+    ]
+
+
+def test_an_episode_that_comes_back(data):
+    data["episode"][LAST[1] + 1 : LAST[2] + 1] = 0  # the third, of 94 rows from row 182
+    assert messages(data) == [
+        "episode has 94 rows (first: 182) that return to an earlier number; keep the rows of an episode together."
+    ]
+
+
+def test_an_episode_that_comes_back_last_without_a_flag(data):
+    data["episode"][LAST[10] + 1 :] = 0  # the twelfth, of 112 rows from row 1100
+    data["next", "done"][-1] = data["next", "terminated"][-1] = False
+    assert messages(data) == [
+        "episode has 112 rows (first: 1100) that return to an earlier number; keep the rows of an episode together."
+    ]
+
+
+def test_episodes_of_one_row(data):
+    data["episode"] = torch.arange(ROWS)
+    data["next", "observation"] += 1
+    assert messages(data) == [
+        "episode has 1212 rows (first: 0), each an episode of its own; check the flags, or the episodes' numbers."
+    ]
+
+
+def test_a_time_limit_recorded_as_terminal():
+    data = healthy(torch.full((12,), 101))
+    data["next", "terminated"].copy_(data["next", "done"])
+    data["next", "truncated"].zero_()
+    assert messages(data) == [
+        "terminated has 12 rows (first: 100) that end an episode after 101 steps, the longest, as a time limit does; "
+        "if it was a time limit, set truncated instead, or targets treat the next value as zero."
+    ]
+
+
+def test_observations_that_do_not_continue(data):
+    data["observation"][[10, 20]] += 1  # so those of rows 9 and 19 don't go on
+    assert messages(data) == [
+        "next_observations has 2 rows (first: 9) that are not the observation of the next row, in the same episode; "
+        "unless rows were left out or shuffled, leave the field out, and it is taken from the next row."
+    ]
+
+
+def test_next_observations_that_are_not_shifted(data):
+    data["next", "observation"].copy_(data["observation"])  # six rows are terminated
+    assert messages(data) == [
+        "next_observations has 1206 rows (first: 0) equal to the observation of the same row; they were probably "
+        "stored without the shift by one step: leave the field out, and it is taken from the next row."
+    ]
+
+
+def test_next_observations_beyond_a_reset(data):
+    data["next", "observation"][LAST[:-1]] = data["observation"][LAST[:-1] + 1]  # 6 truncated, 5 terminated
+    assert messages(data) == [
+        "next_observations has 6 rows (first: 89) that end an episode without terminating and hold the first "
+        "observation of the next one; if there was a reset between, drop them, or store the last observation before it."
+    ]
+
+
+def test_repeated_rows(data):
+    data = torch.cat([data, data[: LAST[0] + 1]])
+    data["episode"][ROWS:] = 12
+    assert messages(data) == [
+        "transitions has 90 rows (first: 1212) that repeat earlier rows; drop them, unless states and actions are few."
+    ]
+
+
+def test_few_rows():
+    assert messages(healthy(torch.tensor([50, 60]))) == [
+        "transitions has only 110 rows (first: 0), fewer than 1000; record more, networks overfit so few."
+    ]
+
+
+def test_what_cannot_be_described(data):
+    with pytest.raises(ValueError, match=r"action_spec is unbounded in dimensions \[0, 1\]"):
+        describe(data, action_spec=Unbounded((2,)))
+    with pytest.raises(ValueError, match="actions have 2 columns, but the action spec has shape"):
+        describe(data, action_spec=Bounded(-1, 1, (3,)))
+    message = (
+        "transitions span up to 3 steps (steps_to_next_obs), so their rewards are sums and their next observations are "
+        "several steps later; describe the one-step transitions from which they were made."
+    )
+    with pytest.raises(DatasetError, match=f"^{re.escape(message)}$"):
+        describe(multi_step(data, 3, 0.99))
+    assert describe(multi_step(data, 1, 0.99)).findings == []
+    with pytest.raises(ValueError, match=r"transitions have batch size \(0,\), expected \[N\] with N at least 1"):
+        describe(data[:0])
+    data.rename_key_("action", "torque")
+    with pytest.raises(ValueError, match=r"transitions lack \['action'\]; they hold .*torque.*Rename yours with"):
+        describe(data)

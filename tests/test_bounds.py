@@ -1,0 +1,37 @@
+"""Bounds of the action space, read from a spec."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
+
+from torchrl_bcq.bounds import action_bounds
+
+
+def test_bounds_of_each_dimension_are_copies():
+    spec = Bounded(torch.tensor([-1.0, 0.0]).double(), torch.tensor([1.0, 4.0]).double(), (2,), dtype=torch.float64)
+    low, high = action_bounds(spec)
+    assert (low.tolist(), high.tolist(), low.dtype) == ([-1, 0], [1, 4], torch.float64)
+    low.zero_()
+    assert spec.space.low.tolist() == [-1, 0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (Unbounded((2,)), r"action_spec is unbounded in dimensions \[0, 1\]; pass torchrl.data.Bounded"),
+        (Categorical(4), "must be a continuous Bounded spec, got Categorical, torch.int64"),
+        (Bounded(-1, 1, (4, 2)), r"has shape \(4, 2\), expected \[A\]; of a vectorised environment"),
+        (
+            Bounded(torch.tensor([-1.0, 0.0]), torch.tensor([1.0, torch.inf]), (2,)),
+            r"unbounded in dimensions \[1\]; pass",
+        ),
+        (Bounded(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]), (2,)), "action_spec is empty in a dimension"),
+        (Composite(action=Bounded(-1, 1, (2,))), r"Composite; pass one of its leaves \['action'\]"),
+        (Composite(arm=Composite(torque=Bounded(-1, 1, (2,)))), r"leaves \[\('arm', 'torque'\)\], as in env.full_"),
+    ],
+)
+def test_unusable_action_specs_are_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        action_bounds(spec)

@@ -1,0 +1,108 @@
+"""KeepBest: the checkpoints that it writes and keeps."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torchrl.checkpoint import Checkpoint
+
+from torchrl_bcq import BCQTrainer, KeepBest
+from torchrl_bcq.trainers.best import best_checkpoint
+
+from .conftest import Scripted, assert_same_run, make_trainer
+
+SCORES = [0.5, 2.0, math.nan, 3.0, 1.0, 3.0, -1.0, math.inf]  # at steps 10, 20, ... 80
+
+
+def train_and_keep(make_batch, folder: Path, scores, mode: str = "max", start: Path | None = None) -> BCQTrainer:
+    trainer = make_trainer(make_batch(50), 10 * len(scores))
+    Scripted(scores).register(trainer)
+    KeepBest(folder, "score", mode).register(trainer)
+    if start is not None:
+        trainer.load_from_file(start)
+    trainer.train()
+    return trainer
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder."""
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(("mode", "kept", "step", "score"), [("max", [40], 40, 3.0), ("min", [70], 70, -1.0)])
+def test_keeps_the_best_of_finite_scores(make_batch, tmp_path, mode, kept, step, score):
+    """Of equal scores the earlier one is the best."""
+    train_and_keep(make_batch, tmp_path, SCORES, mode)
+    assert steps(tmp_path) == kept
+    assert best_checkpoint(tmp_path) == KeepBest(tmp_path, "score", mode).rotation.best()
+    manifest = Checkpoint.manifest(best_checkpoint(tmp_path))
+    assert manifest["metadata"] == {
+        "collected_frames": step,
+        "optim_steps": step,
+        "score": score,
+        "best_of": ["score", mode],
+    }
+
+
+def test_a_run_can_be_resumed_from_the_best_checkpoint(make_batch, tmp_path):
+    """It holds the state of its step: the resumed run equals the one that wrote it."""
+    torch.manual_seed(0)
+    one = train_and_keep(make_batch, tmp_path / "one", [1.0, 0.0, 0.0])
+    torch.manual_seed(0)
+    two = train_and_keep(make_batch, tmp_path / "two", [1.0, 0.0, 0.0], start=best_checkpoint(tmp_path / "one"))
+    assert_same_run(one, two)
+
+
+def test_keeps_nothing_where_the_metric_is_missing_or_not_finite(make_batch, tmp_path):
+    train_and_keep(make_batch, tmp_path, [math.nan, None, math.inf])
+    assert list(tmp_path.iterdir()) == []
+    assert best_checkpoint(tmp_path) is None
+    assert best_checkpoint(tmp_path / "missing") is None
+
+
+def test_a_metric_of_an_earlier_log_interval_is_not_used_again(make_batch, tmp_path):
+    trainer, writes = make_trainer(make_batch(50), 30), []
+    Scripted([1.0, None, None]).register(trainer)
+    keep = KeepBest(tmp_path, "score")
+    keep.register(trainer)
+    keep.rotation.save = lambda *args, step, **kwargs: writes.append(step)
+    trainer.train()
+    assert writes == [10]
+
+
+def test_a_resumed_run_compares_with_the_best_checkpoint_in_the_folder(make_batch, tmp_path):
+    """1.5 is not better than 2, and 2.5 is."""
+    torch.manual_seed(0)
+    train_and_keep(make_batch, tmp_path, [1.0, 2.0])
+    start = best_checkpoint(tmp_path)
+    for score, kept in ((1.5, [20]), (2.5, [30])):
+        torch.manual_seed(0)
+        train_and_keep(make_batch, tmp_path, [0.0, 0.0, score], start=start)
+        assert steps(tmp_path) == kept
+
+
+def test_a_better_checkpoint_of_an_earlier_step_replaces_the_best(make_batch, tmp_path):
+    """A run that is resumed from before its best checkpoint may be better at an earlier step."""
+    train_and_keep(make_batch, tmp_path, [0.0, 0.0, 5.0])
+    train_and_keep(make_batch, tmp_path, [0.0, 6.0])
+    assert best_checkpoint(tmp_path).name == f"checkpoint-{20:012d}"
+
+
+def test_keep_best_tidies_its_folder(make_batch, tmp_path):
+    (tmp_path / f".checkpoint-{10:012d}.stage-1").mkdir()
+    KeepBest(tmp_path).register(make_trainer(make_batch(50)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_best_one_cannot_be_written(make_batch, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="the checkpoint after 10 gradient steps cannot be written"):
+        train_and_keep(make_batch, tmp_path / "file" / "best", [1.0])
+
+
+def test_another_mode_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="keep_best mode must be 'min' or 'max'"):
+        KeepBest(tmp_path, mode="most")

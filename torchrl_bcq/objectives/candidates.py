@@ -1,0 +1,30 @@
+"""Evaluating many candidate actions in parts that fit into a CPU's caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+
+def evaluate_in_parts(
+    evaluate: Callable[[TensorDictBase, Tensor], Tensor], candidates: TensorDictBase, latent: Tensor, size: int
+) -> Tensor:
+    """Evaluate candidates ``[*B, n]`` in parts along the last batch dimension; on other devices all at once.
+
+    Args:
+        evaluate: ``(candidates [*B, n], latent [*B, n, L]) -> [*B, 1]``, each row from its own candidates alone.
+        candidates: batch size ``[*B, n]``.
+        latent: ``[*B, n, L]``.
+        size: candidates in a part, about.
+    """
+    parts = -(-candidates.numel() // size)
+    if latent.device.type != "cpu" or parts == 1 or candidates.ndim == 1:
+        return evaluate(candidates, latent)
+    dim = candidates.ndim - 2
+    rows = -(-candidates.shape[dim] // parts)
+    pairs = zip(candidates.split(rows, dim), latent.split(rows, dim), strict=True)
+    values = [evaluate(*pair) for pair in pairs]
+    return values[0] if len(values) == 1 else torch.cat(values, dim)

@@ -1,0 +1,94 @@
+"""Reading fields of transitions in chunks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from torchrl_bcq.data.checks import DatasetError
+
+Key = tuple[str, ...]
+
+CHUNK_BYTES = 8 * 2**20  # fits the caches; a chunk does not grow with the number of rows
+ACTION, REWARD, TERMINATED = ("action",), ("next", "reward"), ("next", "terminated")
+_STEPS = ("steps_to_next_obs",)
+_NAMES = {
+    ("observation",): "observations",
+    ("next", "observation"): "next_observations",
+    ACTION: "actions",
+    REWARD: "rewards",
+}
+_NOT_OBSERVED = {
+    *("action", "episode", "next", "reward", "done", "terminated", "truncated", "collector", "index", "is_init"),
+    *_STEPS,
+}
+
+
+def name_of(key: Key) -> str:
+    """Name of a field as the readers give it, such as ``next_observations``; of others the key, with dots."""
+    return _NAMES.get(key, ".".join(key))
+
+
+class Reader:
+    """Fields of flat transitions."""
+
+    def __init__(self, transitions: TensorDictBase):
+        if not transitions.batch_dims or 0 in transitions.batch_size:
+            raise DatasetError(
+                f"transitions have batch size {tuple(transitions.batch_size)}, expected [N] with N at least 1."
+            )
+        self.steps = transitions.batch_size[-1] if transitions.batch_dims > 1 else 0  # [B, T]: episodes end at T
+        flat = transitions.reshape(-1)
+        self.leaves: dict[Key, Tensor] = {
+            (key,) if isinstance(key, str) else key: leaf.as_subclass(Tensor)  # fast slices of memory-mapped tensors
+            for key, leaf in flat.items(include_nested=True, leaves_only=True)
+            if isinstance(leaf, Tensor)
+        }
+        missing = [".".join(key) for key in (ACTION, REWARD, TERMINATED) if key not in self.leaves]
+        if missing:
+            present = sorted(map(".".join, self.leaves))
+            raise DatasetError(f"transitions lack {missing}; they hold {present}. Rename yours with rename_key_.")
+        steps = int(self.leaves[_STEPS].max()) if _STEPS in self.leaves else 1
+        if steps > 1:
+            raise DatasetError(
+                f"transitions span up to {steps} steps ({_STEPS[0]}), so their rewards are sums and their next "
+                "observations are several steps later; describe the one-step transitions from which they were made."
+            )
+        self.rows = len(flat)
+        self.nbytes = sum(leaf.nbytes for leaf in self.leaves.values())
+        # Observations are the entries that "next" has too, or else all but the known other entries
+        observed = [key for key in self.leaves if key[0] not in _NOT_OBSERVED]
+        if any(("next", *key) in self.leaves for key in observed):
+            observed = [key for key in observed if ("next", *key) in self.leaves or key == ("observation",)]
+        ranks = {key: self.leaves[key].ndim + (self.leaves[key].dtype == torch.uint8) for key in observed}
+        images = [key for key in observed if ranks[key] > 2]  # bytes [N, D] are a flattened image
+        self.images = [key for image in images for key in (image, ("next", *image)) if key in self.leaves]
+        self.vectors = [key for key in observed if ranks[key] <= 2 and self.leaves[key].numel()]
+        self.successors = {key: ("next", *key) for key in self.vectors if ("next", *key) in self.leaves}
+
+    def chunks(self, *keys: Key) -> Iterator[slice]:
+        """Rows of each chunk, sized for the given fields, or for all."""
+        leaves = [self.leaves[key] for key in keys] or self.leaves.values()
+        size = max(1, CHUNK_BYTES * self.rows // max(1, sum(leaf.nbytes for leaf in leaves)))
+        return (slice(start, min(start + size, self.rows)) for start in range(0, self.rows, size))
+
+    def matrix(self, key: Key, rows: slice | Tensor = slice(None), step: int = 1) -> Tensor:
+        """Rows of a field as real numbers ``[R, D]``, or only every ``step``-th number of each."""
+        values = self.leaves[key][rows].detach().cpu()
+        values = values.flatten(1)[:, ::step] if values.ndim > 1 else values[:, None]
+        return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+    def column(self, key: Key) -> Tensor | None:
+        """An entry ``[N]`` or ``[N, 1]`` as ``[N]``, None without such an entry."""
+        return self.leaves[key].detach().cpu().flatten() if key in self.leaves else None
+
+    def flags(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``terminated``, ``truncated`` and ``done`` as booleans ``[N]``; a missing one follows from the others."""
+        found = [self.column(key) for key in (TERMINATED, ("next", "truncated"), ("next", "done"))]
+        terminated, truncated, done = (None if flag is None else flag.bool() for flag in found)
+        assert terminated is not None  # checked above
+        done = torch.zeros_like(terminated) if done is None else done
+        return terminated, done & ~terminated if truncated is None else truncated, done

@@ -1,0 +1,220 @@
+"""Pictures of runs: learning curves, value estimates and losses."""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchrl_bcq.errors import RunError
+from torchrl_bcq.files import write_whole
+from torchrl_bcq.reports.curves import Curve, Estimate, make_curve, warn
+from torchrl_bcq.reports.logs import Run, dataset_returns, group_runs, loss_metrics, shared_title
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito: safe for colour-blindness
+GREY = "#555555"
+DASHED = (0, (4, 1.5))
+LABELS = {
+    "return": "return per episode (undiscounted)",
+    "return_std": "standard deviation of returns per episode",
+    "discounted_return": "discounted return per episode",
+    "normalized_score": "normalized score (0: random, 100: expert)",
+    "episode_length": "length of an episode (steps)",
+    "initial_value": "critic's value at the start of an episode",
+    "value_estimate": "critic's value at the start of an episode",
+    "td_error": "absolute TD error",
+}
+ESTIMATED, OBTAINED = "value_estimate", "discounted_return"
+_DIVERGED = 50  # times the largest return: a linear axis would hide the returns
+_LOGARITHMIC = 3  # times the smallest loss: a smaller range looks alike on both axes and may get no logarithmic tick
+_LEGEND_CHARACTERS = 85  # of a row of the legend
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Style:
+    """Title, group labels and estimate that the pictures of one command share."""
+
+    title: str
+    labels: list[str]  # of all groups, so that each keeps its colour in all pictures
+    estimate: Estimate
+
+    def color(self, label: str) -> Any:
+        """Colour of a group; shades of one palette if there are more groups than distinct colours."""
+        from matplotlib import colormaps
+
+        index = self.labels.index(label)
+        if len(self.labels) <= len(COLORS):
+            return COLORS[index]
+        return colormaps["viridis"](0.95 * index / (len(self.labels) - 1))
+
+    def explain(self, curves: Sequence[Curve], thin: bool) -> str:
+        """Explain lines and bands; empty if each curve is a single run."""
+        if all(curve.band is None for curve in curves):
+            return ""
+        line = {"mean": "mean", "iqm": "interquartile mean"}[self.estimate.statistic]
+        text = f"line: {line} of the seeds, band: {100 * self.estimate.confidence:g} % confidence interval of it"
+        return f"{text}, thin: each seed" if thin else text
+
+
+def metric_label(metric: str) -> str:
+    """Text for a metric: ``loss_x`` is "x loss", ``held_out_loss_x`` is "x loss, held-out episodes"."""
+    if metric.startswith("held_out_"):
+        return f"{metric_label(metric.removeprefix('held_out_'))}, held-out episodes"
+    if metric.startswith("loss_"):
+        metric = f"{metric.removeprefix('loss_')}_loss"
+    return LABELS.get(metric, metric.replace("_", " "))
+
+
+def draw_runs(runs: Sequence[Run], metric: str, estimate: Estimate) -> dict[str, Figure]:
+    """Draw ``learning_curve.png`` and, where it was logged, ``value_estimates.png`` and ``losses.png``.
+
+    Raises:
+        RunError: if no value of the metric is complete, or a log cannot be read.
+    """
+    groups, losses = group_runs(runs), loss_metrics(runs)
+    curves = {
+        name: [curve for group in groups if (curve := make_curve(group, name, estimate))]
+        for name in dict.fromkeys([metric, ESTIMATED, OBTAINED, *losses])
+    }
+    if not curves[metric]:
+        raise RunError(f"no line of {metric} is complete yet; plot the runs when they have logged some.")
+    warn(groups, [curve for each in curves.values() for curve in each])
+    style = Style(shared_title(runs), [group.label for group in groups], estimate)
+    figures = {"learning_curve.png": draw_metric(curves[metric], dataset_returns(groups), style)}
+    if curves[ESTIMATED] and curves[OBTAINED]:
+        figures["value_estimates.png"] = draw_values(curves[ESTIMATED], curves[OBTAINED], style)
+    else:
+        _logger.warning("no value_estimates.png: no run has both %s and %s, which need an env.", ESTIMATED, OBTAINED)
+    if shown := [curves[name] for name in losses if curves[name]]:
+        figures["losses.png"] = draw_losses(shown, style)
+    else:
+        _logger.warning("no losses.png: no run has a loss.")
+    return figures
+
+
+def draw_metric(curves: Sequence[Curve], behaviours: Mapping[float, str], style: Style) -> Figure:
+    """Draw a line for each group and thin lines for its seeds; for returns, also the mean of each dataset.
+
+    ``behaviours`` maps the mean return of a dataset to the label of its group.
+    """
+    figure, ((axes,),) = _figure(style)
+    for curve in curves:
+        _draw(axes, curve, style.color(curve.label), thin=True)
+    if curves[0].metric == "return":
+        for mean, label in behaviours.items():
+            color = GREY if len(behaviours) == 1 else style.color(label)
+            axes.axhline(mean, color=color, linestyle=DASHED, linewidth=1.3, label="mean return of the dataset")
+    axes.set_ylabel(metric_label(curves[0].metric))
+    _legend(figure, axes.get_legend_handles_labels()[0], style, curves, thin=True)
+    return figure
+
+
+def draw_values(estimated: Sequence[Curve], obtained: Sequence[Curve], style: Style) -> Figure:
+    """Draw the critic's value at the start of an episode and the discounted return obtained: shows overestimation.
+
+    Source: arXiv:1802.09477, fig. 1; arXiv:1812.02900, fig. 1.
+    """
+    figure, ((axes,),) = _figure(style)
+    several = len(style.labels) > 1
+    kinds = [("critic's value", "-", estimated, COLORS[1]), ("discounted return obtained", DASHED, obtained, COLORS[0])]
+    handles: list[Line2D] = []
+    for name, dashes, curves, own in kinds:
+        for curve in curves:
+            _draw(axes, curve, style.color(curve.label) if several else own, linestyle=dashes)
+        label = name if several else _counted(curves[0], name)
+        handles += axes.plot([], [], color=GREY if several else own, linestyle=dashes, label=label)
+    if several:
+        for curve in {curve.label: curve for curve in [*estimated, *obtained]}.values():
+            handles += axes.plot([], [], color=style.color(curve.label), linewidth=4, label=_counted(curve))
+    promised, true = (max(abs(c.center[c.finite]).max(initial=0) for c in cs) for cs in (estimated, obtained))
+    if promised > _DIVERGED * true > 0:
+        axes.set_yscale("symlog", linthresh=true)
+    axes.set_ylabel("discounted value at the start of an episode")
+    _legend(figure, handles, style, [*estimated, *obtained])
+    return figure
+
+
+def draw_losses(metrics: Sequence[Sequence[Curve]], style: Style) -> Figure:
+    """Draw a panel for each metric; the axis is logarithmic if all values are positive and span a factor of 3."""
+    columns = 2 if len(metrics) in (2, 4) else min(3, len(metrics))
+    rows = -(-len(metrics) // columns)
+    figure, grid = _figure(style, rows, columns)
+    handles: dict[str, Line2D] = {}
+    for axes, curves in zip(grid.flat, metrics, strict=False):
+        for curve in curves:
+            handles[curve.label] = _draw(axes, curve, style.color(curve.label), width=1.1)
+        _scale(axes, curves)
+        axes.set_title(metric_label(curves[0].metric), fontsize=10)
+    for axes in grid.flat[len(metrics) :]:
+        axes.remove()
+    _legend(figure, list(handles.values()), style, [curve for curves in metrics for curve in curves])
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG; an existing file is replaced only if that succeeds."""
+    with write_whole(path) as aside:
+        figure.savefig(aside, format="png", dpi=130)
+
+
+def _figure(style: Style, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+    """A figure with a title, and its axes ``[rows, columns]``."""
+    from matplotlib.figure import Figure  # not pyplot, which would change the user's backend and figures
+
+    size = (8, 4.8) if rows == columns == 1 else (4.2 * columns, 2.9 * rows + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(style.title, weight="bold")
+    grid: Any = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_xlabel("gradient steps")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.locator_params(axis="x", nbins=5)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, grid
+
+
+def _draw(axes: Axes, curve: Curve, color: Any, width: float = 1.8, thin: bool = False, **line: Any) -> Line2D:
+    if curve.band is not None:
+        if thin:
+            axes.plot(curve.steps, curve.seeds.T, color=color, linewidth=0.7, alpha=0.35)
+        axes.fill_between(curve.steps, *curve.band, color=color, alpha=0.2, linewidth=0)
+    marker = "o" if len(curve.steps) == 1 else None  # a line of one point would be invisible
+    line |= {"color": color, "linewidth": width, "marker": marker, "label": _counted(curve)}
+    return axes.plot(curve.steps, curve.center, **line)[0]
+
+
+def _scale(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Set a logarithmic axis with ticks at 1, 2 and 5; the default has powers of ten only."""
+    values = [value for curve in curves for value in curve.seeds[:, curve.finite].flat]
+    if not values or min(values) <= 0 or max(values) < _LOGARITHMIC * min(values):
+        return
+    from matplotlib.ticker import LogLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+    axes.yaxis.set_minor_formatter("{x:g}" if high < 1e3 * low else "")
+
+
+def _legend(figure: Figure, handles: Sequence[Any], style: Style, curves: Sequence[Curve], thin: bool = False) -> None:
+    """Add a legend below the axes, in as many columns as fit."""
+    labels = [textwrap.fill(str(handle.get_label()), _LEGEND_CHARACTERS) for handle in handles]
+    columns = max(1, min(_LEGEND_CHARACTERS // (max(map(len, labels)) + 6), len(handles)))
+    figure.set_figheight(figure.get_figheight() + 0.2 * sum(label.count("\n") + 1 for label in labels) / columns)
+    title = {"title": style.explain(curves, thin), "title_fontsize": 8}
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False, **title)
+
+
+def _counted(curve: Curve, label: str | None = None) -> str:
+    return f"{label or curve.label} ({len(curve.seeds)} seed{'s' * (len(curve.seeds) != 1)})"

@@ -1,0 +1,65 @@
+"""Video of one episode of a policy, rendered without a screen."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict.nn import TensorDictModuleBase
+from torchrl.envs import EnvBase
+
+from torchrl_bcq.errors import RunError
+from torchrl_bcq.files import write_whole
+
+_FPS = 30  # of environments that do not say
+
+
+def render_offscreen() -> None:
+    """Select off-screen rendering if there is no display. Call it before MuJoCo is imported."""
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+
+
+def record_video(
+    env: EnvBase, policy: TensorDictModuleBase, file: Path, *, seed: int = 0, max_steps: int = 1_000
+) -> Path:
+    """Write one episode as an MP4 or, if ``file`` ends in ``.gif``, as a GIF; the file is complete or absent.
+
+    Args:
+        env: Gymnasium environment made with ``render_mode="rgb_array"``, wrapped for TorchRL. It is closed at the end.
+        policy: acts in it.
+        file: missing folders are created.
+        seed: of the initial state and of the policy.
+        max_steps: largest number of steps.
+
+    Raises:
+        RunError: if the environment cannot be rendered.
+        ImportError: if a package for rendering or encoding is not installed.
+        OSError: if the file cannot be written.
+    """
+    from imageio.v3 import imwrite
+
+    frames: list[Any] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        env.set_seed(seed)
+        try:
+            env.rollout(max_steps, policy, lambda env, _: frames.append(env.render()))
+        except ImportError:
+            raise
+        except Exception as error:  # rendering raises many kinds
+            raise RunError(
+                f"{env.spec.id} cannot be drawn here: {error}. On a machine without a screen, install OpenGL "
+                "(libegl1, or libosmesa6 with MUJOCO_GL=osmesa)."
+            ) from error
+        finally:
+            env.close()
+    fps = env.metadata.get("render_fps", _FPS)
+    settings = {"loop": 0, "duration": 1000 / fps} if file.suffix == ".gif" else {"fps": fps, "macro_block_size": 2}
+    with write_whole(file) as aside:
+        imwrite(aside, frames, **settings)
+    return file

@@ -1,0 +1,173 @@
+"""The trainer of a run with its data, metrics and hooks, from the run's settings."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.checkpoint import CheckpointRotation
+from torchrl.data import TensorDictReplayBuffer
+from torchrl.trainers import EarlyStopping
+
+from torchrl_bcq.data import episode_weights, make_replay_buffer, multi_step, return_weights, split_episodes
+from torchrl_bcq.errors import RunError
+from torchrl_bcq.evaluation import DatasetMetrics, EnvironmentMetrics
+from torchrl_bcq.evaluation.environments import make_envs
+from torchrl_bcq.runs import processes
+from torchrl_bcq.runs.algorithms import find_algorithm
+from torchrl_bcq.runs.build import make_objective, make_policy
+from torchrl_bcq.runs.folder import BEST, CHECKPOINTS, Task, choose_device
+from torchrl_bcq.runs.loggers import make_loggers
+from torchrl_bcq.runs.optimizers import make_scheduler_hooks, make_stepper
+from torchrl_bcq.runs.settings import to_plain
+from torchrl_bcq.trainers import KeepBest, OfflineTrainer
+from torchrl_bcq.trainers.execution import PRECISIONS
+
+_FROM_ONE = ("steps", "batch_size", "threads", "n_step", "log_interval", "evaluation.episodes", "evaluation.max_rows",
+             "checkpoint.keep")  # fmt: skip
+_RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
+    *((name, lambda value: value >= 1, "at least 1") for name in _FROM_ONE),
+    *((f"loss.{name}", lambda value: 0 <= value <= 1, "a number between 0 and 1") for name in ("gamma", "tau")),
+    ("held_out", lambda value: 0 <= value < 1, "a share of the episodes, 0 or more and below 1"),
+    ("loss.reduction", lambda value: value != "none", "mean or sum: a gradient step needs one number"),
+    ("optim.clip_norm", lambda value: value > 0, "more than 0; null does not clip"),
+    ("precision", lambda value: value in PRECISIONS, f"null or one of {[*PRECISIONS]}"),
+]
+
+
+class _EarlyStopping(EarlyStopping):
+    """TorchRL's hook, which here waits until its metric is logged: a network may start to learn later."""
+
+    def __call__(self, batch: TensorDictBase | None = None) -> None:
+        if self._trainer is not None and self.monitor in self._trainer.metrics:
+            super().__call__(batch)
+
+
+def assemble(settings: DictConfig, transitions: TensorDictBase, task: Task) -> OfflineTrainer:
+    """Build the trainer of a run with its hooks, for the transitions ``[N]`` and the task of its dataset.
+
+    Raises:
+        RunError: if a setting does not fit.
+    """
+    plain: Any = OmegaConf.to_container(settings, resolve=True)
+    out, device = Path(settings.out), choose_device(settings.device)
+    learned = split(settings, transitions)
+    buffer, held_out = _make_buffer(settings, transitions, learned, device)
+    random.seed(settings.seed)
+    torch.manual_seed(settings.seed)
+    loss, updater = make_objective(
+        settings,
+        task.observation_spec,
+        task.action_spec,
+        normalization=settings.normalize,
+        transitions=transitions[learned] if settings.normalize and learned is not None else transitions,
+        device=device,
+    )
+    trainer = OfflineTrainer(
+        loss,
+        buffer,
+        target_net_updater=updater,
+        optimization_stepper=make_stepper(loss, **plain["optim"]),
+        total_steps=settings.steps,
+        logger=make_loggers(settings.logger if processes.is_first() else (), out, plain["logger_kwargs"]),
+        progress_bar=sys.stderr.isatty() if settings.progress_bar is None else settings.progress_bar,
+        clip_norm=settings.optim.clip_norm,
+        **{name: settings[name] for name in ("log_interval", "seed", "compile", "precision", "cudagraph")},
+        checkpoint_rotation=CheckpointRotation(out / CHECKPOINTS, keep_last=settings.checkpoint.keep),
+        checkpoint_metadata=lambda trainer: {"config": to_plain(settings), "task": asdict(task)},
+        save_trainer_interval=settings.checkpoint.interval - 1,  # TorchRL saves once more steps than that have passed
+        data_parallel=processes.several(),
+    )
+    for hook in make_scheduler_hooks(trainer.optimization_stepper, **plain["optim"]):
+        hook.register(trainer)
+    if processes.is_first():
+        _add_metrics(trainer, settings, task, transitions if held_out is None else held_out, held_out is not None)
+    return trainer
+
+
+def split(settings: DictConfig, transitions: TensorDictBase) -> Tensor | None:
+    """Mask ``[N]`` of the rows to learn from; None if no episode is held out."""
+    return split_episodes(transitions, settings.held_out, seed=settings.seed)[0] if settings.held_out else None
+
+
+def _make_buffer(
+    settings: DictConfig, transitions: TensorDictBase, learned: Tensor | None, device: torch.device
+) -> tuple[TensorDictReplayBuffer, TensorDictBase | None]:
+    """The replay buffer of the rows to learn from, and the other rows, if any."""
+    kinds: dict[str | None, Callable] = {None: lambda rows: None, "episode": episode_weights, "return": return_weights}
+    if settings.weights not in kinds:
+        raise RunError(f"weights is {settings.weights!r}, expected null or one of {[kind for kind in kinds if kind]}.")
+    weights, held_out = kinds[settings.weights](transitions), None
+    if learned is not None:
+        held_out = transitions[~learned]
+        if settings.sampler == "uniform" and settings.n_step == 1:  # without a copy of data that may exceed the memory
+            weights = learned if weights is None else weights * learned
+        else:
+            transitions, weights = transitions[learned], None if weights is None else weights[learned]
+    if settings.n_step > 1:
+        if "gamma" not in settings.loss:
+            raise RunError(f"n_step is {settings.n_step}, but {settings.algorithm} has no discount; leave it at 1.")
+        transitions = multi_step(transitions, settings.n_step, gamma=settings.loss.gamma)
+    drawing = {"sampler": settings.sampler, "weights": weights, "seed": processes.own_seed(settings.seed)}
+    return make_replay_buffer(transitions, batch_size=settings.batch_size, device=device, **drawing), held_out
+
+
+def _add_metrics(
+    trainer: OfflineTrainer, settings: DictConfig, task: Task, transitions: TensorDictBase, held_out: bool
+) -> None:
+    """Add evaluation, the best checkpoint and early stopping, in this order."""
+    loss, evaluation = trainer.loss_module, settings.evaluation
+    policy = make_policy(settings.algorithm, *loss.networks, **settings.policy)
+    shared: dict[str, Any] = {"interval": evaluation.interval, "seed": evaluation.seed}
+    metrics = DatasetMetrics(loss, policy, transitions, held_out=held_out, max_rows=evaluation.max_rows, **shared)
+    known = [*metrics.names, *loss.out_keys]
+    if task.env_id is not None:
+        envs = make_envs(task.env_id, evaluation.episodes, choose_device(settings.device))
+        shared |= {"gamma": settings.loss.gamma} if "gamma" in settings.loss else {}
+        EnvironmentMetrics(envs, policy, value=loss.value, reference_scores=task.references, **shared).register(trainer)
+        known += ["return", "return_std", "episode_length", "discounted_return"]
+        known += ["value_estimate"] if loss.has_values else []
+        known += ["normalized_score"] if task.references else []
+    metrics.register(trainer)
+    checkpoint, stopping = settings.checkpoint, settings.early_stopping
+    monitor = checkpoint.monitor
+    if monitor == "auto":
+        monitor = None if task.env_id is None else "return"
+    for section, name in (("checkpoint", monitor), ("early_stopping", stopping.monitor)):
+        if name is not None and name not in known:
+            raise RunError(f"{section}.monitor is {name!r}, but this run measures {known} only.")
+    if monitor is not None:
+        best = Path(settings.out) / BEST
+        KeepBest(best, monitor, checkpoint.mode, wait_for=checkpoint.wait_for).register(trainer)
+    if stopping.monitor is not None:
+        _EarlyStopping(**stopping).register(trainer)
+
+
+def check_numbers(settings: DictConfig) -> None:
+    """Refuse numbers with which a run would fail or learn nothing, and unknown precisions, before any data is read.
+
+    Raises:
+        RunError: naming the first one.
+    """
+    for name, fits, expected in _RANGES:
+        if (value := OmegaConf.select(settings, name)) is not None and not fits(value):
+            raise RunError(f"{name} is {value!r}, expected {expected}.")
+    for name, sizes in settings.network.items():
+        if OmegaConf.is_list(sizes) and any(isinstance(size, int) and size < 1 for size in sizes):
+            raise RunError(f"network.{name} is {list(sizes)}, expected sizes of at least 1.")
+    every = settings.log_interval
+    for section in ("evaluation", "checkpoint"):
+        if (interval := settings[section].interval) < 1 or interval % every:
+            raise RunError(
+                f"{section}.interval is {interval}, no multiple of log_interval {every}; change one of them."
+            )
+    if settings.baseline is not None:
+        find_algorithm(settings.baseline)

@@ -1,0 +1,201 @@
+"""The folder of a run: its task, its checkpoints, and the policy in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation
+from torchrl.data import Bounded, TensorSpec, Unbounded
+
+from torchrl_bcq.bounds import action_bounds
+from torchrl_bcq.data import load_transitions
+from torchrl_bcq.data.episodes import episode_returns
+from torchrl_bcq.data.registry import find_source
+from torchrl_bcq.data.sources.source import env_id_or_none, scores_or_none
+from torchrl_bcq.errors import RunError
+from torchrl_bcq.evaluation.environments import check_observations, make_env
+from torchrl_bcq.objectives import OfflineLoss
+from torchrl_bcq.runs.algorithms import Algorithm, find_algorithm
+from torchrl_bcq.runs.build import make_objective, make_policy
+from torchrl_bcq.runs.settings import to_settings
+from torchrl_bcq.trainers import make_checkpoint
+from torchrl_bcq.trainers.best import best_checkpoint
+
+CHECKPOINTS, BEST, BASELINE = "checkpoints", "best", "baseline"  # folders within a run's
+_REMEDY = "choose another with evaluation.env=ID, or none with evaluation.env=null"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Facts about the dataset of a run, kept in its checkpoints.
+
+    Args:
+        observation_size: of one observation.
+        action_low: lower bound of each action dimension.
+        action_high: upper bound.
+        env_id: Gymnasium id of the environment to evaluate in; None if there is none.
+        reference_scores: returns of a random policy and of an expert, if known.
+        behaviour: mean and standard deviation of the dataset's returns, and the number of its episodes.
+    """
+
+    observation_size: int
+    action_low: list[float]
+    action_high: list[float]
+    env_id: str | None
+    reference_scores: list[float] | None
+    behaviour: dict[str, float]
+
+    @property
+    def observation_spec(self) -> TensorSpec:
+        """Of one observation."""
+        return Unbounded((self.observation_size,))
+
+    @property
+    def action_spec(self) -> TensorSpec:
+        """Of one action."""
+        return Bounded(torch.tensor(self.action_low), torch.tensor(self.action_high), (len(self.action_low),))
+
+    @property
+    def references(self) -> tuple[float, float] | None:
+        """``reference_scores`` as the metrics take them."""
+        return None if self.reference_scores is None else (self.reference_scores[0], self.reference_scores[1])
+
+
+def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
+    """Read the transitions of a run and the facts about them.
+
+    Raises:
+        RunError: if the environment cannot be made, or does not fit.
+        DatasetError: if the dataset cannot be read.
+    """
+    reader: Any = OmegaConf.to_container(settings.reader, resolve=True)
+    source = find_source(settings.dataset, **reader)
+    is_auto = settings.evaluation.env == "auto"
+    env_id = getattr(source, "env_id", None) if is_auto else settings.evaluation.env
+    env = None if env_id is None else make_env(env_id, optional=is_auto, remedy=_REMEDY)
+    spec = env.action_spec if env is not None else getattr(source, "action_spec", None)
+    transitions = load_transitions(settings.dataset, action_spec=spec, root=settings.root, **reader)
+    if env is not None:
+        check_observations(env, str(env_id), tuple(transitions["observation"].shape[1:]), "the dataset", _REMEDY)
+    if spec is None:  # the networks need a box
+        spec = Bounded(transitions["action"].amin(0), transitions["action"].amax(0), transitions["action"].shape[1:])
+    scores = settings.evaluation.reference_scores
+    scores = getattr(source, "reference_scores", None) if scores == "auto" else scores
+    if scores is not None and scores_or_none(*_two(scores)) is None:
+        raise RunError(f"evaluation.reference_scores is {scores}, expected [random, expert], the second one higher.")
+    (low, high), returns = action_bounds(spec), episode_returns(transitions)
+    return transitions, Task(
+        observation_size=transitions["observation"].shape[-1],
+        action_low=low.tolist(),
+        action_high=high.tolist(),
+        env_id=None if env is None else env_id,
+        reference_scores=None if scores is None else [float(score) for score in scores],
+        behaviour={"mean": returns.mean().item(), "std": returns.std(correction=0).item(), "episodes": len(returns)},
+    )
+
+
+def _two(scores: Any) -> tuple[Any, Any]:
+    """The two scores, if they are two."""
+    return (scores[0], scores[1]) if isinstance(scores, Sequence) and len(scores) == 2 else (None, None)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` is cuda if it is available.
+
+    Raises:
+        RunError: if there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"device={name} cannot be used: {error}") from error
+
+
+def find_checkpoint(run: Path, which: str = "best") -> Path:
+    """The checkpoint of a run: ``best`` (the last one, if no best was kept) or ``last``; or ``run`` itself.
+
+    Raises:
+        RunError: if there is none.
+    """
+    if Checkpoint.is_checkpoint(run):
+        return run
+    found = best_checkpoint(run / BEST) if which == "best" else None
+    found = found or CheckpointRotation(run / CHECKPOINTS, keep_last=1).latest()
+    if found is None:
+        runs = sorted(path.parent.name for path in run.glob(f"*/{CHECKPOINTS}"))
+        inside = f" It holds the runs {runs}." if runs else ""
+        raise RunError(
+            f"{run} holds no checkpoint; name the folder of a run of torchrl-bcq train, or a checkpoint.{inside}"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The contents of a checkpoint.
+
+    Args:
+        path: of the checkpoint.
+        step: gradient steps made.
+        settings: of its run.
+        task: facts about the dataset.
+        loss: with the networks.
+    """
+
+    path: Path
+    step: int
+    settings: DictConfig
+    task: Task
+    loss: OfflineLoss
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The record of the run's algorithm."""
+        return find_algorithm(self.settings.algorithm)
+
+    @property
+    def policy(self) -> TensorDictModuleBase:
+        """The algorithm's policy of the networks."""
+        return make_policy(self.settings.algorithm, *self.loss.networks, **self.settings.policy)
+
+
+def read_metadata(path: Path) -> tuple[DictConfig, Task, int]:
+    """Settings, task and step of a checkpoint; nothing in it is executed or unpickled.
+
+    Raises:
+        RunError: if it is not from a run of ``torchrl-bcq train``, or from another version.
+    """
+    try:
+        metadata = Checkpoint.manifest(path)["metadata"]
+        settings, facts, step = metadata["config"], metadata["task"], int(metadata["optim_steps"])
+        task = Task(**{field.name: facts[field.name] for field in fields(Task)})
+    except Exception as error:
+        raise RunError(f"{path} is no checkpoint of torchrl-bcq train, or a damaged one: {error!r}") from error
+    return to_settings(settings, path), replace(task, env_id=env_id_or_none(task.env_id)), step  # no import by its name
+
+
+def load(run: Path, which: str = "best", device: str = "auto") -> Trained:
+    """Build the networks of a run and load them; neither its dataset nor its environment is needed.
+
+    Raises:
+        RunError: if there is no checkpoint, or it cannot be loaded.
+    """
+    path = find_checkpoint(Path(run), which)
+    settings, task, step = read_metadata(path)
+    target = choose_device(device)
+    scaling = "identity" if settings.normalize else None
+    loss, _ = make_objective(settings, task.observation_spec, task.action_spec, normalization=scaling, device=target)
+    try:
+        make_checkpoint(loss_module=loss).load(path, map_location=target)
+    except CheckpointError as error:
+        raise RunError(f"{path} cannot be loaded: {error}") from error
+    return Trained(path, step, settings, task, loss)

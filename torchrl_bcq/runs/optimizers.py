@@ -1,0 +1,95 @@
+"""Optimizers, their learning-rate schedulers and schedules, from plain settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch.optim import Optimizer, lr_scheduler
+
+from torchrl_bcq.errors import RunError
+from torchrl_bcq.objectives import OfflineLoss
+from torchrl_bcq.runs.signatures import Settings, settings_of, taken_by
+from torchrl_bcq.trainers.stepper import NetworkLRScheduler, OfflineOptimizationStepper, Schedule
+
+_FUSED = ("Adam", "AdamW")  # one kernel for all parameters, as OfflineOptimizationStepper.adam
+_UNFIT = ("LBFGS", "SparseAdam", "ReduceLROnPlateau")  # need a closure, sparse gradients, a metric in each step
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+def make_optimizer(
+    name: str, parameters: Any, *, optimizer: str = "Adam", lr: float = 1e-3, kwargs: Mapping[str, Any] = _EMPTY
+) -> Optimizer:
+    """Make the optimizer of a network, by its name in ``torch.optim``, with its other arguments."""
+    fused = {"fused": True} if optimizer in _FUSED else {}
+    return _call(torch.optim, optimizer, Optimizer, f"optim.{name}", parameters, {"lr": lr, **fused, **kwargs})
+
+
+def make_scheduler(
+    name: str, optimizer: Optimizer, *, scheduler: str | None = None, scheduler_kwargs: Mapping[str, Any] = _EMPTY
+) -> lr_scheduler.LRScheduler | None:
+    """Make the scheduler of a network's learning rate, by its name in ``torch.optim.lr_scheduler``, or none."""
+    if scheduler is None:
+        return None
+    base = lr_scheduler.LRScheduler
+    return _call(lr_scheduler, scheduler, base, f"optim.{name}.scheduler", optimizer, scheduler_kwargs)
+
+
+def optim_settings(networks: Sequence[str], *calls: Callable) -> Settings:
+    """Settings of these functions for all networks, and of each network by its name; null there is the common one."""
+    common: Settings = {name: setting for call in calls for name, setting in settings_of(call).items()}
+    own: Settings = {
+        name: (kind, {}) if isinstance(default, Mapping) else (kind | None, None)
+        for name, (kind, default) in common.items()
+    }
+    return {**common, **{network: {**own, **settings_of(Schedule)} for network in networks}}
+
+
+def make_stepper(loss: OfflineLoss, **optim: Any) -> OfflineOptimizationStepper:
+    """Make an optimizer and a schedule for each network that has parameters to train.
+
+    ``optim`` are arguments of :func:`make_optimizer`, and by name of a network its own, with those of ``Schedule``.
+    """
+    optimizers, schedules = {}, {}
+    for name in loss.trainable_names:
+        settings = _of_network(optim, name)
+        parameters = getattr(loss, f"{name}_network_params").parameters()
+        optimizers[name] = make_optimizer(name, parameters, **taken_by(make_optimizer, settings))
+        try:
+            schedules[name] = Schedule(**taken_by(Schedule, settings))
+        except ValueError as error:
+            raise RunError(f"optim.{name}: {error}") from error
+    return OfflineOptimizationStepper(optimizers, schedules=schedules)
+
+
+def make_scheduler_hooks(stepper: OfflineOptimizationStepper, **optim: Any) -> list[NetworkLRScheduler]:
+    """Make the learning-rate scheduler of each network that has one."""
+    made = {
+        name: make_scheduler(name, optimizer, **taken_by(make_scheduler, _of_network(optim, name)))
+        for name, optimizer in stepper.optimizers.items()
+    }
+    return [NetworkLRScheduler(scheduler, name, stepper) for name, scheduler in made.items() if scheduler is not None]
+
+
+def _of_network(optim: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Settings of a network: its own, and the common ones where it has none."""
+    own = {key: value for key, value in optim.get(name, {}).items() if value is not None}
+    settings = {**optim, **own}
+    for kind, kwargs in (("optimizer", "kwargs"), ("scheduler", "scheduler_kwargs")):
+        same = settings.get(kind) == optim.get(kind)  # another class takes other arguments
+        settings[kwargs] = {**(optim.get(kwargs, {}) if same else {}), **own.get(kwargs, {})}
+    return settings
+
+
+def _call(module: Any, kind: str, base: Any, setting: str, first: Any, arguments: Mapping[str, Any]) -> Any:
+    """Make one of PyTorch's classes by its name."""
+    kinds = {name: value for name, value in vars(module).items() if isinstance(value, type) and value is not base}
+    known = sorted(k for k, value in kinds.items() if issubclass(value, base) and k[0] != "_" and k not in _UNFIT)
+    if kind not in known:
+        raise RunError(f"{setting} is {kind!r}, expected one of {module.__name__}: {known}.")
+    try:
+        return kinds[kind](first, **{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{setting} cannot be made: {kind} with {dict(arguments)}: {error}") from error

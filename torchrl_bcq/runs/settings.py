@@ -1,0 +1,253 @@
+"""The settings of a run: where they come from, how they are overridden, and their file in the run's folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from difflib import get_close_matches
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from torchrl.trainers import EarlyStopping
+
+from torchrl_bcq.data import make_replay_buffer
+from torchrl_bcq.errors import RunError
+from torchrl_bcq.evaluation import DatasetMetrics
+from torchrl_bcq.files import write_whole
+from torchrl_bcq.runs.algorithms import find_algorithm
+from torchrl_bcq.runs.optimizers import make_optimizer, make_scheduler, optim_settings
+from torchrl_bcq.runs.signatures import Settings, make_section, settings_of
+from torchrl_bcq.trainers import KeepBest, OfflineTrainer
+
+FILE = "config.yaml"  # in a run's folder
+# a resumed run may change these: they do not change what is learned, or the dataset's digest is compared
+FREE = {"steps", "out", "resume", "progress_bar", "threads", "device", "root", "dataset", "reader", "compile",
+        "precision", "cudagraph", "baseline", "evaluation", "checkpoint", "early_stopping", "logger", "logger_kwargs",
+        "policy"}  # fmt: skip
+
+
+def default_settings(algorithm: str = "bcq") -> DictConfig:
+    """Settings of a run with their defaults; OmegaConf checks names and types of all changes.
+
+    Those of networks, loss, policy, optimizers and trainer follow from the signatures that use them.
+
+    Raises:
+        RunError: if there is no such algorithm.
+    """
+    record = find_algorithm(algorithm)
+    networks = [name.removesuffix("_network") for name in record.loss.network_arguments()]
+    settings: Settings = {
+        "algorithm": (str, algorithm),
+        "baseline": (str | None, None),
+        "dataset": (str, MISSING),
+        "reader": (dict[str, Any], {}),
+        "root": (str | None, None),
+        "sampler": (str, "uniform"),
+        "weights": (str | None, None),
+        "n_step": (int, 1),
+        "normalize": (bool, False),
+        "held_out": (float, 0.0),
+        "steps": (int, 1_000_000),
+        **settings_of(make_replay_buffer, "batch_size"),
+        "seed": (int, 0),
+        "device": (str, "auto"),
+        "threads": (int | None, None),
+        "compile": (bool, False),
+        **settings_of(OfflineTrainer, "precision", "cudagraph"),
+        "network": settings_of(record.make_modules),
+        "loss": {
+            **settings_of(record.loss.make_value_estimator),
+            **settings_of(record.loss),
+            **(settings_of(record.make_updater) if record.make_updater else {}),
+        },
+        "optim": {
+            **optim_settings(networks, make_optimizer, make_scheduler),
+            **settings_of(OfflineTrainer, "clip_norm"),
+        },
+        "policy": settings_of(record.policy),
+        "evaluation": {
+            "interval": (int, 5_000),
+            "env": (str | None, "auto"),
+            "episodes": (int, 10),
+            "seed": (int, 1_000),
+            "reference_scores": (Any, "auto"),
+            **settings_of(DatasetMetrics, "max_rows"),
+        },
+        **settings_of(OfflineTrainer, "log_interval"),
+        "logger": (list[str], ["csv"]),
+        "logger_kwargs": (dict[str, Any], {}),
+        "progress_bar": (bool | None, None),
+        "checkpoint": {
+            "interval": (int, 5_000),
+            "keep": (int, 2),
+            "monitor": (str | None, "auto"),
+            **settings_of(KeepBest, "mode", "wait_for"),
+        },
+        "early_stopping": {
+            "monitor": (str | None, None),
+            **settings_of(EarlyStopping, "mode", "patience", "min_delta"),
+            **settings_of(KeepBest, "wait_for"),
+        },
+        "out": (str, "runs/${now:%Y%m%d-%H%M%S}"),
+        "resume": (bool, False),
+    }
+    return OmegaConf.structured(make_section("Settings", settings))
+
+
+def compose(overrides: Sequence[str], *, sweep: bool = False) -> list[DictConfig]:
+    """The settings of each run that overrides such as ``"optim.lr=3e-4"`` ask for, in Hydra's syntax.
+
+    ``resume=RUN`` starts from the settings of that run. With ``sweep``, values such as ``"seed=0,1"`` ask for several
+    runs, in the numbered folders of ``out``.
+
+    Raises:
+        RunError: if a setting is unknown or has another type, or there are several values without ``sweep``.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.utils import setup_globals
+    from hydra.errors import HydraException
+
+    setup_globals()  # ${now:...}
+    if unfit := [word for word in overrides if "=" not in word or word.startswith("~")]:
+        raise RunError(f"{unfit[0]} is no override, expected NAME=VALUE.")
+    try:
+        parse = OverridesParser.create().parse_overrides
+        choices = [
+            [f"{part.key_or_group}={value}" for value in part.sweep_string_iterator()]
+            if part.is_sweep_override()
+            else [f"{part.key_or_group}={part.get_value_element_as_str()}"]
+            for part in parse(list(overrides))
+        ]
+        several = [values for values in choices if len(values) > 1]
+        if several and not sweep:
+            raise RunError(f"{several[0]} are several runs, which -m makes; a list is written as NAME=[A,B].")
+        chosen = [{part.key_or_group: part.value() for part in parse(list(words))} for words in product(*choices)]
+    except HydraException as error:
+        raise RunError(f"the settings cannot be read: {error}") from error
+    runs = [_override(values) for values in chosen]
+    if sweep:
+        out = Path(runs[0].out)
+        for number, run in enumerate(runs):
+            run.out = str(out / str(number))
+    return runs
+
+
+def _override(values: dict[str, Any]) -> DictConfig:
+    """The settings of a run with these values by dotted name."""
+    resumed = values.get("resume", False)
+    if isinstance(resumed, bool):
+        settings = default_settings(str(values.get("algorithm", "bcq")))
+    else:
+        settings = load_settings(Path(str(resumed)))
+        if (asked := values.get("algorithm", settings.algorithm)) != settings.algorithm:
+            raise RunError(f"{resumed} has algorithm {settings.algorithm}, not {asked}; start a new run instead.")
+        values = {"out": str(resumed), **values, "resume": True}
+    for name, value in values.items():
+        try:
+            OmegaConf.update(settings, name, value)
+        except (ConfigAttributeError, ConfigKeyError) as error:
+            close = get_close_matches(name, flat(settings), 1)
+            raise RunError(f"there is no setting {name}{f'; did you mean {close[0]}?' if close else '.'}") from error
+        except OmegaConfBaseException as error:
+            raise RunError(f"{name} cannot be {value!r}: {str(error).splitlines()[0]}") from error
+    _as_text(OmegaConf.to_container(settings))  # refuses `_target_`
+    return settings
+
+
+def load_settings(run: Path) -> DictConfig:
+    """The settings of a run. They are plain values: nothing is executed, imported or looked up.
+
+    Raises:
+        RunError: if there is no such run, it is of another version, or a setting is unknown or has another type.
+    """
+    file = run / FILE
+    if not file.is_file():
+        found = sorted(path.parent.name for path in run.glob(f"*/{FILE}"))
+        inside = f" It holds the runs {found}; name one of them." if found else ""
+        raise RunError(f"{run} is no run of torchrl-bcq train: there is no {file}.{inside}")
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
+    except Exception as error:  # of the YAML parser and of OmegaConf
+        raise RunError(f"{file} cannot be read: {error}") from error
+    return to_settings(plain, file)
+
+
+def save_settings(settings: DictConfig, run: Path) -> None:
+    """Write the settings into a run's folder."""
+    with write_whole(run / FILE) as file:
+        file.write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(settings))), encoding="utf-8")
+
+
+def to_plain(settings: DictConfig) -> dict[str, Any]:
+    """The settings as plain values, with the version that they belong to."""
+    return {"version": version("torchrl-bcq"), **OmegaConf.to_container(settings, resolve=True)}  # type: ignore[dict-item]
+
+
+def to_settings(plain: Any, where: str | Path) -> DictConfig:
+    """The settings that :func:`to_plain` gave, from a file or a checkpoint; interpolations stay text.
+
+    Raises:
+        RunError: if they are of another version, hold a ``_target_``, or a setting is unknown or has another type.
+    """
+    if not isinstance(plain, dict):
+        raise RunError(f"{where} cannot be read: it holds {type(plain).__name__}, expected settings by name.")
+    found, present = str(plain.get("version", "0.1")), version("torchrl-bcq")
+    if found.split(".")[:2] != present.split(".")[:2]:
+        raise RunError(
+            f"{where} is of torchrl-bcq {found}, this is {present}: use that version for this run, or train it again."
+        )
+    try:
+        values = _as_text({name: value for name, value in plain.items() if name != "version"})
+        settings = default_settings(str(values.get("algorithm", "bcq")))
+        return OmegaConf.merge(settings, OmegaConf.create(values))  # type: ignore[return-value]
+    except Exception as error:  # OmegaConf has no common one
+        raise RunError(f"{where} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _as_text(value: Any, at: str = "") -> Any:
+    """Values in which interpolations, which could look up environment variables, are text.
+
+    Raises:
+        RunError: for a name such as ``_target_``, with which Hydra would call any function.
+    """
+    if isinstance(value, str):
+        return value.replace("${", "\\${")
+    if isinstance(value, list):
+        return [_as_text(item, f"{at}{number}.") for number, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    if special := [name for name in value if re.fullmatch(r"_\w+_", str(name))]:
+        raise RunError(f"{at}{special[0]} is no setting: settings are plain values, nothing in them is called.")
+    return {name: _as_text(item, f"{at}{name}.") for name, item in value.items()}
+
+
+def flat(settings: DictConfig) -> dict[str, Any]:
+    """Settings by dotted name; lists and free-form dictionaries are values."""
+    leaves: dict[str, Any] = {}
+    for name in settings:
+        value: Any = None if OmegaConf.is_missing(settings, name) else settings[name]
+        if OmegaConf.is_dict(value) and is_dataclass(OmegaConf.get_type(value)):
+            leaves |= {f"{name!s}.{key}": leaf for key, leaf in flat(value).items()}
+        else:
+            leaves[str(name)] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return leaves
+
+
+def check_resumable(now: DictConfig, saved: DictConfig, run: Path) -> None:
+    """Refuse to resume a run with settings that change what it learns; the message names them."""
+    remedy = "start a new run in another folder with out=FOLDER."
+    if now.algorithm != saved.algorithm:
+        raise RunError(f"{run} has algorithm {saved.algorithm}, not {now.algorithm}; {remedy}")
+    then, asked = flat(saved), flat(now)
+    differing = [
+        f"{name} is {then[name]!r} in it and {asked[name]!r} now"
+        for name in asked
+        if asked[name] != then[name] and name.split(".")[0] not in FREE
+    ]
+    if differing:
+        raise RunError(f"{run} cannot be resumed with other settings: {'; '.join(differing)}. Keep them, or {remedy}")

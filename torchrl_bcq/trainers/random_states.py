@@ -1,0 +1,129 @@
+"""Random states of one or several processes in a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrl.checkpoint import GlobalRNGState
+from torchrl.data import ReplayBuffer, SamplerWithoutReplacement
+
+from torchrl_bcq.trainers.checkpoints import SamplerState
+from torchrl_bcq.trainers.distributed import SingleProcess
+
+
+class RankStates(GlobalRNGState):
+    """Random states and samplers of all processes, in the first one's checkpoints.
+
+    For one process this is TorchRL's :class:`~torchrl.checkpoint.GlobalRNGState`. The first process's state has the
+    same form, so any number of processes can load a checkpoint; samplers and random states of the other processes are
+    under ``ranks``. Only the random state of the process's own GPU is kept, so that it may be another GPU next time.
+
+    Args:
+        processes: the group.
+        replay_buffer: of this process.
+        sampler: state of that buffer.
+        device: on which noise is drawn.
+    """
+
+    def __init__(
+        self, processes: SingleProcess, replay_buffer: ReplayBuffer, sampler: SamplerState, device: torch.device
+    ) -> None:
+        self._processes = processes
+        self._buffer = replay_buffer
+        self._sampler = sampler
+        self._device = device
+        self._others: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states that were collected."""
+        return {**self._own_state(), "ranks": self._others}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load the first process's state; :meth:`restore` does the rest, once the sampler's state is loaded."""
+        self._load_own_state(state_dict)
+        self._others = dict(state_dict.get("ranks", {}))
+
+    def collect(self) -> None:
+        """Send the states of all processes to the first one, before a checkpoint."""
+        content = io.BytesIO()
+        if not self._processes.is_first:
+            torch.save({"sampler": self._sampler.state_dict(), "random_state": self._own_state()}, content)
+        states = self._processes.collect(content.getvalue())
+        self._others = {
+            str(rank): torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
+            for rank, state in enumerate(states)
+            if rank > 0
+        }
+
+    def restore(self, step: int) -> None:
+        """Take this process's states after a checkpoint was loaded, or new ones if the checkpoint has none for it.
+
+        New ones follow from those of the first process, the rank and the step; :meth:`begin` renews those of noise.
+        """
+        if self._processes.is_first:
+            return
+        if (own := self._others.get(str(self._processes.rank))) is not None:
+            self._sampler.load_state_dict(own["sampler"])
+            self._load_own_state(own["random_state"])
+            return
+        if (generator := self._buffer._rng) is not None:
+            generator.manual_seed(self._new_seed(generator.get_state(), step))
+        if isinstance(self._buffer.sampler, SamplerWithoutReplacement):
+            self._buffer.sampler._empty()  # begins a round of its own
+
+    def begin(self, step: int) -> None:
+        """Make sure, before training, that no two processes draw the same noise or the same rows.
+
+        Raises:
+            ValueError: if two replay buffers would draw the same rows.
+        """
+        generator = self._buffer._rng
+        rows = None if generator is None else _digest(generator.get_state())
+        others = self._processes.gather((rows, _digest(self._noise)))
+        seen: dict[str, int] = {}
+        for rank, (digest, _) in enumerate(others):
+            if digest is not None and seen.setdefault(digest, rank) != rank:
+                raise ValueError(
+                    f"the replay buffers of processes {seen[digest]} and {rank} would draw the same rows; give each a "
+                    "seed of its own: make_replay_buffer(..., seed=seed + rank)."
+                )
+        noise = [digest for _, digest in others]
+        if noise.index(noise[self._processes.rank]) < self._processes.rank:
+            self._renew_noise(step)
+
+    @property
+    def _noise(self) -> Tensor:
+        """The state from which latents are drawn."""
+        cuda = self._device.type == "cuda"
+        return torch.cuda.get_rng_state(self._device) if cuda else torch.random.get_rng_state()
+
+    def _own_state(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if "torch_cuda" in state:  # of all GPUs
+            state["torch_cuda"] = [self._noise] if self._device.type == "cuda" else []
+        return state
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict({name: value for name, value in state.items() if name != "torch_cuda"})
+        if self._device.type == "cuda" and (saved := state.get("torch_cuda")):
+            torch.cuda.set_rng_state(saved[0].cpu(), self._device)
+
+    def _renew_noise(self, step: int) -> None:
+        seed = self._new_seed(self._noise, step)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+    def _new_seed(self, state: Tensor, step: int) -> int:
+        return int(_digest(state, self._processes.rank, step)[:15], 16)
+
+
+def _digest(state: Tensor, *numbers: int) -> str:
+    return hashlib.sha256(state.cpu().numpy().tobytes() + str(numbers).encode()).hexdigest()

@@ -1,0 +1,181 @@
+"""A trainer that has a replica in each of several processes, and writes their checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tensordict import TensorDictBase
+from torchrl.data import ReplayBuffer
+from torchrl.trainers.trainers import Trainer
+
+from torchrl_bcq.trainers.checkpoints import SamplerState, tidy, tidy_rotation
+from torchrl_bcq.trainers.distributed import SingleProcess
+from torchrl_bcq.trainers.random_states import RankStates
+from torchrl_bcq.trainers.watch import check_parameters
+
+
+class ReplicatedTrainer(Trainer):
+    """TorchRL's trainer, which begins, stops, fails and saves at the same gradient step in all processes.
+
+    A replica that left the loop alone, or wrote a checkpoint alone, would let the others wait forever. So stop and save
+    requests are exchanged at the end of every log interval and carried out on all ranks.
+
+    Args:
+        processes: the group; only the first process logs and shows a progress bar.
+        replay_buffer: of this process.
+        **trainer_kwargs: of TorchRL's Trainer.
+    """
+
+    def __init__(self, *, processes: SingleProcess, replay_buffer: ReplayBuffer, **trainer_kwargs: Any) -> None:
+        self.processes = processes
+        self._stop_reasons: list[str | None] = []  # that were given in this process
+        self._writes: list[Callable[[], None]] = []  # of checkpoints, until the others know of them
+        self._steps_left = 0  # in the present log interval
+        self._saved_at: int | None = None  # gradient step of the last checkpoint
+        if not processes.is_first:
+            trainer_kwargs.update(logger=None, progress_bar=False)
+        super().__init__(**trainer_kwargs)
+        sampler = SamplerState(replay_buffer)
+        self._ranks = RankStates(processes, replay_buffer, sampler, next(self.loss_module.parameters()).device)
+        self.register_module("sampler", sampler)
+        self.register_module("random_state", self._ranks)
+
+    def request_stop(self, reason: str | None = None) -> None:
+        """End ``train`` after the present gradient step; of several processes, after the log interval's steps."""
+        self._stop_reasons.append(reason)
+        if self.processes.world_size == 1:
+            self._stop_together()
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether this process was asked to stop; the others may not know yet."""
+        return self._stop_training or bool(self._stop_reasons)
+
+    def load_from_file(self, file: str | Path, **kwargs: Any) -> Any:
+        """Resume from a checkpoint of any number of processes; each process must call this."""
+        self.processes.on_first(lambda: tidy(Path(file)))
+        super().load_from_file(file, **kwargs)
+        self._ranks.restore(self.collected_frames)
+        self._saved_at = self.collected_frames
+        return self
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that exists."""
+        if self.checkpoint_rotation is not None:
+            return self.checkpoint_rotation.latest()
+        file = self.save_trainer_file
+        return Path(file) if file is not None and Path(file).exists() else None
+
+    def write_checkpoint(self, write: Callable[[], Any]) -> None:
+        """Let a hook write a checkpoint, of finite weights only, once the hooks of this stage have run.
+
+        Raises:
+            FloatingPointError: in ``train``, if weights are not finite.
+            OSError: in ``train``, if it cannot be written.
+        """
+        self._writes.append(lambda: self._write(write))
+
+    def _write(self, write: Callable[[], Any]) -> None:
+        check_parameters(self.loss_module, self._optim_count, self._last_good)
+        try:
+            write()
+        except OSError as error:
+            raise OSError(
+                f"the checkpoint after {self._optim_count} gradient steps cannot be written ({error}). "
+                f"{self._last_good} Fix this, then resume from that checkpoint."
+            ) from error
+
+    def _save_trainer(self) -> None:
+        save = super()._save_trainer
+        self._write_together(lambda: self._write(save))
+        self._saved_at = self.collected_frames
+
+    @property
+    def _last_good(self) -> str:
+        last = self.last_checkpoint
+        return "There is no checkpoint yet." if last is None else f"The last good checkpoint is {last}."
+
+    @property
+    def _checkpoint_folder(self) -> Path | None:
+        if self.checkpoint_rotation is not None:
+            return self.checkpoint_rotation.directory.parent
+        return None if self.save_trainer_file is None else Path(self.save_trainer_file).absolute().parent
+
+    def _setup_hook(self) -> None:
+        self.processes.check_alike(self._plan())
+        self._ranks.begin(self.collected_frames)
+        self.processes.replicate(self.loss_module.state_dict().values())
+        self.processes.on_first(self._tidy)
+        super()._setup_hook()
+        self._exchange_requests()
+
+    def _tidy(self) -> None:
+        """Remove the temporary files of a killed run."""
+        if self.checkpoint_rotation is not None:
+            tidy_rotation(self.checkpoint_rotation.directory, self.checkpoint_rotation.prefix)
+        elif self.save_trainer_file is not None:
+            tidy(Path(self.save_trainer_file).absolute())
+
+    def _post_steps_log_hook(self, batch: TensorDictBase) -> None:
+        super()._post_steps_log_hook(batch)
+        self._exchange_requests()
+
+    def _exchange_requests(self) -> None:
+        """Carry out what hooks and signals of any process have asked for."""
+        stop, write = self.processes.agree(bool(self._stop_reasons), bool(self._writes))
+        if write:
+            writes, self._writes = self._writes, []
+            self._write_together(*writes)
+        if stop:
+            self._stop_together()
+
+    def _stop_together(self) -> None:
+        if not self._stop_training:
+            given = self.processes.gather(self._stop_reasons)
+            super().request_stop(next((reasons[0] for reasons in given if reasons), None))
+
+    def _write_together(self, *writes: Callable[[], None]) -> None:
+        """Write checkpoints of all processes' state, in the first one."""
+
+        def write() -> None:
+            for each in writes:
+                each()
+
+        self._ranks.collect()
+        self.processes.on_first(write)
+
+    def _fail_together(self, position: int | None, describe: Callable[[int], str]) -> None:
+        """Raise the problem at the earliest position of any process, if there is one.
+
+        Raises:
+            FloatingPointError: in all processes.
+            RuntimeError: if this process has left the log interval early.
+        """
+        if not self._stop_training:
+            self.processes.check_complete(self._steps_left)
+        failed, stop = self.processes.agree(position is not None, bool(self._stop_reasons))
+        if failed:
+            found = self.processes.gather(position)
+            rank = min((place, rank) for rank, place in enumerate(found) if place is not None)[1]
+            own = describe(position) if position is not None and rank == self.processes.rank else None
+            raise FloatingPointError(f"{self.processes.name(rank)}{self.processes.gather(own)[rank]}")
+        if stop:
+            self._stop_together()
+
+    def _plan(self) -> dict[str, Any]:
+        """What decides how often the processes meet, and what they exchange."""
+        stepper = self.optimization_stepper
+        shapes = [(name, tuple(value.shape)) for name, value in self.loss_module.state_dict().items()]
+        return {
+            "networks (a digest of names and shapes)": hashlib.sha256(repr(shapes).encode()).hexdigest()[:8],
+            "gradient steps made": self.collected_frames,
+            "total_steps": self.total_frames,
+            "log_interval": self.collector.requested_frames_per_batch,
+            "whether checkpoints are written": self._has_checkpoint_destination(),
+            "save_trainer_interval": self.save_trainer_interval,
+            "the schedules of the networks": repr(getattr(stepper, "schedules", None)),
+        }
