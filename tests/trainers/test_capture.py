@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -12,7 +11,6 @@ from tensordict import TensorDictBase
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from torchrl.objectives import SoftUpdate
-from torchrl.trainers.trainers import DefaultOptimizationStepper
 
 from torchrl_bcq import (
     BCQLoss,
@@ -22,7 +20,6 @@ from torchrl_bcq import (
     make_bcq_modules,
     make_replay_buffer,
 )
-from torchrl_bcq.trainers.checks import check_stepper
 
 from ..conftest import ACTION_SPEC, OBSERVATION_SPEC, random_transitions
 from .conftest import assert_same_run, make_trainer, prioritised_buffer, weights
@@ -221,22 +218,6 @@ def test_an_optimizer_that_cannot_be_captured_is_refused_and_none_changed(module
     assert not stepper.captured
     group = adam["vae"].param_groups[0]
     assert (group["lr"], group["capturable"]) == (1e-3, False)
-
-
-def test_a_trainer_that_cannot_capture_is_refused(modules):
-    message = "cudagraph=True needs a loss on a CUDA device, this one is on cpu"
-    with pytest.raises(ValueError, match=message):
-        make_trainer(random_transitions(50), cudagraph=True)
-    on_cuda = SimpleNamespace(
-        parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]), trainable_names=NAMES
-    )
-    message = "cudagraph=True needs an OfflineOptimizationStepper, not a DefaultOptimizationStepper"
-    with pytest.raises(ValueError, match=message):
-        check_stepper(on_cuda, DefaultOptimizationStepper(), captured=True, parallel=False)
-    stepper = BCQOptimizationStepper.adam(BCQLoss(*modules))
-    check_stepper(on_cuda, stepper, captured=True, parallel=False)
-    with pytest.raises(ValueError, match="data_parallel=True and cudagraph=True cannot be combined; set one of them"):
-        check_stepper(on_cuda, stepper, captured=True, parallel=True)
 
 
 def state(trainer: BCQTrainer) -> dict:

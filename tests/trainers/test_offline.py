@@ -6,12 +6,10 @@ import copy
 
 import pytest
 import torch
-from torchrl.data import TensorDictReplayBuffer, TensorStorage
 from torchrl.record.loggers import CSVLogger
 
 from torchrl_bcq import (
     BCQLoss,
-    BCQOptimizationStepper,
     OfflineOptimizationStepper,
     OfflineTrainer,
     make_replay_buffer,
@@ -163,50 +161,3 @@ def test_unknown_settings_are_refused(make_batch, setting):
 def test_numbers_of_steps_below_one_are_refused(make_batch, numbers):
     with pytest.raises(ValueError, match="both must be at least 1"):
         make_trainer(make_batch(20), **numbers)
-
-
-def test_a_buffer_that_reads_other_priorities_is_refused(make_batch):
-    buffer = prioritised_buffer(make_batch(50), priority_key="urgency")
-    message = "the loss writes priorities to 'td_error', the buffer reads 'urgency'; set priority_key='td_error'"
-    with pytest.raises(ValueError, match=message):
-        make_trainer(None, buffer=buffer)
-
-
-def test_an_updater_of_another_loss_is_refused(make_batch):
-    other = make_trainer(make_batch(20)).loss_module
-    with pytest.raises(ValueError, match="target_net_updater was made for another loss"):
-        make_trainer(make_batch(20), updater=lambda loss: soft_update(other))
-
-
-def test_an_updater_is_needed_if_and_only_if_the_loss_has_targets(modules, make_batch):
-    buffer, settings = make_replay_buffer(make_batch(50), batch_size=16), {"total_steps": 5, "progress_bar": False}
-    message = r"the loss has targets of \['qvalue', 'actor'\]; pass target_net_updater=SoftUpdate"
-    with pytest.raises(ValueError, match=message):
-        OfflineTrainer(BCQLoss(*modules), buffer, target_net_updater=None, **settings)
-    undelayed = BCQLoss(*modules, delay_actor=False, delay_qvalue=False)
-    with pytest.raises(ValueError, match="the loss has no target networks; pass target_net_updater=None"):
-        OfflineTrainer(undelayed, buffer, target_net_updater=soft_update(BCQLoss(*modules)), **settings)
-    before = copy.deepcopy(undelayed.state_dict())
-    OfflineTrainer(undelayed, buffer, target_net_updater=None, **settings).train()
-    key = "qvalue_network_params.critics.0.module.0.weight"
-    assert not torch.equal(undelayed.state_dict()[key], before[key])
-
-
-def test_a_network_without_an_optimizer_is_refused(modules, make_batch):
-    """It would stay as it was, silently."""
-    loss, buffer = BCQLoss(*modules), make_replay_buffer(make_batch(50), batch_size=16)
-    adam = BCQOptimizationStepper.adam(loss).optimizers
-    stepper = OfflineOptimizationStepper({"vae": adam["vae"], "qvalue": adam["qvalue"]})
-    message = r"the loss trains \['vae', 'qvalue', 'actor'\], but optimization_stepper steps \['vae', 'qvalue'\]"
-    with pytest.raises(ValueError, match=message):
-        OfflineTrainer(loss, buffer, target_net_updater=soft_update(loss), optimization_stepper=stepper, total_steps=5)
-
-
-def test_a_buffer_that_prefetches_is_warned_of(make_batch):
-    """Its threads draw ahead, in an order that no checkpoint holds."""
-    storage = TensorStorage(make_batch(50))
-    plain = TensorDictReplayBuffer(storage=storage, batch_size=16)
-    make_trainer(None, buffer=plain)  # warns of nothing
-    ahead = TensorDictReplayBuffer(storage=storage, batch_size=16, prefetch=2)
-    with pytest.warns(UserWarning, match="replay_buffer prefetches batches in threads.* Make it with prefetch=None"):
-        make_trainer(None, buffer=ahead)

@@ -1,0 +1,88 @@
+"""Parts that do not fit together are refused when a trainer is made."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torchrl.data import TensorDictReplayBuffer, TensorStorage
+from torchrl.trainers.trainers import DefaultOptimizationStepper
+
+from torchrl_bcq import (
+    BCQLoss,
+    BCQOptimizationStepper,
+    OfflineOptimizationStepper,
+    OfflineTrainer,
+    make_replay_buffer,
+)
+from torchrl_bcq.trainers.checks import check_stepper
+
+from ..conftest import random_transitions
+from .conftest import make_trainer, prioritised_buffer, soft_update
+
+NAMES = ("vae", "qvalue", "actor")
+
+
+def test_a_buffer_that_reads_other_priorities_is_refused(make_batch):
+    buffer = prioritised_buffer(make_batch(50), priority_key="urgency")
+    message = "the loss writes priorities to 'td_error', the buffer reads 'urgency'; set priority_key='td_error'"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(None, buffer=buffer)
+
+
+def test_an_updater_of_another_loss_is_refused(make_batch):
+    other = make_trainer(make_batch(20)).loss_module
+    with pytest.raises(ValueError, match="target_net_updater was made for another loss"):
+        make_trainer(make_batch(20), updater=lambda loss: soft_update(other))
+
+
+def test_an_updater_is_needed_if_and_only_if_the_loss_has_targets(modules, make_batch):
+    buffer, settings = make_replay_buffer(make_batch(50), batch_size=16), {"total_steps": 5, "progress_bar": False}
+    message = r"the loss has targets of \['qvalue', 'actor'\]; pass target_net_updater=SoftUpdate"
+    with pytest.raises(ValueError, match=message):
+        OfflineTrainer(BCQLoss(*modules), buffer, target_net_updater=None, **settings)
+    undelayed = BCQLoss(*modules, delay_actor=False, delay_qvalue=False)
+    with pytest.raises(ValueError, match="the loss has no target networks; pass target_net_updater=None"):
+        OfflineTrainer(undelayed, buffer, target_net_updater=soft_update(BCQLoss(*modules)), **settings)
+    before = copy.deepcopy(undelayed.state_dict())
+    OfflineTrainer(undelayed, buffer, target_net_updater=None, **settings).train()
+    key = "qvalue_network_params.critics.0.module.0.weight"
+    assert not torch.equal(undelayed.state_dict()[key], before[key])
+
+
+def test_a_network_without_an_optimizer_is_refused(modules, make_batch):
+    """It would stay as it was, silently."""
+    loss, buffer = BCQLoss(*modules), make_replay_buffer(make_batch(50), batch_size=16)
+    adam = BCQOptimizationStepper.adam(loss).optimizers
+    stepper = OfflineOptimizationStepper({"vae": adam["vae"], "qvalue": adam["qvalue"]})
+    message = r"the loss trains \['vae', 'qvalue', 'actor'\], but optimization_stepper steps \['vae', 'qvalue'\]"
+    with pytest.raises(ValueError, match=message):
+        OfflineTrainer(loss, buffer, target_net_updater=soft_update(loss), optimization_stepper=stepper, total_steps=5)
+
+
+def test_a_buffer_that_prefetches_is_warned_of(make_batch):
+    """Its threads draw ahead, in an order that no checkpoint holds."""
+    storage = TensorStorage(make_batch(50))
+    plain = TensorDictReplayBuffer(storage=storage, batch_size=16)
+    make_trainer(None, buffer=plain)  # warns of nothing
+    ahead = TensorDictReplayBuffer(storage=storage, batch_size=16, prefetch=2)
+    with pytest.warns(UserWarning, match="replay_buffer prefetches batches in threads.* Make it with prefetch=None"):
+        make_trainer(None, buffer=ahead)
+
+
+def test_a_trainer_that_cannot_capture_is_refused(modules):
+    message = "cudagraph=True needs a loss on a CUDA device, this one is on cpu"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(random_transitions(50), cudagraph=True)
+    on_cuda = SimpleNamespace(
+        parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]), trainable_names=NAMES
+    )
+    message = "cudagraph=True needs an OfflineOptimizationStepper, not a DefaultOptimizationStepper"
+    with pytest.raises(ValueError, match=message):
+        check_stepper(on_cuda, DefaultOptimizationStepper(), captured=True, parallel=False)
+    stepper = BCQOptimizationStepper.adam(BCQLoss(*modules))
+    check_stepper(on_cuda, stepper, captured=True, parallel=False)
+    with pytest.raises(ValueError, match="data_parallel=True and cudagraph=True cannot be combined; set one of them"):
+        check_stepper(on_cuda, stepper, captured=True, parallel=True)
