@@ -74,11 +74,7 @@ class CriticEnsemble(Protocol):
 
 
 def require(name: str, part: object, protocol: type) -> None:
-    """Compare a part with a protocol by the names of its members.
-
-    Raises:
-        TypeError: if it lacks some.
-    """
+    """Compare a part with a protocol by the names of its members; raises a TypeError if it lacks some."""
     members = [*protocol.__annotations__, *(member for member in vars(protocol) if not member.startswith("_"))]
     missing = [member for member in members if not hasattr(part, member)]
     if missing:
@@ -93,7 +89,7 @@ def check_networks(
     critics: CriticEnsemble,
     names: Sequence[str] = ("vae", "actor", "critics"),
 ) -> None:
-    """Whether three networks fit together.
+    """Check that three networks fit together.
 
     Raises:
         TypeError: if one lacks a member that is needed of it.
@@ -117,11 +113,7 @@ def check_networks(
 
 
 def check_action(tensordict: TensorDictBase, action_key: NestedKey) -> TensorDictBase:
-    """Whether a generative model has written an action ``[*B, A]`` for each state.
-
-    Raises:
-        ValueError: if not.
-    """
+    """Raise a ValueError unless a generative model has written an action ``[*B, A]`` for each state."""
     action = tensordict.get(action_key, None)
     if action is None or action.shape[:-1] != tensordict.batch_size:
         found = "nothing" if action is None else f"shape {tuple(action.shape)}"

@@ -40,13 +40,9 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     columns = shared.add_argument_group("tables")
     for name in _COLUMNS:
         several = name in ("observation", "action", "next_observation")
-        columns.add_argument(
-            f"--{name.replace('_', '-')}",
-            nargs="+" if several else None,
-            action="extend" if several else "store",
-            metavar="COLUMN",
-            help=f"column{'s' if several else ''} of {name.replace('_', ' ')}",
-        )
+        how: dict[str, Any] = {"nargs": "+", "action": "extend"} if several else {}
+        text = f"column{'s' if several else ''} of {name.replace('_', ' ')}"
+        columns.add_argument(f"--{name.replace('_', '-')}", metavar="COLUMN", help=text, **how)
 
     def add(name: str, run: Any, what: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, parents=[shared], help=what, description=what, epilog=_SOURCES)

@@ -24,12 +24,8 @@ examples:
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command ``evaluate``; what it sets as ``run`` takes the parsed arguments."""
     what = "Run episodes with the policy of a run and with its baselines."
-    command = commands.add_parser(
-        "evaluate",
-        help=what,
-        description=f"{what} A run without an environment is evaluated on its dataset.",
-        epilog=_EXAMPLES,
-    )
+    description = f"{what} A run without an environment is evaluated on its dataset."
+    command = commands.add_parser("evaluate", help=what, description=description, epilog=_EXAMPLES)
     add = command.add_argument
     add("folder", type=Path, metavar="RUN", help="folder that torchrl-bcq train made, or one of its checkpoints")
     add("--baseline", type=Path, metavar="RUN2", help="run to compare with; default: the baseline that RUN trained")
@@ -78,12 +74,9 @@ def _load_baseline(args: argparse.Namespace, trained: Any) -> dict[str, Any]:
         except RunError:
             return {}
     baseline = load(folder, args.checkpoint, args.device)
-    for what, ours, theirs in (
-        ("observations", trained.task.observation_spec, baseline.task.observation_spec),
-        ("actions", trained.task.action_spec, baseline.task.action_spec),
-    ):
-        if ours != theirs:
-            raise RunError(f"{folder} has other {what} than {args.folder}; compare runs of one dataset.")
+    for what in ("observation", "action"):
+        if getattr(trained.task, f"{what}_spec") != getattr(baseline.task, f"{what}_spec"):
+            raise RunError(f"{folder} has other {what}s than {args.folder}; compare runs of one dataset.")
     title = baseline.algorithm.title
     return {title if title != trained.algorithm.title else f"{title}, {folder}": baseline}
 
@@ -131,12 +124,14 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
 
 def _print_returns(rows: dict[str, dict[str, float]]) -> None:
     columns = {"return": 12, "return_std": 10, "normalized_score": 12, "episode_length": 10}
-    titles = ("return", "std", "normalized", "steps")
+    cells = [[title, *(f"{row[name]:.1f}" if name in row else "-" for name in columns)] for title, row in rows.items()]
     width = max(20, *(len(title) + 2 for title in rows))
-    print(f"{'policy':<{width}}" + "".join(f"{title:>{n}}" for title, n in zip(titles, columns.values(), strict=True)))
-    for title, row in rows.items():
-        cells = (f"{row[name]:.1f}" if name in row else "-" for name in columns)
-        print(f"{title:<{width}}" + "".join(f"{cell:>{n}}" for cell, n in zip(cells, columns.values(), strict=True)))
+    _print_table([["policy", "return", "std", "normalized", "steps"], *cells], [width, *columns.values()])
+
+
+def _print_table(lines: list[list[str]], widths: list[int]) -> None:
+    for title, *cells in lines:
+        print(f"{title:<{widths[0]}}" + "".join(f"{cell:>{n}}" for cell, n in zip(cells, widths[1:], strict=True)))
 
 
 def _on_the_dataset(trained: Any, runs: dict[str, Any]) -> dict[str, Any]:
@@ -153,19 +148,11 @@ def _on_the_dataset(trained: Any, runs: dict[str, Any]) -> dict[str, Any]:
     for title, one in runs.items():
         if learned is not None and (one.settings.held_out, one.settings.seed) != (settings.held_out, settings.seed):
             raise RunError(f"{one.path} held out other episodes than {trained.path}; compare runs of one seed.")
-        found[title] = DatasetMetrics(
-            one.loss,
-            one.policy,
-            rows,
-            interval=1,
-            held_out=learned is not None,
-            max_rows=settings.evaluation.max_rows,
-            seed=settings.evaluation.seed,  # the run has logged the same numbers
-        ).measure()
+        drawn = {"max_rows": settings.evaluation.max_rows, "seed": settings.evaluation.seed}  # as the run has logged
+        metrics = DatasetMetrics(one.loss, one.policy, rows, interval=1, held_out=learned is not None, **drawn)
+        found[title] = metrics.measure()
     print(f"\nno environment; on {'the dataset' if learned is None else 'held-out episodes'}:\n")
-    widths = {title: max(12, len(title) + 2) for title in found}
-    print(" " * 28 + "".join(f"{title:>{width}}" for title, width in widths.items()))
-    for name in dict.fromkeys(name for metrics in found.values() for name in metrics):
-        cells = (f"{metrics[name]:.4g}" if name in metrics else "-" for metrics in found.values())
-        print(f"{name:<28}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths.values(), strict=True)))
+    names = dict.fromkeys(name for row in found.values() for name in row)
+    cells = [[name, *(f"{row[name]:.4g}" if name in row else "-" for row in found.values())] for name in names]
+    _print_table([["", *found], *cells], [28, *(max(12, len(title) + 2) for title in found)])
     return found

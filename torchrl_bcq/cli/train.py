@@ -63,11 +63,7 @@ _logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command with settings and flags; 0 if all went well.
-
-    Raises:
-        RunError: if a setting or a flag is refused, or several processes are to make several runs.
-    """
+    """Run the command with settings and flags; 0 if all went well. Raises a RunError if one is refused."""
     if {"-h", "--help"} & set(arguments):
         print(HELP)
         return 0
@@ -103,10 +99,7 @@ def _defaults(overrides: Sequence[str]) -> list[str]:
 
 
 def _run(settings: DictConfig) -> int:
-    """Make one run; its exit code. An error ends it, and not the others of a sweep; a signal ends them all.
-
-    Of several processes the first one alone logs.
-    """
+    """Make one run, which the first process logs; its exit code. An error ends it, a signal all runs of a sweep."""
     logging.getLogger("torchrl").setLevel("WARNING")
     settings.out = processes.from_first(lambda: settings.out)  # which may tell the time
     if not processes.is_first():

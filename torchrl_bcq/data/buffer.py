@@ -40,28 +40,22 @@ def make_replay_buffer(
 ) -> TensorDictReplayBuffer:
     """Put transitions into a read-only TorchRL replay buffer.
 
-    Transitions that are on ``device`` already are not copied, in memory or memory-mapped: if their values change in
-    place, the dataset changes.
-
     Args:
-        transitions: batch size ``[N]``, as the readers return them.
+        transitions: batch size ``[N]``, as the readers return them; shared with the buffer if they are on ``device``.
         batch_size: rows of each sample; the author's is 100.
         device: of the dataset and the samples; the transitions' own if not given.
-        seed: of the buffer's own generator, which then alone decides the order of rows; PyTorch's global random state
-            if not given.
+        seed: of the buffer's own generator; PyTorch's global random state if not given.
         sampler: ``"uniform"`` (with replacement); ``"without_replacement"`` (each row once per round, each round in a
             new order; the last batch of a round may be shorter); ``"prioritized"`` (by the ``td_error`` that the loss
-            writes, with the published alpha 0.6 and beta 0.4); or a TorchRL sampler, such as a ``PrioritizedSampler``
-            with other values.
-        weights: ``[N]``, rows are drawn with replacement in proportion to them, and never at weight 0; see
-            :func:`~torchrl_bcq.data.episode_weights`, :func:`~torchrl_bcq.data.return_weights` and
-            :func:`~torchrl_bcq.data.split_episodes`.
+            writes, with the published alpha 0.6 and beta 0.4); or a TorchRL sampler.
+        weights: ``[N]``, rows are drawn with replacement in proportion to them, such as those of
+            :func:`~torchrl_bcq.data.episode_weights` or :func:`~torchrl_bcq.data.return_weights`, or a mask.
 
     Raises:
         DatasetError: if an entry has values that are not finite, or under ``"next"`` the reward is not ``[N, 1]`` or
             the flags are not boolean ``[N, 1]``.
-        ValueError: if the transitions are not a batch of rank 1 with at least one row, ``batch_size`` is below 1, the
-            sampler is unknown, or the weights are invalid or combined with another sampler.
+        ValueError: if the transitions are not ``[N]`` with ``N >= 1``, ``batch_size`` is below 1, the sampler is
+            unknown, or the weights are invalid or combined with another sampler.
         ImportError: if ``"prioritized"`` needs TorchRL's compiled extension and it does not fit the installed torch.
 
     Source: prioritised replay, arXiv:1511.05952.

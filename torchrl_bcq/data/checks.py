@@ -30,18 +30,15 @@ class DatasetError(ValueError):
 class Checks:
     """Checks a dataset chunk by chunk, and the bounds of its actions if there is an ``action_spec``.
 
-    A wrong rank, width, length or dtype is refused at once. Bad rows are counted over all chunks, and refused by
-    :meth:`finish`. All refusals are a :class:`DatasetError`.
+    A wrong rank, width, length or dtype is refused at once; bad rows are counted, and refused by :meth:`finish`.
     """
 
     def __init__(self, action_spec: TensorSpec | None = None) -> None:
         self.rows = 0  # checked so far
         self._bounds = None if action_spec is None else spec_bounds(action_spec)
-        self._names: set[str] = set()
-        self._widths: dict[str, int] = {}
+        self._widths: dict[str, int] = {}  # of the fields of the first chunk
         self._zero: dict[str, bool] = {}  # whether all values of a field were zero
-        self._not_finite = {name: Rows() for name in _NUMBERS}
-        self._not_flags = {name: Rows() for name in _FLAGS}
+        self._bad = {name: Rows() for name in (*_NUMBERS, *_FLAGS)}  # numbers not finite, or flags neither 0 nor 1
         self._outside = Rows()
         self._lowest, self._highest = np.float32(np.inf), np.float32(-np.inf)  # of each action
 
@@ -53,8 +50,8 @@ class Checks:
         fields |= {name: self._read_flags(name, given[name]) for name in _FLAGS if name in given}
         check_lengths({name: len(fields[name]) for name in given})
         self._check_widths(fields)
-        if "actions" in fields:
-            self._check_bounds(fields["actions"])
+        if "actions" in fields and self._bounds is not None:
+            self._check_bounds(fields["actions"], *self._bounds)
         self.rows += len(fields["rewards"])
         return fields
 
@@ -69,18 +66,15 @@ class Checks:
 
         If not ``strict``, only odd flags are refused, since the boolean arrays do not show them.
         """
-        odd_flags = [
-            f"{name} has {rows} that are neither 0 nor 1, such as {rows.example}; write 1 where it is so, 0 elsewhere."
-            for name, rows in self._not_flags.items()
-            if rows.count
-        ]
-        found = [
-            f"{name} has {rows} that are not finite in float32; drop or repair them."
-            for name, rows in self._not_finite.items()
-            if rows.count
-        ]
-        zero = [name for name, is_zero in self._zero.items() if is_zero]
+        found, odd_flags = [], []
+        for name, rows in self._bad.items():
+            if rows.count and name in _FLAGS:
+                defect = f"neither 0 nor 1, such as {rows.example}; write 1 where it is so, 0 elsewhere."
+                odd_flags.append(f"{name} has {rows} that are {defect}")
+            elif rows.count:
+                found.append(f"{name} has {rows} that are not finite in float32; drop or repair them.")
         found += odd_flags
+        zero = [name for name, is_zero in self._zero.items() if is_zero]
         found += [f"{name} is zero in all {self.rows} rows; was it written and read properly?" for name in zero]
         if self._outside.count and self._bounds is not None:
             low, high = self._bounds
@@ -98,7 +92,7 @@ class Checks:
             raise DatasetError(f"{name} has dtype {array.dtype}, expected real numbers.{hint}")
         with np.errstate(over="ignore", invalid="ignore"):  # both are counted below
             array = array.astype(np.float32)
-        self._not_finite[name].add(~np.isfinite(array).reshape(len(array), -1).all(1), self.rows)
+        self._bad[name].add(~np.isfinite(array).reshape(len(array), -1).all(1), self.rows)
         self._zero[name] = self._zero.get(name, True) and not array.any()
         return array
 
@@ -107,15 +101,14 @@ class Checks:
         if array.dtype.kind not in "bfiu":
             raise DatasetError(f"{name} has dtype {array.dtype}, expected booleans.")
         odd = (array != 0) & (array != 1)
-        rows = self._not_flags[name]
+        rows = self._bad[name]
         if odd.any() and not rows.count:
             rows.example = str(array[odd][0])
         rows.add(odd, self.rows)
         return array.astype(bool)
 
     def _check_names(self, given: Columns) -> None:
-        self._names = self._names or set(given)
-        for name in sorted(self._names ^ set(given)):
+        for name in sorted(self._widths.keys() ^ given.keys()) if self._widths else ():
             found = "given from row {} on, and missing" if name in given else "missing from row {} on, and given"
             raise DatasetError(f"{name} is {found.format(self.rows)} before; every row needs the same.")
 
@@ -123,18 +116,15 @@ class Checks:
         observations, following = fields.get("observations"), fields.get("next_observations")
         if observations is not None and following is not None and observations.shape != following.shape:
             raise DatasetError(f"next_observations has shape {following.shape}, observations {observations.shape}.")
-        for name in [name for name in ("observations", "actions") if name in fields]:
-            width = fields[name].shape[1]
+        for name, values in fields.items():
+            width = values[0].size
             if width != self._widths.setdefault(name, width):
                 raise DatasetError(
                     f"{name} has {width} features from row {self.rows} on, {self._widths[name]} before; every row "
                     "needs the same."
                 )
 
-    def _check_bounds(self, actions: np.ndarray) -> None:
-        if self._bounds is None:
-            return
-        low, high = self._bounds
+    def _check_bounds(self, actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
         if actions.shape[1:] != low.shape:
             raise DatasetError(f"actions have shape {actions.shape}, but the action spec has shape {low.shape}.")
         finite = np.isfinite(actions).all(1)  # the others are counted as not finite
@@ -164,7 +154,7 @@ class Rows:
 
 
 def listed(defects: list[str]) -> str:
-    """One message for all defects."""
+    """Join all defects to one message."""
     return defects[0] if len(defects) == 1 else "\n- ".join([f"{len(defects)} defects:", *defects])
 
 

@@ -15,8 +15,7 @@ def episode_numbers(transitions: TensorDictBase) -> Tensor:
     """Number the episodes ``0`` to ``E - 1`` in the order of their rows: ``[N]``.
 
     Args:
-        transitions: batch size ``[N]``, the rows of an episode one after another; ``episode [N]`` tells episodes
-            apart, or ``("next", "done") [N, 1]`` if there is no such entry.
+        transitions: batch size ``[N]``, with ``episode [N]`` or else ``("next", "done") [N, 1]``.
 
     Raises:
         DatasetError: if both entries are missing, or the rows of an episode are not together.
@@ -47,8 +46,7 @@ def episode_returns(transitions: TensorDictBase) -> Tensor:
     """Sum of the rewards of each episode, undiscounted, in float64: ``[E]``.
 
     Args:
-        transitions: batch size ``[N]``, with ``("next", "reward") [N, 1]`` and the entries that
-            :func:`episode_numbers` reads.
+        transitions: as for :func:`episode_numbers`, with ``("next", "reward") [N, 1]``.
 
     Raises:
         DatasetError: if the reward is missing or of another shape, or nothing tells episodes apart.

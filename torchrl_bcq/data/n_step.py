@@ -23,31 +23,25 @@ def multi_step(
 
     ``("next", "reward")`` becomes ``sum_{k<h} gamma^k r_{i+k}``, summed in float64 (integers become floats). All other
     entries under ``"next"``, including the flags, become those of row ``i + h - 1``. ``steps_to_next_obs [N, 1]`` is
-    ``h``: the loss bootstraps with ``gamma^h``, unless that row terminated. No row reaches beyond the end of its
-    episode, flagged or not. There is no off-policy correction: the rewards are those of the dataset's actions.
+    ``h``: the loss bootstraps with ``gamma^h``, unless that row terminated. There is no off-policy correction.
 
-    In memory, the result copies the entries under ``"next"`` and shares all others with ``transitions``, memory maps
-    included; this takes about 50 more bytes per row meanwhile.
+    In memory, the result copies the entries under ``"next"`` and shares all others with ``transitions``.
 
     Args:
         transitions: batch size ``[N]``, rows of an episode in order; ``("next", "reward")`` and ``("next", "done")``
             ``[N, 1]``, and ``episode [N]`` where episodes end without a flag.
         num_steps: at least 1; 1 only adds ``steps_to_next_obs``.
         gamma: discount of the loss.
-        folder: new folder for a memory-mapped result, written in parts, if it does not fit into memory; missing parent
-            folders are created.
+        folder: new folder for a memory-mapped result, written in parts, if it does not fit into memory.
 
     Raises:
-        FileExistsError: if the folder exists.
-        OSError: if it cannot be written.
+        OSError: if the folder exists (FileExistsError) or cannot be written.
         ValueError: if ``num_steps`` or ``gamma`` is out of its range.
-        DatasetError: if the reward or the flags are missing, ``done`` is not boolean, the rows of an episode are not
-            together, the transitions span several steps already, or an entry under ``"next"`` (with ``folder``: any
-            entry) is not a tensor.
+        DatasetError: if the reward or ``done`` is missing or has another shape or dtype, the rows of an episode are
+            not together, the transitions span several steps already, or an entry is not a tensor.
 
     Source: Sutton, 1988. TorchRL's ``MultiStep`` keeps the flags of row ``i``, so rows before a terminated one
-    bootstrap from beyond the end; it joins episodes that end without ``done``; and its memory grows with the number of
-    episodes times N.
+    bootstrap from beyond the end, and it joins episodes that end without ``done``.
     """
     if num_steps < 1 or not 0 <= gamma <= 1:
         raise ValueError(f"num_steps is {num_steps} and gamma {gamma}, expected at least 1, and between 0 and 1.")
@@ -77,8 +71,7 @@ def _check_tensors(transitions: TensorDictBase, written: bool) -> None:
     """Refuse entries that are not tensors under "next", and anywhere if they are to be written."""
     tensors = set(transitions.keys(True, True))
     entries = transitions.keys(True, True, is_leaf=is_leaf_nontensor)
-    odd = [key for key in entries if key not in tensors and (written or key[0] == "next")]
-    if odd:
+    if odd := [key for key in entries if key not in tensors and (written or key[0] == "next")]:
         raise DatasetError(f"{sorted(map(str, odd))} hold no tensors; exclude them, or write them as numbers.")
 
 

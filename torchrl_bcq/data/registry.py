@@ -45,8 +45,7 @@ def load_transitions(
         name: ``"hdf5:FILE"``, ``"npz:FILE"``, ``"csv:FILE"``, ``"parquet:FILE"``, ``"minari:ID"``, ``"d4rl:ID"``,
             ``"memmap:FOLDER"``, a file with one of their endings, a folder of a memory-mapped copy, or any prefix of
             TorchRL's :func:`~torchrl.data.datasets.register_dataset`.
-        action_spec: bounds that the actions must keep, if given.
-        root: folder for a memory-mapped copy, made once and for data larger than memory.
+        action_spec, root: as :func:`~torchrl_bcq.load_hdf5` takes them.
         strict: whether bad rows are refused; if not, :func:`~torchrl_bcq.describe` can report them.
         **settings: of the reader, such as ``names`` of :func:`~torchrl_bcq.load_hdf5`.
 
@@ -54,8 +53,7 @@ def load_transitions(
         FileNotFoundError: if there is no such file.
         DatasetError: if there is no such source, or its reader refuses it.
     """
-    source = find_source(name, **settings)
-    if source is not None:
+    if source := find_source(name, **settings):
         return source.read(action_spec=action_spec, root=root, strict=strict)
     prefix, rest = _split(name)
     if prefix == "memmap":
@@ -78,8 +76,7 @@ def load_transitions(
 def _check_actions(name: str, transitions: TensorDictBase, action_spec: TensorSpec) -> None:
     """Check the bounds of a copy, which may have been made without them."""
     try:
-        missing = [key for key in ("action", ("next", "reward")) if key not in transitions.keys(True)]
-        if missing:
+        if missing := [key for key in ("action", ("next", "reward")) if key not in transitions.keys(True)]:
             raise DatasetError(f"it lacks {missing}; rename its entries with rename_key_.")
         Checks(action_spec).check_all({"actions": transitions["action"], "rewards": transitions["next", "reward"]})
     except DatasetError as error:
@@ -93,11 +90,10 @@ def find_source(name: str, **settings: Any) -> Source | None:
         return None
     open_source, read = _SOURCES[prefix]
     _, *parameters = signature(read).parameters.values()  # the first is the path or id
-    taken = {parameter.name: parameter.default for parameter in parameters}
-    needed = [setting for setting, default in taken.items() if default is Parameter.empty]
-    if missing := [setting for setting in needed if setting not in settings]:
+    taken = {parameter.name: parameter for parameter in parameters if parameter.name not in ("action_spec", "root")}
+    if missing := [key for key in taken if taken[key].default is Parameter.empty and key not in settings]:
         raise DatasetError(f"{name} is a {prefix} source, which also needs {missing}.")
-    if unused := sorted(settings.keys() - taken.keys() | settings.keys() & {"action_spec", "root"}):
+    if unused := sorted(settings.keys() - taken.keys()):
         raise DatasetError(f"{name} is a {prefix} source, which has no use for {unused}.")
     return open_source(rest, **settings)
 
@@ -108,21 +104,20 @@ def _split(name: str) -> tuple[str, str]:
     if path.is_dir():
         return "memmap", name
     prefix, colon, rest = name.partition(":")
-    if path.is_file() or not colon:
-        kind = _ENDINGS.get(path.suffix.lower(), "")
-        if path.is_file() and not kind:
-            raise DatasetError(f"{name} does not end in {[*_ENDINGS]}; give its kind, as in 'hdf5:{name}'.")
-        return kind, name
-    return prefix, rest
+    if colon and not path.is_file():
+        return prefix, rest
+    kind = _ENDINGS.get(path.suffix.lower(), "")
+    if path.is_file() and not kind:
+        raise DatasetError(f"{name} does not end in {[*_ENDINGS]}; give its kind, as in 'hdf5:{name}'.")
+    return kind, name
 
 
 def open_replay_buffer(name: str, **settings: Any) -> TensorDictReplayBuffer:
-    """The replay buffer of a dataset: ``torchrl.data.datasets.load_dataset("bcq:hdf5:FILE", batch_size=256)``.
+    """Make the buffer for TorchRL's ``load_dataset("bcq:hdf5:FILE", batch_size=256)``.
 
     Args:
         name: as :func:`load_transitions` takes it.
-        **settings: those of :func:`~torchrl_bcq.make_replay_buffer`, such as ``batch_size``, and of
-            :func:`load_transitions`.
+        **settings: those of :func:`~torchrl_bcq.make_replay_buffer` and :func:`load_transitions`.
     """
     own = {key: settings.pop(key) for key in settings.keys() & signature(make_replay_buffer).parameters.keys()}
     return make_replay_buffer(load_transitions(name, **settings), **own)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.data.checks import Checks, DatasetError, check_finite
@@ -19,29 +18,28 @@ def from_rollouts(
 ) -> TensorDictBase:
     """Join TorchRL rollouts into flat transitions in float32, with their episodes numbered.
 
+    An episode ends where ``done``, ``terminated`` or ``truncated`` is set, and ``done`` becomes their union. Wherever
+    else a row's next observation is not the next row's, the row is marked as truncated; a warning is logged if these
+    are most rows.
+
     Args:
         rollouts: of ``env.rollout`` or the batches of a collector, ``[T]`` or ``[*B, T]``. If several have the same
             ``*B``, each continues where the one before stopped. Padded steps (``("collector", "mask")``) are left out.
-            Entries keep their names, and may be nested or images.
         action_spec: bounds that ``action`` must keep, if given.
 
     Returns:
-        Batch size ``[N]``, a copy of the entries of the rollouts and ``episode [N]``. An episode ends where ``done``,
-        ``terminated`` or ``truncated`` is set, and ``done`` becomes their union. Wherever else a row's next
-        observation is not the next row's, its episode was cut off, and it is marked as truncated; a warning is logged
-        if that is more than half of the rows.
+        Batch size ``[N]``, a copy of the entries, which may be nested or images, and ``episode [N]``.
 
     Raises:
         DatasetError: if there is no step, a reward or flag is missing, or an entry is not finite or out of bounds.
     """
     parts = [rollouts] if isinstance(rollouts, TensorDictBase) else list(rollouts)
-    if odd := [part for part in parts if not isinstance(part, TensorDictBase) or not part.ndim]:
-        raise DatasetError(
-            f"rollouts holds a {type(odd[0]).__name__}; expected TensorDicts with steps, [T] or [*B, T]."
-        )
+    for part in parts:
+        if not isinstance(part, TensorDictBase) or not part.ndim:
+            kind = type(part).__name__
+            raise DatasetError(f"rollouts holds a {kind}; expected TensorDicts with steps, [T] or [*B, T].")
     parts = [part for part in parts if 0 not in part.batch_size]
-    rows = _joined(parts) if parts else None
-    if rows is None or not len(rows):
+    if not parts or not len(rows := _joined(parts)):
         raise DatasetError("rollouts is empty; there is nothing to learn from.")
     _check_keys(rows)
     check_outcomes(rows)
@@ -94,22 +92,16 @@ def _check_values(rows: TensorDictBase, action_spec: TensorSpec | None) -> None:
 
 
 def _number_episodes(rows: TensorDictBase) -> TensorDictBase:
-    after = rows["next"]
+    after, continues = rows["next"], torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    continues[-1:] = False
+    for key, value in after.items(True, True):
+        before = rows.get(key, None)
+        if before is not None and before.shape == value.shape:
+            continues[:-1] &= (value[:-1] == before[1:]).flatten(1).all(1)
     truncated = after.get("truncated", torch.zeros_like(after["done"]))
     done = after["done"] | after["terminated"] | truncated
-    cut = ~done & ~_continues(rows).unsqueeze(-1)
+    cut = ~done & ~continues.unsqueeze(-1)
     report_cuts(int(cut[:-1].sum()), len(cut))  # nothing follows the last row
     after.update({"truncated": truncated | cut, "done": done | cut})
     last = after["done"].squeeze(-1)
     return rows.set("episode", last.cumsum(0) - last.long())
-
-
-def _continues(rows: TensorDictBase) -> Tensor:
-    """Whether a row's next observation is the next row's observation, ``[N]``."""
-    continues = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    continues[-1:] = False
-    for key, after in rows["next"].items(True, True):
-        before = rows.get(key, None)
-        if before is not None and before.shape == after.shape:
-            continues[:-1] &= (after[:-1] == before[1:]).flatten(1).all(1)
-    return continues

@@ -25,8 +25,8 @@ class WeightedSampler(Sampler):
         weights: ``[N]``, of any real dtype or boolean; a row of weight 0 is never drawn.
 
     Raises:
-        ValueError: if weights are negative, not finite, all zero or not ``[N]``; when sampling, if the storage has
-            another number of rows; when loading, if the saved sampler had other weights.
+        ValueError: if weights are negative, not finite, all zero or not ``[N]``; later, if the storage has another
+            number of rows, or the saved sampler had other weights.
     """
 
     def __init__(self, weights: Tensor) -> None:
@@ -40,7 +40,7 @@ class WeightedSampler(Sampler):
         self._rows, self._total, self._moment = len(share), cumulative[-1].item(), cumulative.sum().item()
 
     def sample(self, storage: Storage, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
-        """Draw the indices of ``batch_size`` rows; there is no further information about them."""
+        """Draw the indices of ``batch_size`` rows, without further information about them."""
         if len(storage) != self._rows:
             raise ValueError(f"there are {self._rows} weights for the {len(storage)} rows of the storage.")
         if self._table.device != storage.device:
@@ -52,7 +52,7 @@ class WeightedSampler(Sampler):
         return torch.searchsorted(self._table, point, right=True), {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Three numbers that identify the weights; the sampler has no other state."""
+        """Three numbers that identify the weights, which are the only state."""
         return {"rows": self._rows, "total": self._total, "moment": self._moment}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -92,19 +92,16 @@ def episode_weights(transitions: TensorDictBase) -> Tensor:
 def return_weights(transitions: TensorDictBase, temperature: float = 0.1) -> Tensor:
     """Weights ``[N]`` that prefer episodes of high return: ``exp(return / temperature)``, the highest scaled to 1.
 
-    Returns are undiscounted and scaled to [0, 1] over the dataset, so at the published temperature the best episode's
-    rows are drawn e^10 times as often as the worst's. As published, each row has its episode's weight, so longer
-    episodes are drawn more often; ``return_weights(data) * episode_weights(data)`` corrects that.
+    Returns are undiscounted and scaled to [0, 1] over the dataset. As published, each row has its episode's weight, so
+    longer episodes are drawn more often; ``return_weights(data) * episode_weights(data)`` corrects that.
 
     Args:
-        transitions: batch size ``[N]``, with ``("next", "reward") [N, 1]`` and the entries that
-            :func:`episode_weights` reads.
-        temperature: lower values prefer the best episodes more.
+        transitions: as for :func:`episode_weights`, with ``("next", "reward") [N, 1]``.
+        temperature: at the published 0.1, the best episode's rows are drawn e^10 times as often as the worst's.
 
     Raises:
         ValueError: if the temperature is not above 0.
-        DatasetError: if there is no reward or one is not finite, nothing tells episodes apart, or their rows are not
-            together.
+        DatasetError: as in :func:`episode_weights`, or if there is no reward or one is not finite.
 
     Source: return-weighted sampling of arXiv:2306.13085.
     """
@@ -121,16 +118,16 @@ def split_episodes(transitions: TensorDictBase, fraction: float = 0.1, seed: int
     """Hold out whole episodes for validation: boolean masks ``[N]`` of the training rows and of the held-out rows.
 
     ``make_replay_buffer(transitions, weights=train)`` draws training rows only, without copying them; masks can be
-    multiplied with other weights. ``transitions[held_out]`` are the others.
+    multiplied with other weights.
 
     Args:
-        transitions: batch size ``[N]``, with ``episode [N]`` or ``("next", "done") [N, 1]``.
+        transitions: as for :func:`episode_weights`.
         fraction: of the episodes to hold out, rounded, but at least one on each side.
         seed: of the choice of episodes.
 
     Raises:
         ValueError: if there are fewer than two episodes, or the fraction is not between 0 and 1.
-        DatasetError: if nothing tells episodes apart, or their rows are not together.
+        DatasetError: as in :func:`episode_weights`.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction is {fraction}, expected a number between 0 and 1.")
@@ -150,8 +147,7 @@ def _check_weights(weights: Tensor) -> None:
         raise ValueError(f"weights have shape {tuple(weights.shape)} ({weights.dtype}), expected [N] real numbers.")
     bad = ~(weights.isfinite() & (weights >= 0))
     if bad.any():
-        rows = Rows()
-        rows.add(bad)
+        rows = Rows(int(bad.sum()), int(bad.int().argmax()))
         raise ValueError(
             f"weights has {rows} negative or not finite, such as {weights[bad][0].item()}; 0 leaves a row out."
         )

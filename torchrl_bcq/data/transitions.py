@@ -37,10 +37,8 @@ def from_arrays(
     Args:
         observations: ``[N, D]``.
         actions: ``[N, A]``, continuous, in the units of the environment.
-        rewards: ``[N]`` or ``[N, 1]``.
-        terminated: ``[N]`` or ``[N, 1]``, the episode ended in a final state, whose value is 0.
-        truncated: ``[N]`` or ``[N, 1]``, the episode was cut off, so the next state still has a value. Needed unless
-            there are ``next_observations``.
+        rewards, terminated, truncated: ``[N]`` or ``[N, 1]``. The episode ended in a final state, whose value is 0, or
+            it was cut off, so the next state still has a value.
         next_observations: ``[N, D]``.
         action_spec: bounds that the actions must keep, if given.
 
@@ -50,8 +48,7 @@ def from_arrays(
 
     Raises:
         DatasetError: if ``truncated`` and ``next_observations`` are both missing, or a field has the wrong rank, dtype
-            or length, is empty or all zero, or has non-finite rows or actions out of bounds; it names the field, the
-            count and the first row.
+            or length, is empty or all zero, or has non-finite rows or actions out of bounds.
     """
     if truncated is None and next_observations is None:
         raise DatasetError(
@@ -67,14 +64,9 @@ def from_arrays(
 
 
 def lay_out(chunks: Iterable[dict[str, np.ndarray]], *, report: bool = True) -> Iterator[TensorDict]:
-    """Transitions of checked chunks with the same fields; episodes may continue from one chunk to the next.
-
-    Which rows were dropped is logged if ``report``. After the last chunk, datasets without a complete transition are
-    refused.
-    """
-    episode = rows = 0
+    """Transitions of checked chunks; episodes may continue in the next one. Logs dropped rows if ``report``."""
+    episode = rows = guessed = 0  # guessed: ends of episodes found by comparing observations
     dropped, lost, kept = Rows(), 0.0, 0.0
-    guessed = 0  # ends of episodes found by comparing observations
     for fields, is_last in with_successors(chunks):
         part, keep = _part(fields, episode, is_last)
         guessed += 0 if "truncated" in fields else int(part["next", "truncated"].sum())
@@ -100,8 +92,7 @@ def lay_out(chunks: Iterable[dict[str, np.ndarray]], *, report: bool = True) -> 
 def with_successors(chunks: Iterable[dict[str, np.ndarray]]) -> Iterator[tuple[dict[str, np.ndarray], bool]]:
     """Regroup rows so that each chunk ends with a row that only serves as the successor of the one before.
 
-    The last chunk is the last row twice, since it has no successor; only there the flag is True. Widths that change
-    between chunks are refused.
+    The last chunk is the last row twice, since it has no successor; only there the flag is True.
     """
     held: dict[str, np.ndarray] = {}
     for chunk in chunks:

@@ -25,7 +25,7 @@ def write_hdf5(path: str | Path, transitions: TensorDictBase, env_id: str, *, ov
 
     Args:
         path: file that ends in ``.hdf5`` or ``.h5``; missing folders are created.
-        transitions: ``[N]``, as :func:`~torchrl_bcq.evaluation.recording.record` returns them.
+        transitions: ``[N]``, as ``torchrl_bcq.evaluation.recording.record`` returns them.
         env_id: environment to evaluate in, kept as an attribute.
         overwrite: whether to replace an existing file.
 
@@ -60,10 +60,8 @@ def write_minari(
 
     Args:
         dataset_id: such as ``"mine/hopper/noisy-v0"``.
-        transitions: ``[N]``, as :func:`~torchrl_bcq.evaluation.recording.record` returns them.
-        env_id: environment of the dataset.
+        transitions, env_id, overwrite: as for :func:`write_hdf5`.
         algorithm: description of how the actions were chosen.
-        overwrite: whether to replace an existing dataset.
 
     Raises:
         RunError: if the dataset exists, the id is invalid, or Minari refuses the environment.
@@ -91,11 +89,7 @@ def write_minari(
 
 
 def check_out(out: str, overwrite: bool) -> None:
-    """Check a target, ``FILE.hdf5`` or ``minari:ID``, before anything is recorded for it.
-
-    Raises:
-        RunError: if it is neither of them, or exists and is not to be replaced.
-    """
+    """Refuse a target other than ``FILE.hdf5`` and ``minari:ID``, and an existing one, by a :class:`RunError`."""
     if out.startswith("minari:"):
         from minari.dataset.minari_dataset import parse_dataset_id
         from minari.storage import get_dataset_path

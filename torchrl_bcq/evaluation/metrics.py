@@ -58,10 +58,8 @@ class _PeriodicMetrics(TrainerHookBase):
         """Register with a trainer, whose ``log_interval`` must divide the interval."""
         log_interval = trainer.collector.requested_frames_per_batch
         if self.interval % log_interval:
-            raise ValueError(
-                f"the interval of {type(self).__name__} is {self.interval}, no multiple of log_interval "
-                f"{log_interval}; change one of them."
-            )
+            found = f"the interval of {type(self).__name__} is {self.interval}"
+            raise ValueError(f"{found}, no multiple of log_interval {log_interval}; change one of them.")
         self._trainer = trainer
         trainer.register_op("setup", self._at_the_start)
         trainer.register_op("post_steps_log", self)
@@ -161,9 +159,8 @@ class DatasetMetrics(_PeriodicMetrics):
         self.policy = policy
         self.held_out = held_out
         self.seed = seed
-        self.main = f"held_out_{loss_module.out_keys[0]}" if held_out else "action_distance"
-        if held_out and "td_error" in loss_module.out_keys:
-            self.main = "held_out_td_error"
+        shown = "td_error" if "td_error" in loss_module.out_keys else loss_module.out_keys[0]
+        self.main = f"held_out_{shown}" if held_out else "action_distance"
         device = next(loss_module.parameters()).device
         numbers = episode_numbers(transitions)
         starts = torch.ones_like(numbers, dtype=torch.bool)

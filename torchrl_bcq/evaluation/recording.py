@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from tensordict import TensorDictBase
@@ -79,10 +80,8 @@ def record(
 def record_swing_up(steps: int = 30_000, seed: int = 0) -> TensorDictBase:
     """Record :func:`swing_up` on Pendulum-v1: ``[steps]``, a third at each noise level, from weak to strong."""
     _check_numbers(steps // len(_NOISE_LEVELS), 0.0, seed)
-    policies = [
-        TensorDictModule(lambda x, noise=noise: swing_up(x, noise), ["observation"], ["action"])
-        for noise in _NOISE_LEVELS
-    ]
+    controllers = [partial(swing_up, noise=noise) for noise in _NOISE_LEVELS]
+    policies = [TensorDictModule(controller, ["observation"], ["action"]) for controller in controllers]
     return _collect([(make_env(DATASET_ENV), policy) for policy in policies], steps, seed, DATASET_ENV)
 
 

@@ -61,11 +61,8 @@ def evaluate(
         done = steps["next", "done"].squeeze(-1).long()
         running = done.cumsum(1) == done  # up to the first end; an environment idles from there until all have ended
         rewards = steps["next", "reward"].squeeze(-1).double() * running
-        out = {
-            "return": rewards.sum(1),
-            "length": running.sum(1),
-            "discounted_return": discounted_sum(rewards, gamma),
-        }
+        discounted = discounted_sum(rewards, gamma)
+        out = {"return": rewards.sum(1), "length": running.sum(1), "discounted_return": discounted}
         estimate = None if value is None else value(steps[:, 0])
         return TensorDict(out if estimate is None else {**out, "value_estimate": estimate}, envs.batch_size)
 

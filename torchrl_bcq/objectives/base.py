@@ -98,10 +98,10 @@ class OfflineLoss(LossModule):
             for name, network in networks.items():
                 if network is None:
                     setattr(self, f"{name}_network", None)
-                else:
-                    self.convert_to_functional(network, f"{name}_network", create_target_params=name in delayed)
-                    if f"{name}_network_params" not in self._modules:  # a network without parameters and buffers
-                        setattr(self, f"{name}_network_params", TensorDictParams(TensorDict()))
+                    continue
+                self.convert_to_functional(network, f"{name}_network", create_target_params=name in delayed)
+                if f"{name}_network_params" not in self._modules:  # a network without parameters and buffers
+                    setattr(self, f"{name}_network_params", TensorDictParams(TensorDict()))
         self.metadata_keys = {name: tuple((metadata or {}).get(name, ())) for name in self.network_names}
         self.out_keys = [f"loss_{name}" for name in self.network_names]
         self.out_keys += [key for keys in self.metadata_keys.values() for key in keys]

@@ -12,13 +12,9 @@ from torch import Tensor
 def evaluate_in_parts(
     evaluate: Callable[[TensorDictBase, Tensor], Tensor], candidates: TensorDictBase, latent: Tensor, size: int
 ) -> Tensor:
-    """Evaluate candidates ``[*B, n]`` in parts along the last batch dimension; on other devices all at once.
+    """Evaluate candidates in parts of about ``size`` along the last batch dimension; on other devices all at once.
 
-    Args:
-        evaluate: ``(candidates [*B, n], latent [*B, n, L]) -> [*B, 1]``, each row from its own candidates alone.
-        candidates: batch size ``[*B, n]``.
-        latent: ``[*B, n, L]``.
-        size: candidates in a part, about.
+    ``evaluate`` maps candidates ``[*B, n]`` and latent ``[*B, n, L]`` to ``[*B, 1]``, each row from its own candidates.
     """
     parts = -(-candidates.numel() // size)
     if latent.device.type != "cpu" or parts == 1 or candidates.ndim == 1:

@@ -64,11 +64,7 @@ def select_inputs(
 
 
 def check_time_dimension(batch: TensorDictBase) -> None:
-    """Refuse a flat batch, whose rows TorchRL's multi-step estimators would take for one trajectory.
-
-    Raises:
-        ValueError: if the batch has one dimension and that is not named ``"time"``.
-    """
+    """Raise a ValueError for a flat batch, whose rows multi-step estimators would take for one trajectory."""
     if batch.ndim < 2 and "time" not in (batch.names or ()):
         raise ValueError(
             f"the batch has size {tuple(batch.shape)}, but TD(1) and TD(lambda) need a time dimension: pass whole "
@@ -77,16 +73,7 @@ def check_time_dimension(batch: TensorDictBase) -> None:
 
 
 def check_state_dict(own: Mapping[str, Any], given: Mapping[str, Any], *, strict: bool) -> None:
-    """Whether a state_dict has the entries of another, and in their sizes.
-
-    Args:
-        own: of the loss.
-        given: to be loaded into it.
-        strict: whether other entries are an error, or only other sizes.
-
-    Raises:
-        RuntimeError: if not; it says which differ.
-    """
+    """Raise a RuntimeError if a state_dict has other sizes than a loss's own, or, if ``strict``, other entries."""
     lacking, unknown = own.keys() - given.keys(), given.keys() - own.keys()
     if strict and (lacking or unknown):
         raise RuntimeError(

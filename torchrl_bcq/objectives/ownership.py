@@ -13,12 +13,7 @@ Slots = list[tuple[dict[str, Any], str, Tensor]]
 
 
 def find_slots(params: TensorDictParams, network: nn.Module) -> Slots:
-    """List where a network stores its weights, each with the tensor of ``params`` that belongs there.
-
-    Args:
-        params: weights with the keys of :meth:`tensordict.TensorDict.from_module`.
-        network: of the same structure.
-    """
+    """List where a network stores its weights, each with the tensor of ``params`` that belongs there."""
     modules, slots = dict(network.named_modules(remove_duplicate=False)), []
     for key, tensor in params.items(True, True):
         *path, name = (key,) if isinstance(key, str) else key

@@ -131,21 +131,19 @@ class ValueLoss(OfflineLoss):
             **hyperparams: other arguments of the estimator.
         """
         value_type = self.default_value_estimator if value_type is None else value_type
-        like = self._like
+        like, keys = self._like, self._value_estimator_keys
         if isinstance(value_type, ValueEstimatorBase):
             super().make_value_estimator(value_type)
-            self._value_estimator.set_keys(**self._value_estimator_keys)
+            self._value_estimator.set_keys(**keys)
             return self
-        hyperparams = {"gamma": gamma, "device": like.device, "deactivate_vmap": self.deactivate_vmap, **hyperparams}
+        settings = {"gamma": gamma, "device": like.device, "deactivate_vmap": self.deactivate_vmap, **hyperparams}
+        hyperparams = {"value_network": None, **settings}
         if isinstance(value_type, type):
-            super().make_value_estimator(value_type, **{"value_network": None, **hyperparams})
-            self._value_estimator.set_keys(**self._value_estimator_keys)
+            super().make_value_estimator(value_type, **hyperparams)
+            self._value_estimator.set_keys(**keys)
         else:
             hyperparams = {**default_value_kwargs(value_type), **hyperparams}
-            keys = self._value_estimator_keys
-            dispatch_value_estimator(
-                self, value_type, supported=_SUPPORTED, tensor_keys=keys, value_network=None, **hyperparams
-            )
+            dispatch_value_estimator(self, value_type, supported=_SUPPORTED, tensor_keys=keys, **hyperparams)
         for name in {"gamma", "lmbda"} & hyperparams.keys():  # TorchRL rounds them to float32
             rounded = torch.as_tensor(hyperparams[name], dtype=like.dtype, device=like.device)
             setattr(self._value_estimator, name, rounded)

@@ -68,11 +68,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def find_algorithm(name: str) -> Algorithm:
-    """The record of an algorithm.
-
-    Raises:
-        RunError: if there is none of that name.
-    """
+    """The record of an algorithm; raises a RunError if there is none of that name."""
     if name not in ALGORITHMS:
         raise RunError(f"algorithm is {name!r}, expected one of {sorted(ALGORITHMS)}.")
     return ALGORITHMS[name]

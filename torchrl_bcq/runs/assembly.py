@@ -52,11 +52,7 @@ class _EarlyStopping(EarlyStopping):
 
 
 def assemble(settings: DictConfig, transitions: TensorDictBase, task: Task) -> OfflineTrainer:
-    """Build the trainer of a run with its hooks, for the transitions ``[N]`` and the task of its dataset.
-
-    Raises:
-        RunError: if a setting does not fit.
-    """
+    """Build the trainer of a run with its hooks, for the transitions ``[N]`` and the task of its dataset."""
     plain: Any = OmegaConf.to_container(settings, resolve=True)
     out, device = Path(settings.out), choose_device(settings.device)
     learned = split(settings, transitions)
@@ -152,11 +148,7 @@ def _add_metrics(
 
 
 def check_numbers(settings: DictConfig) -> None:
-    """Refuse numbers with which a run would fail or learn nothing, and unknown precisions, before any data is read.
-
-    Raises:
-        RunError: naming the first one.
-    """
+    """Raise a RunError for numbers with which a run would fail or learn nothing, and for unknown precisions."""
     for name, fits, expected in _RANGES:
         if (value := OmegaConf.select(settings, name)) is not None and not fits(value):
             raise RunError(f"{name} is {value!r}, expected {expected}.")
@@ -166,8 +158,7 @@ def check_numbers(settings: DictConfig) -> None:
     every = settings.log_interval
     for section in ("evaluation", "checkpoint"):
         if (interval := settings[section].interval) < 1 or interval % every:
-            raise RunError(
-                f"{section}.interval is {interval}, no multiple of log_interval {every}; change one of them."
-            )
+            found = f"{section}.interval is {interval}, no multiple of log_interval {every}"
+            raise RunError(f"{found}; change one of them.")
     if settings.baseline is not None:
         find_algorithm(settings.baseline)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -30,27 +31,19 @@ from torchrl_bcq.trainers.best import best_checkpoint
 
 CHECKPOINTS, BEST, BASELINE = "checkpoints", "best", "baseline"  # folders within a run's
 _REMEDY = "choose another with evaluation.env=ID, or none with evaluation.env=null"
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Task:
-    """Facts about the dataset of a run, kept in its checkpoints.
-
-    Args:
-        observation_size: of one observation.
-        action_low: lower bound of each action dimension.
-        action_high: upper bound.
-        env_id: Gymnasium id of the environment to evaluate in; None if there is none.
-        reference_scores: returns of a random policy and of an expert, if known.
-        behaviour: mean and standard deviation of the dataset's returns, and the number of its episodes.
-    """
+    """Facts about the dataset of a run, kept in its checkpoints."""
 
     observation_size: int
-    action_low: list[float]
+    action_low: list[float]  # bounds of each dimension
     action_high: list[float]
-    env_id: str | None
-    reference_scores: list[float] | None
-    behaviour: dict[str, float]
+    env_id: str | None  # Gymnasium id of the environment to evaluate in
+    reference_scores: list[float] | None  # returns of a random policy and of an expert
+    behaviour: dict[str, float]  # mean and std of the dataset's returns, and its number of episodes
 
     @property
     def observation_spec(self) -> TensorSpec:
@@ -79,7 +72,13 @@ def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
     source = find_source(settings.dataset, **reader)
     is_auto = settings.evaluation.env == "auto"
     env_id = getattr(source, "env_id", None) if is_auto else settings.evaluation.env
-    env = None if env_id is None else make_env(env_id, optional=is_auto, remedy=_REMEDY)
+    try:
+        env = None if env_id is None else make_env(env_id, remedy=_REMEDY)
+    except RunError as error:
+        if not is_auto:
+            raise
+        env, reason = None, error.__cause__
+        _logger.warning("no evaluation in %s, which the dataset names: it cannot be made (%s).", env_id, reason)
     spec = env.action_spec if env is not None else getattr(source, "action_spec", None)
     transitions = load_transitions(settings.dataset, action_spec=spec, root=settings.root, **reader)
     if env is not None:
@@ -107,11 +106,7 @@ def _two(scores: Any) -> tuple[Any, Any]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` is cuda if it is available.
-
-    Raises:
-        RunError: if there is no such device.
-    """
+    """The device of that name; ``auto`` is cuda if it is available. Raises a RunError if there is no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -133,26 +128,17 @@ def find_checkpoint(run: Path, which: str = "best") -> Path:
     if found is None:
         runs = sorted(path.parent.name for path in run.glob(f"*/{CHECKPOINTS}"))
         inside = f" It holds the runs {runs}." if runs else ""
-        raise RunError(
-            f"{run} holds no checkpoint; name the folder of a run of torchrl-bcq train, or a checkpoint.{inside}"
-        )
+        expected = "name the folder of a run of torchrl-bcq train, or a checkpoint"
+        raise RunError(f"{run} holds no checkpoint; {expected}.{inside}")
     return found
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The contents of a checkpoint.
-
-    Args:
-        path: of the checkpoint.
-        step: gradient steps made.
-        settings: of its run.
-        task: facts about the dataset.
-        loss: with the networks.
-    """
+    """The contents of a checkpoint; the loss holds the networks."""
 
     path: Path
-    step: int
+    step: int  # gradient steps made
     settings: DictConfig
     task: Task
     loss: OfflineLoss
@@ -169,11 +155,7 @@ class Trained:
 
 
 def read_metadata(path: Path) -> tuple[DictConfig, Task, int]:
-    """Settings, task and step of a checkpoint; nothing in it is executed or unpickled.
-
-    Raises:
-        RunError: if it is not from a run of ``torchrl-bcq train``, or from another version.
-    """
+    """Settings, task and step of a checkpoint, without unpickling; raises a RunError if it is not that of a run."""
     try:
         metadata = Checkpoint.manifest(path)["metadata"]
         settings, facts, step = metadata["config"], metadata["task"], int(metadata["optim_steps"])

@@ -37,8 +37,7 @@ def train(settings: DictConfig) -> dict[str, Any]:
     """Make a run in the folder ``settings.out``, or resume it; then its baseline, if it has one.
 
     Returns:
-        The contents of its ``results.json``, in the first process; ``stopped`` names the signal that ended it, if one
-        did.
+        The contents of its ``results.json``, in the first process; ``stopped`` names the signal that ended it, if any.
 
     Raises:
         RunError: if a setting does not fit.
@@ -85,7 +84,10 @@ def _train(settings: DictConfig, start: Path | None) -> dict[str, Any]:
         transitions, task = open_dataset(settings)
     out, trainer = Path(settings.out), assemble(settings, transitions, task)
     if start is not None:
-        _load(trainer, start)
+        try:
+            trainer.load_from_file(start)
+        except CheckpointError as error:
+            raise RunError(f"{start} cannot be loaded: {error}") from error
     if processes.is_first():
         trim_log(out, -1 if start is None else trainer.collected_frames)
         save_settings(settings, out)
@@ -103,22 +105,15 @@ def _train(settings: DictConfig, start: Path | None) -> dict[str, Any]:
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Keep other runs out of the folder."""
-    if not processes.is_first():
-        yield
-        return
     try:
-        with FileLock(out / ".lock", timeout=0):
+        with FileLock(out / ".lock", timeout=0) if processes.is_first() else nullcontext():
             yield
     except Timeout:
         raise RunError(f"another run is at work in {out}; choose another folder with out=FOLDER.") from None
 
 
 def _find_start(settings: DictConfig) -> Path | None:
-    """The checkpoint from which a run resumes; None if it begins.
-
-    Raises:
-        RunError: if it may not resume.
-    """
+    """The checkpoint from which a run resumes; None if it begins. Raises a RunError if it may not resume."""
     out = Path(settings.out)
     for folder in (out / CHECKPOINTS, out / BEST):  # a run may have been killed before it wrote the first of the former
         tidy_rotation(folder)
@@ -128,19 +123,10 @@ def _find_start(settings: DictConfig) -> Path | None:
         return None
     saved, _, step = read_metadata(last)
     if not settings.resume:
-        raise RunError(
-            f"{out} holds a run of {step} steps; resume it with resume=true, or start a new one in another folder with "
-            "out=FOLDER."
-        )
+        choice = "resume it with resume=true, or start a new one in another folder with out=FOLDER"
+        raise RunError(f"{out} holds a run of {step} steps; {choice}.")
     check_resumable(settings, saved, out)
     return last
-
-
-def _load(trainer: OfflineTrainer, start: Path) -> None:
-    try:
-        trainer.load_from_file(start)
-    except CheckpointError as error:
-        raise RunError(f"{start} cannot be loaded: {error}") from error
 
 
 def _announce(settings: DictConfig, task: Task, trainer: OfflineTrainer) -> None:
@@ -167,8 +153,8 @@ def _conclude(trainer: OfflineTrainer, task: Task, out: Path, stopped: str | Non
     steps, metrics = trainer.collected_frames, trainer.metrics
     results: dict[str, Any] = {"steps": steps, "behaviour": task.behaviour}
     if "return" in metrics:
-        final = {"mean": metrics["return"], "std": metrics["return_std"], "step": trainer.logged_at("return")}
-        results["final"] = final
+        step = trainer.logged_at("return")
+        results["final"] = {"mean": metrics["return"], "std": metrics["return_std"], "step": step}
     if (best := best_checkpoint(out / BEST)) is not None:
         kept = Checkpoint.manifest(best)["metadata"]
         monitor = kept["best_of"][0]

@@ -52,12 +52,7 @@ class Loggers:
 
 
 def make_loggers(kinds: Sequence[str], out: Path, settings: Mapping[str, Any]) -> Loggers | None:
-    """The loggers of a run.
-
-    Args:
-        kinds: of TorchRL's; ``csv`` writes into the run's folder.
-        out: the run's folder.
-        settings: arguments of each, by kind.
+    """The loggers of a run in the folder ``out``; ``settings`` are arguments of each, by kind.
 
     Raises:
         RunError: if a kind is unknown, or its package is not installed.
@@ -99,12 +94,7 @@ def _close_files(files: dict[str, IO]) -> None:
 
 
 def trim_log(out: Path, step: int) -> None:
-    """Remove the lines of a run's CSV log that a killed run wrote after the checkpoint it resumes from.
-
-    Args:
-        out: the run's folder.
-        step: of that checkpoint; -1 if there is none.
-    """
+    """Remove the lines of a run's CSV log after a step (-1: all), which a killed run wrote after its checkpoint."""
     for file in sorted((out / CSV / "scalars").glob("*.csv")):
         lines = file.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and int(line.partition(",")[0]) <= step]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.trainers import OfflineTrainer
-from torchrl_bcq.trainers.distributed import DataParallel
+from torchrl_bcq.trainers.distributed import Processes
 
 T = TypeVar("T")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -50,12 +50,8 @@ def is_first() -> bool:
 
 
 def from_first(call: Callable[[], T]) -> T:
-    """Call a function in the first process, and give its result to all.
-
-    Raises:
-        PeerError: in the other processes, if it fails.
-    """
-    return DataParallel(torch.device("cpu")).on_first(call) if several() else call()
+    """Call a function in the first process, and give its result to all; if it fails, the others raise a PeerError."""
+    return Processes(torch.device("cpu") if several() else None).on_first(call)
 
 
 @contextmanager
@@ -74,11 +70,7 @@ def own_seed(seed: int) -> int:
 
 
 def check_device(name: str) -> None:
-    """Check that each process has a device of its own.
-
-    Raises:
-        RunError: if not.
-    """
+    """Check that each process has a device of its own; raises a RunError if not."""
     gpus = torch.cuda.device_count()
     if not several() or not (name.startswith("cuda") or (name == "auto" and gpus)):
         return
@@ -86,10 +78,8 @@ def check_device(name: str) -> None:
     if ":" in name:
         raise RunError(f"device={name} is one device for {here} processes; device=cuda gives each its own.")
     if here > gpus:
-        raise RunError(
-            f"there are {here} processes for {gpus} GPUs; start as many by torchrun --nproc-per-node, or "
-            "choose device=cpu."
-        )
+        remedy = "start as many by torchrun --nproc-per-node, or choose device=cpu"
+        raise RunError(f"there are {here} processes for {gpus} GPUs; {remedy}.")
 
 
 @contextmanager

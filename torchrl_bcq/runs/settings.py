@@ -35,9 +35,6 @@ def default_settings(algorithm: str = "bcq") -> DictConfig:
     """Settings of a run with their defaults; OmegaConf checks names and types of all changes.
 
     Those of networks, loss, policy, optimizers and trainer follow from the signatures that use them.
-
-    Raises:
-        RunError: if there is no such algorithm.
     """
     record = find_algorithm(algorithm)
     networks = [name.removesuffix("_network") for name in record.loss.network_arguments()]
@@ -160,11 +157,7 @@ def _override(values: dict[str, Any]) -> DictConfig:
 
 
 def load_settings(run: Path) -> DictConfig:
-    """The settings of a run. They are plain values: nothing is executed, imported or looked up.
-
-    Raises:
-        RunError: if there is no such run, it is of another version, or a setting is unknown or has another type.
-    """
+    """The settings of a run, as :func:`to_settings` reads them; raises a RunError if there is no such run."""
     file = run / FILE
     if not file.is_file():
         found = sorted(path.parent.name for path in run.glob(f"*/{FILE}"))
@@ -189,7 +182,7 @@ def to_plain(settings: DictConfig) -> dict[str, Any]:
 
 
 def to_settings(plain: Any, where: str | Path) -> DictConfig:
-    """The settings that :func:`to_plain` gave, from a file or a checkpoint; interpolations stay text.
+    """The settings that :func:`to_plain` gave, from a file or a checkpoint. Nothing is executed, imported or looked up.
 
     Raises:
         RunError: if they are of another version, hold a ``_target_``, or a setting is unknown or has another type.
@@ -210,11 +203,7 @@ def to_settings(plain: Any, where: str | Path) -> DictConfig:
 
 
 def _as_text(value: Any, at: str = "") -> Any:
-    """Values in which interpolations, which could look up environment variables, are text.
-
-    Raises:
-        RunError: for a name such as ``_target_``, with which Hydra would call any function.
-    """
+    """Make interpolations text, since they could read environment variables; raises a RunError for ``_target_``."""
     if isinstance(value, str):
         return value.replace("${", "\\${")
     if isinstance(value, list):

@@ -7,7 +7,8 @@ import hashlib
 import io
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -45,7 +46,7 @@ class WeightsOnlyAdapter(StateDictCheckpointAdapter):
     def __init__(self) -> None:
         super().__init__(payload_format="torch")
 
-    def save(self, component: Any, path: Path, *, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def save(self, component: Any, path: Path, *, args: Any, kwargs: Any) -> Any:
         """Write the state; it has reached the disk before the checkpoint gets its name."""
         path.mkdir(parents=True, exist_ok=True)
         state = component.state_dict(*args, **kwargs)
@@ -60,16 +61,7 @@ class WeightsOnlyAdapter(StateDictCheckpointAdapter):
             os.fsync(file.fileno())
         return state
 
-    def load(
-        self,
-        component: Any,
-        path: Path,
-        *,
-        map_location: Any,
-        tensor_load_kwargs: Mapping[str, Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
+    def load(self, component: Any, path: Path, *, map_location: Any, args: Any, kwargs: Any, **ignored: Any) -> None:
         """Read the state; other arguments of ``torch.load`` are ignored."""
         file = path / self.state_torch
         if not file.is_file():
@@ -129,7 +121,6 @@ class SamplerState:
 
     def __init__(self, replay_buffer: ReplayBuffer) -> None:
         self._buffer = replay_buffer
-        self._known_digest: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """State of sampler and generator, and the digest of the data."""
@@ -143,11 +134,7 @@ class SamplerState:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take it back.
-
-        Raises:
-            ValueError: if this buffer has other data, another sampler, or no seed where the other had one.
-        """
+        """Restore the state; raises a ValueError if data or sampler differ, or only one of the buffers has a seed."""
         self._check(state_dict)
         sampler = self._buffer.sampler
         _load_sampler_state(sampler, state_dict["sampler"])
@@ -158,32 +145,25 @@ class SamplerState:
             generator.set_state(state_dict["generator"].cpu())
 
     def _check(self, saved: Mapping[str, Any]) -> None:
-        if saved["class"] != self._sampler_class:
-            raise ValueError(
-                f"the checkpoint's replay buffer drew with a {saved['class']}, this one with a {self._sampler_class}; "
-                "make it alike."
-            )
-        if saved["rows"] != len(self._buffer):
-            raise ValueError(
-                f"the checkpoint's replay buffer had {saved['rows']} transitions, this one has {len(self._buffer)}; "
-                "resume with the same dataset."
-            )
+        before, kind, rows = "the checkpoint's replay buffer", self._sampler_class, len(self._buffer)
+        seeded = saved["generator"] is not None
+        if saved["class"] != kind:
+            raise ValueError(f"{before} drew with a {saved['class']}, this one with a {kind}; make it alike.")
+        if saved["rows"] != rows:
+            found = f"{before} had {saved['rows']} transitions, this one has {rows}"
+            raise ValueError(f"{found}; resume with the same dataset.")
         if saved["dataset"] != self._digest:
             raise ValueError(
                 "the dataset has changed since the checkpoint: as many transitions, other values. Resume with the same "
                 "one, or start a new run from the networks alone: Checkpoint(loss_module=loss).load(path)."
             )
-        if (saved["generator"] is None) != (self._buffer._rng is None):
-            with_seed = "without" if saved["generator"] is None else "with"
-            raise ValueError(
-                f"the checkpoint's replay buffer was made {with_seed} a seed, this one was not; make it alike."
-            )
+        if seeded != (self._buffer._rng is not None):
+            made = "with" if seeded else "without"
+            raise ValueError(f"{before} was made {made} a seed, this one was not; make it alike.")
 
-    @property
+    @cached_property
     def _digest(self) -> str:
-        if self._known_digest is None:
-            self._known_digest = dataset_digest(self._buffer.storage[:])
-        return self._known_digest
+        return dataset_digest(self._buffer.storage[:])
 
     @property
     def _sampler_class(self) -> str:
@@ -195,14 +175,10 @@ def dataset_digest(data: TensorDictBase) -> str:
     digest = hashlib.sha256()
     for key, value in sorted(data.items(True, True), key=lambda item: str(item[0])):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        for part in _parts(value):
+        rows = max(1, _DIGEST_BYTES * len(value) // max(value.nbytes, 1))
+        for part in value.split(rows) if value.numel() else ():
             digest.update(part.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
-
-
-def _parts(value: torch.Tensor) -> Iterator[torch.Tensor]:
-    rows = max(1, _DIGEST_BYTES * len(value) // max(value.nbytes, 1))
-    yield from value.split(rows) if value.numel() else ()
 
 
 def _sampler_state(sampler: Sampler) -> dict[str, Any]:

@@ -14,13 +14,12 @@ from torchrl_bcq.trainers.stepper import OfflineOptimizationStepper
 
 def check_updater(loss_module: OfflineLoss, updater: TargetNetUpdater | None) -> None:
     """Raise a ValueError if the updater is missing, superfluous, or of another loss."""
-    if bool(loss_module.delayed_names) != (updater is not None):
-        raise ValueError(
-            f"the loss has targets of {[*loss_module.delayed_names]}; pass "
-            "target_net_updater=SoftUpdate(loss_module, tau=0.005)."
-            if loss_module.delayed_names
-            else "the loss has no target networks; pass target_net_updater=None."
-        )
+    delayed = [*loss_module.delayed_names]
+    if delayed and updater is None:
+        remedy = "target_net_updater=SoftUpdate(loss_module, tau=0.005)"
+        raise ValueError(f"the loss has targets of {delayed}; pass {remedy}.")
+    if updater is not None and not delayed:
+        raise ValueError("the loss has no target networks; pass target_net_updater=None.")
     if updater is not None and updater.loss_module is not loss_module:
         raise ValueError("target_net_updater was made for another loss; its targets are not the ones that are used.")
 
@@ -46,9 +45,8 @@ def check_buffer(loss_module: OfflineLoss, replay_buffer: ReplayBuffer) -> None:
     if isinstance(replay_buffer.sampler, PrioritizedSampler):
         written, read = loss_module.tensor_keys.priority, replay_buffer.priority_key
         if written != read:
-            raise ValueError(
-                f"the loss writes priorities to {written!r}, the buffer reads {read!r}; set priority_key={written!r}."
-            )
+            found = f"the loss writes priorities to {written!r}, the buffer reads {read!r}"
+            raise ValueError(f"{found}; set priority_key={written!r}.")
     if getattr(replay_buffer, "_prefetch", False):
         warnings.warn(
             "replay_buffer prefetches batches in threads, in an order that is not reproducible: neither a run of the "

@@ -21,17 +21,9 @@ _logger = logging.getLogger(__name__)
 
 
 class Execution:
-    """Evaluates the losses of an :class:`~torchrl_bcq.OfflineTrainer`.
+    """Evaluates the losses of an :class:`~torchrl_bcq.OfflineTrainer`, which describes the arguments.
 
-    Args:
-        loss_module: the objective.
-        compile: whether each loss is compiled, forward and backward, without a graph break; or keywords of
-            :func:`torch.compile`.
-        precision: of matrix products; see :class:`~torchrl_bcq.OfflineTrainer`.
-
-    Raises:
-        TypeError: if ``compile`` is neither.
-        ValueError: if the precision is unknown.
+    Each loss is compiled, forward and backward, without a graph break.
     """
 
     def __init__(
@@ -49,9 +41,7 @@ class Execution:
         self._target_dtype = torch.bfloat16 if precision == "bf16-target" else None
         keep_freed_memory(next(loss_module.parameters()).device)
         self._compiled: dict[str, Callable] = {}
-        self._settings: dict[str, Any] | None = None
-        if compile is not False:
-            self._settings = {"fullgraph": True, **(compile if isinstance(compile, Mapping) else {})}
+        self._settings = None if compile is False else {"fullgraph": True, **({} if compile is True else compile)}
 
     def compute(self, batch: TensorDictBase, method: str | None = None) -> Any:
         """Evaluate the loss, or one of its methods, on a batch."""

@@ -19,7 +19,7 @@ from torchrl.trainers.trainers import OptimizationStepper, ReplayBufferTrainer
 from torchrl_bcq.objectives import OfflineLoss
 from torchrl_bcq.trainers.checkpoints import LoggerState, make_checkpoint
 from torchrl_bcq.trainers.checks import check_buffer, check_stepper, check_updater
-from torchrl_bcq.trainers.distributed import DataParallel, SingleProcess
+from torchrl_bcq.trainers.distributed import Processes
 from torchrl_bcq.trainers.execution import Execution
 from torchrl_bcq.trainers.offline_collector import OfflineCollector
 from torchrl_bcq.trainers.replicas import ReplicatedTrainer
@@ -125,11 +125,10 @@ class OfflineTrainer(ReplicatedTrainer):
         check_stepper(loss_module, stepper, captured=cudagraph, parallel=data_parallel)
         check_buffer(loss_module, replay_buffer)
         device = next(loss_module.parameters()).device
-        processes = DataParallel(device) if data_parallel else SingleProcess()
         if cudagraph:
             stepper.capture()
         super().__init__(
-            processes=processes,
+            processes=Processes(device if data_parallel else None),
             replay_buffer=replay_buffer,
             collector=OfflineCollector(total_steps, log_interval),
             total_frames=total_steps,
@@ -236,8 +235,8 @@ class OfflineTrainer(ReplicatedTrainer):
             return None  # stopped within the interval; a resumed run makes the rest of it
         names = list(average_losses.keys())
         values = self.processes.mean(torch.stack([average_losses.get(name) for name in names]))
-        means = dict(zip(names, values.tolist(), strict=True))
-        known = {name: mean for name, mean in means.items() if not math.isnan(mean)}  # others did not learn
+        means = zip(names, values.tolist(), strict=True)
+        known = {name: mean for name, mean in means if not math.isnan(mean)}  # others did not learn
         self._log(**{name: mean for name, mean in known.items() if not name.startswith("loss_")})
         return {"log_pbar": True, **{name: mean for name, mean in known.items() if name.startswith("loss_")}}
 

@@ -29,9 +29,8 @@ class OfflineCollector(BaseCollector):
     def __init__(self, total_steps: int, steps_per_batch: int) -> None:
         super().__init__()
         if total_steps < 1 or steps_per_batch < 1:
-            raise ValueError(
-                f"total_steps is {total_steps} and steps_per_batch {steps_per_batch}; both must be at least 1."
-            )
+            found = f"total_steps is {total_steps} and steps_per_batch {steps_per_batch}"
+            raise ValueError(f"{found}; both must be at least 1.")
         self.total_frames = total_steps
         self.requested_frames_per_batch = steps_per_batch
         self._steps = 0

@@ -15,7 +15,7 @@ from torchrl.checkpoint import GlobalRNGState
 from torchrl.data import ReplayBuffer, SamplerWithoutReplacement
 
 from torchrl_bcq.trainers.checkpoints import SamplerState
-from torchrl_bcq.trainers.distributed import SingleProcess
+from torchrl_bcq.trainers.distributed import Processes
 
 
 class RankStates(GlobalRNGState):
@@ -23,17 +23,12 @@ class RankStates(GlobalRNGState):
 
     For one process this is TorchRL's :class:`~torchrl.checkpoint.GlobalRNGState`. The first process's state has the
     same form, so any number of processes can load a checkpoint; samplers and random states of the other processes are
-    under ``ranks``. Only the random state of the process's own GPU is kept, so that it may be another GPU next time.
-
-    Args:
-        processes: the group.
-        replay_buffer: of this process.
-        sampler: state of that buffer.
-        device: on which noise is drawn.
+    under ``ranks``. Only the random state of the process's own GPU (``device``) is kept, so that it may be another GPU
+    next time.
     """
 
     def __init__(
-        self, processes: SingleProcess, replay_buffer: ReplayBuffer, sampler: SamplerState, device: torch.device
+        self, processes: Processes, replay_buffer: ReplayBuffer, sampler: SamplerState, device: torch.device
     ) -> None:
         self._processes = processes
         self._buffer = replay_buffer
@@ -79,11 +74,7 @@ class RankStates(GlobalRNGState):
             self._buffer.sampler._empty()  # begins a round of its own
 
     def begin(self, step: int) -> None:
-        """Make sure, before training, that no two processes draw the same noise or the same rows.
-
-        Raises:
-            ValueError: if two replay buffers would draw the same rows.
-        """
+        """Let no two processes draw the same noise; raises a ValueError if they would draw the same rows."""
         generator = self._buffer._rng
         rows = None if generator is None else _digest(generator.get_state())
         others = self._processes.gather((rows, _digest(self._noise)))

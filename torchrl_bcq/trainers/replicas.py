@@ -12,7 +12,7 @@ from torchrl.data import ReplayBuffer
 from torchrl.trainers.trainers import Trainer
 
 from torchrl_bcq.trainers.checkpoints import SamplerState, tidy, tidy_rotation
-from torchrl_bcq.trainers.distributed import SingleProcess
+from torchrl_bcq.trainers.distributed import Processes
 from torchrl_bcq.trainers.random_states import RankStates
 from torchrl_bcq.trainers.watch import check_parameters
 
@@ -21,15 +21,11 @@ class ReplicatedTrainer(Trainer):
     """TorchRL's trainer, which begins, stops, fails and saves at the same gradient step in all processes.
 
     A replica that left the loop alone, or wrote a checkpoint alone, would let the others wait forever. So stop and save
-    requests are exchanged at the end of every log interval and carried out on all ranks.
-
-    Args:
-        processes: the group; only the first process logs and shows a progress bar.
-        replay_buffer: of this process.
-        **trainer_kwargs: of TorchRL's Trainer.
+    requests are exchanged at the end of every log interval and carried out on all ranks. Only the first process logs
+    and shows a progress bar.
     """
 
-    def __init__(self, *, processes: SingleProcess, replay_buffer: ReplayBuffer, **trainer_kwargs: Any) -> None:
+    def __init__(self, *, processes: Processes, replay_buffer: ReplayBuffer, **trainer_kwargs: Any) -> None:
         self.processes = processes
         self._stop_reasons: list[str | None] = []  # that were given in this process
         self._writes: list[Callable[[], None]] = []  # of checkpoints, until the others know of them
@@ -71,12 +67,7 @@ class ReplicatedTrainer(Trainer):
         return Path(file) if file is not None and Path(file).exists() else None
 
     def write_checkpoint(self, write: Callable[[], Any]) -> None:
-        """Let a hook write a checkpoint, of finite weights only, once the hooks of this stage have run.
-
-        Raises:
-            FloatingPointError: in ``train``, if weights are not finite.
-            OSError: in ``train``, if it cannot be written.
-        """
+        """Let a hook write a checkpoint, of finite weights only, once the hooks of this stage have run."""
         self._writes.append(lambda: self._write(write))
 
     def _write(self, write: Callable[[], Any]) -> None:
@@ -106,7 +97,7 @@ class ReplicatedTrainer(Trainer):
         return None if self.save_trainer_file is None else Path(self.save_trainer_file).absolute().parent
 
     def _setup_hook(self) -> None:
-        self.processes.check_alike(self._plan())
+        self._check_alike()
         self._ranks.begin(self.collected_frames)
         self.processes.replicate(self.loss_module.state_dict().values())
         self.processes.on_first(self._tidy)
@@ -149,28 +140,27 @@ class ReplicatedTrainer(Trainer):
         self.processes.on_first(write)
 
     def _fail_together(self, position: int | None, describe: Callable[[int], str]) -> None:
-        """Raise the problem at the earliest position of any process, if there is one.
-
-        Raises:
-            FloatingPointError: in all processes.
-            RuntimeError: if this process has left the log interval early.
-        """
-        if not self._stop_training:
-            self.processes.check_complete(self._steps_left)
+        """Raise a FloatingPointError in all processes for the problem at the earliest position, if there is one."""
+        if self._steps_left and not self._stop_training and self.processes.world_size > 1:
+            raise RuntimeError(
+                f"a hook has ended the log interval {self._steps_left} gradient steps early, for which other processes "
+                "wait; call trainer.request_stop(reason) in it instead."
+            )
         failed, stop = self.processes.agree(position is not None, bool(self._stop_reasons))
         if failed:
             found = self.processes.gather(position)
             rank = min((place, rank) for rank, place in enumerate(found) if place is not None)[1]
             own = describe(position) if position is not None and rank == self.processes.rank else None
-            raise FloatingPointError(f"{self.processes.name(rank)}{self.processes.gather(own)[rank]}")
+            where = f"in process {rank}: " if self.processes.world_size > 1 else ""
+            raise FloatingPointError(f"{where}{self.processes.gather(own)[rank]}")
         if stop:
             self._stop_together()
 
-    def _plan(self) -> dict[str, Any]:
-        """What decides how often the processes meet, and what they exchange."""
+    def _check_alike(self) -> None:
+        """Raise a ValueError if processes are about to do different things: they would wait for one another forever."""
         stepper = self.optimization_stepper
         shapes = [(name, tuple(value.shape)) for name, value in self.loss_module.state_dict().items()]
-        return {
+        plan = {
             "networks (a digest of names and shapes)": hashlib.sha256(repr(shapes).encode()).hexdigest()[:8],
             "gradient steps made": self.collected_frames,
             "total_steps": self.total_frames,
@@ -179,3 +169,8 @@ class ReplicatedTrainer(Trainer):
             "save_trainer_interval": self.save_trainer_interval,
             "the schedules of the networks": repr(getattr(stepper, "schedules", None)),
         }
+        plans = self.processes.gather(plan)
+        for name in plan:
+            if any(other[name] != plans[0][name] for other in plans):
+                found = [other[name] for other in plans]
+                raise ValueError(f"the processes differ in {name}: {found}; make their trainers alike.")

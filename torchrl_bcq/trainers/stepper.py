@@ -17,9 +17,9 @@ from torchrl.trainers import LRSchedulerHook
 from torchrl.trainers.trainers import OptimizationStepper, Trainer
 
 from torchrl_bcq.objectives import OfflineLoss
-from torchrl_bcq.trainers.distributed import SingleProcess
+from torchrl_bcq.trainers.distributed import Processes
 
-_ALONE = SingleProcess()
+_ALONE = Processes()
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,8 @@ class Schedule:
     def __post_init__(self) -> None:
         """Check the numbers."""
         if self.start_after < 0 or self.every < 1:
-            raise ValueError(
-                f"start_after is {self.start_after} and every {self.every}; expected 0 or more, and 1 or more."
-            )
+            found = f"start_after is {self.start_after} and every {self.every}"
+            raise ValueError(f"{found}; expected 0 or more, and 1 or more.")
         if self.stop_after is not None and self.stop_after < self.start_after + self.every:
             raise ValueError(
                 f"stop_after is {self.stop_after}, but the first step is {self.start_after + self.every} "
@@ -89,13 +88,7 @@ class OfflineOptimizationStepper(OptimizationStepper):
 
     @classmethod
     def adam(cls, loss: OfflineLoss, lr: float = 1e-3, **settings: Any) -> Any:
-        """Adam for each network that has parameters to train, in the loss's order.
-
-        Args:
-            loss: the objective.
-            lr: learning rate.
-            **settings: of the constructor.
-        """
+        """Adam for each network that has parameters to train. ``settings`` are of the constructor."""
         return cls(make_adam(loss, lr), **settings)
 
     def is_due(self, name: str, step: int) -> bool:
@@ -132,7 +125,9 @@ class OfflineOptimizationStepper(OptimizationStepper):
             optimizer.zero_grad()
             loss.backward()
             processes.average_gradients(_parameters(optimizer))
-            self._clip(optimizer, trainer)
+            if trainer.clip_norm is not None:
+                clip = nn.utils.clip_grad_norm_ if trainer.clip_grad_norm else nn.utils.clip_grad_value_
+                clip(_parameters(optimizer), trainer.clip_norm)
             optimizer.step()
             logs[f"loss_{name}"] = loss.detach()
             logs.update({key: value.mean() for key, value in metadata.items()})
@@ -177,18 +172,8 @@ class OfflineOptimizationStepper(OptimizationStepper):
         trainer.remember_losses(logs)
         return logs
 
-    @staticmethod
-    def _clip(optimizer: Optimizer, trainer: Trainer) -> None:
-        if trainer.clip_norm is None:
-            return
-        clip = nn.utils.clip_grad_norm_ if trainer.clip_grad_norm else nn.utils.clip_grad_value_
-        clip(_parameters(optimizer), trainer.clip_norm)
-
     def state_dict(self) -> dict[str, Any]:
-        """State of each optimizer, number of gradient steps, and scalars logged last.
-
-        It is the same whether steps are captured or not.
-        """
+        """Optimizers, number of gradient steps, and scalars logged last: the same whether steps are captured or not."""
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         if self.captured:
             for state in optimizers.values():
@@ -198,11 +183,7 @@ class OfflineOptimizationStepper(OptimizationStepper):
         return {"steps": self.steps, "logs": dict(self._logs), "optimizers": optimizers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state.
-
-        Raises:
-            ValueError: if the saved optimizers are of other kinds or networks.
-        """
+        """Restore the state; raises a ValueError if the saved optimizers are of other kinds or networks."""
         given = state_dict["optimizers"]
         saved = {name: set(state["param_groups"][0]) for name, state in given.items()}
         own = {name: set(optimizer.param_groups[0]) for name, optimizer in self.optimizers.items()}

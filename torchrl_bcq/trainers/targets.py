@@ -12,10 +12,8 @@ from torchrl.trainers.trainers import TargetNetUpdaterHook
 class FastTargetNetUpdaterHook(TargetNetUpdaterHook):
     """TorchRL's hook, which makes the same arithmetic of a :class:`torchrl.objectives.SoftUpdate` in one call.
 
-    It moves the tensors that the updater itself has chosen: leaves that required gradients when it was built.
-
-    Args:
-        target_params_updater: any updater; one of another class is stepped as it is.
+    It moves the tensors that the updater itself has chosen: leaves that required gradients when it was built. An
+    updater of another class is stepped as it is.
     """
 
     def __init__(self, target_params_updater: SoftUpdate) -> None:

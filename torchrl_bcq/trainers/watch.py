@@ -20,12 +20,9 @@ _SHOWN = 10  # rows in a message
 
 
 class LossWatch:
-    """Remembers the losses and rows of several gradient steps, and checks them together.
+    """Remembers the losses and the rows (of a replay buffer) of several gradient steps, and checks them together.
 
     This waits for a device once per log interval, and still knows the step, the loss and the rows.
-
-    Args:
-        replay_buffer: the source of the rows.
     """
 
     def __init__(self, replay_buffer: ReplayBuffer) -> None:
@@ -56,13 +53,7 @@ class LossWatch:
         return int((~finite).nonzero()[0])
 
     def describe(self, place: int, folder: Path | None, last_good: str) -> str:
-        """Describe the loss at a position.
-
-        Args:
-            place: its position, from :meth:`find`.
-            folder: where its batch is written, for inspection.
-            last_good: sentence that names the last good checkpoint.
-        """
+        """Describe the loss at a position from :meth:`find`, and write its batch to a folder, for inspection."""
         step, name, value = self._losses[place]
         rows = self._describe_rows(self._rows[step - 1], step, folder)
         return f"{name} is {value.item()} in gradient step {self._before + step}{rows}. {last_good} {_REMEDY}"
@@ -90,11 +81,7 @@ class LossWatch:
 
 
 def check_parameters(loss_module: OfflineLoss, steps: int, last_good: str) -> None:
-    """Check that all weights and targets are finite.
-
-    Raises:
-        FloatingPointError: if not, because a gradient was not finite though the losses were.
-    """
+    """Raise a FloatingPointError if a weight or target is not finite: a gradient was not, though the losses were."""
     state = {name: value for name, value in loss_module.state_dict().items() if value.is_floating_point()}
     finite = torch.stack([value.isfinite().all() for value in state.values()])
     if not finite.all():

@@ -15,15 +15,14 @@ from torchrl_bcq.data.checks import DatasetError
 
 def check_members(path: Path, archive: zipfile.ZipFile) -> None:
     """Refuse an archive with a damaged directory, which has no checksum and could hide an optional field."""
-    for member in archive.infolist():
+    members = archive.infolist()
+    for member in members:
         archive.open(member).close()  # compares its name with the second copy
     with open(path, "rb") as file:
         file.seek(-12 - len(archive.comment), os.SEEK_END)
         count = int.from_bytes(file.read(2), "little")
-    if count not in (len(archive.infolist()), 0xFFFF):  # the latter stands for more
-        raise DatasetError(
-            f"it says that it holds {count} arrays, but {len(archive.infolist())} are found. Copy it again."
-        )
+    if count not in (len(members), 0xFFFF):  # the latter stands for more
+        raise DatasetError(f"it says that it holds {count} arrays, but {len(members)} are found. Copy it again.")
 
 
 class Member:
@@ -39,8 +38,7 @@ class Member:
             raise DatasetError(f"{name} holds pickled objects, which are never loaded; save a plain array of numbers.")
         self._name, self._stream = name, stream
         self._left = prod(self.shape) * self.dtype.itemsize  # bytes to read
-        is_whole = columns_first or not self.shape
-        self._whole = self._read(self.shape[::-1]).T if is_whole else None
+        self._whole = self._read(self.shape[::-1]).T if columns_first or not self.shape else None
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         """The next rows, or all of a scalar."""

@@ -41,20 +41,18 @@ def load_hdf5(
     action_spec: TensorSpec | None = None,
     root: str | Path | None = None,
 ) -> TensorDict:
-    """Read an HDF5 file: D4RL's layout, the same fields under other common names, or a group for each episode.
+    """Read an HDF5 file into the transitions of :func:`~torchrl_bcq.from_arrays`.
 
     Args:
-        path: file with ``observations [N, D]``, ``actions [N, A]``, ``rewards [N]``, ``terminals [N]``, and at least
-            one of ``timeouts [N]`` and ``next_observations [N, D]``; or with a group of these fields for each episode
-            (as in files of Minari and robomimic), which may hold one observation more than steps.
+        path: file in D4RL's layout, or with other common names of its fields: ``observations [N, D]``,
+            ``actions [N, A]``, ``rewards [N]``, ``terminals [N]``, and at least one of ``timeouts [N]`` and
+            ``next_observations [N, D]``; or with a group of these fields for each episode (as in files of Minari and
+            robomimic), which may hold one observation more than steps.
         names: entry of a field of :func:`~torchrl_bcq.from_arrays`, if it has no common name, such as
             ``{"observations": "obs/robot"}``.
         max_episode_steps: time limit in steps at which episodes were cut off, for files without ``timeouts``.
         action_spec: bounds that the actions must keep, if given.
         root: folder for a memory-mapped copy, made once and for data larger than memory.
-
-    Returns:
-        The transitions of :func:`~torchrl_bcq.from_arrays`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -74,10 +72,9 @@ def load_npz(
     action_spec: TensorSpec | None = None,
     root: str | Path | None = None,
 ) -> TensorDict:
-    """Read an NPZ file of ``numpy.savez`` or ``numpy.savez_compressed`` with the fields of :func:`load_hdf5`.
+    """Read an NPZ file as :func:`load_hdf5` reads an HDF5 file.
 
-    Arguments, result and errors are those of :func:`load_hdf5`. Pickled arrays are refused; an array in Fortran order
-    is read into memory whole.
+    Pickled arrays are refused; an array in Fortran order is read into memory whole.
     """
     return npz(path, names=names, max_episode_steps=max_episode_steps).read(action_spec=action_spec, root=root)
 
@@ -94,7 +91,7 @@ def hdf5(path: str | Path, *, names: Mapping[str, str] | None = None, max_episod
         with h5py.File(path, "r") as file:
             if groups := _episode_groups(file):
                 fields = (_hdf5_fields(group, names) for group in groups)
-                yield from joined(end_episode({name: field[()] for name, field in part.items()}) for part in fields)
+                yield from joined({name: field[()] for name, field in part.items()} for part in fields)
             else:
                 yield from _slices(_hdf5_fields(file, names))
 
@@ -136,18 +133,19 @@ def find_fields(found: list[str], names: Mapping[str, str] | None = None) -> dic
         raise DatasetError(f"names has {unknown}, which are no fields; those are {list(_NAMES)}.")
     if absent := sorted(set(names.values()) - set(found)):
         raise DatasetError(f"names asks for {absent}; it holds {sorted(found)}.")
-    candidates = {
-        field: [names[field]] if field in names else [n for n in known if n in found] for field, known in _NAMES.items()
-    }
-    for field, matches in candidates.items():
+    entries = {}
+    for field, known in _NAMES.items():
+        matches = [names[field]] if field in names else [name for name in known if name in found]
         if len(matches) > 1:
             raise DatasetError(f"{matches} could all be {field}; choose with names={{{field!r}: {matches[0]!r}}}.")
-    if missing := [field for field in _REQUIRED if not candidates[field]]:
+        if matches:
+            entries[field] = matches[0]
+    if missing := [field for field in _REQUIRED if field not in entries]:
         hint = " dones does not say whether an episode ended or was cut off." if "dones" in found else ""
         raise DatasetError(
             f"it lacks {missing}; it holds {sorted(found)}.{hint} Name the entries with names={{{missing[0]!r}: ...}}."
         )
-    return {field: matches[0] for field, matches in candidates.items() if matches}
+    return entries
 
 
 def _source(
@@ -252,7 +250,7 @@ def _episode_groups(file: Any) -> list[Any]:
     return []
 
 
-def end_episode(episode: Mapping[str, np.ndarray]) -> Columns:
+def _end_episode(episode: Mapping[str, np.ndarray]) -> Columns:
     """Fields of one episode, which may hold one observation more than steps; its end is a cut unless it has a flag."""
     observations, terminated = episode["observations"], episode["terminated"]
     steps = len(episode["actions"])
@@ -264,12 +262,12 @@ def end_episode(episode: Mapping[str, np.ndarray]) -> Columns:
     return {**episode, "truncated": truncated}
 
 
-def joined(episodes: Iterable[Columns]) -> Iterator[Columns]:
+def joined(episodes: Iterable[Mapping[str, np.ndarray]]) -> Iterator[Columns]:
     """Join episodes with the same fields, widths and dtypes to chunks."""
     held: list[Columns] = []
     kind: object = None
     size = 0
-    for number, episode in enumerate(episodes):
+    for number, episode in enumerate(map(_end_episode, episodes)):
         if not len(episode["actions"]):
             raise DatasetError(f"episode {number} (the first is 0) has no steps; leave it out.")
         own = {name: (values.shape[1:], values.dtype) for name, values in episode.items()}

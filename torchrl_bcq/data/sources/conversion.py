@@ -35,10 +35,7 @@ def fingerprint(files: Iterable[Path], settings: Mapping[str, Any]) -> str:
 
 
 def write_memmap(parts: Iterator[TensorDict], rows: int, folder: Path) -> None:
-    """Write parts with ``rows`` rows in total to a new folder; it is complete or does not exist.
-
-    The files are written and not mapped, so that the resident memory does not grow with them.
-    """
+    """Write parts with ``rows`` rows in total to a new folder; it is complete or does not exist."""
     try:
         with write_whole(folder) as aside, ExitStack() as stack:
             aside.mkdir()
@@ -46,8 +43,9 @@ def write_memmap(parts: Iterator[TensorDict], rows: int, folder: Path) -> None:
             size, free = first.bytes() / len(first) * rows, shutil.disk_usage(folder.parent).free
             if free < size:
                 raise OSError(f"it needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
-            files = _make_files(aside, first, rows)
-            streams = {key: stack.enter_context(open(file, "r+b")) for key, file in files.items()}
+            target = first[:1].expand(rows).memmap_like(str(aside))  # empty rows
+            # written and not mapped, so that the resident memory does not grow with the files
+            streams = {k: stack.enter_context(open(leaf.filename, "r+b")) for k, leaf in target.items(True, True)}
             written = 0
             for part in chain([first], parts):
                 written += len(part)
@@ -70,18 +68,10 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _make_files(folder: Path, like: TensorDict, rows: int) -> dict[Any, str]:
-    """Write a memory-mapped TensorDict of ``rows`` empty rows; returns the file of each entry."""
-    target = TensorDict({}, [rows]).memmap_(str(folder))
-    for key, value in like.items(True, True):
-        target.make_memmap(key, torch.Size([rows, *value.shape[1:]]), dtype=value.dtype)
-    return {key: leaf.filename for key, leaf in target.items(True, True)}
-
-
 def _sync(path: Path) -> None:
     """Flush a file or folder to the disk, so that a power cut cannot leave the name without the content."""
-    if path.is_dir() and os.name != "posix":
-        return  # folders cannot be opened
+    if path.is_dir() and os.name != "posix":  # folders cannot be opened
+        return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -90,10 +80,7 @@ def _sync(path: Path) -> None:
 
 
 def load_memmap(path: str | Path) -> TensorDict:
-    """Load a memory-mapped copy of transitions, written by ``root=`` of the readers or by ``TensorDict.memmap``.
-
-    Returns:
-        The TensorDict that was written; rows are read from the disk when they are used.
+    """Load a copy that ``root=`` of the readers or ``TensorDict.memmap`` wrote; rows are read when they are used.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -105,7 +92,7 @@ def load_memmap(path: str | Path) -> TensorDict:
     if folder.name.startswith(UNFINISHED):
         raise DatasetError(f"{folder} is an unfinished conversion; convert it again.")
     if not (folder / "meta.json").is_file():
-        held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        held = sorted(path.name for path in folder.glob("[!.]*"))
         raise DatasetError(f"{folder} is no memory-mapped copy, but a folder of {held[:5]}; name one of them.")
     try:
         batch = _check_files(folder)
@@ -123,10 +110,7 @@ def load_memmap(path: str | Path) -> TensorDict:
 
 
 def _check_files(folder: Path, batch: Sequence[int] = ()) -> list[int]:
-    """Check the size of every file, since mapping a shorter one would crash; returns the batch size.
-
-    ``batch`` is the batch size of the TensorDict of which this one is an entry.
-    """
+    """Check the size of every file, since mapping a shorter one would crash; returns the batch size."""
     description = json.loads((folder / "meta.json").read_text())
     kind, device, shape = (description.pop(name, None) for name in ("_type", "device", "shape"))
     if kind != str(TensorDict) or device not in (None, "None", "cpu"):

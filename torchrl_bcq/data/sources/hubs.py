@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from torchrl.data import Bounded, TensorSpec
 
 from torchrl_bcq.data.checks import Columns, DatasetError
-from torchrl_bcq.data.sources.array_files import check_hdf5, end_episode, hdf5, joined
+from torchrl_bcq.data.sources.array_files import check_hdf5, hdf5, joined
 from torchrl_bcq.data.sources.source import Source, env_id_or_none, scores_or_none
 from torchrl_bcq.files import write_whole
 
@@ -35,19 +35,15 @@ _D4RL_TIME_LIMIT = 1000  # of these tasks, as registered in D4RL; their -v0 file
 def load_minari(
     dataset_id: str, *, action_spec: TensorSpec | None = None, root: str | Path | None = None
 ) -> TensorDict:
-    """Read a Minari dataset from the local store, or download it.
+    """Read a Minari dataset into the transitions of :func:`~torchrl_bcq.from_arrays`; it is downloaded if needed.
 
     Args:
         dataset_id: such as ``"mujoco/hopper/medium-v0"``; observations and actions must be boxes.
         action_spec: bounds that the actions must keep; those of the dataset's action space if not given.
-        root: folder for a memory-mapped copy, made once and for data larger than memory.
-
-    Returns:
-        The transitions of :func:`~torchrl_bcq.from_arrays`.
+        root: as :func:`load_hdf5` takes it.
 
     Raises:
-        DatasetError: if there is no such dataset, a space is not a box, or the data does not pass
-            :func:`~torchrl_bcq.from_arrays`.
+        DatasetError: if there is no such dataset, a space is not a box, or ``from_arrays`` refuses it.
         OSError: if the copy cannot be written.
 
     Source: Minari, https://minari.farama.org. TorchRL 0.14's own ``MinariExperienceReplay`` returns zeros.
@@ -62,21 +58,15 @@ def load_d4rl(
     action_spec: TensorSpec | None = None,
     root: str | Path | None = None,
 ) -> TensorDict:
-    """Read a D4RL dataset, which is downloaded once; neither ``d4rl`` nor ``mujoco_py`` is needed.
+    """Read a D4RL dataset as :func:`load_hdf5` does; neither ``d4rl`` nor ``mujoco_py`` is needed.
 
     Args:
-        dataset_id: such as ``"hopper-medium-v2"``. Files are kept in ``$D4RL_DATASET_DIR``, or ``~/.d4rl/datasets``, as
-            D4RL does.
+        dataset_id: such as ``"hopper-medium-v2"``; downloaded once, to ``$D4RL_DATASET_DIR`` or ``~/.d4rl/datasets``.
         max_episode_steps: time limit in steps, for files without ``timeouts``; those of the Gym tasks are known.
-        action_spec: bounds that the actions must keep, if given.
-        root: folder for a memory-mapped copy, made once and for data larger than memory.
-
-    Returns:
-        The transitions of :func:`~torchrl_bcq.from_arrays`.
+        action_spec, root: as :func:`load_hdf5` takes them.
 
     Raises:
-        DatasetError: if there is no such dataset, it cannot be downloaded, or it does not pass
-            :func:`~torchrl_bcq.load_hdf5`.
+        DatasetError: if there is no such dataset, it cannot be downloaded, or ``load_hdf5`` refuses it.
         OSError: if a file cannot be written.
 
     Source: D4RL, arXiv:2004.07219. TorchRL 0.14's own ``D4RLExperienceReplay`` sets the next observation to zero where
@@ -94,7 +84,7 @@ def minari(dataset_id: str) -> Source:
             if file.suffix == ".hdf5":
                 check_hdf5(file, _MINARI_NAMES.values())
         yield from joined(
-            end_episode({field: getattr(episode, name) for field, name in _MINARI_NAMES.items()})
+            {field: getattr(episode, name) for field, name in _MINARI_NAMES.items()}
             for episode in dataset.iterate_episodes()
         )
 
@@ -114,7 +104,6 @@ def minari(dataset_id: str) -> Source:
 
 
 def _open_minari(dataset_id: str) -> Any:
-    """The dataset, if it can be read."""
     import minari
     from gymnasium.spaces import Box
 
@@ -148,9 +137,9 @@ def d4rl(dataset_id: str, *, max_episode_steps: int | None = None) -> Source:
     file = folder / url.rpartition("/")[2]
     if not file.is_file():
         _download(url, file)
-    if max_episode_steps is None and task in _D4RL_TASKS:
-        max_episode_steps = _D4RL_TIME_LIMIT
     env_id, scores = _D4RL_TASKS.get(task, (None, None))
+    if max_episode_steps is None and scores is not None:
+        max_episode_steps = _D4RL_TIME_LIMIT
     return replace(hdf5(file, max_episode_steps=max_episode_steps), env_id=env_id, reference_scores=scores)
 
 

@@ -46,32 +46,21 @@ def scores_or_none(random: object, expert: object) -> tuple[float, float] | None
 class Source:
     """Recorded steps that can be read several times, in chunks.
 
-    Args:
-        name: shown in messages and progress bars, and part of the name of a copy.
-        chunks: yields fields as :func:`~torchrl_bcq.from_arrays` takes them, the same ones in each chunk.
-        files: files that hold the steps.
-        settings: other values that the steps depend on, such as the names of columns.
-        action_spec: bounds of the actions, if the source has them.
-        env_id: Gymnasium id of the recorded environment, if the source names it.
-        reference_scores: mean returns of a random and of an expert policy, if the source has both, for D4RL's
-            normalised score ``100 * (return - random) / (expert - random)`` (arXiv:2004.07219).
+    D4RL's normalised score is ``100 * (return - random) / (expert - random)`` (arXiv:2004.07219).
     """
 
-    name: str
-    chunks: Callable[[], Iterator[Columns]]
+    name: str  # in messages, progress bars and the name of a copy
+    chunks: Callable[[], Iterator[Columns]]  # fields as from_arrays takes them, the same ones in each chunk
     files: list[Path]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)  # other values that the steps depend on
     action_spec: TensorSpec | None = None
-    env_id: str | None = None
-    reference_scores: tuple[float, float] | None = None
+    env_id: str | None = None  # Gymnasium id of the recorded environment
+    reference_scores: tuple[float, float] | None = None  # mean returns of a random and of an expert policy
 
     def read(
         self, *, action_spec: TensorSpec | None = None, root: str | Path | None = None, strict: bool = True
     ) -> TensorDict:
-        """Read the transitions, as :func:`~torchrl_bcq.load_transitions` does.
-
-        If no ``action_spec`` is given, the bounds are the source's own.
-        """
+        """Read as :func:`~torchrl_bcq.load_transitions` does; the bounds are the source's own if none are given."""
         action_spec = self.action_spec if action_spec is None else action_spec
         try:
             if root is not None:

@@ -10,15 +10,14 @@ import numpy as np
 from tensordict import TensorDict
 from torchrl.data import TensorSpec
 
-from torchrl_bcq.data.checks import Columns, DatasetError, Rows, listed
+from torchrl_bcq.data.checks import FIELDS, Columns, DatasetError, Rows, listed
 from torchrl_bcq.data.sources.array_files import existing_file
 from torchrl_bcq.data.sources.source import Source
 from torchrl_bcq.data.transitions import with_successors
 
 _ROWS, _CHUNK_BYTES = 65_536, 8 << 20  # read at a time, at most; bytes as stored
 _TRUE, _FALSE = ("1", "1.0", "true", "True", "TRUE"), ("0", "0.0", "false", "False", "FALSE")
-_REQUIRED = {"observation": "observations", "action": "actions", "reward": "rewards", "terminated": "terminated"}
-_FIELDS = _REQUIRED | {"next_observation": "next_observations"}  # from_arrays has other names
+_ARGUMENTS = ("observation", "action", "reward", "terminated", "truncated", "next_observation")  # fields in FIELDS
 # defects of the order of rows, and what to do
 _NAMELESS = "episode has {} without a name or number; fill them in, or drop those rows."
 _TORN = "episode has {} where an earlier episode continues; sort the table by episode and step."
@@ -48,28 +47,21 @@ def load_table(
     action_spec: TensorSpec | None = None,
     root: str | Path | None = None,
 ) -> TensorDict:
-    """Read a table of logged decisions, one row for each step, from a CSV (also ``.csv.gz``) or Parquet file.
+    """Read a table with one row for each step into the transitions of :func:`~torchrl_bcq.from_arrays`.
 
     Rows of one episode follow one another, in order. An episode ends where ``terminated`` or ``truncated`` is set, and
     is cut off where ``episode`` changes.
 
     Args:
         path: ``.csv``, ``.csv.gz`` or ``.parquet``.
-        observation: columns of the state, numbers.
-        action: columns of the action, numbers.
+        observation, action: columns of the state and of the action, numbers.
         reward: column of the reward that followed.
-        terminated: column of flags: the episode ended in a final state.
-        truncated: column of flags: the episode was cut off.
+        terminated, truncated: columns of flags: the episode ended in a final state, or was cut off.
         next_observation: columns of the state that followed, in the order of ``observation``.
         episode: column of the episode's number or name.
         step: column of the step within the episode; rows that are missing or out of order are then refused.
-        delimiter: between the cells of a CSV file, such as ``";"``.
-        decimal_point: in the numbers of a CSV file, such as ``","``.
-        action_spec: bounds that the actions must keep, if given.
-        root: folder for a memory-mapped copy, made once and for data larger than memory.
-
-    Returns:
-        The transitions of :func:`~torchrl_bcq.from_arrays`.
+        delimiter, decimal_point: of a CSV file, such as ``";"`` and ``","``.
+        action_spec, root: as :func:`~torchrl_bcq.load_hdf5` takes them.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -77,19 +69,9 @@ def load_table(
             are not together or out of order, or :func:`~torchrl_bcq.from_arrays` refuses it.
         OSError: if the copy cannot be written.
     """
-    source = table(
-        path,
-        observation=observation,
-        action=action,
-        reward=reward,
-        terminated=terminated,
-        truncated=truncated,
-        next_observation=next_observation,
-        episode=episode,
-        step=step,
-        delimiter=delimiter,
-        decimal_point=decimal_point,
-    )
+    given = (observation, action, reward, terminated, truncated, next_observation)
+    columns = {**dict(zip(_ARGUMENTS, given, strict=True)), "episode": episode, "step": step}
+    source = table(path, delimiter=delimiter, decimal_point=decimal_point, **columns)
     return source.read(action_spec=action_spec, root=root)
 
 
@@ -97,13 +79,13 @@ def table(
     path: str | Path, *, delimiter: str = ",", decimal_point: str = ".", **columns: Sequence[str] | str | None
 ) -> Source:
     """The source of :func:`load_table`, with the same columns."""
-    path = existing_file(path)
+    path, fields = existing_file(path), dict(zip(_ARGUMENTS, FIELDS, strict=True))
     named = {
-        _FIELDS.get(name, name): [names] if isinstance(names, str) else list(names)
+        fields.get(name, name): [names] if isinstance(names, str) else list(names)
         for name, names in columns.items()
         if names is not None and len(names)  # of a pandas index, too
     }
-    if missing := [field for field in _REQUIRED.values() if field not in named]:
+    if missing := [field for field in FIELDS[:4] if field not in named]:
         raise DatasetError(f"no columns are named for {missing}.")
     if not named.keys() & {"truncated", "next_observations", "episode"}:
         raise DatasetError(
@@ -122,12 +104,10 @@ def table(
         steps = (_fields(batch, named) for batch in _batches(path, named, delimiter, decimal_point))
         return _in_order(steps) if named.keys() & {"episode", "step"} else steps
 
-    settings = {**named, "delimiter": delimiter, "decimal_point": decimal_point}
-    return Source(path.name, chunks, [path], settings=settings)
+    return Source(path.name, chunks, [path], {**named, "delimiter": delimiter, "decimal_point": decimal_point})
 
 
 def _batches(path: Path, named: Mapping[str, list[str]], delimiter: str, decimal_point: str) -> Iterator[Any]:
-    """Arrow record batches of the named columns."""
     from pyarrow import ArrowInvalid, parquet
 
     wanted = list(dict.fromkeys(name for names in named.values() for name in names))
@@ -137,8 +117,7 @@ def _batches(path: Path, named: Mapping[str, list[str]], delimiter: str, decimal
         flat = {"pre_buffer": False, "buffer_size": 1 << 20}
         with parquet.ParquetFile(path, page_checksum_verification=True, **flat) as file:
             _check_columns(file.schema_arrow.names, wanted)
-            groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
-            size = sum(group.total_byte_size for group in groups)
+            size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
             rows = _CHUNK_BYTES * file.metadata.num_rows // max(1, size)
             yield from file.iter_batches(min(max(1, rows), _ROWS), columns=wanted)
     elif name.endswith((".csv", ".csv.gz")):
@@ -212,11 +191,7 @@ def _numbers(column: Any, name: str) -> np.ndarray:
 
 
 def _in_order(chunks: Iterator[dict[str, np.ndarray]]) -> Iterator[Columns]:
-    """Check that episodes are together and in order, and set ``truncated`` where another one begins.
-
-    Raises:
-        DatasetError: after the last chunk, naming the columns, the counts and the first rows of what is not in order.
-    """
+    """Set ``truncated`` where another episode begins; defects of the order are refused after the last chunk."""
     start = 0
     seen: set[object] = set()  # names of episodes
     defects = {remedy: Rows() for remedy in (_NAMELESS, _TORN, _INSIDE, _STEPLESS, _JUMPS)}
