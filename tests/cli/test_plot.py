@@ -72,12 +72,13 @@ def test_what_cannot_be_drawn_is_said(make_run, tmp_path):
     empty, silent = tmp_path / "empty", make_run("silent")
     empty.mkdir()
     early, late = make_run("early", **{"return": {1: 1.0}}), make_run("late", seed=1, **{"return": {2: 1.0}})
-    odd, cut = make_run("odd", "a: [", loss_vae={1: 1.0}), make_run("cut", **{"return": "10"})
+    odd, old = make_run("odd", {"a": 1}, loss_vae={1: 1.0}), make_run("old", {"version": "0.1.0"}, loss_vae={1: 1.0})
+    cut = make_run("cut", **{"return": "10"})
     vae = make_run("vae", loss_vae={1: 1.0}, **{"return": {1: 1.0}})
     results = make_run("results", **{"return": {1: 1.0}})
     (results / "results.json").write_text("{")
     for arguments, message in [
-        ((tmp_path / "none",), f"there is no folder {tmp_path / 'none'}; pass one that torchrl-bcq train has made."),
+        ((tmp_path / "none",), f"{tmp_path / 'none'} is no run: there is no such folder; pass one that "),
         ((empty,), f"{empty} is no run: neither it nor a folder in it has a config.yaml; "),
         ((silent,), f"nothing was logged in {silent}: no log/scalars/*.csv; "),
         ((vae, "--metric", "retrun"), f"no retrun was logged in {vae}; choose a --metric of loss_vae, return."),
@@ -85,7 +86,8 @@ def test_what_cannot_be_drawn_is_said(make_run, tmp_path):
             (early, late),
             f"the runs of minari:swings have no step of return in common ({early}: 1 from 1 to 1; {late}: ",
         ),
-        ((odd,), f"{odd / 'config.yaml'} cannot be read as settings: "),
+        ((odd,), f"{odd / 'config.yaml'} cannot be read: Key 'a' not in "),
+        ((old,), f"{old / 'config.yaml'} is of torchrl-bcq 0.1.0, this is "),
         ((cut,), "no line of return is complete yet; "),
         ((results,), f"{results / 'results.json'} was not written by train ("),
     ]:

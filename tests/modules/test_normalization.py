@@ -36,11 +36,16 @@ def normalized():
     return make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, normalization=FITTED, **SMALL)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, 3, 4, 100])
+@pytest.fixture
+def chunk_rows(request, monkeypatch):
+    monkeypatch.setattr("torchrl_bcq.modules.normalization.CHUNK_ROWS", request.param)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 2, 3, 4, 100], indirect=True)
 @pytest.mark.parametrize("memmap", [False, True])
-def test_statistics_by_hand(chunk_size, memmap):
+def test_statistics_by_hand(chunk_rows, memmap):
     data = transitions([[1, 10], [3, 10], [5, 10], [7, 10]], [0, 0, 0, 4])
-    fitted = Normalization.fit(data.memmap() if memmap else data, chunk_size=chunk_size)
+    fitted = Normalization.fit(data.memmap() if memmap else data)
     loc, scale = fitted.observations["observation"]
     # variances: (9 + 1 + 1 + 9) / 4 = 5, 0 and (1 + 1 + 1 + 9) / 4 = 3
     torch.testing.assert_close(loc, torch.tensor([4.0, 10.0], dtype=torch.float64), rtol=1e-14, atol=0)
@@ -48,11 +53,11 @@ def test_statistics_by_hand(chunk_size, memmap):
     assert fitted.reward_scale == pytest.approx(3**0.5, rel=1e-14)
 
 
-@pytest.mark.parametrize("chunk_size", [7, 1000])
-def test_small_noise_on_a_large_offset(chunk_size):
+@pytest.mark.parametrize("chunk_rows", [7, 1000], indirect=True)
+def test_small_noise_on_a_large_offset(chunk_rows):
     """Sums of squares, or sums in float32, would lose the noise."""
     x = np.float32(1e6) + np.random.default_rng(0).normal(size=(1000, 2)).astype(np.float32)
-    loc, scale = Normalization.fit(transitions(x), chunk_size=chunk_size).observations["observation"]
+    loc, scale = Normalization.fit(transitions(x)).observations["observation"]
     np.testing.assert_allclose(loc, x.mean(0, dtype=np.float64), rtol=1e-14)
     np.testing.assert_allclose(scale, x.std(0, dtype=np.float64), rtol=1e-10)
     scaled = Standardize(loc.float(), scale.float())(torch.from_numpy(x))
@@ -109,16 +114,16 @@ def test_keys_of_your_own():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("chunk_size", [2, 100])
-def test_rows_that_are_not_finite_are_counted(bad, chunk_size):
+@pytest.mark.parametrize("chunk_rows", [2, 100], indirect=True)
+def test_rows_that_are_not_finite_are_counted(bad, chunk_rows):
     data = transitions(torch.ones(9, 2))
     data["observation"][5:7, 1] = bad
     with pytest.raises(ValueError, match=r"'observation' has 2 rows \(first: 5\) that are not finite; drop or repair"):
-        Normalization.fit(data, chunk_size=chunk_size)
+        Normalization.fit(data)
     data = transitions(torch.ones(9, 2))
     data["next", "reward"][8] = bad
     with pytest.raises(ValueError, match=r"\('next', 'reward'\) has 1 row \(first: 8\) that are not finite"):
-        Normalization.fit(data, chunk_size=chunk_size)
+        Normalization.fit(data)
 
 
 @pytest.mark.parametrize(

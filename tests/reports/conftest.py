@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 
 import pytest
 
@@ -12,18 +13,23 @@ from torchrl_bcq.reports.logs import find_runs, group_runs
 RETURNS = ([1.0, 10.0], [2.0, 40.0], [6.0, 70.0])  # of three seeds, at steps 100 and 200
 
 
-def write_run(folder, settings="", behaviour=None, seed=0, **scalars):
+def write_run(folder, settings=None, behaviour=None, seed=0, **scalars):
     """Write a run folder with the given settings and scalars: ``{step: value}`` or the text of a file."""
     (folder / "log" / "scalars").mkdir(parents=True)
-    (folder / "config.yaml").write_text(
-        f"seed: {seed}\ndataset: minari:swings\nout: {folder}\nloss:\n  gamma: 0.99\n{settings}\n"
-    )
+    shared = {"version": version("torchrl-bcq"), "algorithm": "bcq", "dataset": "minari:swings"}
+    written = {**shared, "seed": seed, "out": str(folder), **(settings or {})}
+    (folder / "config.yaml").write_text(json.dumps(written))  # YAML, too
     for metric, rows in scalars.items():
         text = rows if isinstance(rows, str) else "".join(f"{step},{value}\n" for step, value in rows.items())
         (folder / "log" / "scalars" / f"{metric}.csv").write_text(text)
     if behaviour is not None:
         (folder / "results.json").write_text(json.dumps({"behaviour": {"mean": behaviour, "std": 1.0}}))
     return folder
+
+
+def find(folders):
+    """The runs, with their settings as they were written: by dotted name."""
+    return find_runs(folders, lambda folder: json.loads((folder / "config.yaml").read_text()))
 
 
 def write_seeds(folder):
@@ -44,7 +50,7 @@ def seeds(tmp_path):
 
 
 def curve_of(folders, metric="return", **estimate):
-    (group,) = group_runs(find_runs(folders))
+    (group,) = group_runs(find(folders))
     return make_curve(group, metric, Estimate(**estimate))
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from torchrl_bcq.reports.curves import Estimate, interval, make_curve, warn
-from torchrl_bcq.reports.logs import find_runs, group_runs
+from torchrl_bcq.reports.logs import group_runs
 
-from .conftest import RETURNS, curve_of
+from .conftest import RETURNS, curve_of, find
 
 
 def test_mean_and_middle_half_by_hand(seeds, make_run):
@@ -60,7 +60,7 @@ def test_only_steps_that_all_seeds_have_are_used(seeds, make_run, caplog):
     crashed = make_run("crashed", seed=4, **{"return": "10"})
     curve = curve_of([seeds, killed, crashed])
     assert (curve.steps.tolist(), curve.seeds.tolist(), curve.left_out) == ([100], [[1.0], [2.0], [6.0], [7.0]], 2)
-    warn(group_runs(find_runs([seeds, killed, crashed])), [curve])
+    warn(group_runs(find([seeds, killed, crashed])), [curve])
     assert caplog.messages == [
         "minari:swings: steps that not all of its runs have are left out: 2 of 3 of return.",
         f"{crashed} has no return; the lines are of the other runs.",
@@ -70,8 +70,8 @@ def test_only_steps_that_all_seeds_have_are_used(seeds, make_run, caplog):
 def test_a_group_is_asked_for_the_first_metric_and_for_its_own(make_run, caplog):
     one = make_run("one", loss_a={1: 1.0}, loss_b={1: 1.0})
     two = make_run("two", seed=1, loss_a={1: 1.0})
-    other = make_run("other", "algorithm: other", loss_c={1: 1.0})
-    groups = group_runs(find_runs([one, two, other]))
+    other = make_run("other", {"algorithm": "other"}, loss_c={1: 1.0})
+    groups = group_runs(find([one, two, other]))
     curves = [
         curve
         for name in ("loss_a", "loss_b", "loss_c")
@@ -90,5 +90,5 @@ def test_what_is_not_finite_leaves_a_gap(seeds, make_run, caplog):
     curve = curve_of([seeds, broken])
     np.testing.assert_array_equal(curve.center, [np.nan, 50.0])
     np.testing.assert_array_equal(np.isnan(curve.band), [[True, False]] * 2)
-    warn(group_runs(find_runs([seeds, broken])), [curve])
+    warn(group_runs(find([seeds, broken])), [curve])
     assert caplog.messages == ["minari:swings: steps that are not finite leave gaps: 1 of return."]

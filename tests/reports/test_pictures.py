@@ -6,20 +6,22 @@ import numpy as np
 import pytest
 
 from torchrl_bcq.reports.curves import Estimate, make_curve
-from torchrl_bcq.reports.logs import find_runs, group_runs
+from torchrl_bcq.reports.logs import group_runs
 from torchrl_bcq.reports.pictures import Style, draw_losses, draw_metric, draw_values, metric_label
 
-from .conftest import RETURNS, curve_of, legend_of
+from .conftest import RETURNS, curve_of, find, legend_of
 
 
 def test_learning_curve_shows_lines_seeds_and_the_dataset(seeds, make_run):
-    other = make_run("other", "optim:\n  lr: 0.1", **{"return": {100: 5.0, 200: 5.5}})
-    groups = group_runs(find_runs([seeds, other]))
+    other = make_run("other", {"dataset": "minari:walks"}, **{"return": {100: 5.0, 200: 5.5}})
+    groups = group_runs(find([seeds, other]))
     curves = [make_curve(group, "return", Estimate()) for group in groups]
     style = Style("a title", [group.label for group in groups], Estimate())
-    assert legend_of(draw_metric(curves[1:], {}, style)) == ["optim.lr=0.1 (1 seed)"]
+    assert legend_of(draw_metric(curves[1:], {}, style)) == ["dataset=minari:walks (1 seed)"]
     figure = draw_metric(curves, {-3.0: groups[0].label}, style)
-    assert legend_of(figure) == ["optim.lr=unset (3 seeds)", "optim.lr=0.1 (1 seed)", "mean return of the dataset"]
+    assert legend_of(figure) == [
+        "dataset=minari:swings (3 seeds)", "dataset=minari:walks (1 seed)", "mean return of the dataset",
+    ]  # fmt: skip
     assert figure.legends[0].get_title().get_text() == (
         "line: mean of the seeds, band: 95 % confidence interval of it, thin: each seed"
     )
@@ -33,17 +35,18 @@ def test_learning_curve_shows_lines_seeds_and_the_dataset(seeds, make_run):
 
 
 def test_values_that_diverge_do_not_hide_the_returns(make_run):
-    run = make_run("run", value_estimate={1: 3.0, 2: 149.0}, discounted_return={1: 3.0, 2: 2.0})
-    worse = make_run("worse", "phi: 1", value_estimate={1: 3.0, 2: 151.0}, discounted_return={1: 3.0, 2: 2.0})
+    run = make_run("run", {"phi": 0}, value_estimate={1: 3.0, 2: 149.0}, discounted_return={1: 3.0, 2: 2.0})
+    worse = make_run("worse", {"phi": 1}, value_estimate={1: 3.0, 2: 151.0}, discounted_return={1: 3.0, 2: 2.0})
     for folder, scale in ((run, "linear"), (worse, "symlog")):
         curves = [curve_of([folder], name) for name in ("value_estimate", "discounted_return")]
         figure = draw_values(curves[:1], curves[1:], Style("", [curves[0].label], Estimate()))
         assert figure.axes[0].get_yscale() == scale
         assert legend_of(figure) == ["critic's value (1 seed)", "discounted return obtained (1 seed)"]
-    groups = group_runs(find_runs([run, worse]))
+    groups = group_runs(find([run, worse]))
     both = [[make_curve(g, name, Estimate()) for g in groups] for name in ("value_estimate", "discounted_return")]
     assert legend_of(draw_values(*both, Style("", [group.label for group in groups], Estimate()))) == [
-        "critic's value", "discounted return obtained", "phi=unset (1 seed)", "phi=1 (1 seed)",
+        "phi=0: critic's value (1 seed)", "phi=1: critic's value (1 seed)",
+        "phi=0: discounted return obtained (1 seed)", "phi=1: discounted return obtained (1 seed)",
     ]  # fmt: skip
 
 

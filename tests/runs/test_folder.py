@@ -118,9 +118,9 @@ def test_an_environment_with_other_observations_is_refused(make_settings, make_f
 
 def test_reference_scores_are_those_of_the_settings_or_else_of_the_file(make_settings, make_file):
     make_file(ref_min_score=-5.0, ref_max_score=7.5)
-    assert open_dataset(make_settings())[1].references == (-5.0, 7.5)
-    assert open_dataset(make_settings("evaluation.reference_scores=[1,2]"))[1].references == (1.0, 2.0)
-    assert open_dataset(make_settings("evaluation.reference_scores=null"))[1].references is None
+    assert open_dataset(make_settings())[1].reference_scores == (-5.0, 7.5)
+    assert open_dataset(make_settings("evaluation.reference_scores=[1,2]"))[1].reference_scores == (1.0, 2.0)
+    assert open_dataset(make_settings("evaluation.reference_scores=null"))[1].reference_scores is None
 
 
 @pytest.mark.parametrize("scores", ["[2,1]", "[1,1]", "[1]", "[1,2,3]", "[a,b]", "[1,null]", "5", "ab", "[1,.nan]"])

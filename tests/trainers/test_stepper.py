@@ -225,8 +225,6 @@ def test_a_scheduler_advances_only_in_the_steps_in_which_its_network_learns(make
 )
 def test_a_schedule_is_due(schedule, due):
     assert [step for step in range(1, 11) if schedule.is_due(step)] == due
-    ended = [step for step in range(1, 11) if schedule.has_ended(step)]
-    assert ended == ([] if schedule.stop_after is None else [*range(schedule.stop_after + 1, 11)])
 
 
 @pytest.mark.parametrize(

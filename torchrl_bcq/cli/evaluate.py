@@ -111,7 +111,8 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
     with mode:
         for title, policy in policies.items():
             value = loss.value if title == own else None
-            rows[title] = summarize(evaluate(envs, policy, value=value, gamma=gamma, seed=args.seed), task.references)
+            episodes = evaluate(envs, policy, value=value, gamma=gamma, seed=args.seed)
+            rows[title] = summarize(episodes, task.reference_scores)
     print(f"\n{task.env_id}, {args.episodes} episodes of each policy\n")
     _print_returns({"the dataset": {"return": task.behaviour["mean"], "return_std": task.behaviour["std"]}, **rows})
     if "value_estimate" in rows[own]:

@@ -47,7 +47,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
-    runs = find_runs(args.runs)
+    from torchrl_bcq.runs.settings import flat, load_settings
+
+    runs = find_runs(args.runs, lambda run: flat(load_settings(run)))
     metric = choose_metric(runs, args.metric)
     figures = draw_runs(runs, metric, Estimate(args.statistic, args.confidence, args.resamples))
     out = args.out or (args.runs[0] if len(args.runs) == 1 else Path())

@@ -32,28 +32,22 @@ class WeightedSampler(Sampler):
     def __init__(self, weights: Tensor) -> None:
         weights = torch.as_tensor(weights).detach().cpu()
         _check_weights(weights)
-        share = weights.double() / weights.max()
-        cumulative = share.cumsum(0)  # sequential on the CPU: it never decreases, and stays the same at weight 0
-        drawable = share.nonzero().squeeze(1)
-        self._equal = bool((share[drawable] == 1).all())  # a mask
-        self._table = drawable if self._equal else cumulative
-        self._rows, self._total, self._moment = len(share), cumulative[-1].item(), cumulative.sum().item()
+        # sequential on the CPU: the sum never decreases, and stays the same at weight 0
+        self._cumulative = (weights.double() / weights.max()).cumsum(0)
+        self._total, self._moment = self._cumulative[-1].item(), self._cumulative.sum().item()
 
     def sample(self, storage: Storage, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
         """Draw the indices of ``batch_size`` rows, without further information about them."""
-        if len(storage) != self._rows:
-            raise ValueError(f"there are {self._rows} weights for the {len(storage)} rows of the storage.")
-        if self._table.device != storage.device:
-            self._table = self._table.to(storage.device)
-        shape, device = (batch_size,), self._table.device
-        if self._equal:
-            return self._table[torch.randint(len(self._table), shape, generator=self._rng, device=device)], {}
-        point = torch.rand(shape, dtype=torch.float64, generator=self._rng, device=device) * self._total
-        return torch.searchsorted(self._table, point, right=True), {}
+        if len(storage) != len(self._cumulative):
+            raise ValueError(f"there are {len(self._cumulative)} weights for the {len(storage)} rows of the storage.")
+        self._cumulative = self._cumulative.to(storage.device)
+        draw = {"dtype": torch.float64, "generator": self._rng, "device": storage.device}
+        point = torch.rand((batch_size,), **draw) * self._total
+        return torch.searchsorted(self._cumulative, point, right=True), {}
 
     def state_dict(self) -> dict[str, Any]:
         """Three numbers that identify the weights, which are the only state."""
-        return {"rows": self._rows, "total": self._total, "moment": self._moment}
+        return {"rows": len(self._cumulative), "total": self._total, "moment": self._moment}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that the saved sampler had the same weights."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,8 +44,8 @@ class _PeriodicMetrics(TrainerHookBase):
             return
         metrics = self.measure()
         if metrics is not None:
-            trainer._log(log_pbar=True, **{self.main: metrics[self.main]})
-            trainer._log(**{name: value for name, value in metrics.items() if name != self.main})
+            for name, value in metrics.items():
+                trainer._log(log_pbar=name == self.main, **{name: value})
             _logger.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
     def _should_stop(self) -> bool:
@@ -63,13 +65,6 @@ class _PeriodicMetrics(TrainerHookBase):
         self._trainer = trainer
         trainer.register_op("setup", self._at_the_start)
         trainer.register_op("post_steps_log", self)
-
-    def state_dict(self) -> dict[str, Any]:
-        """There is no state."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """There is no state."""
 
 
 class EnvironmentMetrics(_PeriodicMetrics):
@@ -104,21 +99,16 @@ class EnvironmentMetrics(_PeriodicMetrics):
         value: Value | None = None,
         gamma: float = 0.99,
         seed: int = 0,
-        reference_scores: tuple[float, float] | None = None,
+        reference_scores: Sequence[float] | None = None,
     ) -> None:
         super().__init__(interval)
-        self.envs = envs
-        self.policy = policy
-        self.value = value
-        self.gamma = gamma
-        self.seed = seed
         self.reference_scores = reference_scores
+        settings: dict[str, Any] = {"value": value, "gamma": gamma, "seed": seed}
+        self._evaluate = partial(evaluate, envs, policy, should_stop=self._should_stop, **settings)
 
     def measure(self) -> dict[str, float] | None:
         """Run the episodes."""
-        found = evaluate(
-            self.envs, self.policy, value=self.value, gamma=self.gamma, seed=self.seed, should_stop=self._should_stop
-        )
+        found = self._evaluate()
         return None if found is None else summarize(found, self.reference_scores)
 
 
@@ -163,8 +153,7 @@ class DatasetMetrics(_PeriodicMetrics):
         self.main = f"held_out_{shown}" if held_out else "action_distance"
         device = next(loss_module.parameters()).device
         numbers = episode_numbers(transitions)
-        starts = torch.ones_like(numbers, dtype=torch.bool)
-        starts[1:] = numbers[1:] != numbers[:-1]
+        starts = numbers.diff(prepend=numbers.new_tensor([-1])).nonzero().squeeze(1)
         generator = torch.Generator().manual_seed(seed)
 
         def some(rows: torch.Tensor) -> TensorDictBase:
@@ -172,7 +161,7 @@ class DatasetMetrics(_PeriodicMetrics):
             return transitions[rows.cpu()[drawn]].clone().to(device)
 
         self._rows = some(torch.arange(len(numbers)))
-        self._starts = some(starts.nonzero().squeeze(1)).exclude(loss_module.tensor_keys.action)
+        self._starts = some(starts).exclude(loss_module.tensor_keys.action)
 
     @property
     def names(self) -> list[str]:

@@ -58,7 +58,12 @@ def record(
     """
     import gymnasium
 
-    _check_numbers(steps, noise, seed)
+    if steps < 1:
+        raise RunError(f"steps is {steps}, expected at least 1.")
+    if not 0 <= noise < math.inf:
+        raise RunError(f"noise is {noise}, expected a number of half-ranges from 0.")
+    if seed < 0:
+        raise RunError(f"seed is {seed}, expected at least 0.")
     env = make_env(env_id)
     for name, space in (("observation", env.observation_space), ("action", env.action_space)):
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
@@ -79,7 +84,6 @@ def record(
 
 def record_swing_up(steps: int = 30_000, seed: int = 0) -> TensorDictBase:
     """Record :func:`swing_up` on Pendulum-v1: ``[steps]``, a third at each noise level, from weak to strong."""
-    _check_numbers(steps // len(_NOISE_LEVELS), 0.0, seed)
     controllers = [partial(swing_up, noise=noise) for noise in _NOISE_LEVELS]
     policies = [TensorDictModule(controller, ["observation"], ["action"]) for controller in controllers]
     return _collect([(make_env(DATASET_ENV), policy) for policy in policies], steps, seed, DATASET_ENV)
@@ -94,15 +98,6 @@ def record_default(*, overwrite: bool = False) -> bool:
     algorithm = f"energy pumping and PD balance with Gaussian noise of {_NOISE_LEVELS} N m"
     write_minari(DATASET_ID, record_swing_up(), DATASET_ENV, algorithm=algorithm, overwrite=overwrite)
     return True
-
-
-def _check_numbers(steps: int, noise: float, seed: int) -> None:
-    if steps < 1:
-        raise RunError(f"steps is {steps}, expected at least 1.")
-    if not 0 <= noise < math.inf:
-        raise RunError(f"noise is {noise}, expected a number of half-ranges from 0.")
-    if seed < 0:
-        raise RunError(f"seed is {seed}, expected at least 0.")
 
 
 def _check_policy(policy: TensorDictModuleBase, env: EnvBase, env_id: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,7 +67,7 @@ def evaluate(
         return TensorDict(out if estimate is None else {**out, "value_estimate": estimate}, envs.batch_size)
 
 
-def summarize(episodes: TensorDictBase, reference_scores: tuple[float, float] | None = None) -> dict[str, float]:
+def summarize(episodes: TensorDictBase, reference_scores: Sequence[float] | None = None) -> dict[str, float]:
     """Means over the episodes of :func:`evaluate`, with the names of :class:`EnvironmentMetrics`."""
     means = {name: float(values.double().mean()) for name, values in episodes.items()}
     metrics = {"return": means["return"]}

@@ -13,6 +13,8 @@ from torchrl.data import Composite, TensorSpec
 
 from torchrl_bcq.functional import merge_moments
 
+CHUNK_ROWS = 65_536  # read at a time
+
 
 class Standardize(nn.Module):
     """``(x - loc) / scale``, a first layer for any network. ``[*B, D] -> [*B, D]``.
@@ -87,7 +89,6 @@ class Normalization:
         reward_key: NestedKey = ("next", "reward"),
         scale_observations: bool = True,
         scale_rewards: bool = True,
-        chunk_size: int = 65_536,
     ) -> Normalization:
         """Mean and standard deviation (of the population) over all rows, in float64 and in one pass.
 
@@ -99,7 +100,6 @@ class Normalization:
             reward_key: entry ``[N, 1]``.
             scale_observations: if False, location 0 and scale 1.
             scale_rewards: if False, scale 1.
-            chunk_size: rows read at a time.
 
         Raises:
             ValueError: if there is no row, or an entry is missing, has another shape, is not of floats, or has rows
@@ -109,7 +109,7 @@ class Normalization:
         keys = [*observations, *([unravel_key(reward_key)] if scale_rewards else [])]
         _check_entries(transitions, keys)
         rows = transitions.select(*keys)
-        fitted = {key: _mean_and_scale(rows, key, chunk_size) for key in keys}
+        fitted = {key: _mean_and_scale(rows, key) for key in keys}
         reward_scale = fitted[keys[-1]][1].item() if scale_rewards else 1.0
         if not scale_observations:
             fitted = {key: _unscaled(rows[key].shape[-1]) for key in observations}
@@ -148,12 +148,12 @@ def observation_leaves(spec: TensorSpec) -> dict[NestedKey, TensorSpec]:
     return dict(spec.items(True, True)) if isinstance(spec, Composite) else {"observation": spec}
 
 
-def _mean_and_scale(transitions: TensorDictBase, key: NestedKey, chunk_size: int) -> tuple[Tensor, Tensor]:
+def _mean_and_scale(transitions: TensorDictBase, key: NestedKey) -> tuple[Tensor, Tensor]:
     """Mean ``[D]`` and standard deviation ``[D]`` of an entry; the scale of a column that does not vary is 1."""
     count = mean = square = torch.zeros((), dtype=torch.float64)
     bad = first_bad = 0
-    for start in range(0, len(transitions), chunk_size):
-        values = transitions[start : start + chunk_size].get(key)
+    for start in range(0, len(transitions), CHUNK_ROWS):
+        values = transitions[start : start + CHUNK_ROWS].get(key)
         x = values.detach().cpu().double()
         if not_finite := (~x.isfinite().all(-1)).nonzero().flatten().tolist():
             first_bad = first_bad if bad else start + not_finite[0]

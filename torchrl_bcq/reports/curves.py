@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,12 @@ class Estimate:
             raise RunError(f"confidence is {self.confidence}, expected a number between 0 and 1, such as 0.95.")
         if self.resamples < 1:
             raise RunError(f"resamples is {self.resamples}, expected at least 1.")
+
+    def center(self, values: Array, axis: int = 0) -> Array:
+        """The statistic over an axis."""
+        from scipy.stats import trim_mean
+
+        return trim_mean(values, 0.25 if self.statistic == "iqm" else 0.0, axis)
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ def make_curve(group: Group, metric: str, estimate: Estimate) -> Curve | None:
     seeds = np.array([[values[step] for step in steps] for values in read.values()])  # [N, T]
     finite = np.isfinite(seeds).all(0)
     center, band = np.full(len(steps), np.nan), np.full((2, len(steps)), np.nan)
-    center[finite] = _center(seeds[:, finite], 0, estimate)
+    center[finite] = estimate.center(seeds[:, finite])
     if len(seeds) > 1:
         band[:, finite] = interval(seeds[:, finite], estimate)
     left_out = len(set().union(*read.values())) - len(steps)
@@ -81,7 +86,7 @@ def interval(seeds: Array, estimate: Estimate) -> Array:
 
     found = bootstrap(
         (seeds,),
-        partial(_center, estimate=estimate),
+        estimate.center,
         n_resamples=estimate.resamples,
         confidence_level=estimate.confidence,
         method="percentile",
@@ -103,12 +108,3 @@ def warn(groups: Sequence[Group], curves: Sequence[Curve]) -> None:
         for run in group.runs:
             if lacking := [metric for metric in metrics if not run.read(metric)]:
                 _logger.warning("%s has no %s; the lines are of the other runs.", run.folder, ", ".join(lacking))
-
-
-def _center(values: Array, axis: int, estimate: Estimate) -> Array:
-    """Mean, or mean of the middle half, over an axis."""
-    if estimate.statistic == "mean":
-        return values.mean(axis)
-    from scipy.stats import trim_mean
-
-    return trim_mean(values, 0.25, axis=axis)

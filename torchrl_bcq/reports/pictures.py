@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.files import write_whole
 from torchrl_bcq.reports.curves import Curve, Estimate, make_curve, warn
@@ -17,7 +19,6 @@ from torchrl_bcq.reports.logs import Run, dataset_returns, group_runs, loss_metr
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito: safe for colour-blindness
 GREY = "#555555"
@@ -34,7 +35,7 @@ LABELS = {
 }
 ESTIMATED, OBTAINED = "value_estimate", "discounted_return"
 _DIVERGED = 50  # times the largest return: a linear axis would hide the returns
-_LOGARITHMIC = 3  # times the smallest loss: a smaller range looks alike on both axes and may get no logarithmic tick
+_LOGARITHMIC = 3  # times the smallest loss: a smaller range looks alike on both axes
 _LEGEND_CHARACTERS = 85  # of a row of the legend
 _logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def draw_metric(curves: Sequence[Curve], behaviours: Mapping[float, str], style:
             color = GREY if len(behaviours) == 1 else style.color(label)
             axes.axhline(mean, color=color, linestyle=DASHED, linewidth=1.3, label="mean return of the dataset")
     axes.set_ylabel(metric_label(curves[0].metric))
-    _legend(figure, axes.get_legend_handles_labels()[0], style, curves, thin=True)
+    _legend(figure, style, curves, thin=True)
     return figure
 
 
@@ -124,39 +125,34 @@ def draw_values(estimated: Sequence[Curve], obtained: Sequence[Curve], style: St
     Source: arXiv:1802.09477, fig. 1; arXiv:1812.02900, fig. 1.
     """
     figure, ((axes,),) = _figure(style)
-    several = len(style.labels) > 1
     kinds = [("critic's value", "-", estimated, COLORS[1]), ("discounted return obtained", DASHED, obtained, COLORS[0])]
-    handles: list[Line2D] = []
+    several = len(style.labels) > 1
     for name, dashes, curves, own in kinds:
         for curve in curves:
-            _draw(axes, curve, style.color(curve.label) if several else own, linestyle=dashes)
-        label = name if several else _counted(curves[0], name)
-        handles += axes.plot([], [], color=GREY if several else own, linestyle=dashes, label=label)
-    if several:
-        for curve in {curve.label: curve for curve in [*estimated, *obtained]}.values():
-            handles += axes.plot([], [], color=style.color(curve.label), linewidth=4, label=_counted(curve))
+            color = style.color(curve.label) if several else own
+            _draw(axes, curve, color, name=f"{curve.label}: {name}" if several else name, linestyle=dashes)
     promised, true = (max(abs(c.center[c.finite]).max(initial=0) for c in cs) for cs in (estimated, obtained))
     if promised > _DIVERGED * true > 0:
         axes.set_yscale("symlog", linthresh=true)
     axes.set_ylabel("discounted value at the start of an episode")
-    _legend(figure, handles, style, [*estimated, *obtained])
+    _legend(figure, style, [*estimated, *obtained])
     return figure
 
 
 def draw_losses(metrics: Sequence[Sequence[Curve]], style: Style) -> Figure:
     """Draw a panel for each metric; the axis is logarithmic if all values are positive and span a factor of 3."""
     columns = 2 if len(metrics) in (2, 4) else min(3, len(metrics))
-    rows = -(-len(metrics) // columns)
-    figure, grid = _figure(style, rows, columns)
-    handles: dict[str, Line2D] = {}
+    figure, grid = _figure(style, -(-len(metrics) // columns), columns)
     for axes, curves in zip(grid.flat, metrics, strict=False):
         for curve in curves:
-            handles[curve.label] = _draw(axes, curve, style.color(curve.label), width=1.1)
-        _scale(axes, curves)
+            _draw(axes, curve, style.color(curve.label))
+        values = np.concatenate([curve.seeds[:, curve.finite].ravel() for curve in curves])
+        if len(values) and values.max() >= _LOGARITHMIC * values.min() > 0:
+            axes.set_yscale("log")
         axes.set_title(metric_label(curves[0].metric), fontsize=10)
     for axes in grid.flat[len(metrics) :]:
         axes.remove()
-    _legend(figure, list(handles.values()), style, [curve for curves in metrics for curve in curves])
+    _legend(figure, style, [curve for curves in metrics for curve in curves])
     return figure
 
 
@@ -183,38 +179,24 @@ def _figure(style: Style, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]
     return figure, grid
 
 
-def _draw(axes: Axes, curve: Curve, color: Any, width: float = 1.8, thin: bool = False, **line: Any) -> Line2D:
+def _draw(
+    axes: Axes, curve: Curve, color: Any, *, name: str | None = None, linestyle: Any = "-", thin: bool = False
+) -> None:
     if curve.band is not None:
         if thin:
             axes.plot(curve.steps, curve.seeds.T, color=color, linewidth=0.7, alpha=0.35)
         axes.fill_between(curve.steps, *curve.band, color=color, alpha=0.2, linewidth=0)
+    label = f"{name or curve.label} ({len(curve.seeds)} seed{'s' * (len(curve.seeds) != 1)})"
     marker = "o" if len(curve.steps) == 1 else None  # a line of one point would be invisible
-    line |= {"color": color, "linewidth": width, "marker": marker, "label": _counted(curve)}
-    return axes.plot(curve.steps, curve.center, **line)[0]
+    axes.plot(curve.steps, curve.center, color=color, linestyle=linestyle, linewidth=1.5, marker=marker, label=label)
 
 
-def _scale(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Set a logarithmic axis with ticks at 1, 2 and 5; the default has powers of ten only."""
-    values = [value for curve in curves for value in curve.seeds[:, curve.finite].flat]
-    if not values or min(values) <= 0 or max(values) < _LOGARITHMIC * min(values):
-        return
-    from matplotlib.ticker import LogLocator
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
-    axes.yaxis.set_minor_formatter("{x:g}" if high < 1e3 * low else "")
-
-
-def _legend(figure: Figure, handles: Sequence[Any], style: Style, curves: Sequence[Curve], thin: bool = False) -> None:
+def _legend(figure: Figure, style: Style, curves: Sequence[Curve], thin: bool = False) -> None:
     """Add a legend below the axes, in as many columns as fit."""
-    labels = [textwrap.fill(str(handle.get_label()), _LEGEND_CHARACTERS) for handle in handles]
-    columns = max(1, min(_LEGEND_CHARACTERS // (max(map(len, labels)) + 6), len(handles)))
-    figure.set_figheight(figure.get_figheight() + 0.2 * sum(label.count("\n") + 1 for label in labels) / columns)
-    title = {"title": style.explain(curves, thin), "title_fontsize": 8}
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False, **title)
-
-
-def _counted(curve: Curve, label: str | None = None) -> str:
-    return f"{label or curve.label} ({len(curve.seeds)} seed{'s' * (len(curve.seeds) != 1)})"
+    lines = [line for axes in figure.axes for line in axes.get_legend_handles_labels()[0]]
+    handles = {textwrap.fill(str(line.get_label()), _LEGEND_CHARACTERS): line for line in lines}  # each label once
+    columns = max(1, min(_LEGEND_CHARACTERS // (max(map(len, handles)) + 6), len(handles)))
+    figure.set_figheight(figure.get_figheight() + 0.2 * sum(label.count("\n") + 1 for label in handles) / columns)
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "fontsize": 9, "frameon": False}
+    title = style.explain(curves, thin)
+    figure.legend([*handles.values()], [*handles], title=title, title_fontsize=8, **place)

@@ -128,10 +128,11 @@ def _add_metrics(
     if task.env_id is not None:
         envs = make_envs(task.env_id, evaluation.episodes, choose_device(settings.device))
         shared |= {"gamma": settings.loss.gamma} if "gamma" in settings.loss else {}
-        EnvironmentMetrics(envs, policy, value=loss.value, reference_scores=task.references, **shared).register(trainer)
+        shared |= {"value": loss.value, "reference_scores": task.reference_scores}
+        EnvironmentMetrics(envs, policy, **shared).register(trainer)
         known += ["return", "return_std", "episode_length", "discounted_return"]
         known += ["value_estimate"] if loss.has_values else []
-        known += ["normalized_score"] if task.references else []
+        known += ["normalized_score"] if task.reference_scores else []
     metrics.register(trainer)
     checkpoint, stopping = settings.checkpoint, settings.early_stopping
     monitor = checkpoint.monitor

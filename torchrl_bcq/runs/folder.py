@@ -42,7 +42,7 @@ class Task:
     action_low: list[float]  # bounds of each dimension
     action_high: list[float]
     env_id: str | None  # Gymnasium id of the environment to evaluate in
-    reference_scores: list[float] | None  # returns of a random policy and of an expert
+    reference_scores: Sequence[float] | None  # returns of a random policy and of an expert
     behaviour: dict[str, float]  # mean and std of the dataset's returns, and its number of episodes
 
     @property
@@ -54,11 +54,6 @@ class Task:
     def action_spec(self) -> TensorSpec:
         """Of one action."""
         return Bounded(torch.tensor(self.action_low), torch.tensor(self.action_high), (len(self.action_low),))
-
-    @property
-    def references(self) -> tuple[float, float] | None:
-        """``reference_scores`` as the metrics take them."""
-        return None if self.reference_scores is None else (self.reference_scores[0], self.reference_scores[1])
 
 
 def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
@@ -87,7 +82,8 @@ def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
         spec = Bounded(transitions["action"].amin(0), transitions["action"].amax(0), transitions["action"].shape[1:])
     scores = settings.evaluation.reference_scores
     scores = getattr(source, "reference_scores", None) if scores == "auto" else scores
-    if scores is not None and scores_or_none(*_two(scores)) is None:
+    references = scores_or_none(scores)
+    if scores is not None and references is None:
         raise RunError(f"evaluation.reference_scores is {scores}, expected [random, expert], the second one higher.")
     (low, high), returns = action_bounds(spec), episode_returns(transitions)
     return transitions, Task(
@@ -95,14 +91,9 @@ def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
         action_low=low.tolist(),
         action_high=high.tolist(),
         env_id=None if env is None else env_id,
-        reference_scores=None if scores is None else [float(score) for score in scores],
+        reference_scores=references,
         behaviour={"mean": returns.mean().item(), "std": returns.std(correction=0).item(), "episodes": len(returns)},
     )
-
-
-def _two(scores: Any) -> tuple[Any, Any]:
-    """The two scores, if they are two."""
-    return (scores[0], scores[1]) if isinstance(scores, Sequence) and len(scores) == 2 else (None, None)
 
 
 def choose_device(name: str) -> torch.device:

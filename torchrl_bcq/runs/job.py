@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.files import write_whole
@@ -92,8 +93,9 @@ def _train(settings: DictConfig, start: Path | None) -> dict[str, Any]:
         trim_log(out, -1 if start is None else trainer.collected_frames)
         save_settings(settings, out)
         _announce(settings, task, trainer)
+    logs_above_the_bar = logging_redirect_tqdm() if trainer.progress_bar else nullcontext()
     try:
-        with processes.stoppable(trainer), _logs_above_the_bar(trainer.progress_bar):
+        with processes.stoppable(trainer), logs_above_the_bar:
             trainer.train()
     finally:
         if trainer.logger is not None:
@@ -137,15 +139,6 @@ def _announce(settings: DictConfig, task: Task, trainer: OfflineTrainer) -> None
     _logger.info("%s: %s, %s, %s on %s", settings.out, what, where, span, device)
     if trainer.logger is not None and not trainer.collected_frames:
         trainer.logger.log_hparams(to_plain(settings))
-
-
-def _logs_above_the_bar(progress_bar: bool) -> Any:
-    """Print messages above the progress bar."""
-    if not progress_bar:
-        return nullcontext()
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    return logging_redirect_tqdm()
 
 
 def _conclude(trainer: OfflineTrainer, task: Task, out: Path, stopped: str | None) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 from tensordict import TensorDictBase
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
@@ -57,13 +56,6 @@ class KeepBest(TrainerHookBase):
         self._trainer = trainer
         trainer.register_op("setup", self)  # where metrics that a stop prevented are measured
         trainer.register_op("post_steps_log", self)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The folder holds all state."""
-        return {}
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        """Nothing to restore."""
 
 
 def best_checkpoint(directory: Path) -> Path | None:

@@ -52,12 +52,8 @@ class Schedule:
 
     def is_due(self, step: int) -> bool:
         """Whether the network learns in gradient step ``step``, counted from 1."""
-        since = step - self.start_after
-        return since > 0 and since % self.every == 0 and not self.has_ended(step)
-
-    def has_ended(self, step: int) -> bool:
-        """Whether the network no longer learns in gradient step ``step`` and after it."""
-        return self.stop_after is not None and step > self.stop_after
+        since, ended = step - self.start_after, self.stop_after is not None and step > self.stop_after
+        return since > 0 and since % self.every == 0 and not ended
 
 
 class OfflineOptimizationStepper(OptimizationStepper):

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv, parquet
 
-from torchrl_bcq.data.sources.array_files import hdf5, npz
+from torchrl_bcq.data.sources.array_files import hdf5
 from torchrl_bcq.data.sources.tables import table
 
 LIMIT = 30_000_000  # bytes of a chunk; the files hold 72 million
@@ -50,11 +50,6 @@ def write_episodes(path):
     return hdf5(path)
 
 
-def write_npz(path):
-    np.savez(path, **fields())
-    return npz(path)
-
-
 def write_lists(path):
     """One column of lists in one row group."""
     lists = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(ROWS * WIDE, dtype=np.float32)), WIDE)
@@ -70,7 +65,6 @@ def write_csv(path):
 WRITERS = {
     "d.hdf5": write_hdf5,
     "episodes.hdf5": write_episodes,
-    "d.npz": write_npz,
     "d.parquet": write_lists,
     "d.csv": write_csv,
 }

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -16,7 +16,6 @@ from tensordict import TensorDict
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.data.checks import FIELDS, Columns, DatasetError, check_lengths
-from torchrl_bcq.data.sources.archive import Member, check_members
 from torchrl_bcq.data.sources.source import Source, env_id_or_none, scores_or_none
 
 CHUNK_BYTES = 16 << 20  # read at a time, of the widest field as stored
@@ -74,7 +73,7 @@ def load_npz(
 ) -> TensorDict:
     """Read an NPZ file as :func:`load_hdf5` reads an HDF5 file.
 
-    Pickled arrays are refused; an array in Fortran order is read into memory whole.
+    Arrays are read into memory whole; pickled ones are refused.
     """
     return npz(path, names=names, max_episode_steps=max_episode_steps).read(action_spec=action_spec, root=root)
 
@@ -105,15 +104,20 @@ def npz(path: str | Path, *, names: Mapping[str, str] | None = None, max_episode
     def chunks() -> Iterator[Columns]:
         if not zipfile.is_zipfile(path):
             raise DatasetError("it is not an NPZ file.")
-        with zipfile.ZipFile(path) as archive, ExitStack() as stack:
+        with zipfile.ZipFile(path) as archive:
             members = [name.removesuffix(".npy") for name in archive.namelist()]
             if repeated := sorted({name for name in members if members.count(name) > 1}):
                 raise DatasetError(f"it holds {repeated} more than once; save each array once.")
-            check_members(path, archive)
-            found = find_fields(members, names)
-            yield from _slices(
-                {name: Member(name, stack.enter_context(archive.open(f"{key}.npy"))) for name, key in found.items()}
-            )
+            with open(path, "rb") as stored:
+                stored.seek(-12 - len(archive.comment), os.SEEK_END)
+                count = int.from_bytes(stored.read(2), "little")
+            if count not in (len(members), 0xFFFF):  # the latter stands for more; a hidden field would not be missed
+                raise DatasetError(f"{len(members)} of its {count} arrays are found; copy it again.")
+            # np.load compares no checksum where an array is shorter than its member
+            if (damaged := archive.testzip()) is not None:
+                raise DatasetError(f"{damaged!r} in it is damaged; copy it again.")
+        with np.load(path, allow_pickle=False) as file:
+            yield from _slices({name: file[key] for name, key in find_fields(members, names).items()})
 
     return _source(path, chunks, names, max_episode_steps)
 
@@ -197,7 +201,7 @@ def _hdf5_attributes(path: Path) -> dict[str, Any]:
             env_id, *scores = (file.attrs.get(name) for name in ("env_id", "ref_min_score", "ref_max_score"))
     except Exception:  # h5py raises many kinds for damaged files
         return {}
-    return {"env_id": env_id_or_none(env_id), "reference_scores": scores_or_none(*scores)}
+    return {"env_id": env_id_or_none(env_id), "reference_scores": scores_or_none(scores)}
 
 
 def _hdf5_fields(group: Any, names: Mapping[str, str] | None) -> dict[str, Any]:

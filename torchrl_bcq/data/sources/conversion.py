@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict
+from tensordict.utils import _encode_key_for_filesystem
 
 from torchrl_bcq.data.checks import DatasetError
 from torchrl_bcq.files import UNFINISHED, write_whole
@@ -120,7 +120,7 @@ def _check_files(folder: Path, batch: Sequence[int] = ()) -> list[int]:
             f"{folder} has batch size {shape}, expected {[*batch, ...]}; delete it and convert it again."
         )
     for key, leaf in description.items():
-        path = folder / _file_name(key)
+        path = folder / _encode_key_for_filesystem(key)  # it cannot lie outside of the folder
         if leaf.get("type") is not None:
             _check_files(path, shape)
             continue
@@ -133,10 +133,3 @@ def _check_files(folder: Path, batch: Sequence[int] = ()) -> list[int]:
                 "again."
             )
     return shape
-
-
-def _file_name(key: str) -> str:
-    """The file name that tensordict gives to an entry; it cannot lie outside of the folder."""
-    if key.strip("."):
-        return re.sub(r'[\x00-\x20/<>:"|?*\\%\x7f]', lambda unsafe: f"%{ord(unsafe[0]):02X}", key)
-    return {"": "%", ".": "%2E", "..": "%2E%2E"}.get(key, key)

@@ -99,7 +99,7 @@ def minari(dataset_id: str) -> Source:
         files,
         action_spec=spec,
         env_id=env_id_or_none(made and made.id),  # not made from its entry point, which could run any code
-        reference_scores=scores_or_none(metadata.get("ref_min_score"), metadata.get("ref_max_score")),
+        reference_scores=scores_or_none(metadata.get(name) for name in ("ref_min_score", "ref_max_score")),
     )
 
 

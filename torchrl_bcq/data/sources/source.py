@@ -33,11 +33,11 @@ def env_id_or_none(name: object) -> str | None:
     return str(name) if isinstance(name, str) and re.fullmatch(r"[\w./-]+", name) else None
 
 
-def scores_or_none(random: object, expert: object) -> tuple[float, float] | None:
+def scores_or_none(scores: Any) -> tuple[float, float] | None:
     """Mean returns of a random and of an expert policy, if both are finite and the expert's is higher."""
     try:
-        low, high = (np.asarray(score, dtype=float).item() for score in (random, expert))
-    except (TypeError, ValueError, OverflowError):  # not a number
+        low, high = (np.asarray(score, dtype=float).item() for score in scores)
+    except (TypeError, ValueError, OverflowError):  # not two numbers
         return None
     return (low, high) if -math.inf < low < high < math.inf else None
 

@@ -18,7 +18,8 @@ from torchrl_bcq.reports.description.scan import Survey
 from torchrl_bcq.reports.pictures import save
 
 WIDTH = 100  # of a terminal, in characters
-SHOWN = 20  # columns in the table
+SHOWN = 20  # columns of a field in the table
+NAME = 32  # characters of a field's name in the table
 
 
 def describe(transitions: TensorDictBase, *, action_spec: TensorSpec | None = None) -> Description:
@@ -84,21 +85,18 @@ def _summary(survey: Survey) -> Iterator[str]:
 
 
 def _table(survey: Survey) -> Iterator[str]:
-    """Observation and action columns; for actions also the spec's bounds, and the share of rows at them."""
-    observations = [(field, at, "") for field in survey.observations for at in range(len(field.low))]
-    actions = [(survey.actions, at, _bound(survey, at)) for at in range(len(survey.actions.low))]
-    kept = max(SHOWN - len(actions), SHOWN // 2)
-    parts = (observations, kept), (actions, SHOWN - min(kept, len(observations)))
-    names = [f"{field.name} {at}" for columns, shown in parts for field, at, _ in columns[:shown]]
-    width = min(max(map(len, names)), 36) + 2
+    """The first columns of each field; for actions also the spec's bounds, and the share of rows at them."""
+    fields = *survey.observations, survey.actions
+    width = min(max(len(field.name) for field in fields), NAME) + 4
     yield f"{'column':<{width}}{'min':>11}{'mean':>11}{'std':>11}{'max':>11}   {'spec':<15}{'at bounds':>10}"
-    for columns, shown in parts:
-        for field, at, bound in columns[:shown]:
+    for field in fields:
+        for at in range(min(len(field.low), SHOWN)):
             values = [float(value[at]) for value in (field.low, field.mean, field.std, field.high)]
             numbers = "".join(f"{value if field.count[at] else math.nan:>11.4g}" for value in values)
-            yield f"{f'{field.name} {at}'[: width - 2]:<{width}}{numbers}   {bound}".rstrip()
-        if len(columns) > shown:
-            yield f"... {len(columns) - shown} more columns"
+            bound = _bound(survey, at) if field is survey.actions else ""
+            yield f"{f'{field.name[:NAME]} {at}':<{width}}{numbers}   {bound}".rstrip()
+        if len(field.low) > SHOWN:
+            yield f"... {len(field.low) - SHOWN} more columns"
 
 
 def _bound(survey: Survey, column: int) -> str:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchrl_bcq.data.checks import Rows
-from torchrl_bcq.reports.description.columns import ColumnStats
-from torchrl_bcq.reports.description.extremes import OUTLIER
-from torchrl_bcq.reports.description.scan import HUGE, Survey
+from torchrl_bcq.reports.description.fields import ColumnStats
+from torchrl_bcq.reports.description.scan import HUGE, OUTLIER, Survey
 
 FEW_ROWS = 1000  # fewer than ten batches of 100: networks memorise them
 NEARLY_ALL = 0.9  # of rows that equal their successor: no task stands still so often
@@ -55,7 +54,7 @@ TEXTS = {  # by kind of defect, the most certain ones first
         "{field} has {rows} that end an episode without terminating and hold the first observation of the next one; if "
         "there was a reset between, drop them, or store the last observation before it."
     ),
-    "repeated": "transitions has {about}{rows} that repeat earlier rows; drop them, unless states and actions are few.",
+    "repeated": "transitions has {rows} that repeat earlier rows; drop them, unless states and actions are few.",
     "constant rewards": "rewards is {value:g} in all {rows}, so no action is better than another; check the recording.",
     "huge": "{field} has {rows} of magnitude above {huge:.0f}; check the units, or scale them with Normalization.fit.",
     "outlier": (
@@ -86,12 +85,6 @@ TEXTS = {  # by kind of defect, the most certain ones first
         "{large:.3g} in column {large_column}; scale them with Normalization.fit."
     ),
     "few rows": "transitions has only {rows}, fewer than {few}; record more, networks overfit so few.",
-}
-
-# Kinds that the survey counts by row, in any field
-COUNTED = {
-    *("not finite", "zero", "zero successor", "both flags", "unexplained", "inside", "comes back"),
-    *("repeated", "huge", "outlier", "outside", "far"),
 }
 
 
@@ -125,10 +118,9 @@ def _report(kind: str, field: str, rows: Rows, **values: Any) -> Iterator[Findin
 
 
 def _counted(survey: Survey) -> Iterator[Finding]:
-    about = "about " if survey.hashed_part > 1 else ""
     for (kind, field), rows in survey.counts.items():
-        if kind in COUNTED:
-            yield from _report(kind, field, rows, about=about)
+        if kind not in ("still", "not continued", "joined"):  # see _continuity
+            yield from _report(kind, field, rows)
     if not survey.observations and not survey.images:
         yield from _report("no observations", "observations", survey.all_rows)
     if survey.rows < FEW_ROWS:
@@ -217,8 +209,7 @@ def _pairs(field: ColumnStats) -> str:
     """Columns that equal an earlier one, except constant ones: ``columns 2 and 7 (and 1 more pair)``."""
     first: dict[int, int] = {}
     varying = (field.low < field.high).nonzero().flatten().tolist()
-    marks = zip(varying, field.mark[varying].tolist(), strict=True)
-    pairs = [(first[mark], column) for column, mark in marks if first.setdefault(mark, column) != column]
+    pairs = [(twin, at) for at in varying if (twin := first.setdefault(field.checksums[at], at)) != at]
     if not pairs:
         return ""
     more = f" (and {len(pairs) - 1} more {'pair' if len(pairs) == 2 else 'pairs'})" if len(pairs) > 1 else ""

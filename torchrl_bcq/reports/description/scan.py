@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import zlib
 from collections import defaultdict
 
 import torch
@@ -12,30 +10,28 @@ from torch import Tensor
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.data.checks import DatasetError, Rows, spec_bounds
-from torchrl_bcq.reports.description.columns import ColumnStats, Images
-from torchrl_bcq.reports.description.extremes import at_bounds, count_far, count_outliers
-from torchrl_bcq.reports.description.reader import ACTION, REWARD, TERMINATED, Key, Reader, name_of
+from torchrl_bcq.reports.description.fields import ACTION, REWARD, TERMINATED, ColumnStats, Images, Key, Reader, name_of
 
 SAMPLE_ROWS = 100_000  # for quantiles and pictures: percentiles are then exact to about 0.1 percent
 SAMPLE_VALUES = 20_000_000  # 80 MB, for wide rows
-HASHED_ROWS = 4_000_000  # 64 MB; of more rows only a part is searched for repetitions
-IMAGE_VALUES = 256  # of an image in the hash of its row: enough to distinguish images
 HUGE = 1e5  # rewards and observations of usual tasks stay below 1e4; its square exceeds float32's digits
 SAME = 1e-4  # relative difference; float16 and recomputed observations differ by less
+AT_BOUND = 1e-5  # of the range: about where tanh saturates in float32
+OUTLIER = 1000.0  # times the 99th percentile of the rewards' magnitude
+FAR = 10.0  # times the range of the others: too much for a state, but usual for -9999 as a missing value
 
 
 class Survey:
     """Statistics of a dataset. An episode is a run of rows with one number or, without numbers, up to a flag.
 
-    Needs memory for a chunk, ``SAMPLE_ROWS`` rows, ``HASHED_ROWS`` hashes and about 20 bytes for each row.
+    Needs memory for a chunk, ``SAMPLE_ROWS`` rows and about 50 bytes for each row.
     """
 
     def __init__(self, transitions: TensorDictBase, action_spec: TensorSpec | None = None) -> None:
         reader = Reader(transitions)
         self.rows, self.nbytes, self.all_rows = reader.rows, reader.nbytes, Rows(reader.rows)
         self.counts: dict[tuple[str, str], Rows] = defaultdict(Rows)  # by kind of defect and field
-        self.hashed_part = 2 ** max(0, math.ceil(math.log2(self.rows / HASHED_ROWS)))  # one row of so many
-        self.images: dict[Key, Images] = {}
+        self.images = {key: Images(name_of(key), reader.leaves[key]) for key in reader.images}
         sampled, keys = _sampled_rows(reader), (REWARD, ACTION, *reader.vectors)
         fields = {key: ColumnStats(name_of(key), reader.matrix(key, sampled).float()) for key in keys}
         self.rewards, self.actions, *self.observations = fields.values()
@@ -47,12 +43,12 @@ class Survey:
 
         flags = self._read_episodes(reader)
         self._read_values(reader, fields, flags)
-        self.at_bound = at_bounds(reader, self.actions, self.bounds, self.counts["outside", "actions"])  # by column
+        self._read_bounds(reader)
         if not self.counts["huge", "rewards"].count:
-            count_outliers(reader, self.rewards, flags[1], self.counts["outlier", "rewards"])
+            self._read_outliers(reader, stops=flags[1])
         for key in reader.vectors:
             if not self.counts["huge", name_of(key)].count:
-                count_far(reader, key, fields[key], self.counts["far", name_of(key)])
+                _count_far(reader, key, fields[key], self.counts["far", name_of(key)])
 
     def _read_episodes(self, reader: Reader) -> tuple[Tensor, Tensor, Tensor]:
         """Find the episodes and count odd flags; return which rows ``[N]`` are terminated, done, and last."""
@@ -81,7 +77,7 @@ class Survey:
 
     def _read_values(self, reader: Reader, fields: dict[Key, ColumnStats], flags: tuple[Tensor, ...]) -> None:
         """Collect statistics, compare successive observations, and search for repeated rows."""
-        kept = []
+        hashes = []
         for rows in reader.chunks():
             for key, field in fields.items():
                 values = reader.matrix(key, rows)
@@ -90,14 +86,14 @@ class Survey:
                 self.counts["huge", field.name].add(((values.abs() > HUGE) & finite).any(1), rows.start)
             for key in reader.vectors:
                 self._check_observations(reader, key, rows, *(flag[rows] for flag in flags))
-            for key in reader.images:
-                self._read_images(key, reader.leaves[key][rows].detach().cpu(), rows.start)
-            hashes = _hash_rows(reader, rows, fields)
-            keep = hashes & (self.hashed_part - 1) == 0
-            kept.append(torch.stack([hashes[keep], keep.nonzero().squeeze(1) + rows.start]))
-        hashes, at = torch.cat(kept, 1)
-        if len(repeated := at[_again(hashes)]):
-            self.counts["repeated", "transitions"] = Rows(len(repeated) * self.hashed_part, int(repeated.min()))
+            for key, image in self.images.items():
+                values = reader.entry(key, rows)
+                if values.is_floating_point():
+                    values = values.masked_fill(~self._count_finite(image.name, values, rows.start), 0)
+                image.low, image.high = min(image.low, float(values.amin())), max(image.high, float(values.amax()))
+            hashes.append(_hash_rows(reader, rows))
+        if len(repeated := _again(torch.cat(hashes))):
+            self.counts["repeated", "transitions"] = Rows(len(repeated), int(repeated.min()))
 
     def _count_finite(self, name: str, values: Tensor, start: int) -> Tensor:
         """Mask of the finite values ``[R, D]``; counts the rows with others."""
@@ -132,21 +128,58 @@ class Survey:
         apart[apart.clone()] = _differ(after[apart], observed[apart])
         self.counts["not continued", name].add(apart, start)
 
-    def _read_images(self, key: Key, values: Tensor, start: int) -> None:
-        image = self.images.setdefault(key, Images(name_of(key), tuple(values.shape[1:]), values.dtype))
-        if values.is_floating_point():
-            values = values.flatten(1)
-            values = values.masked_fill(~self._count_finite(image.name, values, start), 0)
-        image.low, image.high = min(image.low, float(values.amin())), max(image.high, float(values.amax()))
+    def _read_bounds(self, reader: Reader) -> None:
+        """Find rows at the bounds of each action column (without a spec, at its extremes) and outside the spec."""
+        outside = self.counts["outside", "actions"]
+        low, high = (bound.float().double() for bound in self.bounds or (self.actions.low, self.actions.high))
+        near = torch.nan_to_num(AT_BOUND * (high - low), 0.0, 0.0, 0.0)
+        self.at_bound = [Rows() for _ in low]  # by column
+        for rows in reader.chunks(ACTION):
+            values = reader.matrix(ACTION, rows).float().double()  # the readers compare in float32 too
+            near_bound = ((values - low).abs() <= near) | ((values - high).abs() <= near)
+            for column, found in enumerate(self.at_bound):
+                found.add(near_bound[:, column], rows.start)
+            if self.bounds and (beyond := (values < low) | (values > high)).any():
+                outside.add(beyond.any(1), rows.start)
+                row, at = beyond.nonzero()[0].tolist()
+                example = f"{values[row, at]:g} in column {at}, where it spans {low[at]:g} to {high[at]:g}"
+                outside.example = outside.example or example
+
+    def _read_outliers(self, reader: Reader, stops: Tensor) -> None:
+        """Count single rewards far above the others, except at ends of episodes, where many tasks pay a bonus."""
+        sample = self.rewards.sample[self.rewards.sample.isfinite()].abs()
+        usual = float(sample.quantile(0.99, interpolation="lower")) if len(sample) else 0.0
+        if usual:
+            values = reader.matrix(REWARD)[:, 0]
+            outlier = (values.abs() > OUTLIER * usual) & values.isfinite() & ~stops
+            self.counts["outlier", "rewards"].add(outlier)
+
+
+def _count_far(reader: Reader, key: Key, field: ColumnStats, far: Rows) -> None:
+    """Count rows that have the smallest or the largest value of a column, far from the values between the two."""
+    low, high = torch.full_like(field.low, torch.inf), torch.full_like(field.low, -torch.inf)  # of those between
+    for rows in reader.chunks(key):
+        values = reader.matrix(key, rows).double()
+        between = (values > field.low) & (values < field.high)
+        low = torch.minimum(low, values.masked_fill(~between, torch.inf).amin(0))
+        high = torch.maximum(high, values.masked_fill(~between, -torch.inf).amax(0))
+    gap, known = FAR * (high - low), low < high
+    below, above = known & (low - field.low > gap), known & (field.high - high > gap)
+    if not (below | above).any():
+        return
+    for rows in reader.chunks(key):
+        values = reader.matrix(key, rows).double()
+        far.add(((values == field.low) & below | (values == field.high) & above).any(1), rows.start)
+    at = int((below | above).nonzero()[0])
+    value, low, high = field.low.where(below, field.high), low.where(below, field.low), high.where(above, field.high)
+    far.example = f"{value[at]:g} in column {at}, where they span {low[at]:g} to {high[at]:g}"
 
 
 def _sampled_rows(reader: Reader) -> Tensor:
     """Random rows ``[S]`` in order: equal distances could hit every episode at the same time step."""
     values = sum(reader.leaves[key][0].numel() for key in [*reader.vectors, ACTION]) + 1
-    count = max(1, min(SAMPLE_ROWS, SAMPLE_VALUES // values, reader.rows))
-    if count == reader.rows:
-        return torch.arange(count)
-    return torch.randint(reader.rows, (count,), generator=torch.Generator().manual_seed(0)).sort().values
+    count = max(1, min(SAMPLE_ROWS, SAMPLE_VALUES // values))
+    return torch.randperm(reader.rows, generator=torch.Generator().manual_seed(0))[:count].sort().values
 
 
 def _differ(a: Tensor, b: Tensor) -> Tensor:
@@ -162,23 +195,8 @@ def _again(numbers: Tensor) -> Tensor:
     return order[1:][numbers[1:] == numbers[:-1]]
 
 
-def _hash_rows(reader: Reader, rows: slice, fields: dict[Key, ColumnStats]) -> Tensor:
-    """Hash of each row ``[R]``; adds to the marks of the fields' columns."""
-    hashes = torch.zeros(rows.stop - rows.start, dtype=torch.int64)
-    row_weights = _mix(torch.arange(rows.start, rows.stop))[:, None] | 1
-    for key in (REWARD, ACTION, TERMINATED, *reader.vectors, *reader.successors.values(), *reader.images):
-        step = max(1, reader.leaves[key][0].numel() // IMAGE_VALUES) if key in reader.images else 1
-        values = reader.matrix(key, rows, step) + 0.0  # 0 and -0 are equal
-        words = _mix(values.view(torch.int32 if values.dtype == torch.float32 else torch.int64).long())
-        if key in fields:
-            fields[key].mark += (words * row_weights).sum(0)
-        weights = _mix(torch.arange(words.shape[1]) + zlib.crc32(".".join(key).encode())) | 1
-        hashes += (words * weights).sum(1)
-    return hashes
-
-
-def _mix(words: Tensor) -> Tensor:
-    """Bijection of int64 that spreads each bit over the others."""
-    words = (words ^ 0x5DEECE66D) * 0x1F3D5B79A2C8E695
-    words = (words ^ (words >> 32)) * 0x2545F4914F6CDD1D
-    return words ^ (words >> 29)
+def _hash_rows(reader: Reader, rows: slice) -> Tensor:
+    """Hash of each row ``[R]``."""
+    keys = (REWARD, ACTION, TERMINATED, *reader.vectors, *reader.successors.values(), *reader.images)
+    entries = [(reader.entry(key, rows) + 0).contiguous().view(torch.uint8) for key in keys]  # 0 and -0 are equal
+    return torch.tensor([hash(bytes(row)) for row in torch.cat(entries, 1).numpy()])

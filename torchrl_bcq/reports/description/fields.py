@@ -1,7 +1,8 @@
-"""Reading fields of transitions in chunks of rows."""
+"""Fields of transitions, read in chunks of rows, and their statistics."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 
 import torch
@@ -9,6 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from torchrl_bcq.data.checks import DatasetError
+from torchrl_bcq.functional import merge_moments
 
 Key = tuple[str, ...]
 
@@ -75,10 +77,14 @@ class Reader:
         size = max(1, CHUNK_BYTES * self.rows // max(1, sum(leaf.nbytes for leaf in leaves)))
         return (slice(start, min(start + size, self.rows)) for start in range(0, self.rows, size))
 
-    def matrix(self, key: Key, rows: slice | Tensor = slice(None), step: int = 1) -> Tensor:
-        """Rows of a field as real numbers ``[R, D]``, or only every ``step``-th number of each."""
+    def entry(self, key: Key, rows: slice | Tensor = slice(None)) -> Tensor:
+        """Rows of a field as a matrix ``[R, D]``, in its own dtype."""
         values = self.leaves[key][rows].detach().cpu()
-        values = values.flatten(1)[:, ::step] if values.ndim > 1 else values[:, None]
+        return values.flatten(1) if values.ndim > 1 else values[:, None]
+
+    def matrix(self, key: Key, rows: slice | Tensor = slice(None)) -> Tensor:
+        """Rows of a field as real numbers ``[R, D]``."""
+        values = self.entry(key, rows)
         return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
     def column(self, key: Key) -> Tensor | None:
@@ -92,3 +98,47 @@ class Reader:
         assert terminated is not None  # checked above
         done = torch.zeros_like(terminated) if done is None else done
         return terminated, done & ~terminated if truncated is None else truncated, done
+
+
+class ColumnStats:
+    """Statistics of the finite values of a field ``[N, D]``, each ``[D]`` in float64; ``std`` divides by N."""
+
+    def __init__(self, name: str, sample: Tensor) -> None:
+        self.name = name
+        self.sample = sample  # random rows [S, D]; all rows where there are few
+        width = sample.shape[1]
+        self.low, self.high = torch.tensor([[torch.inf], [-torch.inf]], dtype=torch.float64).expand(2, width)
+        self.count, self.mean, self.square = torch.zeros(3, width, dtype=torch.float64)  # square: of deviations, summed
+        self.checksums = [0] * width  # equal for equal columns
+        self.whole = True  # every value is a whole number
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of each column; nan without a finite value."""
+        return (self.square / self.count).sqrt()
+
+    @property
+    def constant(self) -> Tensor:
+        """Whether the finite values of each column are equal ``[D]``."""
+        return self.low == self.high
+
+    def add(self, values: Tensor, finite: Tensor) -> None:
+        """Merge a chunk ``[R, D]`` and the mask of its finite values."""
+        low, high = (values if finite.all() else values.masked_fill(~finite, end) for end in (torch.inf, -torch.inf))
+        self.low, self.high = torch.minimum(self.low, low.amin(0)), torch.maximum(self.high, high.amax(0))
+        wide, count = values.double().masked_fill(~finite, 0), finite.sum(0)
+        self.whole = self.whole and bool((wide == wide.round()).all())
+        columns = (values + 0.0).T.contiguous().numpy()  # 0 and -0 are equal
+        self.checksums = [zlib.crc32(column, before) for column, before in zip(columns, self.checksums, strict=True)]
+        mean = wide.sum(0) / count.clamp(min=1)
+        square = (wide - mean).masked_fill_(~finite, 0).square_().sum(0)
+        self.count, self.mean, self.square = merge_moments(self.count, self.mean, self.square, count, mean, square)
+
+
+class Images:
+    """A field with more dimensions than ``[N, D]``, or of bytes: the shape of one row, and the range of values."""
+
+    def __init__(self, name: str, values: Tensor) -> None:
+        self.name = name
+        self.shape, self.dtype = tuple(values.shape[1:]), values.dtype
+        self.low, self.high = float("inf"), float("-inf")
