@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import pickle
 
 import pytest
@@ -73,7 +72,7 @@ def test_the_trainers_default_is_the_authors_stepper(make_batch):
     transitions = make_batch(50)
     trainer = make_trainer(transitions)
     assert type(trainer.optimization_stepper) is BCQOptimizationStepper
-    assert inspect.signature(BCQTrainer) == inspect.signature(OfflineTrainer)
+    assert BCQTrainer.__init__ is OfflineTrainer.__init__  # the same arguments
     explicit = make_trainer(transitions, stepper=BCQOptimizationStepper.adam)
     for each in (trainer, explicit):
         torch.manual_seed(0)
