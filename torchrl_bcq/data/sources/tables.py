@@ -205,7 +205,7 @@ def _in_order(chunks: Iterator[dict[str, np.ndarray]]) -> Iterator[Columns]:
             last = (names[:-1] != names[1:]).astype(bool) | is_end
             defects[_NAMELESS].add(np.array([name is None or name != name for name in names[:-1]]), start)  # or NaN
             defects[_INSIDE].add(done & ~last, start)
-            defects[_TORN].add(_returning(names, last & ~is_end, seen), start + 1)
+            defects[_TORN].add(_returning(names, last & (not is_end), seen), start + 1)
             chunk["truncated"] = np.where((last & ~terminated)[:, None], 1, truncated)
         if "step" in fields:
             step = fields["step"][:, 0]
