@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
+import torchrl_bcq
 from torchrl_bcq import load_hdf5, load_memmap
 from torchrl_bcq.__main__ import main
 
@@ -172,3 +173,10 @@ def test_copies_are_not_copied_again(file, capsys):
     copy = capsys.readouterr().out.partition("load_memmap('")[2].partition("'")[0]
     assert main(["convert", copy, "elsewhere"]) == 1
     assert capsys.readouterr().err == f"torchrl-bcq: {copy} is a memory-mapped copy already; it has no use for root.\n"
+
+
+def test_it_says_its_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"torchrl-bcq {torchrl_bcq.__version__}\n"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torchrl_bcq.cli import dataset, evaluate, plot, record
 from torchrl_bcq.data import DatasetError
 from torchrl_bcq.errors import RunError
+from torchrl_bcq.version import __version__
 
 _EXAMPLES = """\
 examples:
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     description = "Batch-constrained deep Q-learning: from a dataset to a policy."
     parser = argparse.ArgumentParser(prog="torchrl-bcq", description=description, epilog=_EXAMPLES)
+    parser.add_argument("--version", action="version", version=f"torchrl-bcq {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     commands.add_parser("train", help="Learn a policy from a dataset.", add_help=False)  # see main
     evaluate.add_parser(commands)

@@ -31,7 +31,7 @@ rows = buffer[:]
 transitions = from_arrays(rows.obs, rows.act, rows.rew, rows.terminated, next_observations=rows.obs_next)
 """
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+GUIDE = (Path(__file__).parents[2] / "examples" / "guides" / "your_data.md").read_text()
 
 TIME = np.arange(12, dtype=np.float32)
 STEPS = {
@@ -271,8 +271,8 @@ def test_recipe_for_d3rlpy():
 
 
 @pytest.mark.parametrize("recipe", [D3RLPY, TIANSHOU])
-def test_recipes_are_the_readmes(recipe):
-    assert f"```python\n{recipe}```\n" in README
+def test_recipes_are_those_of_the_guide(recipe):
+    assert f"```python\n{recipe}```\n" in GUIDE
 
 
 class Buffer:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-PAGE = (Path(__file__).parents[2] / "examples" / "coming_from_tianshou.md").read_text()
+PAGE = (Path(__file__).parents[2] / "examples" / "guides" / "coming_from_tianshou.md").read_text()
 (SETUP,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 TABLES = PAGE.split("## Where Tianshou departs")[0]
 ROWS = dict(re.findall(r"^\| (`.+?) \| `(.+?)` \| .*\|$", TABLES, re.MULTILINE))

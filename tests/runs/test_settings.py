@@ -330,7 +330,7 @@ def test_what_is_no_settings_file_is_refused(tmp_path, text, message):
 
 
 def test_a_run_of_another_version_is_refused_with_its_version(make_settings, monkeypatch):
-    monkeypatch.setattr(module, "version", lambda name: {"torchrl-bcq": "0.2.1"}[name])
+    monkeypatch.setattr(module, "__version__", "0.2.1")
     plain = to_plain(make_settings())
     assert plain["version"] == "0.2.1"
     assert to_settings({**plain, "version": "0.2.0"}, "run") == make_settings()

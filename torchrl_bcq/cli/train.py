@@ -49,7 +49,8 @@ examples:
   torchrl-bcq train dataset=hopper.hdf5 algorithm=cloning out=runs/hopper-cloning
   torchrl-bcq train dataset=minari:mujoco/hopper/medium-v0 normalize=true
   torchrl-bcq train -m dataset=hopper.hdf5 out=runs/hopper seed=0,1,2     three runs, one after the other
-  torchrl-bcq train dataset=trips.csv 'reader={{observation: [x, v], action: [force], reward: r, terminated: end}}'
+  torchrl-bcq train dataset=trips.csv \\
+    'reader={{observation: [x, v], action: [force], reward: r, terminated: end, episode: trip}}'
   torchrl-bcq train dataset=hopper.hdf5 out=runs/hopper resume=true       begins, or resumes from the last checkpoint
   torchrl-bcq train resume=runs/hopper steps=2000000                      resumes with the settings of that run
   torchrun --nproc-per-node 4 -m torchrl_bcq train dataset=hopper.hdf5    four processes, a batch of each in every step

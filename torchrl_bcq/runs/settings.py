@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torchrl_bcq.runs.algorithms import find_algorithm
 from torchrl_bcq.runs.optimizers import make_optimizer, make_scheduler, optim_settings
 from torchrl_bcq.runs.signatures import Settings, make_section, settings_of
 from torchrl_bcq.trainers import KeepBest, OfflineTrainer
+from torchrl_bcq.version import __version__
 
 FILE = "config.yaml"  # in a run's folder
 # a resumed run may change these: they do not change what is learned, or the dataset's digest is compared
@@ -178,7 +178,7 @@ def save_settings(settings: DictConfig, run: Path) -> None:
 
 def to_plain(settings: DictConfig) -> dict[str, Any]:
     """The settings as plain values, with the version that they belong to."""
-    return {"version": version("torchrl-bcq"), **OmegaConf.to_container(settings, resolve=True)}  # type: ignore[dict-item]
+    return {"version": __version__, **OmegaConf.to_container(settings, resolve=True)}  # type: ignore[dict-item]
 
 
 def to_settings(plain: Any, where: str | Path) -> DictConfig:
@@ -189,7 +189,7 @@ def to_settings(plain: Any, where: str | Path) -> DictConfig:
     """
     if not isinstance(plain, dict):
         raise RunError(f"{where} cannot be read: it holds {type(plain).__name__}, expected settings by name.")
-    found, present = str(plain.get("version", "0.1")), version("torchrl-bcq")
+    found, present = str(plain.get("version", "0.1")), __version__
     if found.split(".")[:2] != present.split(".")[:2]:
         raise RunError(
             f"{where} is of torchrl-bcq {found}, this is {present}: use that version for this run, or train it again."

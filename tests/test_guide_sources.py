@@ -1,4 +1,4 @@
-"""Each line of the README's table of sources, executed; all hold the same three episodes."""
+"""Each line of the guide's table of sources, executed; all hold the same three episodes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torchrl.envs import GymEnv
 
 import torchrl_bcq as bcq
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-SECTION = README.partition("## Your data\n")[2].partition("\n## ")[0]
+PAGE = (Path(__file__).parents[1] / "examples" / "guides" / "your_data.md").read_text()
+SECTION = PAGE.partition("## Read a dataset\n")[2].partition("\n## ")[0]
 CALLS = re.findall(r"^\|.*\| `(.+)` \|$", SECTION, re.MULTILINE)
 
 LENGTHS = (1000, 300, 200)  # of which the first is cut off by a time limit and the others terminate

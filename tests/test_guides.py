@@ -1,0 +1,148 @@
+"""What README and guides show runs as printed; commands run on small data, with small networks and few steps."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import torchrl_bcq
+from torchrl_bcq.__main__ import main
+from torchrl_bcq.evaluation import recording
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "examples" / "guides").glob("*.md"))]
+BLOCKS = {page.stem: re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE) for page in PAGES}
+OUTPUTS = {"text", "bibtex", "mermaid"}
+FAST = ["steps=4", "log_interval=2", "evaluation.interval=4", "evaluation.episodes=1", "checkpoint.interval=4"]
+SMALL = ["network.hidden=[8]", "network.vae_hidden=[8]", "baseline=null", "checkpoint.wait_for=0"]
+
+
+def python_of(name: str) -> list[str]:
+    return [code for kind, code in BLOCKS[name] if kind == "python"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A folder with the files that the pages name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    rng = np.random.default_rng(0)
+    for name, width in (("hopper", 3), ("trips", 2)):
+        with h5py.File(f"{name}.hdf5", "w") as file:
+            file["observations"], file["next_observations"] = rng.normal(size=(2, 60, width))
+            file["actions"], file["rewards"] = rng.uniform(-1, 1, (60, 1)), rng.normal(size=60)
+            file["terminals"], file["timeouts"] = np.zeros(60), np.arange(60) % 10 == 9
+    rows = [",".join(map(str, [*rng.uniform(size=4).round(3), int(i % 10 == 9), i // 10])) for i in range(60)]
+    Path("trips.csv").write_text("\n".join(["x,v,force,r,end,trip", *rows]))
+    return tmp_path
+
+
+def test_every_block_is_of_a_kind_that_is_tested():
+    assert len(PAGES) == 10
+    assert {kind for blocks in BLOCKS.values() for kind, _ in blocks} <= {"python", "bash"} | OUTPUTS
+
+
+def commands_of(name: str) -> list[list[str]]:
+    text = "\n".join(code for kind, code in BLOCKS[name] if kind == "bash").replace("\\\n", " ")
+    lines = [part for line in text.splitlines() for part in line.split(" && ")]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_commands(name, place, monkeypatch, capsys):
+    whole = recording.record_swing_up
+    monkeypatch.setattr(recording, "record_swing_up", lambda: whole(600))
+    recording.record_default()
+    for program, *words in commands_of(name):
+        if program == "python":
+            file = words[0]
+            assert file == "-m" or (ROOT / file).is_file(), f"there is no {file}"
+            continue
+        assert program == "torchrl-bcq"
+        if words[0] == "train" and not {"--help", "--cfg"} & set(words):
+            words += ["--cfg"] if "mujoco" in str(words) else [*FAST, *SMALL]  # which would be downloaded
+        words += ["--episodes", "2"] if words[0] == "evaluate" else []
+        assert main(words) == 0, (words, capsys.readouterr().err)
+
+
+def run(name: str, **namespace) -> dict:
+    """Run the Python of a page, one block after another."""
+    for code in python_of(name):
+        exec(compile(code, f"{name}.md", "exec"), namespace)
+    return namespace
+
+
+def test_python_of_the_readme(place):
+    found = run("README")
+    assert found["action"].shape == (1,)
+    assert abs(found["action"]) <= 2
+    assert len(found["loss"].qvalue_network.critics) == 4
+
+
+def test_a_trainer_with_checkpoints(place):
+    trainer = run("training")["trainer"]
+    assert trainer.collected_frames == 100
+    assert {"held_out_td_error", "held_out_loss_vae", "initial_value"} <= trainer.metrics.keys()
+    assert len(list((place / "run" / "best").glob("checkpoint-*"))) == 1
+    trainer.load_from_file("run/checkpoints/checkpoint-000000000100")
+
+
+def test_use_of_a_policy(place):
+    assert main(["train", "out=runs/first", "dataset=hopper.hdf5", "evaluation.env=null", *FAST, *SMALL]) == 0
+    found = run("use_the_policy")
+    assert (found["actions"].shape, found["rollout"].batch_size) == ((64, 1), (100,))
+
+
+def test_specs_without_an_environment(place):
+    vae = run("no_simulator")["vae"]
+    assert (vae.low.tolist(), vae.high.tolist()) == ([0], [5])
+
+
+def test_parts_of_ones_own(place):
+    """200 steps with another VAE, other critics, own keys, a plain loop: the critics' error on the data has shrunk."""
+    own_loop, _ = python_of("own_parts")
+    assert (ROOT / "examples" / "own_loop.py").read_text() == own_loop
+    assert own_loop.count("\n") <= 60
+    found: dict = {}
+    exec(compile(own_loop, "own_loop.py", "exec"), found)
+    late = found["loss"].qvalue_loss(found["data"])[0]
+    found["critics"].reset_parameters_recursive()
+    assert late < found["loss"].qvalue_loss(found["data"])[0] / 3
+    assert found["torque"].abs().max() <= 2
+
+
+def test_an_objective_of_ones_own(place):
+    _, code = python_of("own_parts")
+    found: dict = {}
+    exec(compile(code, "own_parts.md", "exec"), found)
+    assert found["policy"](torch.tensor([1.0, 0.0, 0.0])).shape == (1,)
+
+
+def test_hydra(place):
+    found = run("command_line")
+    assert found["env"].action_spec.is_in(found["rollout"]["action"])
+    assert found["trainer"].loss_module.lmbda == 0.5
+    assert found["trainer"].collected_frames == 100
+
+
+def test_batches_of_your_data(place):
+    """The recipes for d3rlpy and Tianshou are tested with the readers."""
+    *_, code = python_of("your_data")
+    found = {name: getattr(torchrl_bcq, name) for name in torchrl_bcq.__all__}
+    found["transitions"] = torchrl_bcq.load_hdf5("hopper.hdf5")
+    exec(compile(code, "your_data.md", "exec"), found)
+    assert len(found["rest"]) == 10  # one of the six episodes
+    assert not found["held_out"][found["buffer"].sample()["index"]].any()
+    assert found["three"]["steps_to_next_obs"].unique().tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
