@@ -418,6 +418,20 @@ def test_npz_with_a_changed_byte_is_refused(tmp_path, write):
     assert re.fullmatch(rf"d.npz: ({unpacked}|'rewards.npy' in it is damaged; copy it again).", refusal(load_npz, path))
 
 
+def test_no_changed_byte_of_an_npz_directory_hides_a_field(tmp_path):
+    """The directory has no checksum, and without next_observations the result would be another."""
+    path = write_npz(tmp_path / "d.npz", steps(D4RL))
+    whole, content = load_npz(path), path.read_bytes()
+    for at in range(content.index(b"PK\1\2"), len(content)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :])
+        try:
+            loaded = load_npz(path)
+        except ValueError:
+            continue
+        assert loaded.shape == whole.shape
+        assert (loaded == whole).all()
+
+
 def test_npz_member_shorter_than_it_says(tmp_path):
     path = write_npz(tmp_path / "d.npz", steps())
     with zipfile.ZipFile(path) as archive:

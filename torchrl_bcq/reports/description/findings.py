@@ -209,7 +209,7 @@ def _pairs(field: ColumnStats) -> str:
     """Columns that equal an earlier one, except constant ones: ``columns 2 and 7 (and 1 more pair)``."""
     first: dict[int, int] = {}
     varying = (field.low < field.high).nonzero().flatten().tolist()
-    pairs = [(twin, at) for at in varying if (twin := first.setdefault(field.checksums[at], at)) != at]
+    pairs = [(earlier, at) for at in varying if (earlier := first.setdefault(field.checksums[at], at)) != at]
     if not pairs:
         return ""
     more = f" (and {len(pairs) - 1} more {'pair' if len(pairs) == 2 else 'pairs'})" if len(pairs) > 1 else ""
