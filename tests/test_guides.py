@@ -54,6 +54,7 @@ def commands_of(name: str) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # PyTorch's, 2.13
 @pytest.mark.parametrize("name", BLOCKS)
 def test_commands(name, place, monkeypatch, capsys):
     whole = recording.record_swing_up
