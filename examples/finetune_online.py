@@ -1,8 +1,8 @@
-"""From the offline policy on into the environment: TorchRL's trainer, collector and offline-to-online buffer.
+"""Fine-tunes an offline policy in its environment, with TorchRL's trainer, collector and offline-to-online buffer.
 
 python examples/finetune_online.py
 
-Half of each batch is the dataset, the other half is what the policy itself has done since.
+Half of each batch comes from the dataset, the other half from the environment steps of the policy.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from torchrl_bcq import BCQLoss, BCQOptimizationStepper, BCQPolicy, make_bcq_mod
 
 
 def finetune(loss: BCQLoss, policy: BCQPolicy, offline: ReplayBuffer, frames: int) -> None:
-    """A gradient step for each step in the environment, through TorchRL's own Trainer."""
+    """Make one gradient step for each step in the environment, with TorchRL's ``Trainer``."""
     updater = SoftUpdate(loss, tau=0.02)
     buffer = OfflineToOnlineReplayBuffer(offline, online_capacity=frames, offline_fraction=0.5, batch_size=64)
     collector = Collector(
@@ -59,6 +59,6 @@ def main(steps: int, frames: int) -> dict[str, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000, help="gradient steps offline (default: %(default)s)")
-    parser.add_argument("--frames", type=int, default=2000, help="steps online (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="offline gradient steps (default: %(default)s)")
+    parser.add_argument("--frames", type=int, default=2000, help="online environment steps (default: %(default)s)")
     print(main(**vars(parser.parse_args())))

@@ -1,10 +1,10 @@
-"""No environment at all: watch a run on episodes that were held out, stop it, and choose a checkpoint.
+"""Trains without an environment: measures on held-out episodes, stops early, and chooses a checkpoint.
 
 python examples/no_environment.py
 
-The data stands for what people log: 200 trips of a cart that somebody pushed towards the middle of a track, badly.
-None of what is measured ranks policies as returns would. It does tell when values have settled, when they run away, and
-when the policy leaves the data.
+The dataset imitates recorded data: 200 trips of a cart. In each trip, somebody pushes the cart towards the middle of a
+track, but not well. The metrics cannot rank policies as returns can. They show when the values have converged, when the
+values diverge, and when the policy's actions are far from the data.
 """
 
 import argparse
@@ -23,20 +23,20 @@ from torchrl.trainers import EarlyStopping
 import torchrl_bcq as bcq
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--steps", type=int, default=2_000, help="gradient steps at most (default: %(default)s)")
+parser.add_argument("--steps", type=int, default=2_000, help="largest number of gradient steps (default: %(default)s)")
 parser.add_argument("--out", type=Path, default=Path("runs/cart"), help="folder of the run (default: %(default)s)")
 
 TRIPS, STEPS = 200, 40
 
 
 def move(state: np.ndarray, push: np.ndarray) -> np.ndarray:
-    """Where the cart is next: position and speed, ``[N, 2]``."""
+    """Compute the next position and speed of the cart, ``[N, 2]``."""
     speed = 0.9 * state[:, 1] + 0.2 * push[:, 0]
     return np.stack([state[:, 0] + 0.2 * speed, speed], 1)
 
 
 def log_trips(seed: int = 0) -> TensorDict:
-    """Transitions of somebody who pushes the right way, too weakly, and often at random."""
+    """Simulate trips in which somebody pushes in the right direction, but too weakly, or in a random direction."""
     rng = np.random.default_rng(seed)
     state, trips = np.stack([rng.uniform(-1, 1, TRIPS), np.zeros(TRIPS)], 1), []
     for step in range(STEPS):
@@ -45,7 +45,7 @@ def log_trips(seed: int = 0) -> TensorDict:
         after = move(state, push)
         trips.append((state, push, -(after[:, 0] ** 2), np.full(TRIPS, step == STEPS - 1), after))
         state = after
-    columns = [np.concatenate(list(np.stack(column, 1))) for column in zip(*trips, strict=True)]  # trip after trip
+    columns = [np.concatenate(list(np.stack(column, 1))) for column in zip(*trips, strict=True)]  # sorted by trip
     observations, actions, rewards, cut_off, following = columns
     return bcq.from_arrays(observations, actions, rewards, np.zeros(len(rewards)), cut_off, following)
 
@@ -69,7 +69,7 @@ def main() -> None:
         seed=0,
     )
     bcq.DatasetMetrics(loss, policy, data[held_out], interval=200).register(trainer)
-    settled = args.steps // 2  # before that the TD error is small because the values are
+    settled = args.steps // 2  # before this step, the TD error is small because the values are still small
     best = bcq.KeepBest(args.out / "best", "held_out_td_error", "min", wait_for=settled)
     best.register(trainer)
     EarlyStopping(monitor="held_out_td_error", mode="min", patience=1_000, wait_for=settled).register(trainer)
@@ -82,9 +82,9 @@ def main() -> None:
         print(f"{rows[0][0]:>6}" + "".join(f"{float(value):20.4f}" for _, value in rows))
 
     chosen = best.rotation.best()
-    bcq.make_checkpoint(loss_module=loss).load(chosen)  # the policy holds the same networks
-    push = policy(TensorDict({"observation": torch.tensor([[0.8, 0.0], [-0.8, 0.0]])}, [2]))["action"]
-    print(f"\n{chosen} pushes {push[0].item():+.2f} from 0.8 right of the middle, {push[1].item():+.2f} from 0.8 left")
+    bcq.make_checkpoint(loss_module=loss).load(chosen)  # the policy uses the same networks as the loss
+    push = policy.act([[0.8, 0.0], [-0.8, 0.0]])
+    print(f"\nThe policy in {chosen} pushes {push[0].item():+.2f} at position 0.8 and {push[1].item():+.2f} at -0.8.")
 
 
 if __name__ == "__main__":

@@ -18,19 +18,19 @@ from torchrl_bcq.evaluation.recording import DATASET_ID, record_default
 def open_dataset(
     name: str | None, env_id: str | None, root: Path | None = None
 ) -> tuple[Callable[[], EnvBase], TensorDictBase]:
-    """A function that makes the environment, and the transitions; they are recorded if no dataset is named."""
+    """Return a function that makes the environment, and the transitions. Without a name, use the default dataset."""
     if name is None:
         record_default()
         name = f"minari:{DATASET_ID}"
     env_id = env_id or _env_id(name)
     if not env_id:
-        raise ValueError(f"{name} does not name its environment; pass --env")
+        raise ValueError(f"{name} does not name its environment; pass a Gymnasium id with --env")
 
     make = partial(make_env, env_id)
     return make, bcq.load_transitions(name, action_spec=make().action_spec, root=root)
 
 
 def _env_id(name: str) -> str | None:
-    """The environment that a dataset names, if it does."""
+    """Return the environment id that the dataset contains, or None."""
     source = find_source(name)
     return None if source is None else source.env_id

@@ -1,4 +1,4 @@
-"""Parts of your own: your VAE, your critic, your key names, a plain loop with plain optimizers."""
+"""Train with your own VAE, critics, key names and training loop, and with PyTorch optimizers."""
 
 import torch
 from tensordict import TensorDict
@@ -12,7 +12,7 @@ from torchrl.objectives import SoftUpdate
 from torchrl_bcq import BCQLoss, BCQPolicy, PerturbationActor, QEnsemble
 
 
-class MyVAE(nn.Module):  # what it must offer: torchrl_bcq.protocols.GenerativeModel
+class MyVAE(nn.Module):  # has the members of torchrl_bcq.protocols.GenerativeModel
     observation_keys, action_key, latent_dim, latent_clip, loss_keys = ["state"], "torque", 2, 0.5, []
 
     def __init__(self):
@@ -47,7 +47,7 @@ optimizers = [torch.optim.Adam(part.parameters(), lr=1e-3) for part in (vae, cri
 
 for _ in range(200):
     batch = data[torch.randint(len(data), (100,))]
-    losses = (loss.vae_loss, loss.qvalue_loss, loss.actor_loss)  # the paper's order
+    losses = (loss.vae_loss, loss.qvalue_loss, loss.actor_loss)  # in the paper's order
     for compute, optimizer in zip(losses, optimizers, strict=True):
         optimizer.zero_grad()
         compute(batch)[0].backward()

@@ -1,4 +1,4 @@
-"""Returns of policies: a table on the terminal, summary.json and a learning curve as PNG."""
+"""Reports the returns of policies: prints a table, and writes ``summary.json`` and a learning curve as PNG."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LABELS = {"random": "random", "behaviour": "behaviour", "cloning": "cloning", "v
 
 
 def write(out: Path, returns: dict[str, list[float]], title: str) -> None:
-    """Print the table, and write ``summary.json`` and ``learning_curve.png`` into the run folder.
+    """Print a table of the returns, and write ``summary.json`` and ``learning_curve.png`` into the run folder.
 
     Args:
-        out: run folder, with TorchRL's CSV log of ``return`` in ``log/scalars``.
-        returns: undiscounted return of each episode, by policy.
-        title: of the picture.
+        out: folder of the run, which contains TorchRL's CSV log of ``return`` in ``log/scalars``.
+        returns: undiscounted return of each episode, by the name of the policy.
+        title: title of the picture.
     """
     rows = {name: returns[name] for name in LABELS}
     summary = {name: {"mean": fmean(r), "std": pstdev(r), "episodes": len(r)} for name, r in rows.items()}
@@ -32,11 +32,11 @@ def write(out: Path, returns: dict[str, list[float]], title: str) -> None:
     aside.write_text(json.dumps(summary, indent=2) + "\n")
     aside.replace(out / "summary.json")
     plot(out, summary, title)
-    print(f"\ncheckpoint, log/scalars/*.csv, learning_curve.png and summary.json are in {out.resolve()}")
+    print(f"\nThe checkpoint, log/scalars/*.csv, learning_curve.png and summary.json are in {out.resolve()}.")
 
 
 def plot(out: Path, summary: dict[str, dict[str, float]], title: str) -> None:
-    """Draw the return over gradient steps, with the other policies as lines."""
+    """Draw the return of BCQ over gradient steps, and the mean returns of other policies as horizontal lines."""
     with open(out / "log" / "scalars" / "return.csv", newline="") as file:
         steps, means = zip(*((int(step), float(mean)) for step, mean in csv.reader(file)), strict=True)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")

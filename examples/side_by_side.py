@@ -1,8 +1,9 @@
-"""Draw a moving picture: an episode of the dataset beside one of the policy learned from it, from the same state.
+"""Draws a GIF that shows a recorded episode beside an episode of the learned policy from the same initial state.
 
-python examples/side_by_side.py runs/first picture.gif      a run of torchrl-bcq train on Pendulum-v1
+python examples/side_by_side.py runs/first picture.gif
 
-Needs pip install -e ".[train,video]".
+The first argument is the folder of a run of ``torchrl-bcq train`` on Pendulum-v1. The script needs
+``pip install -e ".[train,video]"``.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from pathlib import Path
 
 import gymnasium
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
-from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 import torchrl_bcq as bcq
 from torchrl_bcq.data.episodes import episode_numbers, episode_returns
@@ -22,15 +21,15 @@ from torchrl_bcq.files import write_whole
 from torchrl_bcq.reports.video import render_offscreen
 from torchrl_bcq.runs.settings import load_settings
 
-SIZE, EVERY = 240, 2  # pixels of a panel; steps between two frames
+SIZE, EVERY = 240, 2  # width of a panel in pixels; steps between two frames
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("run", type=Path, help="folder that torchrl-bcq train made")
-parser.add_argument("out", type=Path, help="GIF to write")
+parser.add_argument("run", type=Path, help="folder of a run of torchrl-bcq train")
+parser.add_argument("out", type=Path, help="GIF file to write")
 
 
 def usual_episode(dataset: str) -> tuple[np.ndarray, np.ndarray]:
-    """Observations ``[T, 3]`` and actions ``[T, 1]`` of the episode whose return is nearest to the mean."""
+    """Return observations ``[T, 3]`` and actions ``[T, 1]`` of the episode whose return is nearest to the mean."""
     transitions = bcq.load_transitions(dataset)
     returns = episode_returns(transitions)
     rows = transitions[episode_numbers(transitions) == (returns - returns.mean()).abs().argmin()]
@@ -38,7 +37,7 @@ def usual_episode(dataset: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def play(env: gymnasium.Env, state: np.ndarray, choose, steps: int) -> tuple[list[Image.Image], list[float]]:
-    """Frames of an episode from a state (angle, speed), and the rewards so far."""
+    """Run an episode from a state (angle, speed); return frames, and the sum of rewards up to each frame."""
     env.reset()
     env.unwrapped.state = state
     frames, rewards, observation = [], [], np.array([np.cos(state[0]), np.sin(state[0]), state[1]])
@@ -50,11 +49,6 @@ def play(env: gymnasium.Env, state: np.ndarray, choose, steps: int) -> tuple[lis
     return frames, list(np.cumsum(rewards)[::EVERY])
 
 
-def act(policy, observation: np.ndarray) -> np.ndarray:
-    with set_exploration_type(ExplorationType.DETERMINISTIC):
-        return policy(torch.as_tensor(observation, dtype=torch.float32)).numpy()
-
-
 def main() -> None:
     args = parser.parse_args()
     render_offscreen()
@@ -64,7 +58,7 @@ def main() -> None:
     state, steps = np.array([np.arctan2(first[1], first[0]), first[2]]), len(actions)
     panels = {
         "recorded behaviour": play(env, state, lambda step, observation: actions[step], steps),
-        "BCQ": play(env, state, lambda step, observation: act(policy, observation), steps),
+        "BCQ": play(env, state, lambda step, observation: policy.act(observation), steps),
     }
     pictures = []
     for number in range(len(panels["BCQ"][0])):

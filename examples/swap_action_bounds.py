@@ -1,4 +1,4 @@
-"""Action bounds are those of the spec, for each dimension; an unbounded spec is refused, and a box of your own helps.
+"""Takes the bounds of each action dimension from the spec. An unbounded spec raises an error: pass your own bounds.
 
 python examples/swap_action_bounds.py
 """
@@ -18,13 +18,13 @@ from torchrl_bcq import BCQLoss, BCQPolicy, make_bcq_modules
 
 
 def two_motors(low, high) -> GymWrapper:
-    """Pendulum-v1 turned by the sum of two torques, within ``low`` and ``high``."""
+    """Return Pendulum-v1 with two motors: it adds their torques, which have the bounds ``low`` and ``high``."""
     box = Box(np.float32(low), np.float32(high), (2,))
     return GymWrapper(TransformAction(gymnasium.make("Pendulum-v1"), lambda a: a.sum(keepdims=True), box))
 
 
 def learn(env, action_spec, transitions, steps) -> BCQPolicy:
-    torch.manual_seed(0)  # the same weights to start from
+    torch.manual_seed(0)  # both trainings start from the same weights
     networks = make_bcq_modules(env.observation_spec, action_spec, **SMALL)
     train(BCQLoss(*networks), transitions, steps)
     return BCQPolicy(*networks)
@@ -33,7 +33,7 @@ def learn(env, action_spec, transitions, steps) -> BCQPolicy:
 def main(steps: int) -> dict[str, float]:
     torch.manual_seed(0)
     transitions = record(GymEnv("Pendulum-v1"))
-    transitions["action"] = transitions["action"] / 2 + torch.tensor([0.5, -0.5])  # the same torque from two motors
+    transitions["action"] = transitions["action"] / 2 + torch.tensor([0.5, -0.5])  # their sum is unchanged
     env = two_motors(low=[-0.5, -1.5], high=[1.5, 0.5])
     rollout = run(env, learn(env, env.action_spec, transitions, steps))
 
@@ -42,9 +42,9 @@ def main(steps: int) -> dict[str, float]:
         make_bcq_modules(env.observation_spec, env.action_spec)
     except ValueError as error:
         print(f"refused: {error}")
-    # Tianshou's action_scaling: the networks act in [-1, 1], ActionScaling maps the dataset and the environment.
-    # Its action_bound_method: here "clip", the box is the dataset's range; "tanh" is in ActionVAE, whatever the box;
-    # None has no counterpart, as the perturbation is a fraction of the box.
+    # This replaces Tianshou's action_scaling: the networks act in [-1, 1], and ActionScaling scales the actions of the
+    # dataset and of the environment. The bounds are the range of the recorded actions. Unbounded actions are not
+    # possible, because the perturbation is a fraction of the action range.
     scaling = ActionScaling.from_stats(low=transitions["action"].amin(0), high=transitions["action"].amax(0))
     transitions["action"] = scaling.normalize(transitions["action"])
     env = TransformedEnv(env, scaling)

@@ -1,4 +1,4 @@
-"""Critics of your own: five, each of another architecture, TorchRL's ValueOperators or any other TensorDictModule.
+"""Trains with five critics of different architectures: four ValueOperators of TorchRL and a TensorDictSequential.
 
 python examples/swap_critics.py
 """
@@ -16,7 +16,7 @@ from torchrl_bcq import BCQLoss, BCQPolicy, QEnsemble, make_bcq_modules
 
 
 def make_critics(observations: int, actions: int) -> QEnsemble:
-    """All read the same entries and write ``[*B, 1]`` to the same, last entry; the first guides actor and policy."""
+    """Make critics with equal in-keys and the same last out-key, ``[*B, 1]``. Actor and policy use the first critic."""
     sizes = {"in_features": observations + actions, "out_features": 1, "activation_class": nn.ReLU}
     norm = {"norm_class": nn.LayerNorm, "norm_kwargs": {"normalized_shape": 64}}
     keys, value = ["observation", "action"], ["state_action_value"]
@@ -42,7 +42,7 @@ def main(steps: int) -> dict[str, float]:
     transitions = record(env)
     vae, actor, _ = make_bcq_modules(env.observation_spec, env.action_spec, **SMALL)
     critics = make_critics(observations=3, actions=1)
-    train(BCQLoss(vae, actor, critics, lmbda=1.0), transitions, steps)  # targets from the lowest of the five
+    train(BCQLoss(vae, actor, critics, lmbda=1.0), transitions, steps)  # with lmbda=1, the target uses the lowest value
     with torch.no_grad():
         spread = critics(transitions)["state_action_value"].std(-1).mean().item()
     returns = {"behaviour": mean_return(transitions), "bcq": mean_return(run(env, BCQPolicy(vae, actor, critics)))}

@@ -1,4 +1,4 @@
-"""Observations in a nested dict: the networks read every leaf of the spec, under the environment's own keys.
+"""Trains on nested observations: the networks read every entry of the spec, under the keys of the environment.
 
 python examples/swap_dict_observations.py
 """
@@ -18,7 +18,7 @@ KEYS = [("pole", "cos"), ("pole", "sin"), "speed"]
 
 
 class DictPendulum(gymnasium.ObservationWrapper):
-    """Pendulum-v1 with the observation ``{"pole": {"cos": [1], "sin": [1]}, "speed": [1]}``, in float32."""
+    """Pendulum-v1 with the nested observation ``{"pole": {"cos": [1], "sin": [1]}, "speed": [1]}``, in float32."""
 
     observation_space = Dict(pole=Dict(cos=Box(-1, 1, (1,)), sin=Box(-1, 1, (1,))), speed=Box(-8, 8, (1,)))
 
@@ -31,7 +31,7 @@ def main(steps: int) -> dict[str, float]:
     torch.manual_seed(0)
     env = GymWrapper(DictPendulum(gymnasium.make("Pendulum-v1")))
     transitions = record(env, KEYS)
-    vae, actor, critics = make_bcq_modules(env.observation_spec, env.action_spec, **SMALL)  # the spec is a Composite
+    vae, actor, critics = make_bcq_modules(env.observation_spec, env.action_spec, **SMALL)  # takes a Composite spec
     train(BCQLoss(vae, actor, critics), transitions, steps)
     return {"behaviour": mean_return(transitions), "bcq": mean_return(run(env, BCQPolicy(vae, actor, critics)))}
 

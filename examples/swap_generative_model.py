@@ -1,4 +1,4 @@
-"""Another generative model in place of the VAE: a mixture density network with the members of GenerativeModel.
+"""Replaces the VAE with a mixture density network, which has the members of GenerativeModel.
 
 python examples/swap_generative_model.py
 """
@@ -16,12 +16,12 @@ from torchrl_bcq import BCQLoss, BCQPolicy, make_bcq_modules
 
 class MixtureDensityNetwork(nn.Module):
     observation_keys, action_key, loss_keys = ["observation"], "action", ["log_likelihood"]
-    latent_clip = torch.inf  # of the latent's 1 + A normal numbers, one picks the component and A move its mean
+    latent_clip = torch.inf  # not clipped: the first latent number picks a component, the other A are its noise
 
     def __init__(self, observations, action_spec, components=4):
         super().__init__()
         actions = action_spec.shape[0]
-        self.latent_dim, self.sizes = 1 + actions, [1, actions, actions]  # of a component: weight, mean, deviation
+        self.latent_dim, self.sizes = 1 + actions, [1, actions, actions]  # sizes of weight, mean and deviation
         self.net = MLP(in_features=observations, out_features=[components, sum(self.sizes)], num_cells=[64, 64])
         self.register_buffer("bounds", torch.stack([action_spec.space.low, action_spec.space.high]))
 

@@ -1,4 +1,4 @@
-"""Images through one shared convolutional encoder: the critics' loss trains it, all other parts read its features.
+"""Trains on images with one convolutional encoder for all networks. Only the critics' loss trains the encoder.
 python examples/swap_image_observations.py
 """
 
@@ -18,7 +18,7 @@ from torchrl_bcq import BCQLoss, BCQPolicy, make_bcq_modules, make_replay_buffer
 
 
 def draw(observation):
-    """The pole's tip, now and one step before: ``[*B, 3] -> [*B, 2, 24, 24]``."""
+    """Draw the tip of the pole now and one step before: ``[*B, 3] -> [*B, 2, 24, 24]``."""
     cos, sin, speed = observation[..., None, None, None].unbind(-4)  # [*B, 1, 1, 1]
     angle = torch.atan2(sin, cos) - speed * torch.tensor([0.0, 0.05]).view(2, 1, 1)
     grid = torch.linspace(-1.2, 1.2, 24)
@@ -29,7 +29,7 @@ def losses(encoder, loss, batch):
     encoder(batch)
     with torch.no_grad():
         encoder(batch["next"])
-    features = batch.detach()  # no gradient from here into the encoder
+    features = batch.detach()  # the losses of VAE and actor do not train the encoder
     return loss.qvalue_loss(batch)[0], loss.vae_loss(features)[0], loss.actor_loss(features)[0]
 
 

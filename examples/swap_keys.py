@@ -1,4 +1,4 @@
-"""Your own names for every entry, nested ones too: the modules are told the keys they write, the loss the others.
+"""Uses your own nested keys: pass action_key and value_key to make_bcq_modules, the other keys to loss.set_keys.
 
 python examples/swap_keys.py
 """
@@ -14,7 +14,7 @@ from torchrl_bcq import BCQLoss, BCQPolicy, make_bcq_modules
 NAMES = {
     "observation": ("robot", "sensors", "pole"),
     "reward": ("robot", "payoff"),
-    "done": ("robot", "over"),  # TorchRL's reset renews what lies beside and below this entry
+    "done": ("robot", "over"),  # env.reset() renews only entries under "robot", next to this flag
     "terminated": ("robot", "fell"),
     "truncated": ("robot", "timeout"),
 }

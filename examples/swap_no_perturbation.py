@@ -1,4 +1,4 @@
-"""No perturbation actor: the policy takes the best of the behaviour's own samples, and so does the target.
+"""Trains without a perturbation actor: policy and target choose among unchanged samples of the behaviour model.
 
 python examples/swap_no_perturbation.py
 """

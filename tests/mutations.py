@@ -170,8 +170,7 @@ BREAKS = {
     ),
     "an interrupted hook repeats its step": (
         "trainers/offline.py",
-        "self._steps_left -= 1  # an interrupt from here on does not repeat the step\n"
-        "        super()._post_optim_hook()",
+        "self._steps_left -= 1\n        super()._post_optim_hook()",
         "super()._post_optim_hook()\n        self._steps_left -= 1",
     ),
     "no checkpoint after an interrupted one": (

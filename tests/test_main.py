@@ -72,7 +72,8 @@ def test_tables_take_their_columns_from_the_command_line(file, capsys):
     assert capsys.readouterr().out.startswith("990 transitions in 10 episodes")
     assert main(["describe", "trips.csv"]) == 1
     assert capsys.readouterr().err == (
-        "torchrl-bcq: trips.csv is a csv source, which also needs ['observation', 'action', 'reward', 'terminated'].\n"
+        "torchrl-bcq: trips.csv is a csv source, which also needs the arguments ['observation', 'action', 'reward', "
+        "'terminated'].\n"
     )
 
 
@@ -81,7 +82,10 @@ def test_tables_take_their_columns_from_the_command_line(file, capsys):
     [
         (["describe", "none.hdf5"], "torchrl-bcq: there is no file none.hdf5.\n"),
         (["describe", "swings.hdf5", "--names", "obs"], "--names has ['obs'], expected FIELD=ENTRY"),
-        (["describe", "swings.hdf5", "--names", "actions=torque"], "swings.hdf5: names asks for ['torque']; it holds"),
+        (
+            ["describe", "swings.hdf5", "--names", "actions=torque"],
+            "swings.hdf5: names refers to the entries ['torque'], but the file holds only",
+        ),
         (["describe", "swings.hdf5", "--env", "Nonsense-v1"], "environment 'Nonsense-v1' cannot be made: "),
         (["convert", "swings.hdf5", "swings.hdf5"], "torchrl-bcq: "),
     ],
@@ -151,11 +155,11 @@ def test_columns_may_be_named_in_several_places(file, capsys):
 @pytest.mark.parametrize(
     ("raised", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "torchrl-bcq: interrupted; nothing was written\n"),
+        (KeyboardInterrupt(), 130, "torchrl-bcq: interrupted before the end; no incomplete file is left\n"),
         (
             ImportError("No module named 'h5py'"),
             1,
-            "torchrl-bcq: No module named 'h5py': pip install 'torchrl-bcq[train]'\n",
+            "torchrl-bcq: No module named 'h5py'; install what is missing: pip install 'torchrl-bcq[train]'\n",
         ),
     ],
 )
@@ -172,7 +176,7 @@ def test_copies_are_not_copied_again(file, capsys):
     assert main(["convert", "swings.hdf5", "copies"]) == 0
     copy = capsys.readouterr().out.partition("load_memmap('")[2].partition("'")[0]
     assert main(["convert", copy, "elsewhere"]) == 1
-    assert capsys.readouterr().err == f"torchrl-bcq: {copy} is a memory-mapped copy already; it has no use for root.\n"
+    assert capsys.readouterr().err == f"torchrl-bcq: {copy} is already a memory-mapped copy; leave out root.\n"
 
 
 def test_it_says_its_version(capsys):

@@ -1,6 +1,7 @@
 """Batch-Constrained deep Q-learning as a set of TorchRL components.
 
-``__init__.pyi`` lists the public names. Each is loaded when it is first used, with the part of TorchRL that it needs.
+``__init__.pyi`` lists the public names. A name is imported when it is first used, together with the TorchRL modules
+that this name needs.
 """
 
 import lazy_loader

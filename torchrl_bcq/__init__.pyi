@@ -1,4 +1,4 @@
-"""What ``import torchrl_bcq`` offers."""
+"""The public names of ``torchrl_bcq``."""
 
 from . import (
     data as data,
@@ -37,6 +37,7 @@ from .modules import (
     DeterministicActor,
     Normalization,
     PerturbationActor,
+    Policy,
     QEnsemble,
     Standardize,
     make_bcq_modules,
@@ -83,6 +84,7 @@ __all__ = [
     "OfflineOptimizationStepper",
     "OfflineTrainer",
     "PerturbationActor",
+    "Policy",
     "QEnsemble",
     "Schedule",
     "Standardize",

@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command ``torchrl-bcq``: parses its arguments and runs one of its subcommands."""
 
 from __future__ import annotations
 
@@ -14,43 +14,44 @@ from torchrl_bcq.version import __version__
 
 _EXAMPLES = """\
 examples:
-  torchrl-bcq train                                       a first run, on Pendulum-v1
-  torchrl-bcq describe hopper.hdf5                        statistics and defects of a dataset
-  torchrl-bcq train dataset=hopper.hdf5 out=runs/hopper   learn from it
-  torchrl-bcq evaluate runs/hopper                        returns of its policy
-  torchrl-bcq plot runs/hopper                            learning curves and value estimates
+  torchrl-bcq train                                       train a first policy, on Pendulum-v1
+  torchrl-bcq describe hopper.hdf5                        show statistics and possible defects of a dataset
+  torchrl-bcq train dataset=hopper.hdf5 out=runs/hopper   train on this dataset
+  torchrl-bcq evaluate runs/hopper                        measure the returns of its policy
+  torchrl-bcq plot runs/hopper                            draw learning curves and value estimates
 
-torchrl-bcq COMMAND --help explains each command.
+Run torchrl-bcq COMMAND --help to see the arguments of a command.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 on success, 1 for a refused input or setting."""
+    """Run a command and return its exit code: 0 on success, 1 for an invalid input or setting, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     logging.getLogger("torchrl").setLevel("WARNING")
     try:
-        if arguments[:1] == ["train"]:  # its arguments are settings
+        if arguments[:1] == ["train"]:  # cli.train parses the NAME=VALUE settings of this command
             from torchrl_bcq.cli.train import main as train
 
             return train(arguments[1:])
         args = _parser().parse_args(arguments)
         args.run(args)
     except (DatasetError, RunError, OSError, ImportError) as error:
-        remedy = ": pip install 'torchrl-bcq[train]'" if isinstance(error, ImportError) else ""
+        remedy = "; install what is missing: pip install 'torchrl-bcq[train]'" if isinstance(error, ImportError) else ""
         print(f"torchrl-bcq: {error}{remedy}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("torchrl-bcq: interrupted; nothing was written", file=sys.stderr)
+        print("torchrl-bcq: interrupted before the end; no incomplete file is left", file=sys.stderr)
         return 130
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    description = "Batch-constrained deep Q-learning: from a dataset to a policy."
+    description = "Batch-constrained deep Q-learning (BCQ): train a policy on a fixed dataset."
     parser = argparse.ArgumentParser(prog="torchrl-bcq", description=description, epilog=_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"torchrl-bcq {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    commands.add_parser("train", help="Learn a policy from a dataset.", add_help=False)  # see main
+    # only --help uses this entry, because main runs the train command without this parser
+    commands.add_parser("train", help="Train a policy on a dataset.", add_help=False)
     evaluate.add_parser(commands)
     plot.add_parser(commands)
     record.add_parser(commands)

@@ -2,4 +2,4 @@
 
 
 class RunError(ValueError):
-    """A training run or its settings cannot be used; the message says why and what to do."""
+    """Raised if a training run or its settings cannot be used. The message says why and what to do."""

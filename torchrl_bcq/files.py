@@ -1,4 +1,4 @@
-"""Writing files and folders atomically."""
+"""Writes files and folders atomically."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-UNFINISHED = ".part-"  # prefix of temporary names
+UNFINISHED = ".part-"  # start of the names of unfinished files and folders
 
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``, and rename it to ``path`` at the end of the block.
+    """Yield a temporary path beside ``path``; rename it to ``path`` at the end of the ``with`` block.
 
-    If the block raises or the process is killed, ``path`` stays as it was; after an exception the temporary file or
-    folder is removed, too. The temporary name keeps the ending of ``path``, and missing parent folders are created. A
-    file replaces an existing file; a folder replaces an empty folder only.
+    If the block raises an exception or the process is killed, ``path`` does not change. After an exception, the
+    temporary file or folder is removed. The temporary name has the same file extension as ``path``. Missing parent
+    folders are created. A new file replaces an existing file; a new folder replaces only an empty folder.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the file or folder cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{UNFINISHED}{uuid4().hex[:8]}.{path.name}")

@@ -1,6 +1,7 @@
 """The equations of BCQ as pure functions of tensors. This module imports only torch.
 
-Shapes: ``*B`` any batch, ``n`` sampled actions, ``A`` action size, ``L`` latent size, ``C`` critics.
+Shapes: ``*B`` is any batch shape, ``n`` the number of sampled actions, ``A`` the size of an action, ``L`` the size of a
+latent, and ``C`` the number of critics.
 
 Source: Fujimoto, Meger, Precup, "Off-Policy Deep Reinforcement Learning without Exploration", arXiv:1812.02900.
 """
@@ -14,21 +15,21 @@ from torch import Tensor
 
 
 def clipped_normal(shape: Sequence[int], clip: float, like: Tensor) -> Tensor:
-    """Draw ``clip(N(0, 1), -clip, clip)``, the latents of sampled actions (appendix D.1).
+    """Draw random latents for the VAE: standard normal numbers, clipped to ``[-clip, clip]`` (appendix D.1).
 
     Args:
         shape: shape of the result.
         clip: largest magnitude, in standard deviations.
-        like: tensor whose dtype and device the result takes.
+        like: tensor that has the dtype and device of the result.
     """
     return torch.randn(shape, dtype=like.dtype, device=like.device).clamp_(-clip, clip)
 
 
 def spread_normal(num: int, dim: int, clip: float, seed: int, like: Tensor) -> Tensor:
-    """Points that cover the distribution of :func:`clipped_normal` more evenly than random draws: ``[num, dim]``.
+    """Return points ``[num, dim]`` that cover the distribution of ``clipped_normal`` more evenly than random draws.
 
-    They are scrambled Sobol points, mapped by the inverse normal distribution function. The same seed gives the same
-    points; PyTorch's random state does not change.
+    The points are scrambled Sobol points, mapped by the inverse normal distribution function. The same seed gives the
+    same points. PyTorch's random state does not change.
     """
     uniform = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(num, dtype=torch.float64)
     normal = torch.special.ndtri(uniform.clamp_min(torch.finfo(uniform.dtype).eps))
@@ -38,14 +39,14 @@ def spread_normal(num: int, dim: int, clip: float, seed: int, like: Tensor) -> T
 def squash_to_bounds(logits: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Scale ``tanh(logits)`` to ``[low, high]``. ``[*B, A], [A], [A] -> [*B, A]``."""
     action = (high + low) / 2 + (high - low) / 2 * torch.tanh(logits)
-    return action.clamp(low, high)  # rounding at saturation may exceed a bound
+    return action.clamp(low, high)  # if tanh saturates, rounding may exceed a bound
 
 
 def perturb(action: Tensor, logits: Tensor, phi: float, low: Tensor, high: Tensor) -> Tensor:
-    """Move an action by at most ``phi`` half-ranges and stay in bounds (eq. 11 and appendix D.1).
+    """Change an action by at most ``phi`` times half the action range, within the bounds (eq. 11, appendix D.1).
 
-    ``clip(a + phi * (high - low) / 2 * tanh(logits), low, high)``; with symmetric bounds the half-range is the
-    author's ``max_action``. ``[*B, A], [*B, A], scalar, [A], [A] -> [*B, A]``.
+    The result is ``clip(a + phi * (high - low) / 2 * tanh(logits), low, high)``. For symmetric bounds, ``(high - low) /
+    2`` is the variable ``max_action`` of the BCQ author's code. ``[*B, A], [*B, A], scalar, [A], [A] -> [*B, A]``.
     """
     return (action + phi * (high - low) / 2 * torch.tanh(logits)).clamp(low, high)
 
@@ -56,31 +57,32 @@ def gaussian_kl(loc: Tensor, log_std: Tensor) -> Tensor:
 
 
 def soft_clipped_double_q(qvalue: Tensor, lmbda: float) -> Tensor:
-    """``lmbda * min + (1 - lmbda) * max`` over critics (inside eq. 13). ``[*B, C] -> [*B]``."""
+    """Return ``lmbda * min + (1 - lmbda) * max`` over the critics (part of eq. 13). ``[*B, C] -> [*B]``."""
     return lmbda * qvalue.amin(-1) + (1 - lmbda) * qvalue.amax(-1)
 
 
 def best_sample_value(qvalue: Tensor, lmbda: float) -> Tensor:
-    """Value of the best of ``n`` sampled actions, the bracket of eq. 13. ``[*B, n, C] -> [*B, 1]``."""
+    """Return the value of the best of ``n`` actions (the maximum in eq. 13). ``[*B, n, C] -> [*B, 1]``."""
     return soft_clipped_double_q(qvalue, lmbda).amax(-1, keepdim=True)
 
 
 def discounted_sum(rewards: Tensor, gamma: float) -> Tensor:
-    """Discounted return ``sum_t gamma^t r_t``. ``[*B, T] -> [*B]``."""
+    """Return the discounted return ``sum_t gamma^t r_t``. ``[*B, T] -> [*B]``."""
     return (rewards * gamma ** torch.arange(rewards.shape[-1], device=rewards.device)).sum(-1)
 
 
 def merge_moments(
     count: Tensor, mean: Tensor, square: Tensor, other_count: Tensor, other_mean: Tensor, other_square: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and sum of squared deviations of two sets together, from those of each set.
+    """Return the count, mean and sum of squared deviations of the union of two sets of numbers.
 
-    ``square / count`` is the variance. A set may be empty: count 0, any finite mean, square 0. Counts are ``[]`` or
-    ``[*B]``, means and squares ``[*B]``: ``[*B] x 6 -> [*B] x 3``.
+    ``square`` is the sum of squared deviations, and ``square / count`` is the variance. For an empty set, pass the
+    count 0, the square 0 and any finite mean. Counts have the shape ``[]`` or ``[*B]``; means and squares have the
+    shape ``[*B]``. With counts ``[*B]``, all six arguments and all three results have the shape ``[*B]``.
 
     Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
     total, shift = count + other_count, other_mean - mean
-    rows = total.clamp(min=1)  # two empty sets give zeros
+    rows = total.clamp(min=1)  # avoids 0 / 0 if both sets are empty
     square = square + other_square + shift.square() * (count * other_count / rows)
     return total, mean + shift * (other_count / rows), square

@@ -1,4 +1,4 @@
-"""What a part must offer to take the place of another one. Modules fulfil these protocols, objectives rely on them."""
+"""Protocols: methods and attributes that your own networks need to work with the losses and policies."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch.nn.parameter import is_lazy
 
 
 class GenerativeModel(Protocol):
-    """The behaviour that made the dataset, ``p(action | state)``: learned by a loss of its own, sampled from noise.
+    """Model of the behaviour policy ``p(action | state)``: the model has its own loss and computes actions from noise.
 
-    Any :class:`torch.nn.Module` with these members can stand where :class:`~torchrl_bcq.ActionVAE` does, such as a
-    mixture density network, a normalizing flow or a diffusion model. Derived from
-    :class:`tensordict.nn.TensorDictModuleBase`, it is reached by ``loss.reset_parameters_recursive()`` too.
+    Any ``torch.nn.Module`` with the members of ``GenerativeModel`` can replace ``ActionVAE``, such as a mixture density
+    network, a normalizing flow or a diffusion model. If the module is a ``tensordict.nn.TensorDictModuleBase``,
+    ``loss.reset_parameters_recursive()`` also resets the parameters of this module.
 
     Attributes:
-        observation_keys: entries that it reads of a state.
-        action_key: entry that it learns from and writes.
-        latent_dim: ``L``, size of the noise from which one action is made.
-        latent_clip: the noise is standard normal, clipped to this magnitude; ``math.inf`` leaves it alone.
-        loss_keys: names of what :meth:`training_loss` reports, may be empty.
+        observation_keys: observation entries that the model reads.
+        action_key: entry of the action, which ``training_loss`` reads and ``decode`` writes.
+        latent_dim: size of the noise for one action, ``L``.
+        latent_clip: largest magnitude of the standard normal noise. ``math.inf`` means no clipping.
+        loss_keys: names of the metadata that ``training_loss`` returns; may be empty.
     """
 
     observation_keys: Sequence[NestedKey]
@@ -36,29 +36,29 @@ class GenerativeModel(Protocol):
     def training_loss(
         self, tensordict: TensorDictBase, noise: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What to minimise for each row, ``[*B]``, and detached tensors to be logged, one for each of ``loss_keys``.
+        """Return the loss of each row, ``[*B]``, and its metadata: one detached tensor for each of ``loss_keys``.
 
         Args:
-            tensordict: holds states and actions, batch size ``*B``; is left as it is.
-            noise: what the loss draws at random, if anything; drawn if not given.
+            tensordict: states and actions with the batch size ``*B``; the method must not change this tensordict.
+            noise: random numbers for a loss that needs them; if ``noise`` is None, the method draws the numbers.
         """
         ...
 
     def decode(self, tensordict: TensorDictBase, latent: Tensor) -> TensorDictBase:
-        """Write one action ``[*B, A]`` for each state into ``tensordict``, and return that.
+        """Write one action for each state, ``[*B, A]``, into ``tensordict``, and return ``tensordict``.
 
-        It must be a function of the state and of ``latent [*B, L]`` alone: what it drew itself would make the policy
-        random where it shall not be.
+        The action must depend only on the state and on ``latent [*B, L]``. If the method drew its own random numbers, a
+        deterministic policy would not be possible.
         """
         ...
 
 
 class CriticEnsemble(Protocol):
-    """``C`` critics in one module, such as :class:`~torchrl_bcq.QEnsemble`.
+    """``C`` critics in one module, such as ``QEnsemble``.
 
     Attributes:
-        in_keys: observations and the action.
-        out_keys: the last one is the entry of the values.
+        in_keys: entries of the observations and of the action.
+        out_keys: entries that the module writes. The last entry holds the values.
     """
 
     in_keys: Sequence[NestedKey]
@@ -69,17 +69,18 @@ class CriticEnsemble(Protocol):
         ...
 
     def first(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the value of the first critic, ``[*B, 1]``: the one that guides the actor and the policy."""
+        """Write the first critic's value, ``[*B, 1]``, for the actor's loss and the policy."""
         ...
 
 
 def require(name: str, part: object, protocol: type) -> None:
-    """Compare a part with a protocol by the names of its members; raises a TypeError if it lacks some."""
+    """Raise a TypeError if ``part`` lacks an attribute or a method of ``protocol``. Types are not checked."""
     members = [*protocol.__annotations__, *(member for member in vars(protocol) if not member.startswith("_"))]
     missing = [member for member in members if not hasattr(part, member)]
     if missing:
         raise TypeError(
-            f"{name} is a {type(part).__name__}, which lacks {missing}; see torchrl_bcq.protocols.{protocol.__name__}."
+            f"{name} is a {type(part).__name__}, which lacks {missing}; add the members of "
+            f"torchrl_bcq.protocols.{protocol.__name__}."
         )
 
 
@@ -89,11 +90,11 @@ def check_networks(
     critics: CriticEnsemble,
     names: Sequence[str] = ("vae", "actor", "critics"),
 ) -> None:
-    """Check that three networks fit together.
+    """Check that the three networks of BCQ can be used together.
 
     Raises:
-        TypeError: if one lacks a member that is needed of it.
-        ValueError: if they disagree about the action's key, or one has lazy layers that have not seen data.
+        TypeError: if a network lacks a member of its protocol.
+        ValueError: if the networks use different action keys, or a network has uninitialised lazy layers.
     """
     require(names[0], vae, GenerativeModel)
     require(names[2], critics, CriticEnsemble)
@@ -101,24 +102,27 @@ def check_networks(
     if isinstance(vae.observation_keys, str):
         raise TypeError(f"{names[0]}.observation_keys is the string {vae.observation_keys!r}, expected a list of keys.")
     if action not in critics.in_keys:
-        raise ValueError(f"{names[2]} reads {critics.in_keys}, but not {action!r}, which {names[0]} writes.")
+        raise ValueError(
+            f"{names[2]} reads {critics.in_keys}, but not the action {action!r}, which {names[0]} writes; use one "
+            "action key for all networks."
+        )
     if actor is not None and (action not in actor.in_keys or list(actor.out_keys) != [action]):
         raise ValueError(
-            f"{names[1]} maps {actor.in_keys} to {actor.out_keys}, expected to read and overwrite {action!r}, which "
-            f"{names[0]} writes."
+            f"{names[1]} reads {actor.in_keys} and writes {actor.out_keys}; it must read and overwrite only the action "
+            f"{action!r}, which {names[0]} writes."
         )
     for name, network in zip(names, (vae, actor, critics), strict=True):
         if network is not None and any(map(is_lazy, network.parameters())):  # type: ignore[union-attr]
-            raise ValueError(f"{name} has lazy layers without weights yet; call it once on data, or give in_features.")
+            raise ValueError(f"{name} has uninitialised lazy layers; call {name} once with data, or set in_features.")
 
 
 def check_action(tensordict: TensorDictBase, action_key: NestedKey) -> TensorDictBase:
-    """Raise a ValueError unless a generative model has written an action ``[*B, A]`` for each state."""
+    """Return ``tensordict``. Raise a ValueError if it does not have one action ``[*B, A]`` per state."""
     action = tensordict.get(action_key, None)
     if action is None or action.shape[:-1] != tensordict.batch_size:
-        found = "nothing" if action is None else f"shape {tuple(action.shape)}"
+        found = "nothing" if action is None else f"a tensor of shape {tuple(action.shape)}"
         raise ValueError(
-            f"decode wrote {found} to {action_key!r}, expected an action [*B, A] for each state of "
-            f"{tuple(tensordict.batch_size)}, in the tensordict that it was given."
+            f"decode wrote {found} to {action_key!r}; it must write one action for each state, [*B, A] with *B = "
+            f"{tuple(tensordict.batch_size)}, into the given tensordict and return this tensordict."
         )
     return tensordict

@@ -75,6 +75,10 @@ def act_own(device: str, sizes: Sizes, *, mode: str) -> Callable[[np.ndarray], n
     return act
 
 
+def act_numpy(device: str, sizes: Sizes) -> Callable[[np.ndarray], np.ndarray]:
+    return BCQPolicy(*make_modules(device, sizes), num_action_samples=CANDIDATES).act
+
+
 def train_floor(batch_size: int, device: str, sizes: Sizes) -> Callable[[int], None]:
     return Floor(make_transitions(), batch_size, device, sizes).update
 
@@ -92,6 +96,7 @@ TRAINING: dict[str, Train] = {
     "floor": train_floor,
 }
 ACTING: dict[str, Act] = {
+    "policy.act": act_numpy,
     **{mode: partial(act_own, mode=mode) for mode in ACTING_MODES},
     "tianshou": partial(act_tianshou, samples=CANDIDATES),
     "d3rlpy": partial(act_d3rlpy, samples=CANDIDATES),

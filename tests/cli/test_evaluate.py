@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
+import torch
 
 from torchrl_bcq.__main__ import main
+from torchrl_bcq.cli.evaluate import _compare, _from_dataset, _mean_and_error
 from torchrl_bcq.runs.job import train
 
 
@@ -67,7 +70,8 @@ def test_policies_are_compared_with_the_dataset(run, capsys):
         assert rows[name] == [f"{found[name]['return']:.1f}", f"{found[name]['return_std']:.1f}", "-", "5.0"]
     assert [name for name in rows if "value_estimate" in found.get(name, {})] == ["BCQ"]
     estimate, obtained = (f"{found['BCQ'][name]:.4g}" for name in ("value_estimate", "discounted_return"))
-    assert f"the critic estimates {estimate}; the discounted return from there was {obtained}." in shown
+    sentence = f"the critic estimates a discounted return of {estimate}; the policy obtained {obtained}"
+    assert f"{sentence} in 51 steps.\n" in shown  # 0.9 ** 51 is the first power below 0.005
     assert shown.startswith(f"{found['checkpoint']}: 10 gradient steps on ")
     assert shown.endswith(f"The numbers are in {run / 'evaluation.json'}.\n")
 
@@ -103,11 +107,40 @@ def test_numbers_are_those_that_the_run_has_logged(run, evaluate):
     assert (found["BCQ"]["return"], found["BCQ"]["return_std"]) == (logged["mean"], logged["std"])
 
 
-def test_returns_are_discounted_as_in_the_run(run, make_run, evaluate):
+def test_returns_are_discounted_as_in_the_run(run, make_run, evaluate, capsys):
     found = evaluate(make_run("undiscounted", "loss.gamma=1"), "--episodes", "3")["BCQ"]
     assert found["discounted_return"] == pytest.approx(found["return"], rel=1e-6)
+    assert f"the policy obtained {found['discounted_return']:.4g} in 5 steps.\n" in capsys.readouterr().out
     found = evaluate(run, "--episodes", "3")["BCQ"]
     assert found["discounted_return"] != pytest.approx(found["return"], rel=1e-3)
+
+
+def test_the_policy_is_compared_with_the_dataset_and_the_baseline():
+    """Four returns, and a dataset of 16 episodes: errors of 2.5, and of 1 and 2; Student's t with 3 degrees: 3.182."""
+    mean, error = _mean_and_error(torch.tensor([5.0, 15.0, 5.0, 15.0]) - 20)
+    assert (mean, error) == pytest.approx((-10, (100 / 3) ** 0.5 / 2))
+    mean, error = _from_dataset(torch.tensor([9.0, 11.0, 9.0, 11.0]), {"mean": -20, "std": 8, "episodes": 16})
+    assert (mean, error) == pytest.approx((30, (1 / 3 + 4) ** 0.5))
+    found = _compare("BCQ", {"the dataset": (30.0, 2.0), "cloning": (8.0, 2.5), "another": (3.0, 1.0)}, 4)
+    assert found.splitlines() == [
+        "BCQ is better than the dataset (+30.0 ± 6.4) and cloning (+8.0 ± 8.0). BCQ is not clearly different from "
+        "another (+3.0 ± 3.2).",
+        "(Differences in mean return with 95% confidence intervals.)",
+    ]
+    assert _compare("BCQ", {"cloning": (-8.0, 2.0)}, 4).startswith("BCQ is worse than cloning (-8.0 ± 6.4).")
+    assert "worse" not in _compare("BCQ", {"cloning": (-8.0, 3.0)}, 4)
+
+
+def test_the_comparison_is_shown_unless_there_is_one_episode(run, make_run, capsys):
+    baseline = make_run("cloning", "algorithm=cloning")
+    capsys.readouterr()
+    words = ["evaluate", str(run), "--baseline", str(baseline)]
+    assert main([*words, "--episodes", "3"]) == 0
+    shown = capsys.readouterr().out
+    numbers = r"\([+-][\d.]+ ± [\d.]+\)"
+    assert re.search(rf"\nBCQ is .* the dataset {numbers}.* cloning {numbers}\.\n", shown)
+    assert main([*words, "--episodes", "1"]) == 0
+    assert "BCQ is" not in capsys.readouterr().out
 
 
 def test_deterministic_actions_are_others(run, evaluate):
@@ -182,10 +215,10 @@ def test_a_baseline_of_another_task_is_refused(run, make_run, make_file, what, c
     capsys.readouterr()
     assert main(["evaluate", str(run), "--baseline", str(other)]) == 1
     assert capsys.readouterr().err == (
-        f"torchrl-bcq: {other} has other {what} than {run}; compare runs of one dataset.\n"
+        f"torchrl-bcq: {other} has other {what} than {run}; compare runs of the same dataset.\n"
     )
     assert main(["evaluate", str(run), "--baseline", str(run.parent / "none")]) == 1
-    assert capsys.readouterr().err.startswith(f"torchrl-bcq: {run.parent / 'none'} holds no checkpoint; ")
+    assert capsys.readouterr().err.startswith(f"torchrl-bcq: {run.parent / 'none'} contains no checkpoint; ")
 
 
 # without an environment
@@ -217,7 +250,7 @@ def test_without_an_environment_the_dataset_is_measured(make_run, capsys, held_o
     for name, value in own.items():
         other = f"{found['cloning'][name]:.4g}" if name in of_both else "-"
         assert f"\n{name:<28}{value:>12.4g}{other:>12}\n" in shown
-    assert f"no environment; on {'held-out episodes' if held_out else 'the dataset'}:\n\n" in shown
+    assert f"The run has no environment. Metrics on {'held-out episodes' if held_out else 'the dataset'}:\n\n" in shown
     assert f"\n{'':<28}{'BCQ':>12}{'cloning':>12}\n" in shown
     assert main(["evaluate", str(run), "--env", "Swing-v0", "--episodes", "2"]) == 0
     assert list(json.loads((run / "evaluation.json").read_text()))[-3:] == ["VAE-BC", "cloning", "BCQ"]
@@ -245,9 +278,12 @@ def test_a_baseline_that_learned_from_the_held_out_episodes_is_refused(make_run,
         (["--env", "Nonsense-v0"], "torchrl-bcq: environment 'Nonsense-v0' cannot be made: "),
         (
             ["--env", "Goal-v0"],
-            "torchrl-bcq: Goal-v0 has observations of shape {'goal': (3,), 'place': (3,)}, the run ",
+            "torchrl-bcq: Goal-v0 has observations of shape {'goal': (3,), 'place': (3,)}, but the run ",
         ),
-        (["--env", "CartPole-v1"], "torchrl-bcq: CartPole-v1 has observations of shape (4,), the run of (3,); choose "),
+        (
+            ["--env", "CartPole-v1"],
+            "torchrl-bcq: CartPole-v1 has observations of shape (4,), but the run has (3,); choose ",
+        ),
         (["--out", "folder/none.json", "--episodes", "-1"], "torchrl-bcq: --episodes is -1"),
     ],
 )
@@ -261,8 +297,8 @@ def test_arguments_that_do_not_fit_are_refused(run, capsys, arguments, message):
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     assert main(["evaluate", str(tmp_path / "none")]) == 1
     assert capsys.readouterr().err == (
-        f"torchrl-bcq: {tmp_path / 'none'} holds no checkpoint; name the folder of a run of torchrl-bcq train, or a "
-        "checkpoint.\n"
+        f"torchrl-bcq: {tmp_path / 'none'} contains no checkpoint; choose the folder of a run of torchrl-bcq train, "
+        "or a checkpoint.\n"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -67,12 +67,13 @@ def test_a_run_of_another_version_is_refused_with_its_version(refused, found):
     messages = refused(change)
     present = version("torchrl-bcq")
     assert set(messages.values()) == {
-        f"is of torchrl-bcq {found or '0.1'}, this is {present}: use that version for this run, or train it again."
+        f"was made by torchrl-bcq {found or '0.1'}, but this is version {present}; install torchrl-bcq "
+        f"{found or '0.1'}, or train the run again."
     }
 
 
 def test_a_target_in_the_files_of_a_run_is_refused(refused):
     messages = refused(lambda settings: {**settings, "network": {**settings["network"], "_target_": "os.system"}})
     assert set(messages.values()) == {
-        "cannot be read: network._target_ is no setting: settings are plain values, nothing in them is called."
+        "cannot be read: network._target_ is refused, because names of the form _NAME_ can run code; remove it."
     }

@@ -53,8 +53,8 @@ def test_pictures_of_several_runs_lie_here_or_where_it_is_said(seeds, tmp_path, 
     assert capsys.readouterr().out == "The pictures are in .: learning_curve.png.\n"
     assert (tmp_path / "learning_curve.png").is_file()
     assert caplog.messages == [
-        "no value_estimates.png: no run has both value_estimate and discounted_return, which need an env.",
-        "no losses.png: no run has a loss.",
+        "no value_estimates.png: no run logged both value_estimate and discounted_return, which need an environment.",
+        "no losses.png: no run logged a loss.",
     ]
     plot(seeds, "--out", "new/folder", "--statistic", "iqm", "--confidence", "0.5", "--resamples", "10")
     assert (tmp_path / "new/folder/learning_curve.png").is_file()
@@ -64,7 +64,7 @@ def test_metric_that_another_picture_shows_too_is_warned_of_once(make_run, caplo
     runs = [make_run(f"{seed}", seed=seed, loss_qvalue={1: 1.0, 2 + seed: 1.0}) for seed in (0, 1)]
     plot(*runs, "--out", runs[0], "--metric", "loss_qvalue")
     assert caplog.messages[0] == (
-        "minari:swings: steps that not all of its runs have are left out: 2 of 3 of loss_qvalue."
+        "minari:swings: steps that only some runs logged are left out: 2 of 3 for loss_qvalue."
     )
 
 
@@ -78,18 +78,18 @@ def test_what_cannot_be_drawn_is_said(make_run, tmp_path):
     results = make_run("results", **{"return": {1: 1.0}})
     (results / "results.json").write_text("{")
     for arguments, message in [
-        ((tmp_path / "none",), f"{tmp_path / 'none'} is no run: there is no such folder; pass one that "),
-        ((empty,), f"{empty} is no run: neither it nor a folder in it has a config.yaml; "),
+        ((tmp_path / "none",), f"{tmp_path / 'none'} is not a run: there is no such folder; choose a folder that "),
+        ((empty,), f"{empty} is not a run: it and its subfolders have no config.yaml; "),
         ((silent,), f"nothing was logged in {silent}: no log/scalars/*.csv; "),
-        ((vae, "--metric", "retrun"), f"no retrun was logged in {vae}; choose a --metric of loss_vae, return."),
+        ((vae, "--metric", "retrun"), f"no retrun was logged in {vae}; use --metric with one of loss_vae, return."),
         (
             (early, late),
-            f"the runs of minari:swings have no step of return in common ({early}: 1 from 1 to 1; {late}: ",
+            f"the runs of minari:swings have no step of return in common ({early}: steps 1 to 1; {late}: ",
         ),
         ((odd,), f"{odd / 'config.yaml'} cannot be read: Key 'a' not in "),
-        ((old,), f"{old / 'config.yaml'} is of torchrl-bcq 0.1.0, this is "),
-        ((cut,), "no line of return is complete yet; "),
-        ((results,), f"{results / 'results.json'} was not written by train ("),
+        ((old,), f"{old / 'config.yaml'} was made by torchrl-bcq 0.1.0, but this is "),
+        ((cut,), "the runs have no complete line of return in their logs yet; "),
+        ((results,), f"{results / 'results.json'} was not written by torchrl-bcq train ("),
     ]:
         with pytest.raises(RunError) as error:
             plot(*arguments)

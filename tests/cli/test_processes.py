@@ -83,7 +83,7 @@ def test_a_signal_saves_a_checkpoint_that_resumes_bit_for_bit(words, make_settin
     ((found, output),) = finish(process)
     assert found == code, output
     name = signal.Signals(number).name
-    assert f"{name}: saving after this step; press again to leave at once" in output
+    assert f"{name}: the run stops after this gradient step and saves a checkpoint; a second signal ends it" in output
     resume = re.search(rf"{name} after (\d+) steps; resume with: torchrl-bcq train resume={run}\n", output)
     steps = int(resume[1])
     assert read_metadata(find_checkpoint(run, "last"))[2] == steps
@@ -139,7 +139,7 @@ def test_a_second_signal_leaves_the_baseline_at_once(words, run, send, capsys):
     with pytest.raises(SystemExit) as end:
         main(["train", *words("baseline=cloning")])
     assert end.value.code == 130
-    assert "left at once; repeat the command with resume=true to resume from the last" in capsys.readouterr().err
+    assert "interrupted, without a new checkpoint; resume from the last one with resume=true" in capsys.readouterr().err
     assert (run / "results.json").exists()
     assert list((run / "baseline").glob("*/checkpoint-*")) == []
     send()
@@ -164,7 +164,7 @@ def test_two_processes_make_one_run_that_a_signal_stops_and_that_resumes_bit_for
     process = torchrun(*words(*QUIET, *ENDLESS))
     interrupt(process, signal.SIGTERM, run)  # torchrun passes it on
     ((_, output),) = finish(process)
-    assert output.count("SIGTERM: saving after these steps; press again to leave at once") == 1, output
+    assert output.count("SIGTERM: the run stops after this log interval and saves a checkpoint; ") == 1, output
     (steps,) = map(
         int, re.findall(rf"SIGTERM after (\d+) steps; resume with: torchrl-bcq train resume={run}\n", output)
     )
@@ -185,13 +185,13 @@ def test_two_processes_make_one_run_that_a_signal_stops_and_that_resumes_bit_for
     for words_of_it, runs in ((resumed, 1), (undisturbed, 2)):
         ((code, output),) = finish(torchrun(*words(*QUIET, *words_of_it)))
         assert code == 0, output
-        assert output.count(f" to {steps + 7} on cpu") == output.count(f"{steps + 7} steps made") == runs
+        assert output.count(f" to {steps + 7} on cpu") == output.count(f"the run has made {steps + 7} steps; ") == runs
         assert output.count("ERROR") == 0
     (undisturbed,) = tmp_path.glob("undisturbed-*")
     assert_same(run, undisturbed)
     assert read_metadata(find_checkpoint(undisturbed / "baseline"))[2] == steps + 7
     log = (undisturbed / "train.log").read_text()
-    assert log.count(f"{steps + 7} steps made") == 2
+    assert log.count(f"the run has made {steps + 7} steps; ") == 2
     assert {path.name for path in undisturbed.rglob(".*")} == {".lock"}
 
     more[1] = f"steps={steps + 12}"
@@ -224,5 +224,8 @@ def test_a_sweep_of_several_processes_is_refused(words, run, monkeypatch, capsys
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(processes, "joined", nullcontext)
     assert main(["train", "-m", *words("seed=0,1")]) == 1
-    assert capsys.readouterr().err == "torchrl-bcq: torchrun makes one run; start those of -m one after the other.\n"
+    assert (
+        capsys.readouterr().err
+        == "torchrl-bcq: torchrun cannot start several runs with -m; start them one after another without -m.\n"
+    )
     assert not run.exists()

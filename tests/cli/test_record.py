@@ -42,11 +42,11 @@ def test_without_an_environment_the_default_dataset_is_recorded_once(store, monk
     assert len(load_minari("torchrl-bcq/pendulum/swing-up-v0")) == 600
     monkeypatch.setattr(recording, "record_swing_up", lambda: record_swing_up(steps=1200))
     command()
-    assert capsys.readouterr().out.endswith("swing-up-v0 exists; --overwrite records it again\n")
+    assert capsys.readouterr().out.endswith("swing-up-v0 exists already; use --overwrite to record it again\n")
     assert len(load_minari("torchrl-bcq/pendulum/swing-up-v0")) == 600
     command("--overwrite")
     assert len(load_minari("torchrl-bcq/pendulum/swing-up-v0")) == 1200
-    with pytest.raises(RunError, match=r"^--steps, --seed needs --env; without it, the default dataset is recorded as"):
+    with pytest.raises(RunError, match=r"^--steps, --seed needs --env; the default dataset is always recorded in the"):
         command("--seed", "1", "--steps", "5")
 
 
@@ -98,10 +98,16 @@ def test_a_learned_policy(store, learned):
     [
         ("--env Nonsense-v1", "environment 'Nonsense-v1' cannot be made: "),
         ("--env Pendulum-v1 --steps 0", "steps is 0, expected at least 1."),
-        ("--env Pendulum-v1 --noise 0.1", "--noise needs a --policy; random actions are uniform over their bounds."),
-        ("--env Pendulum-v1 --policy runs/wide", "the policy gives actions [2], and Pendulum-v1 takes [1]."),
-        ("--env Pendulum-v1 --out swings.npz", "swings.npz is neither FILE.hdf5 nor minari:NAMESPACE/DATASET-v0."),
-        ("--env Pendulum-v1 --out there.hdf5", "there.hdf5 exists already; name another, or overwrite it"),
+        (
+            "--env Pendulum-v1 --noise 0.1",
+            "--noise needs --policy RUN; random actions are uniform within their bounds, without noise.",
+        ),
+        ("--env Pendulum-v1 --policy runs/wide", "the policy returns actions of shape [2], but Pendulum-v1 takes [1]."),
+        (
+            "--env Pendulum-v1 --out swings.npz",
+            "swings.npz is neither FILE.hdf5 nor minari:NAMESPACE/DATASET-v0; use one of these",
+        ),
+        ("--env Pendulum-v1 --out there.hdf5", "there.hdf5 already exists; choose another name, or overwrite it"),
     ],
 )
 def test_refusals_come_before_anything_is_recorded(store, learned, monkeypatch, arguments, message):

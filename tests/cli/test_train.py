@@ -105,7 +105,7 @@ def test_a_second_start_is_refused_and_changes_nothing(words, run, capsys):
         ) in capsys.readouterr().err
     with FileLock(run / ".lock"):
         assert main(["train", *words("resume=true")]) == 1
-    assert f"another run is at work in {run}" in capsys.readouterr().err
+    assert f"another run is using {run}" in capsys.readouterr().err
 
 
 # several runs
@@ -121,7 +121,7 @@ def test_a_sweep_makes_a_folder_for_each(words, tmp_path, run):
     assert not equal(state(run / "0"), state(run / "1"))
     assert main(["train", "--multirun", *words("seed=0,1", "resume=true")]) == 0
     assert [read_metadata(find_checkpoint(run / str(seed), "last"))[2] for seed in (0, 1)] == [20, 20]
-    with pytest.raises(RunError, match=r"It holds the runs \['0', '1'\]; name one of them"):
+    with pytest.raises(RunError, match=r"It contains the runs \['0', '1'\]; choose one of them"):
         module.main([f"resume={run}"])
 
 
@@ -142,13 +142,13 @@ def test_a_run_that_fails_does_not_stop_the_others(words, run, capsys, order):
         ("sed=1", "there is no setting sed; "),
         ("steps=many", "steps cannot be 'many': Value 'many' of type 'str' could not be converted to Integer"),
         ("loss.gamma=high", "loss.gamma cannot be 'high': Value 'high' of type 'str' could not be converted to Float"),
-        ("seed=0,1", "['seed=0', 'seed=1'] are several runs, which -m makes"),
+        ("seed=0,1", "['seed=0', 'seed=1'] needs several runs; add -m"),
         ("algorithm=bqc", "algorithm is 'bqc', expected one of ['bcq', 'cloning']."),
-        ("dataset=???", "dataset has no value; give it one, as dataset=VALUE."),
+        ("dataset=???", "dataset has no value; set it with dataset=VALUE."),
         ("--multi", "there is no flag --multi; see torchrl-bcq train --help."),
-        ("hopper.hdf5", "hopper.hdf5 is no override, expected NAME=VALUE."),
+        ("hopper.hdf5", "hopper.hdf5 is not a setting; write a setting as NAME=VALUE."),
         ("_target_=os.system", "there is no setting _target_"),
-        ("reader._target_=os.system", "reader._target_ is no setting: settings are plain values"),
+        ("reader._target_=os.system", "reader._target_ is refused, because names of the form _NAME_ can run code"),
     ],
 )
 def test_words_that_are_no_settings_are_refused_before_anything_is_made(words, run, capsys, word, message):
@@ -164,11 +164,11 @@ def test_words_that_are_no_settings_are_refused_before_anything_is_made(words, r
     [
         ("dataset=none.hdf5", "there is no file none.hdf5."),
         ("device=abacus", "device=abacus cannot be used: "),
-        ("log_interval=3", "no multiple of log_interval 3"),
-        ("evaluation.reference_scores=[2,1]", "expected [random, expert], the second one higher."),
+        ("log_interval=3", "not a positive multiple of log_interval 3"),
+        ("evaluation.reference_scores=[2,1]", "expected [random, expert], where expert is higher."),
         ("logger=[disk]", "there is no logger 'disk'"),
         ("optim.vae.start_after=-1", "optim.vae: start_after is -1"),
-        ("optim.actor.every=0", "optim.actor: start_after is 0 and every 0; expected 0 or more, and 1 or more."),
+        ("optim.actor.every=0", "optim.actor: start_after is 0 and every 0; start_after must be at least 0, and every"),
         ("precision=half", "precision is 'half', expected null or one of ['highest', "),
         ("baseline=clonign", "'clonign', expected one of ['bcq', 'cloning']."),
     ],
@@ -192,14 +192,14 @@ def test_a_file_is_no_folder_of_a_run(words, file, capsys):
     assert main(["train", *words(f"out={file}")]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"torchrl-bcq: {file} cannot be the folder of a run: ")
-    assert error.endswith("; choose another with out=FOLDER\n")
+    assert error.endswith("; choose another folder with out=FOLDER\n")
     assert file.read_bytes() == before
 
 
 def test_a_run_that_does_not_exist_is_not_resumed(tmp_path, capsys):
     assert main(["train", f"resume={tmp_path / 'none'}"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"torchrl-bcq: {tmp_path / 'none'} is no run of torchrl-bcq train")
+    assert error.startswith(f"torchrl-bcq: {tmp_path / 'none'} is not a run of torchrl-bcq train")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -216,7 +216,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(make_file, make_settings, words,
     shown = ", ".join(map(str, rows))
     (error,) = (line for line in (run / "train.log").read_text().splitlines() if "ERROR" in line)
     assert (
-        f"qvalue_loss is inf in gradient step 13, on the 8 rows {shown} of the replay buffer, kept for inspection: "
+        f"qvalue_loss is inf in gradient step 13, on the 8 rows {shown} of the replay buffer; to inspect them, call "
         f"torch.load('{run}/not-finite-13.pt'). The last good checkpoint is "
         f"{run}/checkpoints/checkpoint-000000000010."
     ) in error
@@ -253,15 +253,18 @@ def test_without_a_dataset_the_default_run_is_made_with_its_baseline(monkeypatch
     assert (shown["dataset"], shown["steps"], shown["seed"]) == (DEFAULT, 3500, 3)
     assert (shown["network"]["hidden"], shown["network"]["vae_hidden"]) == ([256, 256], [256, 256])
     assert (shown["algorithm"], shown["baseline"]) == ("bcq", "cloning")
+    assert (shown["loss"]["gamma"], shown["loss"]["tau"], shown["normalize"]) == (0.95, 0.02, True)
+    assert shown_settings(capsys, "loss.gamma=0.9", "normalize=false")["loss"]["gamma"] == 0.9
     shown = shown_settings(capsys, "algorithm=cloning", "steps=7", "baseline=null")
     assert (shown["dataset"], shown["steps"], shown["network"]) == (DEFAULT, 7, {"hidden": [256, 256]})
     assert shown["baseline"] is None
     shown = shown_settings(capsys, "dataset=other.hdf5")
     assert (shown["dataset"], shown["steps"]) == ("other.hdf5", 1_000_000)
     assert (shown["network"]["hidden"], shown["baseline"]) == ([400, 300], None)
+    assert (shown["loss"]["gamma"], shown["loss"]["tau"], shown["normalize"]) == (0.99, 0.005, False)
     assert list(tmp_path.iterdir()) == []
     assert main(["train", "-m", "algorithm=bcq,cloning"]) == 1
-    assert "algorithm=bcq,cloning needs a dataset" in capsys.readouterr().err
+    assert "algorithm=bcq,cloning needs dataset=...; " in capsys.readouterr().err
 
 
 def test_the_default_dataset_is_recorded_first(monkeypatch, tmp_path, file, words):

@@ -20,11 +20,14 @@ def test_unknown_field(compose_bcq, override):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["dataset.path=???"], r"dataset lacks \['path'\]; set them"),
-        (["trainer.dataset=null"], r"replay_buffer lacks \['transitions'\]; set them, choose the dataset"),
+        (["dataset.path=???"], r"dataset lacks \['path'\]; set these arguments"),
+        (["trainer.dataset=null"], r"replay_buffer lacks \['transitions'\]; set these arguments, choose a dataset"),
         (["trainer.networks=null"], r"loss_module lacks \['vae_network', 'actor_network', 'qvalue_network'\]"),
-        (["networks.dtype=float64"], "'observation' is torch.float32, the networks torch.float64"),
-        (["trainer.env=null"], "neither env nor both specs are set; choose one, such as env=gym"),
+        (
+            ["networks.dtype=float64"],
+            "'observation' has dtype torch.float32, but the networks have dtype torch.float64",
+        ),
+        (["trainer.env=null"], "there is no env, and not both specs are given; set env, such as env=gym"),
         (
             ["optimization_stepper.actor.optimizer=Adm"],
             "optim.actor is 'Adm', expected one of torch.optim: ",

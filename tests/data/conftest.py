@@ -26,7 +26,7 @@ OURS = Path(torchrl_bcq.__file__).parent
 
 
 class Steps(dict):
-    """Fields of :func:`from_arrays` for 1 to 40 steps of whole episodes, and the episode and step of each row."""
+    """Fields of ``from_arrays`` for 1 to 40 steps of whole episodes, and the episode and step of each row."""
 
     def __init__(self, seed: int):
         rng = np.random.default_rng(seed)

@@ -143,7 +143,7 @@ def test_transitions_are_neither_copied_nor_changed(tmp_path):
 def test_rows_cannot_be_added_or_dropped():
     buffer = make_replay_buffer(full())
     for write in (lambda: buffer.extend(full(3)), lambda: buffer.add(full(1)[0]), buffer.empty):
-        with pytest.raises(RuntimeError, match="the dataset is fixed; put new rows into a buffer of their own"):
+        with pytest.raises(RuntimeError, match="the dataset is fixed; put new rows into a second buffer"):
             write()
     assert len(buffer) == 50
 
@@ -167,7 +167,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path, monkeypatch, key, mapp
         ("reward", torch.zeros(50), r"'reward'\) has shape \(50,\), expected \(50, 1\). Use reward\[:, None\]."),
         ("terminated", torch.zeros(50).bool(), r"'terminated'\) has shape \(50,\), expected \(50, 1\)"),
         ("done", torch.zeros(50, 2).bool(), r"'done'\) has shape \(50, 2\), expected \(50, 1\)"),
-        ("truncated", torch.zeros(50, 1), r"'truncated'\) has dtype torch.float32, expected torch.bool; cast it"),
+        ("truncated", torch.zeros(50, 1), r"'truncated'\) has dtype torch.float32, expected torch.bool; use .bool\(\)"),
     ],
 )
 def test_outcomes_of_another_shape_or_dtype_are_refused(name, value, message):
@@ -199,8 +199,8 @@ def test_odd_batch_sizes_are_refused(bad):
     [
         ({"batch_size": 0}, "batch_size is 0"),
         ({"sampler": "random"}, r"sampler is 'random', expected one of \['uniform', 'without_replacement', 'prior"),
-        ({"sampler": "prioritized", "weights": torch.ones(50)}, "weights and sampler='prioritized' both say which"),
-        ({"sampler": RandomSampler(), "weights": torch.ones(50)}, "weights and sampler=RandomSampler.* both say which"),
+        ({"sampler": "prioritized", "weights": torch.ones(50)}, "weights and sampler='prioritized' both choose"),
+        ({"sampler": RandomSampler(), "weights": torch.ones(50)}, "weights and sampler=RandomSampler.* both choose"),
         ({"weights": torch.ones(49)}, "there are 49 weights for 50 transitions"),
     ],
 )

@@ -109,22 +109,22 @@ REFUSED = {
     ),
     "observations that were never written": (
         do("observations", np.zeros_like),
-        "observations is zero in all 1300 rows; was it written and read properly?",
+        "observations is zero in all 1300 rows; check that it was written and read correctly.",
     ),
     "actions in other units": (
         do("actions", lambda actions: np.where(np.arange(2 * ROWS).reshape(ROWS, 2) == 11, 1.5, 0.5)),
-        "actions has 1 row (first: 5) outside the action spec: they span [0.5, 0.5] to [0.5, 1.5], the spec "
-        "[-1.0, -1.0] to [1.0, 1.0]; clip or rescale them.",
+        "actions has 1 row (first: 5) outside the action spec: the actions span [0.5, 0.5] to [0.5, 1.5], the "
+        "spec spans [-1.0, -1.0] to [1.0, 1.0]; clip or rescale the actions.",
     ),
     "flags that are none": (
         put("terminals", [30, 31, 32], 2),
-        "terminated has 3 rows (first: 30) that are neither 0 nor 1, such as 2; write 1 where it is so, 0 elsewhere.",
+        "terminated has 3 rows (first: 30) that are neither 0 nor 1, such as 2; use only 0 (false) and 1 (true).",
     ),
     "one row too many": (
         do("rewards", lambda rewards: np.append(rewards, 0)),
         "fields differ in length: {'observations': 1300, 'actions': 1300, 'rewards': 1301, 'terminated': 1300, "
-        "'truncated': 1300, 'next_observations': 1300}; each needs one row per step, and the last observation of an "
-        "episode belongs to next_observations.",
+        "'truncated': 1300, 'next_observations': 1300}; each field needs one row per step. Put the last observation "
+        "of an episode into next_observations.",
     ),
     "a field under no common name": (
         lambda fields: fields.update(torques=fields.pop("actions")),
@@ -133,16 +133,18 @@ REFUSED = {
     ),
     "ends that nobody recorded": (
         without("timeouts", "next_observations"),
-        "it has neither timeouts nor next_observations, so nothing says where an episode was cut off and the next one "
-        "began. Pass max_episode_steps=, add timeouts, or use from_arrays if no episode was cut.",
+        "it has neither timeouts nor next_observations, so it is unknown where episodes were cut off. Pass "
+        "max_episode_steps=, add timeouts, or use from_arrays if no episode was cut off.",
     ),
     "steps that have no successor": (
         everything_cut,
-        "all 1300 rows are truncated and next_observations is not given: no transition is complete.",
+        "all 1300 rows are truncated and next_observations is not given, so no row has a next observation; correct "
+        "truncated, or give next_observations.",
     ),
     "actions that are discrete": (
         do("actions", lambda actions: actions.astype(int)),
-        "actions has dtype int64, expected real numbers. BCQLoss needs continuous actions; cast them if they are.",
+        "actions has dtype int64, expected real numbers. BCQLoss needs continuous actions; if these are, "
+        "cast them to float.",
     ),
 }
 REPORTED = {
@@ -154,23 +156,23 @@ REPORTED = {
     "every row terminal": (put("terminals", slice(None), True), "terminated is set in all 1300 rows (first: 0)"),
     "a time limit recorded as an end": (
         time_limit_as_terminal,
-        "terminated has 12 rows (first: 99) that end an episode after 100 steps, the longest, as a time limit does",
+        "terminated is set in 12 rows (first: 99) that end episodes after 100 steps, the greatest length, so",
     ),
     "observations that do not continue": (
         shuffled,
-        "next_observations has 4 rows (first: 199) that are not the observation of the next row, in the same episode",
+        "next_observations differs from the observation of the next row of the same episode in 4 rows (first: 199)",
     ),
     "zeros for the successor at a time-out": (
         put("next_observations", LAST[2:5:2], 0),
-        "next_observations has 2 rows (first: 279) that are all zero and not terminated",
+        "next_observations has only zeros in 2 rows (first: 279) where terminated is not set",
     ),
     "observations of zeros": (
         both_observations([50, 60], 0),
-        "observations has 2 rows (first: 50) that are all zero",
+        "observations has only zeros in 2 rows (first: 50)",
     ),
     "a column twice": (
         same_column,
-        "observations is the same in columns 0 and 2, in all 1300 rows (first: 0)",
+        "observations has equal values in columns 0 and 2, in all 1300 rows (first: 0)",
     ),
     "a column that never changes": (
         constant_column,

@@ -65,7 +65,7 @@ def test_result_on_disk_is_the_one_in_memory(tmp_path, monkeypatch):
     assert written.is_memmap()
     torch.testing.assert_close(written.to_dict(), multi_step(recorded(), 3, 0.5).to_dict(), rtol=0, atol=0)
     assert make_replay_buffer(written, batch_size=5, seed=0).sample()["steps_to_next_obs"].shape == (5, 1)
-    with pytest.raises(FileExistsError, match="spanning exists; name a new folder, or read this one"):
+    with pytest.raises(FileExistsError, match="spanning already exists; choose a new folder, or load this folder"):
         multi_step(source, num_steps=2, gamma=0.5, folder=tmp_path / "spanning")
 
 
@@ -87,7 +87,7 @@ def test_folder_is_made_where_it_was_asked_for(tmp_path, monkeypatch):
         1,
     ]
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"spanning cannot be written \(.*file.*\); nothing of it was kept\."):
+    with pytest.raises(OSError, match=r"spanning cannot be written \(.*file.*\); no partial copy is left\."):
         multi_step(recorded(), num_steps=3, gamma=0.5, folder=tmp_path / "file" / "spanning")
 
 
@@ -111,7 +111,7 @@ def test_entries_that_are_no_tensors_are_refused(tmp_path, key, written):
     folder = tmp_path / "new" / "spanning" if written else None
     with pytest.raises(DatasetError) as error:
         multi_step(source, num_steps=3, gamma=0.5, folder=folder)
-    assert str(error.value) == f"{[str(key)]} hold no tensors; exclude them, or write them as numbers."
+    assert str(error.value) == f"{[str(key)]} hold no tensors; exclude them, or convert them to tensors."
     assert not list(tmp_path.iterdir())
 
 
@@ -240,9 +240,9 @@ def test_the_loss_bootstraps_from_the_end_of_each_span(modules, make_batch):
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        (lambda td: td, {"num_steps": 0}, "num_steps is 0 and gamma 0.9, expected at least 1"),
-        (lambda td: td, {"gamma": 1.1}, "num_steps is 2 and gamma 1.1, expected .* between 0 and 1"),
-        (lambda td: multi_step(td, 2, 0.9), {}, "hold steps_to_next_obs, so they span several steps already"),
+        (lambda td: td, {"num_steps": 0}, "num_steps is 0, expected at least 1; gamma is 0.9"),
+        (lambda td: td, {"gamma": 1.1}, "gamma is 1.1, expected between 0 and 1"),
+        (lambda td: multi_step(td, 2, 0.9), {}, "hold steps_to_next_obs, so they already span several steps"),
         (lambda td: td.exclude(("next", "reward")), {}, r"lack \('next', 'reward'\); they hold .*'action'"),
         (lambda td: td.exclude(("next", "done")), {}, r"lack \('next', 'done'\)"),
         (lambda td: td.exclude("episode", ("next", "done")), {}, r"lack \('next', 'done'\).*set transitions\['epi"),

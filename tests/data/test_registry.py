@@ -156,11 +156,11 @@ def test_unknown_sources_name_the_known_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("notes")
     with pytest.raises(
-        ValueError, match=r"^notes.txt does not end in .*'.npz'.*; give its kind, as in 'hdf5:notes.txt'"
+        ValueError, match=r"^notes.txt has none of the endings .*'.npz'.*; add the format, as in 'hdf5:notes.txt'"
     ):
         load_transitions("notes.txt")
     for name in ("nonsense", "nonsense:id", "none.txt"):
-        with pytest.raises(ValueError, match="sources are") as error:
+        with pytest.raises(ValueError, match="the known sources are") as error:
             load_transitions(name)
         assert repr(name) in str(error.value)
         for known in (
@@ -179,7 +179,7 @@ def test_unknown_sources_name_the_known_ones(tmp_path, monkeypatch):
 def test_copies_are_checked_against_the_bounds_asked_for(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert load_transitions("memmap:copy", action_spec=Bounded(-1, 1, (1,))).is_memmap()
-    with pytest.raises(ValueError, match=r"^copy: actions has 1 row \(first: 0\) outside the action spec: they span"):
+    with pytest.raises(ValueError, match=r"^copy: actions has 1 row \(first: 0\) outside the action spec: the actions"):
         load_transitions("memmap:copy", action_spec=Bounded(-0.9, 1, (1,)))
     assert len(load_transitions("copy", action_spec=Bounded(-0.9, 1, (1,)), strict=False)) == 10
 
@@ -197,7 +197,7 @@ def test_missing_and_unknown_settings_are_named(folder):
             load_transitions(name)
         kind = "csv" if "csv" in name else "parquet"
         needed = ["observation", "action", "reward", "terminated"]
-        assert str(error.value) == f"{name} is a {kind} source, which also needs {needed}."
+        assert str(error.value) == f"{name} is a {kind} source, which also needs the arguments {needed}."
     with pytest.raises(ValueError, match="columns"):
         load_transitions(str(folder / "d.hdf5"), columns=3)
 

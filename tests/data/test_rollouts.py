@@ -181,9 +181,9 @@ def test_rows_that_are_all_cut_off_are_reported(caplog):
     given = rollout(1.0, 7, terminated=[2])
     given["next", "observation"] += 1e-4
     assert warning(given, caplog) == (
-        "5 of 7 rows end an episode, as their next observation is not exactly the next row's observation: if they are "
-        "steps of one episode, put them in order of time and copy each next observation from the next row (from_arrays "
-        "copies it if next_observations is left out and truncated is given)"
+        "5 of 7 rows end an episode, because their next observation is not exactly the observation of the next row. If "
+        "these rows belong to one episode, sort them by time. Then leave next_observations out and give truncated: "
+        "each next observation is then taken from the next row."
     )
 
 
@@ -247,16 +247,16 @@ def refusal(given, **settings) -> str:
 
 def test_empty_rollouts_are_refused():
     for given in ([], rollout(1.0, 3)[:0], [rollout(1.0, 3)[:0]]):
-        assert refusal(given) == "rollouts is empty; there is nothing to learn from."
+        assert refusal(given) == "rollouts is empty; pass at least one step."
     found = from_rollouts([rollout(1.0, 2), rollout(1.0, 3)[:0], rollout(3.0, 2)])
     assert rows(found, "episode") == [0, 0, 0, 0]
     padded = rollout(1.0, 2)
     padded["collector", "mask"] = torch.zeros(2, dtype=torch.bool)
-    assert refusal(padded) == "rollouts is empty; there is nothing to learn from."
+    assert refusal(padded) == "rollouts is empty; pass at least one step."
 
 
 def test_single_steps_and_other_things_are_refused():
-    expected = "expected TensorDicts with steps, [T] or [*B, T]."
+    expected = "expected TensorDicts of batch size [T] or [*B, T]."
     assert refusal(rollout(1.0, 3)[0]) == f"rollouts holds a TensorDict; {expected}"
     assert refusal([rollout(1.0, 3), {"observation": 1}]) == f"rollouts holds a dict; {expected}"
 
@@ -264,7 +264,8 @@ def test_single_steps_and_other_things_are_refused():
 def test_missing_keys_are_named():
     given = rollout(1.0, 3).exclude(("next", "reward"), ("next", "terminated"), "done", "terminated", "truncated")
     held = ["('next', 'done')", "('next', 'observation')", "('next', 'truncated')", "action", "observation"]
-    assert refusal(given) == f"the rollouts lack ['reward', 'terminated'] under 'next'; they hold {held}."
+    expected = f"the rollouts lack ['reward', 'terminated'] under 'next'; they hold {held}. Add or rename the entries."
+    assert refusal(given) == expected
 
 
 @pytest.mark.parametrize("make", [rollout, nested])
@@ -290,8 +291,8 @@ def test_observations_that_are_not_finite_are_refused():
 @pytest.mark.parametrize("make", [rollout, nested])
 def test_actions_out_of_bounds_are_refused(make):
     assert refusal(make(1.0, 5), action_spec=Bounded(-0.75, 2, (1,))) == (
-        "actions has 1 row (first: 0) outside the action spec: they span [-1.0] to [1.0], the spec [-0.75] to [2.0]; "
-        "clip or rescale them."
+        "actions has 1 row (first: 0) outside the action spec: the actions span [-1.0] to [1.0], the spec spans "
+        "[-0.75] to [2.0]; clip or rescale the actions."
     )
 
 

@@ -108,11 +108,11 @@ def test_refusals():
             split_episodes(episodes(), fraction=fraction)
     with pytest.raises(ValueError, match=r"lack \('next', 'done'\); they hold \['row'\].*set transitions\['episode'\]"):
         episode_weights(TensorDict({"row": torch.arange(3)}, [3]))
-    with pytest.raises(ValueError, match=r"episode 4 appears again at row 8, after rows of another; sort the rows"):
+    with pytest.raises(ValueError, match=r"episode 4 appears again at row 8, after rows of another episode; sort"):
         episode_weights(TensorDict({"episode": torch.tensor([4, 4, 5, 5, 5, 6, 6, 6, 4, 5])}, [10]))
     with pytest.raises(ValueError, match=r"episode has shape \(3, 2\), expected \(3,\)"):
         episode_weights(TensorDict({"episode": torch.zeros(3, 2)}, [3]))
-    with pytest.raises(ValueError, match="temperature is 0, expected a number above 0"):
+    with pytest.raises(ValueError, match="temperature is 0, expected above 0"):
         return_weights(episodes(), temperature=0)
     with pytest.raises(ValueError, match=r"lack \('next', 'reward'\); they hold \['episode'\]"):
         return_weights(episodes().select("episode"))
@@ -132,11 +132,11 @@ def test_returns_that_are_not_finite_are_refused(value):
     [
         (
             [1.0, -1.0, torch.nan, 2.0],
-            r"weights has 2 rows \(first: 1\) negative or not finite, such as -1.0; 0 leaves",
+            r"weights has 2 rows \(first: 1\) that are negative or not finite, such as -1.0; use 0 to",
         ),
-        ([1.0, 1.0, 1.0, torch.inf], r"weights has 1 row \(first: 3\) negative or not finite, such as inf"),
-        ([0, 0, 0, 0], "weights are zero in all 4 rows; nothing could be drawn"),
-        ([[1.0], [1.0]], r"weights have shape \(2, 1\) \(torch.float32\), expected \[N\]"),
+        ([1.0, 1.0, 1.0, torch.inf], r"weights has 1 row \(first: 3\) that are negative or not finite, such as inf"),
+        ([0, 0, 0, 0], "weights are zero in all 4 rows, so no row can be drawn"),
+        ([[1.0], [1.0]], r"weights have shape \(2, 1\) and dtype torch.float32; expected real numbers of shape \[N\]"),
         ([], r"weights have shape \(0,\)"),
     ],
 )

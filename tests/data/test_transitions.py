@@ -113,9 +113,12 @@ BAD = [
         {"next_observations": put(OBSERVATIONS, 3, -np.inf)},
         "next_observations has 1 row (first: 3) that are not finite in float32; drop or repair them.",
     ),
-    ({"observations": OBSERVATIONS * 0}, "observations is zero in all 7 rows; was it written and read properly?"),
-    ({"actions": ACTIONS * 0}, "actions is zero in all 7 rows; was it written and read properly?"),
-    ({"rewards": REWARDS * 0}, "rewards is zero in all 7 rows; was it written and read properly?"),
+    (
+        {"observations": OBSERVATIONS * 0},
+        "observations is zero in all 7 rows; check that it was written and read correctly.",
+    ),
+    ({"actions": ACTIONS * 0}, "actions is zero in all 7 rows; check that it was written and read correctly."),
+    ({"rewards": REWARDS * 0}, "rewards is zero in all 7 rows; check that it was written and read correctly."),
     (
         {"observations": OBSERVATIONS[:, 0]},
         "observations has shape (7,), expected [N, features]; use observations[:, None] for a single feature.",
@@ -125,41 +128,45 @@ BAD = [
     ({"terminated": np.ones((7, 2))}, "terminated has shape (7, 2), expected [N] or [N, 1]."),
     (
         {"actions": np.ones((7, 1), dtype=int)},
-        "actions has dtype int64, expected real numbers. BCQLoss needs continuous actions; cast them if they are.",
+        "actions has dtype int64, expected real numbers. BCQLoss needs continuous actions; if these are, "
+        "cast them to float.",
     ),
     ({"rewards": np.array(["1"] * 7)}, "rewards has dtype <U1, expected real numbers."),
     ({"observations": OBSERVATIONS + 1j}, "observations has dtype complex128, expected real numbers."),
     ({"terminated": np.array([None] * 7)}, "terminated has dtype object, expected booleans."),
     (
         {"terminated": put(TERMINATED, [3, 4], 2)},
-        "terminated has 2 rows (first: 3) that are neither 0 nor 1, such as 2.0; write 1 where it is so, 0 elsewhere.",
+        "terminated has 2 rows (first: 3) that are neither 0 nor 1, such as 2.0; use only 0 (false) and 1 (true).",
     ),
     (
         {"truncated": put(TRUNCATED, 5, np.nan)},
-        "truncated has 1 row (first: 5) that are neither 0 nor 1, such as nan; write 1 where it is so, 0 elsewhere.",
+        "truncated has 1 row (first: 5) that are neither 0 nor 1, such as nan; use only 0 (false) and 1 (true).",
     ),
-    ({"observations": np.ones((0, 1))}, "observations is empty (shape (0, 1)); there is nothing to learn from."),
-    ({"actions": np.ones((7, 0))}, "actions is empty (shape (7, 0)); there is nothing to learn from."),
+    ({"observations": np.ones((0, 1))}, "observations is empty (shape (0, 1)); it needs at least one value."),
+    ({"actions": np.ones((7, 0))}, "actions is empty (shape (7, 0)); it needs at least one value."),
     (
         {"rewards": REWARDS[:6]},
         "fields differ in length: {'observations': 7, 'actions': 7, 'rewards': 6, 'terminated': 7, 'truncated': 7}; "
-        "each needs one row per step, and the last observation of an episode belongs to next_observations.",
+        "each field needs one row per step. Put the last observation of an episode into next_observations.",
     ),
-    ({"next_observations": np.ones((7, 2))}, "next_observations has shape (7, 2), observations (7, 1)."),
+    (
+        {"next_observations": np.ones((7, 2))},
+        "next_observations has shape (7, 2), but observations has shape (7, 1); both need the same shape.",
+    ),
     (
         {"actions": put(ACTIONS, [1, 3], 1.5), "action_spec": SPEC},
-        "actions has 2 rows (first: 1) outside the action spec: they span [0.10000000149011612] to [1.5], "
-        "the spec [-1.0] to [1.0]; clip or rescale them.",
+        "actions has 2 rows (first: 1) outside the action spec: the actions span [0.10000000149011612] to [1.5], "
+        "the spec spans [-1.0] to [1.0]; clip or rescale the actions.",
     ),
     (
         {"action_spec": Categorical(4)},
-        "action_spec must be a continuous Bounded spec, got Categorical, torch.int64.",
+        "action_spec must be a continuous Bounded spec, got Categorical of torch.int64.",
     ),
     ({"action_spec": Bounded(-1, 1, (2,))}, "actions have shape (7, 1), but the action spec has shape (2,)."),
     (
         {"truncated": None},
-        "truncated and next_observations are both missing, so nothing says where an episode was cut off and the next "
-        "one began; if none was cut, pass truncated=np.zeros(N).",
+        "truncated and next_observations are both missing, so it is unknown where episodes were cut off; pass one of "
+        "them, or truncated=np.zeros(N) if no episode was cut off.",
     ),
     ({"truncated": np.ones(7)}, None),
 ]
@@ -171,7 +178,10 @@ BAD = [
 def test_refusals_name_field_count_and_first_row(changes, message):
     if message is None:
         changes = {**changes, "terminated": TERMINATED & False}
-        message = "all 7 rows are truncated and next_observations is not given: no transition is complete."
+        message = (
+            "all 7 rows are truncated and next_observations is not given, so no row has a next observation; correct "
+            "truncated, or give next_observations."
+        )
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole message is compared below)
         from_arrays(**arrays(**changes))
     assert str(error.value) == message
@@ -190,11 +200,10 @@ def test_several_defects_give_one_message_with_a_list():
     assert str(error.value) == (
         "4 defects:\n"
         "- observations has 3 rows (first: 2) that are not finite in float32; drop or repair them.\n"
-        "- terminated has 1 row (first: 5) that are neither 0 nor 1, such as 3.0; write 1 where it is so, 0 "
-        "elsewhere.\n"
-        "- rewards is zero in all 7 rows; was it written and read properly?\n"
-        "- actions has 2 rows (first: 1) outside the action spec: they span [0.10000000149011612] to [1.5], "
-        "the spec [-1.0] to [1.0]; clip or rescale them."
+        "- terminated has 1 row (first: 5) that are neither 0 nor 1, such as 3.0; use only 0 (false) and 1 (true).\n"
+        "- rewards is zero in all 7 rows; check that it was written and read correctly.\n"
+        "- actions has 2 rows (first: 1) outside the action spec: the actions span [0.10000000149011612] to [1.5], "
+        "the spec spans [-1.0] to [1.0]; clip or rescale the actions."
     )
 
 
@@ -250,25 +259,25 @@ def test_chunks_that_do_not_fit_together_are_refused():
     checks = Checks()
     checks(arrays())
     with pytest.raises(
-        ValueError, match=r"^actions has 2 features from row 7 on, 1 before; every row needs the same.$"
+        ValueError, match=r"^actions has 2 features from row 7 on, but 1 before; every row needs the same number.$"
     ):
         checks(arrays(actions=np.ones((7, 2))))
     checks = Checks()
     checks(arrays(next_observations=OBSERVATIONS))
     with pytest.raises(
-        ValueError, match=r"^next_observations is missing from row 7 on, and given before; every row needs the same.$"
+        ValueError, match=r"^next_observations is missing from row 7 on, but given before; every row needs the same f"
     ):
         checks(arrays())
     checks = Checks()
     checks(arrays(truncated=None, next_observations=OBSERVATIONS))
     with pytest.raises(
-        ValueError, match=r"^truncated is given from row 7 on, and missing before; every row needs the same.$"
+        ValueError, match=r"^truncated is given from row 7 on, but missing before; every row needs the same fields.$"
     ):
         checks(arrays(next_observations=OBSERVATIONS))
 
 
 def test_no_chunk_at_all_is_refused():
-    with pytest.raises(ValueError, match=r"^it holds no rows; there is nothing to learn from.$"):
+    with pytest.raises(ValueError, match=r"^the data has no rows; at least one row is needed.$"):
         list(lay_out([]))
 
 
@@ -278,9 +287,9 @@ def test_warns_of_large_rewards_in_dropped_rows(caplog):
     with caplog.at_level(logging.WARNING):
         from_arrays(**arrays(rewards=rewards * [1, 1, 0.01, 1, 1, 1, 1]))
     assert caplog.messages == [
-        "dropped 2 rows (first: 4) without a next observation (truncated, or the unfinished last one), whose rewards "
-        "are of magnitude 1 on average and those of all other rows 0.002: if they ended in a final state, set "
-        "terminated there, or give next_observations"
+        "dropped 2 rows (first: 4) without a next observation (truncated rows, or an unfinished last row). Their mean "
+        "reward magnitude is 1, and that of all other rows is 0.002. If the dropped rows led to a final state, set "
+        "terminated there, or give next_observations."
     ]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
@@ -291,9 +300,9 @@ def test_warns_of_large_rewards_in_dropped_rows(caplog):
 def test_warns_of_steps_that_never_continue(caplog):
     from_arrays(**arrays(truncated=None, next_observations=OBSERVATIONS + 0.5))
     assert caplog.messages == [
-        "5 of 7 rows end an episode, as their next observation is not exactly the next row's observation: if they are "
-        "steps of one episode, put them in order of time and copy each next observation from the next row (from_arrays "
-        "copies it if next_observations is left out and truncated is given)"
+        "5 of 7 rows end an episode, because their next observation is not exactly the observation of the next row. If "
+        "these rows belong to one episode, sort them by time. Then leave next_observations out and give truncated: "
+        "each next observation is then taken from the next row."
     ]
     caplog.clear()
     from_arrays(**arrays(truncated=None, next_observations=OBSERVATIONS + 1))

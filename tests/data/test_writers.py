@@ -54,7 +54,7 @@ def test_hdf5_that_fails_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     write_hdf5(path, make_transitions(5), "Walk-v0")
     before = path.read_bytes()
     with pytest.raises(
-        RunError, match=r"walk.hdf5 exists already; name another, or overwrite it \(overwrite=True, or --overwrite\)\.$"
+        RunError, match=r"walk.hdf5 already exists; choose another name, or overwrite it \(overwrite=True or --ov"
     ):
         write_hdf5(path, transitions, "Walk-v0")
     with monkeypatch.context() as patch:
@@ -72,10 +72,10 @@ def test_minari_gives_back_what_was_recorded(store, monkeypatch):
     write_minari("mine/swing-v0", transitions, "Pendulum-v1", algorithm="none")
     assert (load_minari("mine/swing-v0").exclude("episode") == transitions).all()
     assert [len(episode) for episode in minari.load_dataset("mine/swing-v0")] == [200, 200, 50]
-    with pytest.raises(RunError, match=r"^minari:mine/swing-v0 exists already"):
+    with pytest.raises(RunError, match=r"^minari:mine/swing-v0 already exists"):
         write_minari("mine/swing-v0", transitions, "Pendulum-v1", algorithm="none")
     gymnasium.register("Nameless-v0", lambda: gymnasium.make("Pendulum-v1"))
-    with pytest.raises(RunError, match=r"^Minari cannot keep mine/less-v0 \(.*entry_point.*\); record it into a file."):
+    with pytest.raises(RunError, match=r"^Minari cannot store mine/less-v0 \(.*entry_point.*\); record into an HD"):
         write_minari("mine/less-v0", transitions, "Nameless-v0", algorithm="none")
     del gymnasium.registry["Nameless-v0"]
     with monkeypatch.context() as patch:
@@ -91,11 +91,11 @@ def test_minari_gives_back_what_was_recorded(store, monkeypatch):
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        ("walk.npz", "walk.npz is neither FILE.hdf5 nor minari:NAMESPACE/DATASET-v0."),
-        ("minari:walk", "'walk' is no id of Minari's; those look like 'mine/hopper/noisy-v0'."),
-        ("minari:../walk-v0", "'../walk-v0' is no id of Minari's"),
-        ("there.hdf5", "there.hdf5 exists already; name another, or overwrite it"),
-        ("folder.h5", "folder.h5 is a folder; name a file."),
+        ("walk.npz", "walk.npz is neither FILE.hdf5 nor minari:NAMESPACE/DATASET-v0; use one of these forms."),
+        ("minari:walk", "'walk' is not a Minari id; use one such as 'mine/hopper/noisy-v0'."),
+        ("minari:../walk-v0", "'../walk-v0' is not a Minari id"),
+        ("there.hdf5", "there.hdf5 already exists; choose another name, or overwrite it"),
+        ("folder.h5", "folder.h5 is a folder; choose a file."),
     ],
 )
 def test_targets_that_are_refused(tmp_path, monkeypatch, store, out, message):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from torchrl_bcq.errors import RunError
-from torchrl_bcq.evaluation.environments import check_observations, make_env, make_envs
+from torchrl_bcq.evaluation.environments import check_observations, make_env, make_envs, steps_to_compare, time_limit
 
 
 class Counter(gymnasium.Env):
@@ -56,6 +56,20 @@ def test_as_many_environments_as_episodes():
     envs.close()
 
 
+def test_with_a_discount_episodes_go_on_past_the_time_limit():
+    """0.5 ** 8 is the first power below 0.005; 0.1 ** 3 is below it at the limit of 3 steps; 0.999 ** 1000 is not."""
+    assert time_limit("Counter-v0") == 3
+    for gamma, steps in {0.5: 8, 0.1: 3, 1: 3, 0: 3, 0.999: 1000}.items():
+        assert steps_to_compare("Counter-v0", gamma) == steps
+    envs = make_envs("Counter-v0", 2, max_steps=8)
+    assert envs.rollout(10).shape == (2, 8)
+    envs.close()
+    gymnasium.register("Endless-v0", Counter)
+    assert time_limit("Endless-v0") is None
+    assert steps_to_compare("Endless-v0", 0.5) is None
+    del gymnasium.registry["Endless-v0"]
+
+
 @pytest.mark.parametrize(
     ("env_id", "message"),
     [
@@ -72,6 +86,6 @@ def test_what_cannot_be_made_is_refused(env_id, message):
 def test_observations_of_another_shape_are_refused():
     env = make_env("Counter-v0")
     check_observations(env, "Counter-v0", (2,), "the dataset", "choose another")
-    message = r"^Counter-v0 has observations of shape \(2,\), the dataset of \(3,\); choose another\.$"
+    message = r"^Counter-v0 has observations of shape \(2,\), but the dataset has \(3,\); choose another\.$"
     with pytest.raises(RunError, match=message):
         check_observations(env, "Counter-v0", (3,), "the dataset", "choose another")

@@ -108,7 +108,9 @@ def test_intervals_that_do_not_fit_are_refused(make_batch, policy, kind):
         return DatasetMetrics(trainer.loss_module, policy, make_batch(5), interval=interval)
 
     name = f"{kind.capitalize()}Metrics"
-    with pytest.raises(ValueError, match=f"the interval of {name} is 25, no multiple of log_interval 10; change one"):
+    with pytest.raises(
+        ValueError, match=f"the interval of {name} is 25, which is not a multiple of log_interval 10; change one"
+    ):
         make(25).register(trainer)
     make(30).register(trainer)
     with pytest.raises(ValueError, match="interval is 0, expected at least 1 gradient step"):

@@ -24,6 +24,20 @@ def test_returns_lengths_and_discounted_returns_by_hand():
     assert set(found.keys()) == {"return", "length", "discounted_return"}
 
 
+def test_a_time_limit_cuts_the_return_but_not_the_discounted_one(modules):
+    """Two steps count: 1, 1 + 2, 1 + 2; without a value that is compared, no further step is made."""
+    loss = BCQLoss(*modules)
+    found = evaluate(stairs(1, 3, 4), Watching(), value=loss.value, gamma=0.5, time_limit=2)
+    assert found["return"].tolist() == [1, 3, 3]
+    assert found["length"].tolist() == [1, 2, 2]
+    assert found["discounted_return"].tolist() == [1, 2.75, 3.25]
+    policy = Watching()
+    found = evaluate(stairs(1, 3, 4), policy, gamma=0.5, time_limit=2)
+    assert found["return"].tolist() == [1, 3, 3]
+    assert found["discounted_return"].tolist() == [1, 2, 2]
+    assert len(policy.seen) == 2
+
+
 def test_the_policy_acts():
     """An action of 2 doubles the reward; without a policy, actions are uniform in [0, 4]."""
     found = evaluate(stairs(3, by_action=True), Watching(lambda o: torch.full((*o.shape[:-1], 2), 2.0)))

@@ -59,7 +59,7 @@ def test_autocast_leaves_the_dtype_of_the_action():
 
 def test_network_of_the_wrong_size_is_refused():
     actor = DeterministicActor(nn.Linear(3, 5), ACTION_SPEC)
-    with pytest.raises(ValueError, match="network gives 5 features, expected the action's 2"):
+    with pytest.raises(ValueError, match="network returns 5 features, but the action has 2 dimensions"):
         actor(observation=torch.zeros(5, 3))
 
 
@@ -94,5 +94,5 @@ def test_stays_inside_the_spec_per_dimension(make_batch):
 
 @pytest.mark.parametrize("phi", [-0.1, float("nan")])
 def test_phi_that_is_no_distance_is_refused(phi):
-    with pytest.raises(ValueError, match=f"phi is {phi}; it is a distance"):
+    with pytest.raises(ValueError, match=f"phi is {phi}, expected 0 or more"):
         PerturbationActor(Push(), ACTION_SPEC, phi=phi)

@@ -42,7 +42,7 @@ def test_cloning_network_standardises_its_observations():
     torch.testing.assert_close(
         scaled(torch.tensor([[11.0, 16.0, 30.0]])), plain(torch.tensor([[1.0, -2.0, 0.0]])), rtol=0, atol=0
     )
-    with pytest.raises(TypeError, match="normalization is a bool, expected Normalization.fit"):
+    with pytest.raises(TypeError, match="normalization is a bool, expected the result of Normalization.fit"):
         make_cloning_modules(OBSERVATION_SPEC, ACTION_SPEC, normalization=True)
 
 
@@ -87,7 +87,5 @@ def test_observations_that_are_not_vectors_are_refused():
         make_bcq_modules(Composite(pixels=Unbounded((3, 8, 8))), ACTION_SPEC)
     with pytest.raises(ValueError, match="observation 'step_count' has shape .* and dtype torch.int64"):
         make_bcq_modules(Composite(step_count=Unbounded((1,), dtype=torch.int64)), ACTION_SPEC)
-    with pytest.raises(
-        ValueError, match="observation 'observation' is torch.float64, the networks torch.float32: wrap"
-    ):
+    with pytest.raises(ValueError, match="has dtype torch.float64, but the networks have dtype torch.float32: wrap"):
         make_bcq_modules(Unbounded((3,), dtype=torch.float64), ACTION_SPEC)

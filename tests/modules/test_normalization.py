@@ -106,10 +106,10 @@ def test_keys_of_your_own():
     assert vae.observation_keys == [("arm", "angle"), "goal"]
     assert vae.encoder[0].loc.tolist() == [1, 3, 6, 0, 2]  # those of the observations, then the actions' centres
     with pytest.raises(
-        ValueError, match=r"the networks read \('arm', 'angle'\), the normalization is of \['observation'\]"
+        ValueError, match=r"the networks read \('arm', 'angle'\), but the normalization was fitted on \['observation'\]"
     ):
         make_bcq_modules(spec, ACTION_SPEC, normalization=FITTED)
-    with pytest.raises(ValueError, match="'observation' has 4 features, the normalization was fitted on 3"):
+    with pytest.raises(ValueError, match="'observation' has 4 features, but the normalization was fitted on 3"):
         make_bcq_modules(Unbounded((4,)), ACTION_SPEC, normalization=FITTED)
 
 
@@ -149,15 +149,15 @@ def test_transitions_that_cannot_be_fitted(data, message):
 
 def test_layers_refuse_bad_statistics_and_inputs():
     one = torch.ones(2)
-    with pytest.raises(ValueError, match=r"loc has shape \(2,\) and scale \(1,\); both must be \[D\]"):
+    with pytest.raises(ValueError, match=r"loc has shape \(2,\), scale has \(1,\); both must be \[D\]"):
         Standardize(one, torch.ones(1))
     with pytest.raises(ValueError, match=r"scale is \[0.0, nan\] in columns \[1, 2\]"):
         Standardize(torch.ones(3), torch.tensor([1.0, 0.0, float("nan")]))
     with pytest.raises(ValueError, match="loc is .* must be finite"):
         Standardize(torch.tensor([0.0, float("inf")]), one)
-    with pytest.raises(ValueError, match=r"input has shape \(5, 1\), but the layer scales 2 columns"):
+    with pytest.raises(ValueError, match=r"input has shape \(5, 1\), but the layer scales 2 features"):
         Standardize(one, one)(torch.ones(5, 1))
-    with pytest.raises(ValueError, match=r"scale is \[0.0\] in columns \[0\], in torch.float32"):
+    with pytest.raises(ValueError, match=r"scale is \[0.0\] in columns \[0\] \(in torch.float32\)"):
         Rescale(1e-50)  # positive in float64 alone
 
 
@@ -251,5 +251,7 @@ def test_losses_compile_as_one_graph(normalized, make_batch, name):
 
 
 def test_other_types_of_normalization_are_refused():
-    with pytest.raises(TypeError, match=r"^normalization is a bool, expected Normalization.fit\(transitions\), or"):
+    with pytest.raises(
+        TypeError, match=r"^normalization is a bool, expected the result of Normalization.fit\(transitions\), or"
+    ):
         make_bcq_modules(Unbounded((3,)), Bounded(-1, 1, (2,)), normalization=True)

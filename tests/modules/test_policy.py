@@ -172,7 +172,9 @@ def test_chosen_value_and_candidates_on_demand(modules, make_batch):
 
 def test_observations_of_another_dtype_are_refused(modules):
     states = TensorDict({"observation": torch.zeros(2, 3, dtype=torch.float64)}, [2])
-    with pytest.raises(ValueError, match=r"observation has dtype torch.float64, the networks torch.float32: wrap the"):
+    with pytest.raises(
+        ValueError, match=r"observation has dtype torch.float64, but the networks have dtype torch.float32: wrap the"
+    ):
         BCQPolicy(*modules)(states)
 
 

@@ -111,9 +111,9 @@ def test_critics_handed_in_stay_live(make_batch):
 def test_equal_critics_are_refused():
     """Slip 3: a deep copy has the same weights, and mixing minimum and maximum has no effect."""
     first = critic()
-    with pytest.raises(ValueError, match="critics 0 and 2 hold equal weights"):
+    with pytest.raises(ValueError, match="critics 0 and 2 have equal weights"):
         QEnsemble([first, critic(), copy.deepcopy(first)])
-    with pytest.raises(ValueError, match="critics 0 and 1 hold equal weights"):
+    with pytest.raises(ValueError, match="critics 0 and 1 have equal weights"):
         QEnsemble([first, first])
 
 

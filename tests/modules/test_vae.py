@@ -62,7 +62,7 @@ def test_unit_of_the_reconstruction_error_by_hand(make_batch, scale, expected):
 
 @pytest.mark.parametrize("scale", [(1.0,), (1.0, 0.0), (1.0, float("nan"))])
 def test_error_scales_that_cannot_work(scale):
-    with pytest.raises(ValueError, match=r"error_scale is \[1.0.*, expected 2 positive numbers, one of each action"):
+    with pytest.raises(ValueError, match=r"error_scale is \[1.0.*, expected 2 positive numbers, one for each action"):
         ActionVAE(Encoder(0.0, 0.0), Decoder(), ACTION_SPEC, latent_dim=4, error_scale=scale)
 
 
@@ -94,7 +94,7 @@ def test_rows_do_not_mix(modules, make_batch):
 
 def test_encoder_of_the_wrong_size_is_refused(make_batch):
     vae = ActionVAE(Encoder(0.0, 0.0), Decoder(), ACTION_SPEC, latent_dim=3)
-    with pytest.raises(ValueError, match="encoder gives 8 features, expected 2 \\* latent_dim = 6"):
+    with pytest.raises(ValueError, match="encoder returns 8 features, expected 2 \\* latent_dim = 6"):
         vae(make_batch(1))
 
 

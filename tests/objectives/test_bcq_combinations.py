@@ -117,7 +117,7 @@ def test_without_an_actor_sampled_actions_are_taken_as_they_are(make_batch, num_
     torch.testing.assert_close(loss.qvalue_loss(batch, latent)[1]["target_value"], expected)
     assert {key for key in loss(batch).keys() if key.startswith("loss_")} == {"loss_vae", "loss_qvalue"}
     assert set(loss.out_keys) == set(loss(batch).keys())
-    with pytest.raises(ValueError, match="made without an actor_network; there is no actor_loss"):
+    with pytest.raises(ValueError, match="there is no actor_loss, because actor_network is None"):
         loss.actor_loss(batch)
 
 

@@ -126,7 +126,7 @@ def test_the_modules_decide_the_keys_of_action_and_value(make_batch, latent, mod
     for name, draw in (("vae", torch.zeros(6, 4)), ("qvalue", latent), ("actor", torch.zeros(6, 4))):
         expected = getattr(loss, f"{name}_loss")(batch, draw)
         torch.testing.assert_close(getattr(own, f"{name}_loss")(renamed, draw), expected)
-    with pytest.raises(ValueError, match="the networks use 'action' as the action; rename it there, not to 'a' here"):
+    with pytest.raises(ValueError, match="cannot change the action key to 'a', because the networks use 'action'"):
         loss.set_keys(action="a")
     torch.testing.assert_close(loss.qvalue_loss(batch, latent)[0], own.qvalue_loss(renamed, latent)[0])
 
@@ -166,15 +166,19 @@ def test_state_dict_of_other_networks_is_refused(modules, make_batch):
     actor.network.append(torch.nn.Linear(2, 2))
     before = {name: value.clone() for name, value in loss.state_dict().items() if isinstance(value, torch.Tensor)}
     deeper = BCQLoss(vae, actor, critics)
-    with pytest.raises(RuntimeError, match=r"lacks 0 entries of this loss and has 4 others \(such as actor_.*5.bias\)"):
+    with pytest.raises(
+        RuntimeError, match=r"lacks 0 entries of this loss and has 4 other entries \(such as actor_.*5.bias\)"
+    ):
         loss.load_state_dict(deeper.state_dict())
-    with pytest.raises(RuntimeError, match=r"lacks 4 entries of this loss \(such as .*5.bias\) and has 0 others"):
+    with pytest.raises(
+        RuntimeError, match=r"lacks 4 entries of this loss \(such as .*5.bias\) and has 0 other entries;"
+    ):
         deeper.load_state_dict(loss.state_dict())
     state = loss.state_dict()
     state["qvalue_network_params.critics.0.module.0.weight"] = torch.zeros(8, 5)
     with pytest.raises(
         RuntimeError,
-        match=r"has 1 entries of other sizes than this loss \(such as .*0.weight, \[8, 5\] there and \[16, 5\] here\)",
+        match=r"has 1 entries whose shape differs .*0.weight: \[8, 5\] in the state_dict, \[16, 5\] in the loss\)",
     ):
         loss.load_state_dict(state)
     assert all(torch.equal(loss.state_dict()[name], value) for name, value in before.items())
@@ -201,10 +205,10 @@ def test_networks_in_the_wrong_order(modules):
         BCQLoss(actor, vae, critics)
     with pytest.raises(TypeError, match="qvalue_network is a list, which lacks .*'first'.*protocols.CriticEnsemble"):
         BCQLoss(vae, actor, [critics])
-    with pytest.raises(ValueError, match="actor_network maps .* expected to read and overwrite 'action'"):
+    with pytest.raises(ValueError, match="actor_network reads .* must read and overwrite only the action 'action'"):
         BCQLoss(vae, vae, critics)
     blind = QEnsemble([TensorDictModule(torch.nn.Linear(3, 1), ["observation"], ["q"]) for _ in range(2)])
-    with pytest.raises(ValueError, match="qvalue_network reads \\['observation'\\], but not 'action'"):
+    with pytest.raises(ValueError, match="qvalue_network reads \\['observation'\\], but not the action 'action'"):
         BCQLoss(vae, actor, blind)
 
 
@@ -241,11 +245,13 @@ def test_shapes_that_would_broadcast_are_refused(loss, make_batch):
     batch = make_batch(4)
     batch.batch_size = batch["next"].batch_size = []
     batch["next", "reward"] = batch["next", "reward"][:1]
-    with pytest.raises(ValueError, match="reward.* has shape \\(1, 1\\), which does not fit the action's \\(4, 2\\)"):
+    with pytest.raises(
+        ValueError, match="reward.* has shape \\(1, 1\\), which does not fit the action's shape \\(4, 2\\)"
+    ):
         loss.qvalue_loss(batch)
     batch["observation"] = batch["observation"][:1]
     with pytest.raises(
-        ValueError, match="observation has shape \\(1, 3\\), which does not fit the action's \\(4, 2\\)"
+        ValueError, match="observation has shape \\(1, 3\\), which does not fit the action's shape \\(4, 2\\)"
     ):
         loss.vae_loss(batch)
 

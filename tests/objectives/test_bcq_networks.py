@@ -62,10 +62,10 @@ def test_a_model_that_keeps_the_protocol(modules, make_batch):
     [
         (
             lambda rows: (rows.mean(), {}),
-            r"training_loss gave shape \(\) and \[\], expected one loss for each row, \(8,\)",
+            r"training_loss gave a loss of shape \(\) and metadata \[\]; it must return one loss per row, \(8,\)",
         ),
-        (lambda rows: (rows.unsqueeze(-1), {}), r"training_loss gave shape \(8, 1\)"),
-        (lambda rows: (rows, {"nll": rows}), r"gave shape \(8,\) and \['nll'\], expected .* and loss_keys, \[\]"),
+        (lambda rows: (rows.unsqueeze(-1), {}), r"training_loss gave a loss of shape \(8, 1\)"),
+        (lambda rows: (rows, {"nll": rows}), r"shape \(8,\) and metadata \['nll'\]; .* and the metadata \[\]"),
     ],
 )
 def test_training_loss_must_have_one_value_for_each_row(modules, make_batch, change, message):
@@ -76,11 +76,11 @@ def test_training_loss_must_have_one_value_for_each_row(modules, make_batch, cha
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda td, action: td, "decode wrote nothing to 'action', expected an action"),
+        (lambda td, action: td, "decode wrote nothing to 'action'; it must write one action"),
         (lambda td, action: td.empty().set("other", action), "decode wrote nothing to 'action'"),
         (
             lambda td, action: td.empty().set("action", action.sum(-1)),
-            r"wrote shape \(.*\) to 'action', expected an act",
+            r"wrote a tensor of shape \(.*\) to 'action'; it must write one",
         ),
     ],
 )
@@ -97,10 +97,10 @@ def test_outputs_that_would_broadcast_are_refused(modules, make_batch):
     vae, actor, critics = modules
     narrow_actor = PerturbationActor(MLP(5, 1, num_cells=[4]), ACTION_SPEC)
     narrow_vae = ActionVAE(vae.encoder, MLP(7, 1, num_cells=[4]), ACTION_SPEC, latent_dim=4)
-    with pytest.raises(ValueError, match="the actor's network gives 1 features, the action has 2 dimensions"):
+    with pytest.raises(ValueError, match="the actor's network returns 1 features, the action has 2 dimensions"):
         loss_of(vae, narrow_actor, critics).actor_loss(make_batch(4))
     for name in ("vae", "qvalue", "actor"):
-        with pytest.raises(ValueError, match="decoder gives 1 features, expected the action's 2"):
+        with pytest.raises(ValueError, match="decoder returns 1 features, but the action has 2 dimensions"):
             getattr(loss_of(narrow_vae, actor, critics), f"{name}_loss")(make_batch(4))
 
 
@@ -138,10 +138,12 @@ def test_policies_check_their_networks(modules):
     with pytest.raises(TypeError, match="vae is a PerturbationActor, which lacks .*'decode'"):
         BehaviorCloningPolicy(actor)
     elsewhere = TensorDictModule(nn.Bilinear(3, 2, 2), ["observation", "action"], ["pert"])
-    with pytest.raises(ValueError, match=r"actor maps .* to \['pert'\], expected to read and overwrite 'action'"):
+    with pytest.raises(ValueError, match=r"actor reads .* and writes \['pert'\]; it must read and overwrite only"):
         BCQPolicy(vae, elsewhere, critics)
     blind = QEnsemble([TensorDictModule(nn.Linear(3, 1), ["observation"], ["q"]) for _ in range(2)])
-    with pytest.raises(ValueError, match=r"critics reads \['observation'\], but not 'action', which vae writes"):
+    with pytest.raises(
+        ValueError, match=r"critics reads \['observation'\], but not the action 'action', which vae writes"
+    ):
         BCQPolicy(vae, actor, blind)
 
 
@@ -152,11 +154,13 @@ def test_keys_in_a_string_and_lazy_layers_are_refused(modules):
     with pytest.raises(TypeError, match="vae_network.observation_keys is the string 'observation', expected a list"):
         BCQLoss(model, actor, critics)
     lazy = PerturbationActor(MLP(out_features=2, num_cells=[4]), ACTION_SPEC)
-    with pytest.raises(ValueError, match="actor_network has lazy layers without weights yet; call it once on data"):
+    with pytest.raises(
+        ValueError, match="actor_network has uninitialised lazy layers; call actor_network once with data"
+    ):
         BCQLoss(vae, lazy, critics)
-    with pytest.raises(ValueError, match="critic 0 has lazy layers without weights yet"):
+    with pytest.raises(ValueError, match="critic 0 has uninitialised lazy layers"):
         QEnsemble([TensorDictModule(MLP(out_features=1, num_cells=[4]), ["observation", "action"], ["q"])])
-    with pytest.raises(TypeError, match="critic 0 is a MLP; wrap it, as in TensorDictModule"):
+    with pytest.raises(TypeError, match="critic 0 is a MLP; wrap it as TensorDictModule"):
         QEnsemble([MLP(5, 1)])
 
 

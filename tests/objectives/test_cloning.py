@@ -50,7 +50,7 @@ def test_weights_by_hand(network, batch):
     assert CloningLoss(network, use_prioritized_weights=False).actor_loss(batch)[0].item() == 1.25
     batch["priority_weight"] = torch.ones(2, 1)
     with pytest.raises(
-        ValueError, match=r"priority_weight has shape \(2, 1\), expected \(2,\), one weight for each row"
+        ValueError, match=r"priority_weight has shape \(2, 1\), expected \(2,\): one weight for each row"
     ):
         CloningLoss(network).actor_loss(batch)
 
@@ -74,10 +74,12 @@ def test_it_has_no_values_and_no_targets(network, batch):
 
 def test_networks_that_do_not_write_the_action_are_refused(network, batch):
     two = TensorDictModule(lambda x: (x, x), ["observation"], ["action", "other"])
-    with pytest.raises(ValueError, match=r"actor_network writes \['action', 'other'\], expected the action alone"):
+    with pytest.raises(ValueError, match=r"actor_network writes \['action', 'other'\], expected one entry, the action"):
         CloningLoss(two)
     wide = TensorDictModule(nn.Linear(1, 3), ["observation"], ["action"])
-    with pytest.raises(ValueError, match=r"writes actions of shape \(2, 3\), the batch has \(2, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"writes actions of shape \(2, 3\), but the batch has actions of shape \(2, 2\)"
+    ):
         CloningLoss(wide).actor_loss(batch)
 
 

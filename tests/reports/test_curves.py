@@ -62,8 +62,8 @@ def test_only_steps_that_all_seeds_have_are_used(seeds, make_run, caplog):
     assert (curve.steps.tolist(), curve.seeds.tolist(), curve.left_out) == ([100], [[1.0], [2.0], [6.0], [7.0]], 2)
     warn(group_runs(find([seeds, killed, crashed])), [curve])
     assert caplog.messages == [
-        "minari:swings: steps that not all of its runs have are left out: 2 of 3 of return.",
-        f"{crashed} has no return; the lines are of the other runs.",
+        "minari:swings: steps that only some runs logged are left out: 2 of 3 for return.",
+        f"{crashed} has not logged return; the curves show the other runs only.",
     ]
 
 
@@ -80,8 +80,8 @@ def test_a_group_is_asked_for_the_first_metric_and_for_its_own(make_run, caplog)
     ]
     warn(groups, curves)
     assert caplog.messages == [
-        f"{two} has no loss_b; the lines are of the other runs.",
-        f"{other} has no loss_a; the lines are of the other runs.",
+        f"{two} has not logged loss_b; the curves show the other runs only.",
+        f"{other} has not logged loss_a; the curves show the other runs only.",
     ]
 
 
@@ -91,4 +91,4 @@ def test_what_is_not_finite_leaves_a_gap(seeds, make_run, caplog):
     np.testing.assert_array_equal(curve.center, [np.nan, 50.0])
     np.testing.assert_array_equal(np.isnan(curve.band), [[True, False]] * 2)
     warn(group_runs(find([seeds, broken])), [curve])
-    assert caplog.messages == ["minari:swings: steps that are not finite leave gaps: 1 of return."]
+    assert caplog.messages == ["minari:swings: curves have gaps at steps whose values are not finite: 1 for return."]

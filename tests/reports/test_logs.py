@@ -105,7 +105,7 @@ def test_a_seed_that_was_run_twice_is_said(make_run, caplog):
     first, second = make_run("first"), make_run("second")
     group_runs(find([first, second]))
     assert caplog.messages == [
-        f"{first}, {second} have the same settings and the same seed, 0; each counts as a repetition."
+        f"{first}, {second} have the same settings and the same seed, 0; each of them counts as one repetition."
     ]
 
 
@@ -118,7 +118,8 @@ def test_metric_that_is_drawn(make_run):
     assert choose_metric(find([make_run("cloned", loss_b={1: 1.0}, loss_a={1: 1.0})]), None) == "loss_a"
     silent = find([make_run("silent", initial_value={1: 1.0})])
     with pytest.raises(
-        RunError, match="no return, held_out_td_error, td_error or loss was logged in .*; choose a --metric of initial_"
+        RunError,
+        match="no return, held_out_td_error, td_error or loss was logged in .*; use --metric with one of initi",
     ):
         choose_metric(silent, None)
 

@@ -23,7 +23,7 @@ def test_learning_curve_shows_lines_seeds_and_the_dataset(seeds, make_run):
         "dataset=minari:swings (3 seeds)", "dataset=minari:walks (1 seed)", "mean return of the dataset",
     ]  # fmt: skip
     assert figure.legends[0].get_title().get_text() == (
-        "line: mean of the seeds, band: 95 % confidence interval of it, thin: each seed"
+        "line: mean over seeds, band: its 95 % confidence interval, thin lines: single seeds"
     )
     (axes,) = figure.axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("gradient steps", "return per episode (undiscounted)")

@@ -79,7 +79,7 @@ def test_the_seed_is_that_of_initial_states_and_actions_and_the_random_state_is_
 
 def test_what_cannot_be_drawn_is_said(env, policy, tmp_path, monkeypatch):
     monkeypatch.setattr(Painted, "fails", True)
-    with pytest.raises(RunError, match=r"Painted-v0 cannot be drawn here: no screen\. .* install OpenGL"):
+    with pytest.raises(RunError, match=r"Painted-v0 cannot be rendered: no screen\. .* install OpenGL"):
         record_video(env, policy, tmp_path / "policy.gif")
     assert list(tmp_path.iterdir()) == []
 

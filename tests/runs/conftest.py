@@ -17,6 +17,7 @@ ROWS, EPISODE = 200, 20  # of the file
 LENGTH = 5  # of an episode in the environment
 TINY = [
     "network.hidden=[8]",
+    "loss.gamma=0.9",  # few steps past the time limit
     "policy.num_action_samples=5",
     "loss.num_target_samples=2",
     "network.vae_hidden=[8]",
@@ -99,7 +100,7 @@ def make_settings(file, tmp_path):
 
     def make(*overrides: str) -> DictConfig:
         chosen = [word for word in overrides if word.startswith("algorithm=")]
-        sizes = TINY if chosen in ([], ["algorithm=bcq"]) else [TINY[0], *TINY[4:]]
+        sizes = TINY if chosen in ([], ["algorithm=bcq"]) else [TINY[0], *TINY[5:]]
         (settings,) = compose([f"dataset={file}", f"out={tmp_path / 'run'}", *sizes, *overrides])
         return settings
 

@@ -106,11 +106,11 @@ def test_a_target_in_plain_settings_is_never_called(tmp_path):
 def test_arguments_that_no_part_gives_are_named(buffer):
     parts = configs(replay_buffer=buffer, total_steps=1)
     loss = OmegaConf.create({"loss": {"_target_": "torchrl_bcq.BCQLoss", "vae_network": "???", "lmbda": "???"}}).loss
-    with pytest.raises(ValueError, match=r"loss lacks \['lmbda'\]; set them"):
+    with pytest.raises(ValueError, match=r"loss lacks \['lmbda'\]; set these arguments"):
         make_trainer(**{**parts, "loss_module": loss})
     with pytest.raises(ValueError, match=r"loss lacks \['vae_network', 'lmbda'\]"):
         make_trainer(**{**parts, "loss_module": loss, "networks": None})
-    with pytest.raises(ValueError, match="neither env nor both specs are set"):
+    with pytest.raises(ValueError, match="there is no env, and not both specs are given"):
         make_networks("bcq", **SIZES)
 
 
@@ -158,7 +158,7 @@ def test_normalization_is_fitted_given_or_left_for_a_checkpoint(make_batch):
     torch.testing.assert_close(first_loc(fitted), mean)
     assert first_loc("identity").tolist() == [0, 0, 0]
     assert first_loc(False).tolist() == first_loc(None).tolist() == [-1, -1, -1]
-    with pytest.raises(ValueError, match="to be fitted, but transitions is not set"):
+    with pytest.raises(ValueError, match="=true needs the data whose mean and scale it computes"):
         first_loc(True)
     with pytest.raises(ValueError, match="normalization is 'yes', expected true, false, identity"):
         first_loc("yes")

@@ -85,8 +85,8 @@ def test_an_environment_of_the_file_that_cannot_be_made_is_done_without_and_told
     with caplog.at_level(logging.WARNING):
         assert open_dataset(make_settings())[1].env_id is None
     assert caplog.messages == [
-        "no evaluation in Nonsense-v0, which the dataset names: it cannot be made (Environment `Nonsense` doesn't "
-        "exist.)."
+        "the dataset names the environment Nonsense-v0, which cannot be made (Environment `Nonsense` doesn't exist.); "
+        "no policy is evaluated in it."
     ]
 
 
@@ -94,7 +94,11 @@ def test_an_environment_of_the_file_that_cannot_be_made_is_done_without_and_told
     ("env", "error", "message"),
     [
         ("Nonsense-v0", RunError, "environment 'Nonsense-v0' cannot be made: "),
-        ("Goal-v0", RunError, "Goal-v0 has observations of shape {'goal': (3,), 'place': (3,)}, the dataset of (3,);"),
+        (
+            "Goal-v0",
+            RunError,
+            "Goal-v0 has observations of shape {'goal': (3,), 'place': (3,)}, but the dataset has (3,);",
+        ),
         ("MountainCarContinuous-v0", DatasetError, "outside the action spec: "),
         ("CartPole-v1", DatasetError, "a continuous Bounded spec, got OneHot"),
     ],
@@ -111,8 +115,8 @@ def test_an_environment_with_other_observations_is_refused(make_settings, make_f
     with pytest.raises(RunError) as refusal:
         open_dataset(make_settings())
     assert str(refusal.value) == (
-        "Swing-v0 has observations of shape (3,), the dataset of (4,); choose another with evaluation.env=ID, or none "
-        "with evaluation.env=null."
+        "Swing-v0 has observations of shape (3,), but the dataset has (4,); choose another with evaluation.env=ID, or "
+        "none with evaluation.env=null."
     )
 
 
@@ -131,7 +135,7 @@ def test_reference_scores_that_are_none_are_refused(make_settings, scores):
 
 def test_the_readers_settings_reach_it(make_settings, make_file):
     make_file(bonus=np.full(200, 3.0))
-    with pytest.raises(DatasetError, match=r"has no use for \['columns'\]"):
+    with pytest.raises(DatasetError, match=r"does not take the arguments \['columns'\]"):
         open_dataset(make_settings("reader.columns=1"))
     transitions, task = open_dataset(make_settings("reader.names.rewards=bonus"))
     assert (transitions["next", "reward"] == 3).all()
@@ -169,12 +173,12 @@ def test_the_best_checkpoint_is_found_or_else_the_last(make_trained, tmp_path):
 
 def test_where_there_is_no_checkpoint_nothing_is_made(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(RunError, match="holds no checkpoint; name the folder of a run"):
+        with pytest.raises(RunError, match="contains no checkpoint; choose the folder of a run"):
             find_checkpoint(folder)
     assert list(tmp_path.iterdir()) == []
     for seed in "10":
         (tmp_path / seed / "checkpoints").mkdir(parents=True)
-    with pytest.raises(RunError, match=r"or a checkpoint\. It holds the runs \['0', '1'\]\.$"):
+    with pytest.raises(RunError, match=r"or a checkpoint\. It contains the runs \['0', '1'\]\.$"):
         find_checkpoint(tmp_path)
 
 
@@ -233,17 +237,20 @@ def test_the_whole_loss_is_loaded(make_trained, tmp_path, algorithm):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda metadata: metadata.clear(), "is no checkpoint of torchrl-bcq train, or a damaged one: "),
-        (lambda metadata: metadata.pop("task"), "is no checkpoint of torchrl-bcq train, or a damaged one: "),
-        (lambda metadata: metadata["task"].pop("action_low"), "is no checkpoint of torchrl-bcq train, or a damaged"),
-        (lambda metadata: metadata.pop("config"), "is no checkpoint of torchrl-bcq train, or a damaged one: "),
-        (lambda metadata: metadata.update(config=[1]), "cannot be read: it holds list, expected settings by name"),
+        (lambda metadata: metadata.clear(), "is not a checkpoint of torchrl-bcq train, or it is damaged: "),
+        (lambda metadata: metadata.pop("task"), "is not a checkpoint of torchrl-bcq train, or it is damaged: "),
+        (lambda metadata: metadata["task"].pop("action_low"), "is not a checkpoint of torchrl-bcq train, or it is"),
+        (lambda metadata: metadata.pop("config"), "is not a checkpoint of torchrl-bcq train, or it is damaged: "),
+        (lambda metadata: metadata.update(config=[1]), "cannot be read: it is a list, expected names and their values"),
         (lambda metadata: metadata["config"].update(steps="many"), "cannot be read: Value 'many'"),
         (lambda metadata: metadata["config"].update(sed=1), "cannot be read: Key 'sed' not in "),
         (lambda metadata: metadata["config"].update(algorithm="bqc"), "cannot be read: algorithm is 'bqc', expected "),
-        (lambda metadata: metadata["config"].update(_target_="os.system"), "_target_ is no setting"),
-        (lambda metadata: metadata["config"]["network"].update(_target_="os.system"), "network._target_ is no sett"),
-        (lambda metadata: metadata["config"]["reader"].update(_target_="os.system"), "reader._target_ is no setting"),
+        (lambda metadata: metadata["config"].update(_target_="os.system"), "_target_ is refused, because names of"),
+        (lambda metadata: metadata["config"]["network"].update(_target_="os.system"), "network._target_ is refused, b"),
+        (
+            lambda metadata: metadata["config"]["reader"].update(_target_="os.system"),
+            "reader._target_ is refused, because names of",
+        ),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(run, change, message):
@@ -310,5 +317,8 @@ def test_a_damaged_checkpoint_is_refused(run, change):
 
 def test_a_network_of_another_size_is_refused(run):
     damage(run, lambda metadata: metadata["config"]["network"].update(hidden=[9]))
-    with pytest.raises(RunError, match=r"cannot be loaded: .*18 entries of other sizes .*, \[8\] there and \[9\] here"):
+    with pytest.raises(
+        RunError,
+        match=r"cannot be loaded: .*18 entries whose shape differs .*: \[8\] in the state_dict, \[9\] in the loss",
+    ):
         load_policy(run)

@@ -120,7 +120,7 @@ def test_two_runs_do_not_share_a_folder(make_settings, run):
     run.mkdir()
     with (
         FileLock(run / ".lock"),
-        pytest.raises(RunError, match=rf"^another run is at work in {run}; choose another folder with out=FOLDER"),
+        pytest.raises(RunError, match=rf"^another run is using {run}; wait, or choose another folder with out=FOLDER"),
     ):
         train(make_settings())
     assert not (run / "checkpoints").exists()
@@ -212,10 +212,10 @@ def test_a_run_with_nothing_but_a_best_checkpoint_resumes_from_it(make_settings,
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("network.hidden=[9]", "network.hidden is [8] in it and [9] now"),
-        ("normalize=true", "normalize is False in it and True now"),
-        ("optim.optimizer=SGD", "optim.optimizer is 'Adam' in it and 'SGD' now"),
-        ("batch_size=9", "batch_size is 8 in it and 9 now"),
+        ("network.hidden=[9]", "network.hidden was [8] and is now [9]"),
+        ("normalize=true", "normalize was False and is now True"),
+        ("optim.optimizer=SGD", "optim.optimizer was 'Adam' and is now 'SGD'"),
+        ("batch_size=9", "batch_size was 8 and is now 9"),
     ],
 )
 def test_a_run_is_not_resumed_with_other_settings(make_settings, run, setting, message):
@@ -223,14 +223,17 @@ def test_a_run_is_not_resumed_with_other_settings(make_settings, run, setting, m
     before = contents(run)
     with pytest.raises(RunError) as error:
         train(make_settings("resume=true", setting))
-    assert str(error.value).startswith(f"{run} cannot be resumed with other settings: {message}. ")
+    assert str(error.value).startswith(f"{run} cannot be resumed with changed settings: {message}. ")
     assert contents(run) == before
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 1}, "the dataset has changed since the checkpoint: as many transitions, other values"),
+        (
+            {"seed": 1},
+            "the dataset has changed since the checkpoint: it has the same number of transitions, but other values",
+        ),
         ({"timeouts": np.arange(200) % 20 == 18}, "the dataset has changed since the checkpoint"),
     ],
 )

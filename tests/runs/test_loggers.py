@@ -72,7 +72,7 @@ def test_the_same_kind_is_made_once(tmp_path):
     assert list(make_loggers(["csv", "csv"], tmp_path, {}).loggers) == ["csv"]
 
 
-UNKNOWN = "there is no logger 'disk'; choose of ['csv', 'tensorboard', 'wandb', 'mlflow', 'trackio']."
+UNKNOWN = "there is no logger 'disk'; choose from ['csv', 'tensorboard', 'wandb', 'mlflow', 'trackio']."
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ UNKNOWN = "there is no logger 'disk'; choose of ['csv', 'tensorboard', 'wandb', 
     [
         (["csv", "disk"], {}, UNKNOWN),
         ([], {"disk": {}}, UNKNOWN),
-        (["csv"], {"csv": {"x": 1}}, "logger_kwargs.csv is {'x': 1}, expected nothing."),
-        (["csv"], {"wandb": 1}, "logger_kwargs.wandb is 1, expected logger_kwargs.wandb.NAME=VALUE."),
+        (["csv"], {"csv": {"x": 1}}, "logger_kwargs.csv is {'x': 1}, expected no arguments."),
+        (["csv"], {"wandb": 1}, "logger_kwargs.wandb is 1, expected arguments as logger_kwargs.wandb.NAME=VALUE."),
     ],
 )
 def test_an_unknown_logger_is_refused(tmp_path, kinds, settings, message):
@@ -93,8 +93,8 @@ def test_an_unknown_logger_is_refused(tmp_path, kinds, settings, message):
 @pytest.mark.parametrize(
     ("raised", "message"),
     [
-        (ImportError("no module"), "needs its package (no module): pip install wandb."),
-        (TypeError("unexpected keyword 'projct'"), "cannot be made with {'projct': 1}: unexpected keyword 'projct'"),
+        (ImportError("no module"), "the package of logger wandb is missing (no module); run pip install wandb."),
+        (TypeError("unexpected 'projct'"), "logger wandb rejects the arguments {'projct': 1}: unexpected 'projct'"),
     ],
 )
 def test_the_reason_why_a_logger_cannot_be_made_is_given(tmp_path, monkeypatch, raised, message):
@@ -104,13 +104,15 @@ def test_the_reason_why_a_logger_cannot_be_made_is_given(tmp_path, monkeypatch, 
     monkeypatch.setattr(module, "get_logger", fail)
     with pytest.raises(RunError) as error:
         make_loggers(["wandb"], tmp_path, {"wandb": {"projct": 1}})
-    assert str(error.value) == f"logger wandb {message}"
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize("missing", ["wandb", "mlflow", "trackio"])
 def test_a_missing_package_is_named(tmp_path, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)  # as if it were not installed, whether it is or not
-    with pytest.raises(RunError, match=rf"^logger {missing} needs its package .*: pip install {missing}\.$"):
+    with pytest.raises(
+        RunError, match=rf"^the package of logger {missing} is missing .*; run pip install {missing}\.$"
+    ):
         make_loggers([missing], tmp_path, {})
 
 

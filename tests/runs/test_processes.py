@@ -69,9 +69,9 @@ def test_only_the_first_process_logs_and_evaluates(make_settings, monkeypatch):
 @pytest.mark.parametrize(
     ("device", "gpus", "message"),
     [
-        ("cuda:1", 2, "device=cuda:1 is one device for 2 processes; device=cuda gives each its own"),
-        ("auto", 1, "there are 2 processes for 1 GPUs; start as many by torchrun --nproc-per-node, or choose dev"),
-        ("cuda", 0, "there are 2 processes for 0 GPUs"),
+        ("cuda:1", 2, "device=cuda:1 is one GPU for 2 processes; with device=cuda, each process has its own"),
+        ("auto", 1, "there are 2 processes, but the number of GPUs is 1; start one process for each GPU "),
+        ("cuda", 0, "there are 2 processes, but the number of GPUs is 0"),
     ],
 )
 def test_a_device_for_several_is_refused(monkeypatch, device, gpus, message):

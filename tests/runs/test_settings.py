@@ -180,15 +180,24 @@ def test_a_sweep_makes_all_combinations_in_numbered_folders():
         (["sed=1"], "there is no setting sed; did you mean seed?"),
         (["optim.vae.learning_rate=1"], "there is no setting optim.vae.learning_rate"),
         (["network.normalization=true"], "there is no setting network.normalization"),
-        (["seed=0,1"], "['seed=0', 'seed=1'] are several runs, which -m makes; a list is written as NAME=[A,B]."),
+        (
+            ["seed=0,1"],
+            "['seed=0', 'seed=1'] needs several runs; add -m to train them all, or write a list as NAME=[A,B].",
+        ),
         (["steps=many"], "steps cannot be 'many': Value 'many' of type 'str' could not be converted to Integer"),
         (["network.hidden=[a]"], "network.hidden cannot be ['a']: "),
         (["reader=[1"], "the settings cannot be read: "),
-        (["~seed"], "~seed is no override, expected NAME=VALUE."),
+        (["~seed"], "~seed is not a setting; write a setting as NAME=VALUE."),
         (["_target_=os.system"], "there is no setting _target_"),
-        (["reader._target_=os.system"], "reader._target_ is no setting: settings are plain values"),
-        (["optim.vae.kwargs={a: [{_target_: os.system}]}"], "optim.vae.kwargs.a.0._target_ is no setting"),
-        (["logger_kwargs={wandb: {_partial_: true}}"], "logger_kwargs.wandb._partial_ is no setting"),
+        (
+            ["reader._target_=os.system"],
+            "reader._target_ is refused, because names of the form _NAME_ can run code; remove it.",
+        ),
+        (
+            ["optim.vae.kwargs={a: [{_target_: os.system}]}"],
+            "optim.vae.kwargs.a.0._target_ is refused, because names of",
+        ),
+        (["logger_kwargs={wandb: {_partial_: true}}"], "logger_kwargs.wandb._partial_ is refused, because names of"),
     ],
 )
 def test_overrides_that_are_refused(words, message):
@@ -301,10 +310,13 @@ def test_nothing_in_a_strangers_settings_is_looked_up(make_settings, tmp_path, m
         ({"algorithm": "bqc"}, "cannot be read: algorithm is 'bqc', expected one of "),
         ({"algorithm": ["bcq"]}, "cannot be read: algorithm is "),
         ({"optim": 3}, "cannot be read: "),
-        ({"_target_": "os.system"}, "cannot be read: _target_ is no setting"),
-        ({"network": {"_target_": "os.system"}}, "cannot be read: network._target_ is no setting"),
-        ({"optim": {"vae": {"kwargs": {"_target_": "x"}}}}, "cannot be read: optim.vae.kwargs._target_ is no setting"),
-        ({"reader": {"names": [{"_args_": []}]}}, "cannot be read: reader.names.0._args_ is no setting"),
+        ({"_target_": "os.system"}, "cannot be read: _target_ is refused, because names of"),
+        ({"network": {"_target_": "os.system"}}, "cannot be read: network._target_ is refused, because names of"),
+        (
+            {"optim": {"vae": {"kwargs": {"_target_": "x"}}}},
+            "cannot be read: optim.vae.kwargs._target_ is refused, because names of",
+        ),
+        ({"reader": {"names": [{"_args_": []}]}}, "cannot be read: reader.names.0._args_ is refused, because names of"),
     ],
 )
 def test_a_damaged_file_is_refused(make_settings, tmp_path, change, message):
@@ -319,7 +331,7 @@ def test_a_damaged_file_is_refused(make_settings, tmp_path, change, message):
     [
         ("seed: [", "config.yaml cannot be read: "),
         ("a: !!python/object/apply:os.getcwd []", "config.yaml cannot be read: could not determine a constructor"),
-        ("- 1", "config.yaml cannot be read: it holds list, expected settings by name."),
+        ("- 1", "config.yaml cannot be read: it is a list, expected names and their values."),
     ],
 )
 def test_what_is_no_settings_file_is_refused(tmp_path, text, message):
@@ -339,17 +351,17 @@ def test_a_run_of_another_version_is_refused_with_its_version(make_settings, mon
         with pytest.raises(RunError) as error:
             to_settings(other, "run/config.yaml")
         assert str(error.value) == (
-            f"run/config.yaml is of torchrl-bcq {found}, this is 0.2.1: use that version for this run, or train it "
-            "again."
+            f"run/config.yaml was made by torchrl-bcq {found}, but this is version 0.2.1; install torchrl-bcq {found}, "
+            "or train the run again."
         )
 
 
 def test_what_is_no_run_is_refused_and_what_it_holds_is_named(make_settings, tmp_path):
-    with pytest.raises(RunError, match=r"/none is no run of torchrl-bcq train: there is no .*/none/config.yaml\.$"):
+    with pytest.raises(RunError, match=r"/none is not a run of torchrl-bcq train: there is no .*/none/config.yaml\.$"):
         load_settings(tmp_path / "none")
     for seed in ("1", "0"):
         save_settings(make_settings(), tmp_path / "sweep" / seed)
-    with pytest.raises(RunError, match=r"It holds the runs \['0', '1'\]; name one of them\.$"):
+    with pytest.raises(RunError, match=r"It contains the runs \['0', '1'\]; choose one of them\.$"):
         load_settings(tmp_path / "sweep")
 
 
@@ -372,13 +384,14 @@ def test_all_that_differs_is_named_and_nothing_else(make_settings):
     with pytest.raises(RunError) as error:
         check_resumable(make_settings(*differing), make_settings(), Path("run"))
     assert str(error.value) == (
-        "run cannot be resumed with other settings: seed is 0 in it and 1 now; network.hidden is [8] in it and [9] "
-        "now; optim.vae.lr is None in it and 0.5 now. Keep them, or start a new run in another folder with out=FOLDER."
+        "run cannot be resumed with changed settings: seed was 0 and is now 1; network.hidden was [8] and is now [9]; "
+        "optim.vae.lr was None and is now 0.5. Use the old values, or start a new run in another folder with "
+        "out=FOLDER."
     )
 
 
 def test_a_run_keeps_its_algorithm(make_settings):
-    with pytest.raises(RunError, match=r"run has algorithm bcq, not cloning; .*out=FOLDER"):
+    with pytest.raises(RunError, match=r"run is a run of algorithm bcq, not cloning; .*out=FOLDER"):
         check_resumable(make_settings("algorithm=cloning"), make_settings(), Path("run"))
 
 
@@ -390,5 +403,5 @@ def test_each_setting_of_what_learns_must_stay(name):
     others = {bool: not value, int: 7, float: 0.125, str: "other", list: [3], dict: {"eps": 0.5}}
     of_null = "9" if name.endswith(("optimizer", "scheduler")) else 9
     OmegaConf.update(now, name, of_null if value is None else others[type(value)])
-    with pytest.raises(RunError, match=rf"other settings: {name} is "):
+    with pytest.raises(RunError, match=rf"changed settings: {name} was "):
         check_resumable(now, saved, Path("run"))

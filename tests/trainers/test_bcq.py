@@ -57,10 +57,16 @@ def test_without_an_actor(modules):
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        ({"vae_warmup_steps": -1}, "vae_warmup_steps is -1 and actor_update_interval 1; expected 0 or more, and 1 or"),
-        ({"actor_update_interval": 0}, "vae_warmup_steps is 0 and actor_update_interval 0; expected 0 or more"),
-        ({"freeze_vae_after": 0}, "freeze_vae_after is 0, expected at least 1 and vae_warmup_steps=0"),
-        ({"vae_warmup_steps": 5, "freeze_vae_after": 4}, "freeze_vae_after is 4, expected .* vae_warmup_steps=5; None"),
+        ({"vae_warmup_steps": -1}, "vae_warmup_steps is -1 and actor_update_interval 1; vae_warmup_steps must be"),
+        (
+            {"actor_update_interval": 0},
+            "vae_warmup_steps is 0 and actor_update_interval 0; vae_warmup_steps must be at least 0",
+        ),
+        ({"freeze_vae_after": 0}, r"freeze_vae_after is 0, but must be at least 1 and at least vae_warmup_steps \(0\)"),
+        (
+            {"vae_warmup_steps": 5, "freeze_vae_after": 4},
+            r"freeze_vae_after is 4, but must .* vae_warmup_steps \(5\); None",
+        ),
     ],
 )
 def test_numbers_out_of_range_are_refused(modules, schedule, message):
@@ -142,7 +148,7 @@ def test_an_optimizer_for_a_frozen_network_is_refused(make_batch):
     stepper = BCQOptimizationStepper.adam(loss)
     loss.vae_network.requires_grad_(False)
     buffer = make_replay_buffer(make_batch(50), batch_size=16)
-    message = r"the loss trains \['qvalue', 'actor'\], but optimization_stepper steps \['vae', 'qvalue', 'actor'\]"
+    message = r"trains \['qvalue', 'actor'\], but optimization_stepper has optimizers for \['vae', 'qvalue', 'actor'\]"
     with pytest.raises(ValueError, match=message):
         BCQTrainer(loss, buffer, target_net_updater=soft_update(loss), optimization_stepper=stepper, total_steps=5)
 

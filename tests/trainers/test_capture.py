@@ -213,7 +213,7 @@ def test_an_optimizer_that_cannot_be_captured_is_refused_and_none_changed(module
     loss = BCQLoss(*modules)
     adam = BCQOptimizationStepper.adam(loss).optimizers
     stepper = BCQOptimizationStepper(adam["vae"], adam["qvalue"], SGD(loss.actor_network_params.parameters()))
-    with pytest.raises(ValueError, match="the optimizer of actor, SGD, cannot be captured; use Adam"):
+    with pytest.raises(ValueError, match="the optimizer of actor is SGD, which CUDA graphs cannot capture; use Adam"):
         stepper.capture()
     assert not stepper.captured
     group = adam["vae"].param_groups[0]

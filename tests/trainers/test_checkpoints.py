@@ -146,7 +146,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(make_batch, tmp_path, monke
         fail_in_the_middle(patch)
         message = (
             f"the checkpoint after 20 gradient steps cannot be written .*No space left on device.* "
-            f"The last good checkpoint is {good}. Fix this, then resume from that checkpoint."
+            f"The last good checkpoint is {good}. Fix the cause of this error, then resume from that checkpoint."
         )
         with pytest.raises(OSError, match=message):
             second.train()

@@ -27,7 +27,7 @@ NAMES = ("vae", "qvalue", "actor")
 
 def test_a_buffer_that_reads_other_priorities_is_refused(make_batch):
     buffer = prioritised_buffer(make_batch(50), priority_key="urgency")
-    message = "the loss writes priorities to 'td_error', the buffer reads 'urgency'; set priority_key='td_error'"
+    message = "priorities to 'td_error', but the buffer reads them from 'urgency'; make .* with priority_key='td_error'"
     with pytest.raises(ValueError, match=message):
         make_trainer(None, buffer=buffer)
 
@@ -40,7 +40,7 @@ def test_an_updater_of_another_loss_is_refused(make_batch):
 
 def test_an_updater_is_needed_if_and_only_if_the_loss_has_targets(modules, make_batch):
     buffer, settings = make_replay_buffer(make_batch(50), batch_size=16), {"total_steps": 5, "progress_bar": False}
-    message = r"the loss has targets of \['qvalue', 'actor'\]; pass target_net_updater=SoftUpdate"
+    message = r"the loss has target networks for \['qvalue', 'actor'\]; pass target_net_updater=SoftUpdate"
     with pytest.raises(ValueError, match=message):
         OfflineTrainer(BCQLoss(*modules), buffer, target_net_updater=None, **settings)
     undelayed = BCQLoss(*modules, delay_actor=False, delay_qvalue=False)
@@ -57,7 +57,9 @@ def test_a_network_without_an_optimizer_is_refused(modules, make_batch):
     loss, buffer = BCQLoss(*modules), make_replay_buffer(make_batch(50), batch_size=16)
     adam = BCQOptimizationStepper.adam(loss).optimizers
     stepper = OfflineOptimizationStepper({"vae": adam["vae"], "qvalue": adam["qvalue"]})
-    message = r"the loss trains \['vae', 'qvalue', 'actor'\], but optimization_stepper steps \['vae', 'qvalue'\]"
+    message = (
+        r"the loss trains \['vae', 'qvalue', 'actor'\], but optimization_stepper has optimizers for \['vae', 'qvalue'\]"
+    )
     with pytest.raises(ValueError, match=message):
         OfflineTrainer(loss, buffer, target_net_updater=soft_update(loss), optimization_stepper=stepper, total_steps=5)
 
@@ -68,12 +70,14 @@ def test_a_buffer_that_prefetches_is_warned_of(make_batch):
     plain = TensorDictReplayBuffer(storage=storage, batch_size=16)
     make_trainer(None, buffer=plain)  # warns of nothing
     ahead = TensorDictReplayBuffer(storage=storage, batch_size=16, prefetch=2)
-    with pytest.warns(UserWarning, match="replay_buffer prefetches batches in threads.* Make it with prefetch=None"):
+    with pytest.warns(
+        UserWarning, match="replay_buffer prefetches batches in threads.* Make the buffer with prefetch=None"
+    ):
         make_trainer(None, buffer=ahead)
 
 
 def test_a_trainer_that_cannot_capture_is_refused(modules):
-    message = "cudagraph=True needs a loss on a CUDA device, this one is on cpu"
+    message = "cudagraph=True needs a loss on a CUDA device, but the loss is on cpu"
     with pytest.raises(ValueError, match=message):
         make_trainer(random_transitions(50), cudagraph=True)
     on_cuda = SimpleNamespace(

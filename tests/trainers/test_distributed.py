@@ -16,7 +16,7 @@ from .conftest import assert_same_run, make_trainer, random_state
 
 
 def test_a_missing_process_group_is_named(make_batch):
-    message = r"needs a process group: start the script by torchrun --nproc-per-node N, and call torch.distributed.init"
+    message = r"a process group: start .* with torchrun --nproc-per-node N, and let it call torch.distributed.init"
     with pytest.raises(ValueError, match=message):
         make_trainer(make_batch(50), data_parallel=True)
 

@@ -154,7 +154,9 @@ def test_keywords_reach_the_compiler_which_is_called_once():
 
 @pytest.mark.parametrize("compile", ["max-autotune", None, 1])
 def test_other_kinds_of_compile_are_refused(compile):
-    with pytest.raises(TypeError, match=f"compile is {compile!r}, expected True, False, or keywords of torch.compile"):
+    with pytest.raises(
+        TypeError, match=f"compile is {compile!r}, expected True, False, or a mapping of torch.compile arguments"
+    ):
         make_trainer(random_transitions(50), compile=compile)
 
 

@@ -225,7 +225,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_all_processes(results):
     [
         (
             "one_leaves_an_interval",
-            "RuntimeError: a hook has ended the log interval 8 gradient steps early, for ",
+            "RuntimeError: a hook has ended the log interval 8 gradient steps early, but ",
         ),
         ("one_raises", "KeyError: 'of its own'"),
     ],
@@ -233,7 +233,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_all_processes(results):
 def test_no_process_waits_for_one_that_has_ended(results, name, error):
     first, second = (found["error"] for found in results(name))
     assert second.startswith(error)
-    assert first.startswith("PeerError: process 0 of 2 waited for another one, which has ended or does not answer")
+    assert first.startswith("PeerError: process 0 of 2 waited for another process, which has ended or does not answer")
 
 
 # refused settings
@@ -242,8 +242,8 @@ def test_no_process_waits_for_one_that_has_ended(results, name, error):
 def test_the_same_seed_in_two_buffers_is_refused(results):
     for found in results("the_same_seed"):
         assert found["error"] == (
-            "ValueError: the replay buffers of processes 0 and 1 would draw the same rows; give each a seed of its "
-            "own: make_replay_buffer(..., seed=seed + rank)."
+            "ValueError: the replay buffers of processes 0 and 1 would draw the same rows; give each buffer a "
+            "different seed: make_replay_buffer(..., seed=seed + rank)."
         )
         assert found["steps"] == [0] * 3
 
@@ -251,5 +251,5 @@ def test_the_same_seed_in_two_buffers_is_refused(results):
 def test_trainers_with_different_log_intervals_are_refused(results):
     for found in results("other_log_intervals"):
         assert found["error"] == (
-            "ValueError: the processes differ in log_interval: [10, 11]; make their trainers alike."
+            "ValueError: the processes differ in log_interval: [10, 11]; make the same trainer in each of them."
         )

@@ -97,7 +97,7 @@ def test_a_round_is_loaded_to_the_device_of_the_data(tmp_path):
 def test_another_kind_of_sampler_is_refused(tmp_path, saved, loaded):
     checkpoint(make(saved, 0)).save(tmp_path / "checkpoint")
     classes = [type(make(kind, 0).sampler).__name__ for kind in (saved, loaded)]
-    with pytest.raises(CheckpointError, match=f"drew with a {classes[0]}, this one with a {classes[1]}; make it alike"):
+    with pytest.raises(CheckpointError, match=f"used a {classes[0]}, but this one uses a {classes[1]}; use the same"):
         checkpoint(make(loaded, 0)).load(tmp_path / "checkpoint")
 
 
@@ -154,7 +154,7 @@ class Bomb:
 def test_another_number_of_transitions_is_refused(tmp_path):
     checkpoint(make("uniform", 0)).save(tmp_path / "checkpoint")
     other = make_replay_buffer(TensorDict({"row": torch.arange(49)}, [49]), batch_size=8, seed=0)
-    with pytest.raises(CheckpointError, match="had 50 transitions, this one has 49; resume with the same dataset"):
+    with pytest.raises(CheckpointError, match="had 50 transitions, but this one has 49; resume with the same dataset"):
         checkpoint(other).load(tmp_path / "checkpoint")
 
 
@@ -162,7 +162,7 @@ def test_a_dataset_with_one_other_value_is_refused(tmp_path):
     checkpoint(make("uniform", 0)).save(tmp_path / "checkpoint")
     rows = make("uniform", 0)[:].clone()
     rows["row"][17] += 1
-    message = "the dataset has changed since the checkpoint: as many transitions, other values"
+    message = "the dataset has changed since the checkpoint: it has the same number of transitions, but other values"
     with pytest.raises(CheckpointError, match=message):
         checkpoint(make_replay_buffer(rows, batch_size=8, seed=0)).load(tmp_path / "checkpoint")
     rows["row"][17] -= 1

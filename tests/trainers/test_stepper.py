@@ -172,7 +172,10 @@ def test_other_optimizers_are_refused(loss, make_batch):
     stepper.step(trainer_of(loss), make_batch(16))
     adam = BCQOptimizationStepper.adam(loss)
     names = r"\['vae', 'qvalue', 'actor'\]"
-    message = f"the saved optimizers are of {names}, these are of {names}, and of another kind for {names}; make them"
+    message = (
+        f"the saved run has optimizers of the networks {names}, this run of {names}; networks whose optimizer class "
+        f"differs: {names}. Use"
+    )
     with pytest.raises(ValueError, match=message):
         adam.load_state_dict(stepper.state_dict())
     sgd(loss).load_state_dict(stepper.state_dict())
@@ -182,10 +185,13 @@ def test_optimizers_of_other_networks_are_refused(loss, modules):
     adam = BCQOptimizationStepper.adam(loss)
     optimizers = adam.optimizers
     without = BCQOptimizationStepper(optimizers["vae"], optimizers["qvalue"])
-    message = r"are of \['vae', 'qvalue', 'actor'\], these are of \['vae', 'qvalue'\], and of another kind for"
+    message = r"of the networks \['vae', 'qvalue', 'actor'\], this run of \['vae', 'qvalue'\]; .* differs: none"
     with pytest.raises(ValueError, match=message):
         without.load_state_dict(adam.state_dict())
-    with pytest.raises(ValueError, match=r"are of \['vae', 'qvalue'\], these are of \['vae', 'qvalue', 'actor'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"of the networks \['vae', 'qvalue'\], this run of \['vae', 'qvalue', 'actor'\]; .* differs: none",
+    ):
         adam.load_state_dict(without.state_dict())
 
 
@@ -230,10 +236,19 @@ def test_a_schedule_is_due(schedule, due):
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ({"start_after": -1}, "start_after is -1 and every 1; expected 0 or more, and 1 or more"),
-        ({"every": 0}, "start_after is 0 and every 0; expected 0 or more, and 1 or more"),
-        ({"stop_after": 0}, "stop_after is 0, but the first step is 1 .* the network would never learn"),
-        ({"start_after": 5, "stop_after": 5}, r"stop_after is 5, but the first step is 6 \(start_after 5, every 1\)"),
+        (
+            {"start_after": -1},
+            "start_after is -1 and every 1; start_after must be at least 0, and every must be at least 1",
+        ),
+        ({"every": 0}, "start_after is 0 and every 0; start_after must be at least 0, and every must be at least 1"),
+        (
+            {"stop_after": 0},
+            "stop_after is 0, but the network's first step is 1 .* it would never learn; increase stop_after",
+        ),
+        (
+            {"start_after": 5, "stop_after": 5},
+            r"stop_after is 5, but the network's first step is 6 \(start_after 5, every 1\)",
+        ),
         ({"stop_after": 6, "start_after": 4, "every": 3}, r"first step is 7 \(start_after 4, every 3\)"),
     ],
 )
@@ -260,7 +275,7 @@ def test_the_mapping_decides_the_order(loss, make_batch):
 def test_steppers_without_optimizers_and_schedules_of_other_networks_are_refused(loss):
     with pytest.raises(ValueError, match="optimizers is empty, expected one for each network that has parameters"):
         OfflineOptimizationStepper({})
-    message = r"schedules has \['vea'\], but optimizers are for \['vae', 'qvalue', 'actor'\]"
+    message = r"schedules has \['vea'\], but the optimizers are for \['vae', 'qvalue', 'actor'\]"
     with pytest.raises(ValueError, match=message):
         sgd(loss, schedules={"vea": Schedule()})
 

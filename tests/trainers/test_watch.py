@@ -48,9 +48,9 @@ def test_names_the_step_the_loss_the_rows_and_the_last_good_checkpoint(make_batc
     assert at.name == f"not-finite-{call}.pt"
     shown = ", ".join(map(str, rows[call - 1][:10]))
     assert str(caught.value) == (
-        f"{name} is nan in gradient step {call}, on the 16 rows {shown} ... of the replay buffer, kept for inspection: "
-        f"torch.load({str(at)!r}). The last good checkpoint is {good}. "
-        "If the dataset is finite, lower the learning rate, set clip_norm, or scale the rewards."
+        f"{name} is nan in gradient step {call}, on the 16 rows {shown} ... of the replay buffer; to inspect them, "
+        f"call torch.load({str(at)!r}). The last good checkpoint is {good}. "
+        "If the dataset has finite values only, lower the learning rate, set clip_norm, or scale the rewards."
     )
     kept = torch.load(at, weights_only=True)
     assert kept["index"].tolist() == rows[call - 1]
@@ -119,7 +119,7 @@ def test_the_loss_is_named_also_if_the_batch_cannot_be_written(make_batch, tmp_p
     (tmp_path / "file").touch()
     trainer = make_trainer(make_batch(50), save_trainer_file=tmp_path / "file" / "checkpoint")
     break_loss(trainer, "vae_loss", 3)
-    message = r"nan in gradient step 3, on the 16 rows .* \(they could not be written to .*/file/not-finite-3.pt: "
+    message = r"nan in gradient step 3, on the 16 rows .* \(the rows could not be written to .*/file/not-finite-3.pt: "
     with pytest.raises(FloatingPointError, match=message):
         trainer.train()
 
@@ -146,8 +146,8 @@ def test_weights_that_are_not_finite_make_no_checkpoint(make_batch, tmp_path, va
 
     AfterStep(break_weight).register(trainer)
     message = (
-        f"1 of the weights are not finite after 20 gradient steps, such as {key}. "
-        f"The last good checkpoint is {tmp_path / 'checkpoint'}. If the dataset is finite, lower"
+        rf"1 of \d+ weight tensors, such as {key}, have values that are not finite after 20 gradient steps\. "
+        f"The last good checkpoint is {tmp_path / 'checkpoint'}. If the dataset has finite values only, lower"
     )
     with pytest.raises(FloatingPointError, match=message):
         trainer.train()
@@ -165,7 +165,7 @@ def test_of_several_losses_the_first_is_named():
         watch.next_step(TensorDict())
         watch.add(losses)
     assert watch.find() == 2
-    message = "loss_actor is inf in gradient step 42, on rows that the replay buffer does not name. No checkpoint. If"
+    message = "loss_actor is inf in gradient step 42, on rows whose numbers the replay buffer does not return. No "
     assert watch.describe(2, Path("nowhere"), "No checkpoint.").startswith(message)
     watch.begin(43)
     assert watch.find() is None

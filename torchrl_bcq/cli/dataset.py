@@ -1,4 +1,4 @@
-"""``torchrl-bcq describe`` and ``convert``: describe a dataset, or make a memory-mapped copy of it."""
+"""``torchrl-bcq describe`` and ``torchrl-bcq convert``: describe a dataset, or make a memory-mapped copy of it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torchrl_bcq.reports.description import describe
 _COLUMNS = ("observation", "action", "next_observation", "reward", "terminated", "truncated", "episode", "step")
 _SOURCES = """\
 sources:
-  FILE.hdf5 FILE.npz       fields with D4RL's names, or other common ones
-  FILE.csv FILE.parquet    tables of logged decisions; say which column is what
-  minari:ID                such as minari:mujoco/hopper/medium-v0
-  d4rl:ID                  such as d4rl:hopper-medium-v2; downloaded once
-  FOLDER                   a copy made by convert
+  FILE.hdf5 FILE.npz       files with the field names of D4RL, or other common names
+  FILE.csv FILE.parquet    tables with one step per row; name the columns by --observation, --action, ...
+  minari:ID                a Minari dataset, such as minari:mujoco/hopper/medium-v0
+  d4rl:ID                  a D4RL dataset, such as d4rl:hopper-medium-v2; it is downloaded once
+  FOLDER                   a memory-mapped copy that torchrl-bcq convert has made
 
 examples:
   torchrl-bcq describe hopper.hdf5 --env Hopper-v5
@@ -30,18 +30,20 @@ examples:
 
 
 def add_parsers(commands: argparse._SubParsersAction) -> None:
-    """Add the commands; the default ``run`` of each is a function of the parsed arguments."""
+    """Add the commands ``describe`` and ``convert`` to the parser. ``args.run(args)`` runs the chosen one."""
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("source", metavar="SOURCE", help="FILE, PREFIX:ID, or FOLDER; see below")
-    shared.add_argument("--env", metavar="ID", help="Gymnasium environment whose action bounds the data must keep")
+    shared.add_argument("source", metavar="SOURCE", help="dataset: FILE, PREFIX:ID or FOLDER, as explained below")
+    shared.add_argument("--env", metavar="ID", help="environment whose action bounds are compared with the data")
     reading = shared.add_argument_group("HDF5 and NPZ")
-    reading.add_argument("--names", nargs="+", metavar="FIELD=ENTRY", help="where a field is, as observations=obs")
-    reading.add_argument("--max-episode-steps", type=int, metavar="N", help="time limit, where time-outs are not kept")
+    names = "says that ENTRY of the file holds FIELD, such as observations=obs"
+    reading.add_argument("--names", nargs="+", metavar="FIELD=ENTRY", help=names)
+    reading.add_argument("--max-episode-steps", type=int, metavar="N", help="time limit, if the file has no time-outs")
     columns = shared.add_argument_group("tables")
     for name in _COLUMNS:
         several = name in ("observation", "action", "next_observation")
         how: dict[str, Any] = {"nargs": "+", "action": "extend"} if several else {}
-        text = f"column{'s' if several else ''} of {name.replace('_', ' ')}"
+        plural = "s" if several else ""
+        text = f"name{plural} of the {name.replace('_', ' ')} column{plural}"
         columns.add_argument(f"--{name.replace('_', '-')}", metavar="COLUMN", help=text, **how)
 
     def add(name: str, run: Any, what: str) -> argparse.ArgumentParser:
@@ -49,11 +51,11 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
         command.set_defaults(run=run)
         return command
 
-    command = add("describe", _describe, "Print and draw statistics of a dataset and possible defects.")
-    command.add_argument("--out", type=Path, metavar="PNG", help="picture; default: SOURCE.png, here")
-    command.add_argument("--root", metavar="FOLDER", help="folder for a memory-mapped copy of large data")
-    command = add("convert", _convert, "Check a dataset and make a memory-mapped copy, once for the same content.")
-    command.add_argument("folder", metavar="FOLDER", help="where copies are kept")
+    command = add("describe", _describe, "Print and draw the statistics and possible defects of a dataset.")
+    command.add_argument("--out", type=Path, metavar="PNG", help="file of the picture (default: ./SOURCE.png)")
+    command.add_argument("--root", metavar="FOLDER", help="folder for a memory-mapped copy of data larger than memory")
+    command = add("convert", _convert, "Check a dataset and make a memory-mapped copy of it, if no copy exists yet.")
+    command.add_argument("folder", metavar="FOLDER", help="folder in which copies are kept")
 
 
 def _describe(args: argparse.Namespace) -> None:
@@ -75,7 +77,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _action_spec(args: argparse.Namespace, settings: dict[str, Any]) -> TensorSpec | None:
-    """Spec of the environment, if one is named, or else of the source, if it knows."""
+    """Return the action spec of ``--env`` if this option is set, else the dataset's action spec or None."""
     if args.env is not None:
         return make_env(args.env, remedy="choose another with --env ID").action_spec
     source = find_source(args.source, **settings)
@@ -83,7 +85,7 @@ def _action_spec(args: argparse.Namespace, settings: dict[str, Any]) -> TensorSp
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of the source's reader."""
+    """Return a dictionary of the command-line options that are arguments of the dataset's reader."""
     names = (*_COLUMNS, "max_episode_steps")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.names:

@@ -1,16 +1,21 @@
-"""``torchrl-bcq evaluate``: run episodes with the policy of a run and with its baselines."""
+"""``torchrl-bcq evaluate``: evaluate a trained policy and compare it with its baselines."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.files import write_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _EXAMPLES = """\
 examples:
@@ -22,20 +27,20 @@ examples:
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the command ``evaluate``; what it sets as ``run`` takes the parsed arguments."""
+    """Add the command ``evaluate`` to the parser. ``args.run(args)`` then runs this command."""
     what = "Run episodes with the policy of a run and with its baselines."
     description = f"{what} A run without an environment is evaluated on its dataset."
     command = commands.add_parser("evaluate", help=what, description=description, epilog=_EXAMPLES)
     add = command.add_argument
-    add("folder", type=Path, metavar="RUN", help="folder that torchrl-bcq train made, or one of its checkpoints")
-    add("--baseline", type=Path, metavar="RUN2", help="run to compare with; default: the baseline that RUN trained")
-    add("--checkpoint", choices=("best", "last"), default="best", help="default: best, or last if none was kept")
-    add("--env", metavar="ID", help="Gymnasium environment; default: that of the run")
-    add("--episodes", type=int, default=100, metavar="N", help="of each policy (default: %(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="of initial states and actions (default: %(default)s)")
-    add("--deterministic", action="store_true", help="the same action for the same state, without random candidates")
+    add("folder", type=Path, metavar="RUN", help="folder of a run of torchrl-bcq train, or one of its checkpoints")
+    add("--baseline", type=Path, metavar="RUN2", help="run to compare with (default: the baseline of RUN)")
+    add("--checkpoint", choices=("best", "last"), default="best", help="checkpoint (default: best if kept, else last)")
+    add("--env", metavar="ID", help="Gymnasium environment (default: the environment of the run)")
+    add("--episodes", type=int, default=100, metavar="N", help="episodes of each policy (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of initial states and actions (default: %(default)s)")
+    add("--deterministic", action="store_true", help="always take the same action in the same state")
     add("--device", default="auto", help="any torch device (default: cuda if it is available)")
-    out = "file of the numbers; default: evaluation.json in RUN, or beside the checkpoint"
+    out = "file for the numbers (default: evaluation.json in RUN, or a file beside the checkpoint)"
     add("--out", type=Path, metavar="JSON", help=out)
     command.set_defaults(run=_run)
 
@@ -54,7 +59,7 @@ def _run(args: argparse.Namespace) -> None:
     for one in runs.values():
         print(f"{one.path}: {one.step:,} gradient steps on {one.settings.dataset}")
     out = args.out or args.folder / "evaluation.json"
-    if args.out is None and trained.path == args.folder:  # a checkpoint stays as it was written
+    if args.out is None and trained.path == args.folder:  # RUN is a checkpoint: write next to its folder
         out = args.folder.with_name(f"{args.folder.name}-evaluation.json")
     results = _in_environment(trained, runs, args) if trained.task.env_id else _on_the_dataset(trained, runs)
     with write_whole(out) as aside:
@@ -64,7 +69,11 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _load_baseline(args: argparse.Namespace, trained: Any) -> dict[str, Any]:
-    """The run to compare with, if there is one, by its title in tables."""
+    """Load the baseline, the run with which the trained run is compared.
+
+    Returns ``{name: run}``: the name of the baseline in the printed tables, and the loaded run of the baseline.
+    Without a baseline, the dictionary is empty.
+    """
     from torchrl_bcq.runs.folder import BASELINE, find_checkpoint, load
 
     folder = args.baseline or args.folder / BASELINE
@@ -76,13 +85,13 @@ def _load_baseline(args: argparse.Namespace, trained: Any) -> dict[str, Any]:
     baseline = load(folder, args.checkpoint, args.device)
     for what in ("observation", "action"):
         if getattr(trained.task, f"{what}_spec") != getattr(baseline.task, f"{what}_spec"):
-            raise RunError(f"{folder} has other {what}s than {args.folder}; compare runs of one dataset.")
+            raise RunError(f"{folder} has other {what}s than {args.folder}; compare runs of the same dataset.")
     title = baseline.algorithm.title
     return {title if title != trained.algorithm.title else f"{title}, {folder}": baseline}
 
 
 def _check_env(env_id: str, task: Any) -> None:
-    """Refuse an environment that the policy does not fit."""
+    """Raise a RunError if observations or actions of the environment have other shapes than in the run."""
     from torchrl_bcq.evaluation.environments import check_observations, make_env
 
     remedy = "choose another with --env ID"
@@ -90,37 +99,67 @@ def _check_env(env_id: str, task: Any) -> None:
     check_observations(env, env_id, (task.observation_size,), "the run", remedy)
     if env.action_spec.shape != task.action_spec.shape:
         found, expected = tuple(env.action_spec.shape), tuple(task.action_spec.shape)
-        raise RunError(f"{env_id} has actions of shape {found}, the run of {expected}; {remedy}.")
+        raise RunError(f"{env_id} has actions of shape {found}, but the run has {expected}; {remedy}.")
 
 
 def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Returns of a random policy, the dataset, the baselines and the run's policy."""
+    """Run episodes with each policy, print how their returns compare, and return a dictionary of results."""
     from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-    from torchrl_bcq.evaluation.environments import make_envs
+    from torchrl_bcq.evaluation.environments import make_envs, steps_to_compare, time_limit
     from torchrl_bcq.evaluation.rollouts import evaluate, summarize
 
     task, loss, own, *baselines = trained.task, trained.loss, *runs
-    envs = make_envs(task.env_id, args.episodes, next(loss.parameters()).device)
+    discount = {"gamma": trained.settings.loss.gamma} if loss.has_values else {}
+    steps = steps_to_compare(task.env_id, **discount) if discount else None
+    envs = make_envs(task.env_id, args.episodes, next(loss.parameters()).device, max_steps=steps)
     policies: dict[str, Any] = {"random": None}
     policies |= {title: make(*loss.networks) for title, make in trained.algorithm.compared.items()}
     policies |= {title: runs[title].policy for title in (*baselines, own)}
     mode = set_exploration_type(ExplorationType.DETERMINISTIC) if args.deterministic else nullcontext()
-    gamma = trained.settings.loss.get("gamma", 0.99)
-    rows: dict[str, dict[str, float]] = {}
+    limit, rows = time_limit(task.env_id), {}
+    returns: dict[str, Tensor] = {}
     with mode:
         for title, policy in policies.items():
             value = loss.value if title == own else None
-            episodes = evaluate(envs, policy, value=value, gamma=gamma, seed=args.seed)
-            rows[title] = summarize(episodes, task.reference_scores)
+            episodes: Any = evaluate(envs, policy, value=value, seed=args.seed, time_limit=limit, **discount)
+            rows[title], returns[title] = summarize(episodes, task.reference_scores), episodes["return"]
     print(f"\n{task.env_id}, {args.episodes} episodes of each policy\n")
     _print_returns({"the dataset": {"return": task.behaviour["mean"], "return_std": task.behaviour["std"]}, **rows})
     if "value_estimate" in rows[own]:
+        within = "" if steps is None else f" in {steps:,} steps"
         print(
-            f"\nAt the initial states the critic estimates {rows[own]['value_estimate']:.4g}; the discounted return "
-            f"from there was {rows[own]['discounted_return']:.4g}."
+            f"\nAt the initial states the critic estimates a discounted return of {rows[own]['value_estimate']:.4g}; "
+            f"the policy obtained {rows[own]['discounted_return']:.4g}{within}."
         )
+    if args.episodes > 1:
+        differences = {"the dataset": _from_dataset(returns[own], task.behaviour)}
+        differences |= {title: _mean_and_error(returns[own] - returns[title]) for title in baselines}
+        print(f"\n{_compare(own, differences, args.episodes)}")
     return {"env": task.env_id, "episodes": args.episodes, "seed": args.seed, "behaviour": task.behaviour, **rows}
+
+
+def _from_dataset(returns: Tensor, behaviour: Mapping[str, float]) -> tuple[float, float]:
+    """Compute the mean of ``returns`` minus the dataset's mean return; also return the standard error."""
+    mean, error = _mean_and_error(returns)
+    return mean - behaviour["mean"], math.hypot(error, behaviour["std"] / math.sqrt(behaviour["episodes"]))
+
+
+def _mean_and_error(values: Tensor) -> tuple[float, float]:
+    return values.mean().item(), values.std(correction=1).item() / math.sqrt(len(values))
+
+
+def _compare(own: str, differences: Mapping[str, tuple[float, float]], episodes: int) -> str:
+    """Return a text that says for each policy in ``differences`` if the policy ``own`` is better or worse."""
+    from scipy.stats import t
+
+    groups: dict[str, list[str]] = {}
+    for title, (mean, error) in differences.items():
+        half = t.ppf(0.975, episodes - 1) * error
+        kind = "better than" if mean - half > 0 else "worse than" if mean + half < 0 else "not clearly different from"
+        groups.setdefault(kind, []).append(f"{title} ({mean:+.1f} ± {half:.1f})")
+    sentences = [f"{own} is {kind} {' and '.join(titles)}." for kind, titles in groups.items()]
+    return f"{' '.join(sentences)}\n(Differences in mean return with 95% confidence intervals.)"
 
 
 def _print_returns(rows: dict[str, dict[str, float]]) -> None:
@@ -136,7 +175,7 @@ def _print_table(lines: list[list[str]], widths: list[int]) -> None:
 
 
 def _on_the_dataset(trained: Any, runs: dict[str, Any]) -> dict[str, Any]:
-    """Metrics that need no environment, of the run and its baseline."""
+    """Compute metrics of the run and of its baseline on the dataset; print and return the metrics."""
     from torchrl_bcq.evaluation import DatasetMetrics
     from torchrl_bcq.runs.assembly import split
     from torchrl_bcq.runs.folder import open_dataset
@@ -148,11 +187,12 @@ def _on_the_dataset(trained: Any, runs: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for title, one in runs.items():
         if learned is not None and (one.settings.held_out, one.settings.seed) != (settings.held_out, settings.seed):
-            raise RunError(f"{one.path} held out other episodes than {trained.path}; compare runs of one seed.")
-        drawn = {"max_rows": settings.evaluation.max_rows, "seed": settings.evaluation.seed}  # as the run has logged
+            raise RunError(f"{one.path} held out other episodes than {trained.path}; compare runs with the same seed.")
+        # draw the same rows for all runs: the rows on which training measured its logged metrics
+        drawn = {"max_rows": settings.evaluation.max_rows, "seed": settings.evaluation.seed}
         metrics = DatasetMetrics(one.loss, one.policy, rows, interval=1, held_out=learned is not None, **drawn)
         found[title] = metrics.measure()
-    print(f"\nno environment; on {'the dataset' if learned is None else 'held-out episodes'}:\n")
+    print(f"\nThe run has no environment. Metrics on {'the dataset' if learned is None else 'held-out episodes'}:\n")
     names = dict.fromkeys(name for row in found.values() for name in row)
     cells = [[name, *(f"{row[name]:.4g}" if name in row else "-" for row in found.values())] for name in names]
     _print_table([["", *found], *cells], [28, *(max(12, len(title) + 2) for title in found)])

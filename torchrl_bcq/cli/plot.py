@@ -11,38 +11,43 @@ from torchrl_bcq.reports.logs import DEFAULT_METRICS, choose_metric, find_runs
 from torchrl_bcq.reports.pictures import draw_runs, save
 
 _EPILOG = """\
-Runs that differ only in the seed are one line with a bootstrapped confidence interval (why intervals:
-arXiv:2108.13264). With two or three seeds such an interval is too narrow; use five or more.
+Runs that differ only in the seed become one line with a bootstrapped confidence interval (as arXiv:2108.13264
+recommends). With two or three seeds, this interval is too narrow; use five or more seeds.
 
 pictures:
-  learning_curve.png    the metric over gradient steps
-  value_estimates.png   the critic's value and the discounted return obtained (after arXiv:1802.09477, fig. 1)
-  losses.png            losses, TD errors and their values on held-out episodes
-  policy.mp4            with --video: an episode of the best policy, rendered without a screen
+  learning_curve.png    the metric as a function of the gradient steps
+  value_estimates.png   the critic's estimate and the discounted return that the policy obtained (see arXiv:1802.09477)
+  losses.png            losses and TD errors, in training and on held-out episodes
+  policy.mp4            with --video: one episode of the best policy; no screen is needed
 
 examples:
   torchrl-bcq plot runs/hopper                              one run
   torchrl-bcq plot runs/hopper --video
-  torchrl-bcq plot runs/sweep                               all runs of a sweep (torchrl-bcq train -m)
+  torchrl-bcq plot runs/sweep                               all runs that one torchrl-bcq train -m has made
   torchrl-bcq plot runs/phi0 runs/phi1 --metric normalized_score --statistic iqm --out pictures
 """
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the command ``plot``; its default ``run`` is a function of the parsed arguments."""
-    description = "Draw learning curves of runs, with an interval over seeds, and their critics' value estimates."
+    """Add the command ``plot`` to the parser. ``args.run(args)`` then runs this command."""
+    description = "Draw learning curves with confidence intervals over seeds, and the value estimates of critics."
     command = commands.add_parser("plot", help="Draw learning curves of runs.", description=description, epilog=_EPILOG)
     add = command.add_argument
-    add("runs", metavar="RUN", nargs="+", type=Path, help="folder that train has made, or one that holds several")
-    add("--out", type=Path, metavar="FOLDER", help="of the pictures; default: RUN if there is one, else here")
-    default = f"default: the first that was logged of {', '.join(DEFAULT_METRICS)}, or a loss"
+    add("runs", metavar="RUN", nargs="+", type=Path, help="folder of one run, or a folder that contains runs")
+    add(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for the pictures (default: RUN if only one RUN is given, else the current folder)",
+    )
+    default = f"metric to draw (default: the first one that was logged of {', '.join(DEFAULT_METRICS)}, or a loss)"
     add("--metric", metavar="NAME", help=default)
     shown = "(default: %(default)s)"
-    over = f"over seeds; iqm: the mean of the middle half, for four seeds or more {shown}"
+    over = f"statistic over seeds; iqm is the mean of the middle half, for four or more seeds {shown}"
     add("--statistic", choices=["mean", "iqm"], default=Estimate.statistic, help=over)
-    add("--confidence", type=float, default=Estimate.confidence, metavar="LEVEL", help=f"of the interval {shown}")
-    add("--resamples", type=int, default=Estimate.resamples, metavar="N", help=f"of the bootstrap {shown}")
-    add("--video", action="store_true", help="also an episode of each run's best policy (needs torchrl-bcq[video])")
+    add("--confidence", type=float, default=Estimate.confidence, metavar="LEVEL", help=f"confidence level {shown}")
+    add("--resamples", type=int, default=Estimate.resamples, metavar="N", help=f"number of bootstrap resamples {shown}")
+    add("--video", action="store_true", help="also record a video of each best policy (needs torchrl-bcq[video])")
     command.set_defaults(run=_plot)
 
 

@@ -1,4 +1,4 @@
-"""``torchrl-bcq record``: record the transitions of a policy as HDF5 or in Minari's local store."""
+"""``torchrl-bcq record``: record the transitions of a policy in an HDF5 file or in Minari's local store."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ _STEPS = 10_000
 _EXAMPLES = f"""\
 examples:
   torchrl-bcq record
-      the default dataset, {DATASET_ID} (30,000 steps of {DATASET_ENV}), once
+      records the default dataset {DATASET_ID} (30,000 steps of {DATASET_ENV}), if it does not exist
   torchrl-bcq record --env Hopper-v5 --steps 100000 --out hopper.hdf5
-      uniform random actions
+      records uniformly random actions
   torchrl-bcq record --env Hopper-v5 --policy runs/hopper --noise 0.2 --out minari:mine/hopper/noisy-v0
-      a learned policy with noise
+      records a trained policy with noise
 """
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the command ``record``; its default ``run`` is a function of the parsed arguments."""
+    """Add the command ``record`` to the parser. ``args.run(args)`` then runs this command."""
     what = "Record the transitions of a policy in an environment, as a dataset to learn from."
-    description = f"{what}\nWithout --env, record the default dataset: a scripted controller on {DATASET_ENV}."
+    description = f"{what}\nWithout --env, record the default dataset: steps of a scripted controller in {DATASET_ENV}."
     command = commands.add_parser("record", help=what, description=description, epilog=_EXAMPLES)
     add = command.add_argument
     add("--env", metavar="ID", help="Gymnasium environment whose observations and actions are vectors")
-    add("--policy", metavar="RUN", help="folder that torchrl-bcq train made, or random (default: random)")
-    add("--noise", type=float, metavar="SIGMA", help="Gaussian noise, in half-ranges of the action bounds (default: 0)")
+    add("--policy", metavar="RUN", help="folder of a run of torchrl-bcq train, or random (default: random)")
+    noise = "standard deviation of Gaussian action noise, as a fraction of half the action range (default: 0)"
+    add("--noise", type=float, metavar="SIGMA", help=noise)
     add("--steps", type=int, metavar="N", help=f"number of transitions (default: {_STEPS})")
     add("--seed", type=int, metavar="N", help="seed of initial states and actions (default: 0)")
-    add("--out", metavar="OUT", help="FILE.hdf5 or minari:NAMESPACE/DATASET-v0 (default: ID.hdf5, here)")
+    add("--out", metavar="OUT", help="FILE.hdf5 or minari:NAMESPACE/DATASET-v0 (default: ./ID.hdf5)")
     add("--overwrite", action="store_true", help="replace an existing dataset")
     command.set_defaults(run=_run)
 
@@ -42,9 +43,10 @@ def _run(args: argparse.Namespace) -> None:
     if args.env is None:
         given = [f"--{name}" for name in ("policy", "noise", "steps", "seed", "out") if getattr(args, name) is not None]
         if given:
-            raise RunError(f"{', '.join(given)} needs --env; without it, the default dataset is recorded as it is.")
+            raise RunError(f"{', '.join(given)} needs --env; the default dataset is always recorded in the same way.")
         new = record_default(overwrite=args.overwrite)
-        print(f"recorded minari:{DATASET_ID}" if new else f"minari:{DATASET_ID} exists; --overwrite records it again")
+        exists = f"minari:{DATASET_ID} exists already; use --overwrite to record it again"
+        print(f"recorded minari:{DATASET_ID}" if new else exists)
         return
     out = args.out or f"{args.env.rpartition('/')[2]}.hdf5"
     check_out(out, args.overwrite)
@@ -55,7 +57,7 @@ def _run(args: argparse.Namespace) -> None:
         trained = load(Path(args.policy), "best", "cpu")
         policy, algorithm = trained.policy, f"{trained.algorithm.title}, Gaussian noise of {noise} half-ranges"
     elif noise:
-        raise RunError("--noise needs a --policy; random actions are uniform over their bounds.")
+        raise RunError("--noise needs --policy RUN; random actions are uniform within their bounds, without noise.")
     steps = _STEPS if args.steps is None else args.steps
     transitions = record(args.env, policy, steps, noise=noise, seed=args.seed or 0)
     if out.startswith("minari:"):

@@ -1,4 +1,4 @@
-"""``torchrl-bcq train``: learn a policy from a dataset."""
+"""``torchrl-bcq train``: train a policy on a dataset."""
 
 from __future__ import annotations
 
@@ -23,23 +23,26 @@ from torchrl_bcq.runs.settings import compose, default_settings
 from torchrl_bcq.trainers.distributed import PeerError
 
 YAML = (files("torchrl_bcq.cli") / "train.yaml").read_text(encoding="utf-8")
-DEFAULT_TASK = [  # minutes on two cores
+DEFAULT_TASK = [  # settings if the user names no dataset; this run takes a few minutes on two CPU cores
     f"dataset=minari:{DATASET_ID}",
+    "normalize=true",
     "steps=3500",
-    "evaluation.interval=350",
+    "evaluation.interval=500",
     "evaluation.episodes=20",
-    "checkpoint.interval=350",
+    "checkpoint.interval=500",
     "log_interval=50",
 ]
+# with the paper's 0.99 and 0.005, value estimates need tens of thousands of steps to converge
+_DEFAULT_LOSS = ["loss.gamma=0.95", "loss.tau=0.02"]
 _DEFAULT_LAYERS = "[256,256]"
 _LOG = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
 _FLAGS = {"-m": "sweep", "--multirun": "sweep", "--cfg": "show"}
 HELP = f"""\
 usage: torchrl-bcq train [SETTING=VALUE ...] [-m] [--cfg]
 
-Learn a policy from a dataset, offline. Without a dataset, that of torchrl-bcq record: Pendulum-v1, with
-{fill(", ".join(DEFAULT_TASK[1:]), 110)},
-layers of {_DEFAULT_LAYERS} in all networks, and the algorithm's baseline.
+Train a policy on a fixed dataset (offline). Without dataset=..., the command uses the dataset that torchrl-bcq record
+makes on Pendulum-v1, trains the algorithm's baseline too, and has other defaults: layers of {_DEFAULT_LAYERS} and
+{fill(", ".join([*DEFAULT_TASK[1:], *_DEFAULT_LOSS]), 110)}.
 
 algorithms: {", ".join(f"{name} ({record.title})" for name, record in ALGORITHMS.items())}
 
@@ -51,20 +54,21 @@ examples:
   torchrl-bcq train -m dataset=hopper.hdf5 out=runs/hopper seed=0,1,2     three runs, one after the other
   torchrl-bcq train dataset=trips.csv \\
     'reader={{observation: [x, v], action: [force], reward: r, terminated: end, episode: trip}}'
-  torchrl-bcq train dataset=hopper.hdf5 out=runs/hopper resume=true       begins, or resumes from the last checkpoint
-  torchrl-bcq train resume=runs/hopper steps=2000000                      resumes with the settings of that run
-  torchrun --nproc-per-node 4 -m torchrl_bcq train dataset=hopper.hdf5    four processes, a batch of each in every step
+  torchrl-bcq train dataset=hopper.hdf5 out=runs/hopper resume=true       starts the run, or resumes it
+  torchrl-bcq train resume=runs/hopper steps=2000000                      resumes the run with its own settings
+  torchrun --nproc-per-node 4 -m torchrl_bcq train dataset=hopper.hdf5    four processes, each with its own batches
 
-Ctrl-C and SIGTERM save a checkpoint, from which the run resumes exactly. The folder of a run holds config.yaml,
-train.log, log/scalars/*.csv, checkpoints/, best/, results.json and baseline/; see torchrl-bcq evaluate and plot.
---cfg prints the settings and does not train; -m makes a run for each combination of values with commas.
+Ctrl-C or SIGTERM saves a checkpoint and stops the run; a resumed run continues exactly from its last checkpoint.
+The folder of a run holds config.yaml, train.log, log/scalars/*.csv, checkpoints/, best/, results.json and baseline/;
+torchrl-bcq evaluate and torchrl-bcq plot read it. --cfg prints the settings without training. -m (--multirun) trains
+one run for each combination of values; separate the values of a setting by commas.
 
 {YAML}"""
 _logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command with settings and flags; 0 if all went well. Raises a RunError if one is refused."""
+    """Run ``torchrl-bcq train`` and return its exit code; raises a RunError for an invalid setting or flag."""
     if {"-h", "--help"} & set(arguments):
         print(HELP)
         return 0
@@ -78,31 +82,35 @@ def main(arguments: Sequence[str]) -> int:
             print(OmegaConf.to_yaml(settings))
         return 0
     if missing := sorted(OmegaConf.missing_keys(runs[0])):
-        raise RunError(f"{', '.join(missing)} has no value; give it one, as {missing[0]}=VALUE.")
+        raise RunError(f"{', '.join(missing)} has no value; set it with {missing[0]}=VALUE.")
     with processes.joined():
         if processes.several() and len(runs) > 1:
-            raise RunError("torchrun makes one run; start those of -m one after the other.")
+            raise RunError("torchrun cannot start several runs with -m; start them one after another without -m.")
         return max([_run(settings) for settings in runs], default=0)
 
 
 def _defaults(overrides: Sequence[str]) -> list[str]:
-    """The settings of the run that the command makes without a dataset."""
+    """Return the settings of a run without ``dataset=``. With a dataset or a folder to resume, return []."""
     given = dict(word.partition("=")[::2] for word in overrides)
     if "dataset" in given or given.get("resume", "false").lower() not in ("true", "false"):
         return []
     name = given.get("algorithm", "bcq")
     if "," in name:
-        raise RunError(f"algorithm={name} needs a dataset; the default run has one algorithm.")
-    record, network = find_algorithm(name), default_settings(name).network
-    layers = [f"network.{key}={_DEFAULT_LAYERS}" for key, value in network.items() if OmegaConf.is_list(value)]
+        raise RunError(f"algorithm={name} needs dataset=...; without a dataset, give one algorithm only.")
+    record, settings = find_algorithm(name), default_settings(name)
+    loss = [word for word in _DEFAULT_LOSS if OmegaConf.select(settings, word.partition("=")[0]) is not None]
+    layers = [f"network.{key}={_DEFAULT_LAYERS}" for key, value in settings.network.items() if OmegaConf.is_list(value)]
     baseline = [] if record.baseline is None else [f"baseline={record.baseline}"]
-    return [*DEFAULT_TASK, *layers, *baseline]
+    return [*DEFAULT_TASK, *loss, *layers, *baseline]
 
 
 def _run(settings: DictConfig) -> int:
-    """Make one run, which the first process logs; its exit code. An error ends it, a signal all runs of a sweep."""
+    """Train one run and return its exit code. With several processes, only the first writes train.log.
+
+    In a sweep of several runs, an error ends only the current run, but a signal ends all runs.
+    """
     logging.getLogger("torchrl").setLevel("WARNING")
-    settings.out = processes.from_first(lambda: settings.out)  # which may tell the time
+    settings.out = processes.from_first(lambda: settings.out)  # all processes use the folder of the first process
     if not processes.is_first():
         with _log_into(level=logging.WARNING):
             return _train(settings)
@@ -111,7 +119,7 @@ def _run(settings: DictConfig) -> int:
         out.mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(out / "train.log")
     except OSError as error:
-        message = f"{settings.out} cannot be the folder of a run: {error}; choose another with out=FOLDER"
+        message = f"{settings.out} cannot be the folder of a run: {error}; choose another folder with out=FOLDER"
         print(f"torchrl-bcq: {message}", file=sys.stderr)
         return 1
     with _log_into(file):
@@ -127,11 +135,12 @@ def _train(settings: DictConfig) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError, PeerError) as error:
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
-        if processes.is_first() or not isinstance(error, (FloatingPointError, PeerError)):  # which the first one logs
+        # log FloatingPointError and PeerError only in the first process, other errors in each process
+        if processes.is_first() or not isinstance(error, (FloatingPointError, PeerError)):
             _logger.error("%s", error)
         return 1
     except KeyboardInterrupt:
-        _logger.warning("left at once; repeat the command with resume=true to resume from the last checkpoint")
+        _logger.warning("interrupted, without a new checkpoint; resume from the last one with resume=true")
         raise SystemExit(130) from None
     if stopped := results.get("stopped"):
         raise SystemExit(128 + signal.Signals[stopped])
@@ -140,7 +149,7 @@ def _train(settings: DictConfig) -> int:
 
 @contextmanager
 def _log_into(*handlers: logging.Handler, level: int = logging.INFO) -> Iterator[None]:
-    """Write the messages of all loggers, from a level on, to the terminal and to files, which are closed at the end."""
+    """While the context is open, log messages of at least ``level`` to the terminal and ``handlers``."""
     root, all_handlers = logging.getLogger(), [logging.StreamHandler(), *handlers]
     before = root.level
     root.setLevel(level)

@@ -1,8 +1,8 @@
-"""Hydra configs in TorchRL's config groups; importing this package registers them beside TorchRL's.
+"""Hydra configs for TorchRL's config groups. The import of this package adds these configs to the configs of TorchRL.
 
-Names, types and defaults of the settings are those of the functions and classes that a config calls. A nested key is
-written as a list, ``action_key: [agent, action]``, and a dtype by its name. ``import torchrl_bcq`` imports neither this
-package nor Hydra.
+For each config, Hydra calls one function or class. Each setting of the config is an argument of this function or class
+and has the same name, type and default. Write a nested key as a list, such as ``action_key: [agent, action]``, and a
+dtype as a string, such as ``float32``. ``import torchrl_bcq`` imports neither this package nor Hydra.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from torchrl_bcq.runs.optimizers import make_optimizer, make_stepper, optim_sett
 from torchrl_bcq.runs.signatures import Settings, fields_of, make_section, settings_of
 from torchrl_bcq.trainers import OfflineTrainer
 
-# a root config puts the parts together, each a group to choose from: compose("bcq"), or "- bcq" in a file's defaults
+# each part (loss, networks, ...) has a config group. These values insert the chosen configs into the trainer. Select a
+# root config by compose("bcq"), or by "- bcq" in the defaults list of a file
 _WIRING = {
-    "env": "${oc.select:env}",  # null if nothing is chosen
+    "env": "${oc.select:env}",  # null if no env is chosen
     "dataset": "${oc.select:dataset}",
     "replay_buffer": "${replay_buffer}",
     "networks": "${networks}",
@@ -45,7 +46,11 @@ _WIRING = {
 
 
 def call(function: str, **arguments: Any) -> Any:
-    """Call a function by its dotted name; lists among ``*_key`` and ``*_keys`` are nested keys, ``dtype`` is a name."""
+    """Convert keys and dtypes in ``arguments``, then import ``function`` by its path and call it.
+
+    In arguments named ``*_key`` or ``*_keys``, a list becomes a nested key. In the argument ``dtype``, a string becomes
+    a ``torch.dtype``.
+    """
     for name, value in arguments.items():
         if name.endswith("_keys"):
             arguments[name] = _normalize_hydra_keys(value)
@@ -57,7 +62,7 @@ def call(function: str, **arguments: Any) -> Any:
 
 
 def _store(group: str | None, name: str, function: Callable, base: type, **fields: Any) -> None:
-    """Register a config that calls a function or a class: all its arguments, and these fields."""
+    """Register a Hydra config that calls ``function``; ``fields`` are additional settings of this config."""
     settings = {**fields_of(function), **fields}
     target = f"{function.__module__}.{function.__qualname__}"
     if any(argument.endswith(("_key", "_keys")) or argument == "dtype" for argument in settings):
@@ -68,7 +73,7 @@ def _store(group: str | None, name: str, function: Callable, base: type, **field
 
 
 def _store_algorithm(name: str, record: Algorithm) -> None:
-    """Register the parts of an algorithm, and the config that puts them together."""
+    """Register configs of an algorithm's networks, loss and trainer, and a root config that combines them."""
     algorithm: Settings = {"algorithm": (str, name)}
     networks = {**fields_of(record.make_modules), **fields_of(make_networks), **algorithm}
     _store("model", f"{name}_modules", make_networks, NetworkConfig, **networks)
@@ -81,10 +86,11 @@ def _store_algorithm(name: str, record: Algorithm) -> None:
     trained = [argument.removesuffix("_network") for argument in record.loss.network_arguments()]
     _store("hook", f"{name}_optimization", make_stepper, HookConfig, **optim_settings(trained, make_optimizer))
     settings = {**fields_of(OfflineTrainer), **fields_of(make_trainer), **algorithm}
-    own = {"_recursive_": (bool, False), "_convert_": (str, "none")}  # parts are built after the seed is set
+    # Hydra must not build the parts: make_trainer builds them after it has set the seed
+    own = {"_recursive_": (bool, False), "_convert_": (str, "none")}
     _store("trainer", name, make_trainer, TrainerConfig, **settings, **own)
     defaults = [
-        {"env": None},  # optional: override env=gym
+        {"env": None},  # optional; choose one with the override env=gym
         {"dataset": None},
         {"replay_buffer": "bcq"},
         {"model@networks": f"{name}_modules"},

@@ -1,4 +1,4 @@
-"""Transitions: read, checked, stored and sampled."""
+"""Reads, checks, stores and samples transitions."""
 
 from torchrl_bcq.data.buffer import make_replay_buffer as make_replay_buffer
 from torchrl_bcq.data.checks import DatasetError as DatasetError

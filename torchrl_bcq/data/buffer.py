@@ -1,4 +1,4 @@
-"""The replay buffer of a fixed dataset."""
+"""Makes the replay buffer of a fixed dataset."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from torchrl_bcq.data.checks import check_finite
 from torchrl_bcq.data.episodes import check_outcomes, check_rows
 from torchrl_bcq.data.sampling import WeightedSampler
 
-PRIORITY_ALPHA, PRIORITY_BETA = 0.6, 0.4  # proportional variant of arXiv:1511.05952, which anneals beta to 1
+PRIORITY_ALPHA, PRIORITY_BETA = 0.6, 0.4  # as in arXiv:1511.05952 (proportional variant), but beta stays constant
 _SAMPLERS = ("uniform", "without_replacement", "prioritized")
 
 
 class _FixedWriter(ImmutableDatasetWriter):
     WRITING_ERR = (
-        "the dataset is fixed; put new rows into a buffer of their own, as TorchRL's OfflineToOnlineReplayBuffer does."
+        "the dataset is fixed; put new rows into a second buffer, as TorchRL's OfflineToOnlineReplayBuffer does."
     )
 
 
@@ -41,24 +41,37 @@ def make_replay_buffer(
     """Put transitions into a read-only TorchRL replay buffer.
 
     Args:
-        transitions: batch size ``[N]``, as the readers return them; shared with the buffer if they are on ``device``.
-        batch_size: rows of each sample; the author's is 100.
-        device: of the dataset and the samples; the transitions' own if not given.
-        seed: of the buffer's own generator; PyTorch's global random state if not given.
-        sampler: ``"uniform"`` (with replacement); ``"without_replacement"`` (each row once per round, each round in a
-            new order; the last batch of a round may be shorter); ``"prioritized"`` (by the ``td_error`` that the loss
-            writes, with the published alpha 0.6 and beta 0.4); or a TorchRL sampler.
-        weights: ``[N]``, rows are drawn with replacement in proportion to them, such as those of
-            :func:`~torchrl_bcq.data.episode_weights` or :func:`~torchrl_bcq.data.return_weights`, or a mask.
+        transitions: TensorDict of batch size ``[N]``, as the readers return it. Transitions that are already on
+            ``device`` are not copied.
+        batch_size: number of rows in each sample. The default is the batch size in the code of the BCQ author.
+        device: device of the dataset and of the samples. By default, the device of ``transitions``.
+        seed: seed for the buffer's own random generator. By default, the buffer uses PyTorch's global random state.
+        sampler: ``"uniform"`` draws with replacement. ``"without_replacement"`` draws each row once in a pass over the
+            data, and each pass has a new order. The last batch of a pass may have fewer rows than ``batch_size``.
+            ``"prioritized"`` draws rows with a large ``td_error`` more often. The loss writes ``td_error`` into each
+            batch. As in the paper on prioritised replay, alpha is 0.6 and beta is 0.4. A TorchRL sampler is also
+            accepted.
+        weights: one weight per row, ``[N]``, such as a mask or the result of ``episode_weights`` or
+            ``return_weights``. Rows are drawn with replacement, in proportion to their weights.
 
     Raises:
-        DatasetError: if an entry has values that are not finite, or under ``"next"`` the reward is not ``[N, 1]`` or
-            the flags are not boolean ``[N, 1]``.
-        ValueError: if the transitions are not ``[N]`` with ``N >= 1``, ``batch_size`` is below 1, the sampler is
-            unknown, or the weights are invalid or combined with another sampler.
-        ImportError: if ``"prioritized"`` needs TorchRL's compiled extension and it does not fit the installed torch.
+        DatasetError: if a value is not finite, if a flag under ``"next"`` is not boolean, or if a flag or the reward
+            under ``"next"`` has another shape than ``[N, 1]``.
+        ValueError: if the transitions have no rows or another batch size than ``[N]``, if ``batch_size`` is below 1, if
+            ``sampler`` is unknown, if ``weights`` are invalid, or if both ``weights`` and ``sampler`` are passed.
+        ImportError: if ``sampler="prioritized"`` and TorchRL's compiled extension does not fit the installed torch.
 
-    Source: prioritised replay, arXiv:1511.05952.
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl_bcq import make_replay_buffer
+        >>> rows = TensorDict({"observation": torch.arange(6.0)[:, None]}, [6])
+        >>> buffer = make_replay_buffer(rows, batch_size=4, seed=0, weights=torch.tensor([1.0, 1, 1, 0, 0, 0]))
+        >>> batch = buffer.sample()
+        >>> batch["observation"].shape, bool((batch["index"] < 3).all())
+        (torch.Size([4, 1]), True)
+
+    Source: prioritized replay, arXiv:1511.05952.
     """
     rows = check_rows(transitions)
     if batch_size < 1:
@@ -70,7 +83,7 @@ def make_replay_buffer(
     device = transitions.device or torch.device("cpu") if device is None else torch.device(device)
     held = transitions.to(device)
     if not held.is_memmap():
-        held = held.detach().contiguous()  # the buffer's own TensorDict shares the tensors
+        held = held.detach().contiguous()  # the buffer gets its own TensorDict, without a copy of the tensors
     return TensorDictReplayBuffer(
         storage=TensorStorage(held, device=device),
         sampler=chosen,
@@ -83,21 +96,21 @@ def make_replay_buffer(
 def _make_sampler(sampler: str | Sampler, weights: Tensor | None, rows: int) -> Sampler:
     if weights is not None:
         if sampler != "uniform":
-            raise ValueError(f"weights and sampler={sampler!r} both say which rows to draw; pass one of them.")
+            raise ValueError(f"weights and sampler={sampler!r} both choose the rows to draw; pass only one of them.")
         weighted = WeightedSampler(weights)
         if len(weights) != rows:
-            raise ValueError(f"there are {len(weights)} weights for {rows} transitions.")
+            raise ValueError(f"there are {len(weights)} weights for {rows} transitions; pass one weight for each.")
         return weighted
     if isinstance(sampler, Sampler):
         return sampler
     if sampler not in _SAMPLERS:
-        raise ValueError(f"sampler is {sampler!r}, expected one of {[*_SAMPLERS]} or a sampler of TorchRL's.")
+        raise ValueError(f"sampler is {sampler!r}, expected one of {[*_SAMPLERS]} or a TorchRL sampler.")
     if sampler != "prioritized":
         return RandomSampler() if sampler == "uniform" else SamplerWithoutReplacement()
     try:
         return PrioritizedSampler(rows, alpha=PRIORITY_ALPHA, beta=PRIORITY_BETA)
     except RuntimeError as error:
         raise ImportError(
-            f"prioritised sampling needs TorchRL's compiled extension, which does not fit torch {torch.__version__}; "
-            "torchrl 0.14 is built for torch 2.14: install that, or use sampler='uniform'."
+            f"prioritized sampling needs TorchRL's compiled extension, but it does not fit torch {torch.__version__}. "
+            "torchrl 0.14 is built for torch 2.14: install torch 2.14, or use sampler='uniform'."
         ) from error

@@ -1,4 +1,4 @@
-"""Checks of a dataset: they count bad rows over all chunks and report every defect at the end."""
+"""Checks a dataset: counts the bad rows of all chunks and reports every defect at the end."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ from torchrl.data import TensorSpec
 
 from torchrl_bcq.bounds import action_bounds
 
-Columns = Mapping[str, Any]  # fields as from_arrays takes them, one row for each step
+Columns = Mapping[str, Any]  # maps argument names of from_arrays to arrays with one row per step
 
-CHUNK_ROWS = 2**16  # checked at a time, since checks copy them
-CHUNK_VALUES = 2**22  # the same, for entries of any width
-_NUMBERS = {"observations": 2, "actions": 2, "rewards": 1, "next_observations": 2}  # and their ranks
+CHUNK_ROWS = 2**16  # number of rows in a chunk; small, because the checks need memory for a copy of the chunk
+CHUNK_VALUES = 2**22  # number of values that check_finite reads at a time
+_NUMBERS = {"observations": 2, "actions": 2, "rewards": 1, "next_observations": 2}  # number of dimensions of each field
 _FLAGS = ("terminated", "truncated")
 _OPTIONAL = ("truncated", "next_observations")
 FIELDS = ("observations", "actions", "rewards", "terminated", *_OPTIONAL)  # the arguments of from_arrays
 
 
 class DatasetError(ValueError):
-    """A dataset that cannot be used; the message says what was found, where, and what to do."""
+    """Raised for a dataset that cannot be used; the message says what was found, where, and what to do."""
 
 
 class Checks:
-    """Checks a dataset chunk by chunk, and the bounds of its actions if there is an ``action_spec``.
+    """Checks a dataset chunk by chunk. With an ``action_spec``, also checks the bounds of the actions.
 
-    A wrong rank, width, length or dtype is refused at once; bad rows are counted, and refused by :meth:`finish`.
+    A wrong shape, length or dtype raises a ``DatasetError`` at once. Bad rows are counted, and ``finish`` raises a
+    ``DatasetError`` that reports them.
     """
 
     def __init__(self, action_spec: TensorSpec | None = None) -> None:
-        self.rows = 0  # checked so far
+        self.rows = 0  # number of rows checked so far
         self._bounds = None if action_spec is None else spec_bounds(action_spec)
-        self._widths: dict[str, int] = {}  # of the fields of the first chunk
-        self._zero: dict[str, bool] = {}  # whether all values of a field were zero
-        self._bad = {name: Rows() for name in (*_NUMBERS, *_FLAGS)}  # numbers not finite, or flags neither 0 nor 1
+        self._widths: dict[str, int] = {}  # number of features of each field in the first chunk
+        self._zero: dict[str, bool] = {}  # whether all values of a field are zero so far
+        self._bad = {name: Rows() for name in (*_NUMBERS, *_FLAGS)}  # rows with non-finite values or invalid flags
         self._outside = Rows()
-        self._lowest, self._highest = np.float32(np.inf), np.float32(-np.inf)  # of each action
+        self._lowest, self._highest = np.float32(np.inf), np.float32(-np.inf)  # lowest and highest actions so far
 
     def __call__(self, chunk: Columns) -> dict[str, np.ndarray]:
-        """The fields as arrays: numbers in float32, ``[n, features]`` or ``[n]`` for rewards, and boolean ``[n]``."""
+        """Check a chunk. Return a dictionary of its fields, with numbers as float32 and flags as booleans."""
         given = {name: values for name, values in chunk.items() if values is not None or name not in _OPTIONAL}
         self._check_names(given)
         fields = {name: self._read_numbers(name, given[name]) for name in _NUMBERS if name in given}
@@ -56,31 +57,34 @@ class Checks:
         return fields
 
     def check_all(self, columns: Columns) -> None:
-        """Check whole fields, some rows at a time, and finish."""
+        """Check all rows of ``columns``, ``CHUNK_ROWS`` rows at a time, then call ``finish``."""
         for start in range(0, len(columns["rewards"]), CHUNK_ROWS):
             self({name: values[start : start + CHUNK_ROWS] for name, values in columns.items()})
         self.finish()
 
     def finish(self, *, strict: bool = True) -> None:
-        """Refuse rows that are not finite, flags other than 0 and 1, actions out of bounds, and fields of zeros.
+        """Raise a ``DatasetError`` for non-finite or out-of-bounds values, invalid flags or all-zero fields.
 
-        If not ``strict``, only odd flags are refused, since the boolean arrays do not show them.
+        A flag is invalid if it is neither 0 nor 1. If ``strict`` is false, only invalid flags raise the error.
+        ``describe`` cannot find invalid flags later, because all flags become booleans.
         """
         found, odd_flags = [], []
         for name, rows in self._bad.items():
             if rows.count and name in _FLAGS:
-                defect = f"neither 0 nor 1, such as {rows.example}; write 1 where it is so, 0 elsewhere."
+                defect = f"neither 0 nor 1, such as {rows.example}; use only 0 (false) and 1 (true)."
                 odd_flags.append(f"{name} has {rows} that are {defect}")
             elif rows.count:
                 found.append(f"{name} has {rows} that are not finite in float32; drop or repair them.")
         found += odd_flags
         zero = [name for name, is_zero in self._zero.items() if is_zero]
-        found += [f"{name} is zero in all {self.rows} rows; was it written and read properly?" for name in zero]
+        hint = "check that it was written and read correctly"
+        found += [f"{name} is zero in all {self.rows} rows; {hint}." for name in zero]
         if self._outside.count and self._bounds is not None:
             low, high = self._bounds
             found.append(
-                f"actions has {self._outside} outside the action spec: they span {self._lowest.tolist()} to "
-                f"{self._highest.tolist()}, the spec {low.tolist()} to {high.tolist()}; clip or rescale them."
+                f"actions has {self._outside} outside the action spec: the actions span {self._lowest.tolist()} to "
+                f"{self._highest.tolist()}, the spec spans {low.tolist()} to {high.tolist()}; clip or rescale the "
+                "actions."
             )
         if refused := found if strict else odd_flags:
             raise DatasetError(listed(refused))
@@ -88,9 +92,9 @@ class Checks:
     def _read_numbers(self, name: str, values: ArrayLike) -> np.ndarray:
         array = column(name, values, rank=_NUMBERS[name])
         if array.dtype.kind not in ("f" if name == "actions" else "fiu"):
-            hint = " BCQLoss needs continuous actions; cast them if they are." if name == "actions" else ""
+            hint = " BCQLoss needs continuous actions; if these are, cast them to float." if name == "actions" else ""
             raise DatasetError(f"{name} has dtype {array.dtype}, expected real numbers.{hint}")
-        with np.errstate(over="ignore", invalid="ignore"):  # both are counted below
+        with np.errstate(over="ignore", invalid="ignore"):  # no warning: rows with overflow or NaN are counted below
             array = array.astype(np.float32)
         self._bad[name].add(~np.isfinite(array).reshape(len(array), -1).all(1), self.rows)
         self._zero[name] = self._zero.get(name, True) and not array.any()
@@ -109,25 +113,28 @@ class Checks:
 
     def _check_names(self, given: Columns) -> None:
         for name in sorted(self._widths.keys() ^ given.keys()) if self._widths else ():
-            found = "given from row {} on, and missing" if name in given else "missing from row {} on, and given"
-            raise DatasetError(f"{name} is {found.format(self.rows)} before; every row needs the same.")
+            found = "given from row {} on, but missing" if name in given else "missing from row {} on, but given"
+            raise DatasetError(f"{name} is {found.format(self.rows)} before; every row needs the same fields.")
 
     def _check_widths(self, fields: Mapping[str, np.ndarray]) -> None:
         observations, following = fields.get("observations"), fields.get("next_observations")
         if observations is not None and following is not None and observations.shape != following.shape:
-            raise DatasetError(f"next_observations has shape {following.shape}, observations {observations.shape}.")
+            raise DatasetError(
+                f"next_observations has shape {following.shape}, but observations has shape {observations.shape}; "
+                "both need the same shape."
+            )
         for name, values in fields.items():
             width = values[0].size
             if width != self._widths.setdefault(name, width):
                 raise DatasetError(
-                    f"{name} has {width} features from row {self.rows} on, {self._widths[name]} before; every row "
-                    "needs the same."
+                    f"{name} has {width} features from row {self.rows} on, but {self._widths[name]} before; every row "
+                    "needs the same number."
                 )
 
     def _check_bounds(self, actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
         if actions.shape[1:] != low.shape:
             raise DatasetError(f"actions have shape {actions.shape}, but the action spec has shape {low.shape}.")
-        finite = np.isfinite(actions).all(1)  # the others are counted as not finite
+        finite = np.isfinite(actions).all(1)  # skip rows that are not finite; _read_numbers counts them
         self._lowest = np.minimum(self._lowest, actions[finite].min(0, initial=np.inf))
         self._highest = np.maximum(self._highest, actions[finite].max(0, initial=-np.inf))
         self._outside.add(finite & ((actions < low) | (actions > high)).any(1), self.rows)
@@ -135,37 +142,37 @@ class Checks:
 
 @dataclass
 class Rows:
-    """Rows that share a defect."""
+    """Stores how many rows have a defect, the index of the first such row and an example of a bad value."""
 
     count: int = 0
     first: int = 0
     example: str = ""
 
     def add(self, mask: np.ndarray | Tensor, start: int = 0) -> None:
-        """Count the rows of a chunk that begins at row ``start``; ``mask [n]`` is on the CPU."""
+        """Count the rows where ``mask [n]`` is true. Row 0 of ``mask`` is row ``start`` of the dataset."""
         mask = np.asarray(mask)
         if not self.count and mask.any():
             self.first = start + int(mask.argmax())
         self.count += int(mask.sum())
 
     def __str__(self) -> str:
-        """Their number, and the first one's."""
+        """Return a text with the number of bad rows and the index of the first bad row."""
         return f"{self.count} {'row' if self.count == 1 else 'rows'} (first: {self.first})"
 
 
 def listed(defects: list[str]) -> str:
-    """Join all defects to one message."""
+    """Join all defects into one message."""
     return defects[0] if len(defects) == 1 else "\n- ".join([f"{len(defects)} defects:", *defects])
 
 
 def column(name: str, values: ArrayLike, rank: int) -> np.ndarray:
-    """An array of the given rank with at least one row; ``[N, 1]`` counts as ``[N]``, other shapes are refused."""
+    """Convert ``values`` to an array with ``rank`` dimensions. With rank 1, ``[N, 1]`` becomes ``[N]``."""
     try:
         array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    except Exception as error:  # arrays of other libraries, and tensors without numbers, raise many kinds
+    except Exception as error:  # arrays of other libraries and meta tensors raise various exceptions
         raise DatasetError(f"{name} is not an array ({error}); each of its rows needs the same shape.") from error
     if np.ma.is_masked(values):
-        raise DatasetError(f"{name} has {np.ma.count_masked(values)} masked values; fill them in, or drop their rows.")
+        raise DatasetError(f"{name} has {np.ma.count_masked(values)} masked values; fill them in, or drop these rows.")
     if rank == 1 and array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != rank:
@@ -173,21 +180,21 @@ def column(name: str, values: ArrayLike, rank: int) -> np.ndarray:
         hint = f"; use {name}[:, None] for a single feature" if (array.ndim, rank) == (1, 2) else ""
         raise DatasetError(f"{name} has shape {array.shape}, expected {expected}{hint}.")
     if not array.size:
-        raise DatasetError(f"{name} is empty (shape {array.shape}); there is nothing to learn from.")
+        raise DatasetError(f"{name} is empty (shape {array.shape}); it needs at least one value.")
     return array
 
 
 def check_lengths(lengths: Mapping[str, int]) -> None:
-    """Refuse fields of different lengths."""
+    """Raise a ``DatasetError`` if the fields differ in length."""
     if len(set(lengths.values())) > 1:
         raise DatasetError(
-            f"fields differ in length: {dict(lengths)}; each needs one row per step, and the last observation of an "
-            "episode belongs to next_observations."
+            f"fields differ in length: {dict(lengths)}; each field needs one row per step. Put the last observation of "
+            "an episode into next_observations."
         )
 
 
 def check_finite(name: str, values: Tensor) -> None:
-    """Refuse floats ``[N, ...]`` that are not finite; reads a memory-mapped tensor in chunks."""
+    """Raise a ``DatasetError`` if ``values`` contain NaN or infinity. Integer tensors are not checked."""
     rows, step = Rows(), max(CHUNK_VALUES * len(values) // max(values.numel(), 1), 1)
     for start in range(0, len(values), step) if values.is_floating_point() else ():
         finite = values[start : start + step].isfinite()
@@ -198,7 +205,7 @@ def check_finite(name: str, values: Tensor) -> None:
 
 
 def spec_bounds(spec: TensorSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest action ``[A]`` of a spec, in float32; other specs than of one bounded action are refused."""
+    """Return the lower and upper bounds of an action spec, or raise ``DatasetError`` if it has no bounds."""
     try:
         low, high = action_bounds(spec)
     except ValueError as error:

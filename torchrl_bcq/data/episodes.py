@@ -1,4 +1,4 @@
-"""The episode of each transition."""
+"""Finds the episode of each transition, and checks the entries of transitions."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ FLAGS = ("done", "terminated", "truncated")
 
 
 def episode_numbers(transitions: TensorDictBase) -> Tensor:
-    """Number the episodes ``0`` to ``E - 1`` in the order of their rows: ``[N]``.
+    """Return the episode number of each row, ``[N]``. The first episode has number 0, the next one 1, etc.
 
     Args:
-        transitions: batch size ``[N]``, with ``episode [N]`` or else ``("next", "done") [N, 1]``.
+        transitions: TensorDict of batch size ``[N]``. Rows with the same number in ``episode [N]`` belong to one
+            episode. Without this entry, an episode ends where ``("next", "done") [N, 1]`` is true.
 
     Raises:
-        DatasetError: if both entries are missing, or the rows of an episode are not together.
+        DatasetError: if ``episode`` and ``done`` are both missing, or if the rows of an episode do not directly follow
+            each other.
     """
     rows = check_rows(transitions)
     episode = transitions.get("episode", None)
     if episode is None:
-        done = flat_entry(transitions, ("next", "done"), "set transitions['episode'], one number for each row").long()
-        return done.cumsum(0) - done  # the last row of an episode belongs to it
+        done = flat_entry(transitions, ("next", "done"), "set transitions['episode'] to a number per row").long()
+        return done.cumsum(0) - done  # subtract done: a row with done=True belongs to the episode that it ends
     if episode.shape not in ((rows,), (rows, 1)):
         raise DatasetError(f"episode has shape {tuple(episode.shape)}, expected ({rows},), one number for each row.")
     episode = episode.reshape(rows)
@@ -36,28 +38,28 @@ def episode_numbers(transitions: TensorDictBase) -> Tensor:
     if len(repeated):
         row = int(repeated.min())
         raise DatasetError(
-            f"episode {episode[row].item()} appears again at row {row}, after rows of another; sort the rows by "
-            "episode, then time."
+            f"episode {episode[row].item()} appears again at row {row}, after rows of another episode; sort the rows "
+            "by episode and then by time."
         )
     return starts.cumsum(0) - 1
 
 
 def episode_returns(transitions: TensorDictBase) -> Tensor:
-    """Sum of the rewards of each episode, undiscounted, in float64: ``[E]``.
+    """Return the undiscounted sum of the rewards of each episode in float64, ``[E]``.
 
     Args:
-        transitions: as for :func:`episode_numbers`, with ``("next", "reward") [N, 1]``.
+        transitions: TensorDict as in ``episode_numbers``; it must also contain ``("next", "reward") [N, 1]``.
 
     Raises:
-        DatasetError: if the reward is missing or of another shape, or nothing tells episodes apart.
+        DatasetError: as in ``episode_numbers``, or if the reward is missing or not ``[N, 1]``.
     """
     numbers = episode_numbers(transitions)
-    reward = flat_entry(transitions, ("next", "reward"), "give rewards").double()
+    reward = flat_entry(transitions, ("next", "reward"), "add the rewards").double()
     return reward.new_zeros(int(numbers[-1]) + 1).index_add_(0, numbers, reward)
 
 
 def flat_entry(transitions: TensorDictBase, key: tuple[str, str], remedy: str) -> Tensor:
-    """An entry ``[N, 1]`` as ``[N]``; a missing one and other shapes are refused."""
+    """Return the entry ``key [N, 1]`` as ``[N]``. A missing entry or another shape raises DatasetError."""
     value, rows = transitions.get(key, None), len(transitions)
     if value is None:
         present = sorted(map(str, transitions.keys(True, True)))
@@ -68,16 +70,17 @@ def flat_entry(transitions: TensorDictBase, key: tuple[str, str], remedy: str) -
 
 
 def check_rows(transitions: TensorDictBase) -> int:
-    """Number of rows of flat transitions; other batch sizes than ``[N]`` and no rows are refused by a ValueError."""
+    """Return the number of rows. Zero rows, or another batch size than ``[N]``, raise a ``ValueError``."""
     if len(transitions.batch_size) != 1 or not len(transitions):
         raise ValueError(
-            f"transitions have batch size {tuple(transitions.batch_size)}, expected [N] with N at least 1."
+            f"transitions have batch size {tuple(transitions.batch_size)}, expected [N] with N at least 1; "
+            "flatten rollouts with from_rollouts."
         )
     return len(transitions)
 
 
 def check_outcomes(transitions: TensorDictBase) -> None:
-    """Refuse a reward under ``"next"`` that is not ``[N, 1]``, and flags that are not boolean ``[N, 1]``."""
+    """Check that reward and flags under ``"next"`` have shape ``[N, 1]`` and that the flags are booleans."""
     rows = len(transitions)
     for name in ("reward", *FLAGS):
         value = transitions.get(("next", name), None)
@@ -85,4 +88,4 @@ def check_outcomes(transitions: TensorDictBase) -> None:
             hint = f" Use {name}[:, None]." if value.shape == (rows,) else ""
             raise DatasetError(f"('next', {name!r}) has shape {tuple(value.shape)}, expected ({rows}, 1).{hint}")
         if value is not None and name in FLAGS and value.dtype != torch.bool:
-            raise DatasetError(f"('next', {name!r}) has dtype {value.dtype}, expected torch.bool; cast it.")
+            raise DatasetError(f"('next', {name!r}) has dtype {value.dtype}, expected torch.bool; use .bool().")

@@ -1,4 +1,4 @@
-"""Transitions over several steps."""
+"""Makes n-step transitions."""
 
 from __future__ import annotations
 
@@ -13,43 +13,48 @@ from torchrl_bcq.data.episodes import episode_numbers, flat_entry
 from torchrl_bcq.data.sources.conversion import load_memmap, write_memmap
 
 _STEPS = "steps_to_next_obs"
-_CHUNK = 2**16  # rows written at a time
+_CHUNK = 2**16  # number of rows written at a time
 
 
 def multi_step(
     transitions: TensorDictBase, num_steps: int, gamma: float, *, folder: str | Path | None = None
 ) -> TensorDict:
-    """Make each row span ``h`` steps, ``num_steps`` or as many as its episode has left.
+    """Turn single-step transitions into n-step transitions.
 
-    ``("next", "reward")`` becomes ``sum_{k<h} gamma^k r_{i+k}``, summed in float64 (integers become floats). All other
-    entries under ``"next"``, including the flags, become those of row ``i + h - 1``. ``steps_to_next_obs [N, 1]`` is
-    ``h``: the loss bootstraps with ``gamma^h``, unless that row terminated. There is no off-policy correction.
-
-    In memory, the result copies the entries under ``"next"`` and shares all others with ``transitions``.
+    In the result, row ``i`` spans ``h`` steps. ``h`` is ``num_steps``, or less if the episode ends earlier. ``("next",
+    "reward")`` becomes ``sum_{k<h} gamma^k r_{i+k}``, summed in float64; integer rewards become floats. All other
+    entries under ``"next"``, including the flags, are taken from row ``i + h - 1``. The new entry ``steps_to_next_obs
+    [N, 1]`` holds ``h``. The loss multiplies the next value by ``gamma^h``, or by 0 if row ``i + h - 1`` is terminated.
+    There is no off-policy correction. Without ``folder``, the entries outside ``"next"`` are not copied: the result and
+    ``transitions`` use the same memory.
 
     Args:
-        transitions: batch size ``[N]``, rows of an episode in order; ``("next", "reward")`` and ``("next", "done")``
-            ``[N, 1]``, and ``episode [N]`` where episodes end without a flag.
-        num_steps: at least 1; 1 only adds ``steps_to_next_obs``.
-        gamma: discount of the loss.
-        folder: new folder for a memory-mapped result, written in parts, if it does not fit into memory.
+        transitions: TensorDict of batch size ``[N]`` with the rows of each episode in order of time. Required entries
+            are ``("next", "reward")`` and ``("next", "done")``, each ``[N, 1]``; ``episode [N]`` is also required if an
+            episode ends without ``done``.
+        num_steps: number of steps, at least 1. With 1, the function only adds ``steps_to_next_obs``.
+        gamma: discount factor of the loss, between 0 and 1.
+        folder: new folder. The result is written there in parts and is memory-mapped. Pass a folder if the result does
+            not fit into memory.
 
     Raises:
-        OSError: if the folder exists (FileExistsError) or cannot be written.
-        ValueError: if ``num_steps`` or ``gamma`` is out of its range.
-        DatasetError: if the reward or ``done`` is missing or has another shape or dtype, the rows of an episode are
-            not together, the transitions span several steps already, or an entry is not a tensor.
+        OSError: if the folder exists (``FileExistsError``) or cannot be written.
+        ValueError: if ``num_steps`` or ``gamma`` is out of range.
+        DatasetError: if the reward or ``done`` is missing or has a wrong shape or dtype, if the rows of an episode do
+            not directly follow each other, if the transitions already span several steps, or if an entry is not a
+            tensor.
 
-    Source: Sutton, 1988. TorchRL's ``MultiStep`` keeps the flags of row ``i``, so rows before a terminated one
-    bootstrap from beyond the end, and it joins episodes that end without ``done``.
+    Source: Sutton, 1988. TorchRL's ``MultiStep`` differs: it keeps the flags of row ``i``. If only a later one of the
+    ``h`` rows is terminated, the loss then bootstraps from a state after the end of the episode. ``MultiStep`` also
+    joins episodes that end without ``done``.
     """
     if num_steps < 1 or not 0 <= gamma <= 1:
-        raise ValueError(f"num_steps is {num_steps} and gamma {gamma}, expected at least 1, and between 0 and 1.")
+        raise ValueError(f"num_steps is {num_steps}, expected at least 1; gamma is {gamma}, expected between 0 and 1.")
     if _STEPS in transitions.keys():
-        raise DatasetError(f"the transitions hold {_STEPS}, so they span several steps already; pass single steps.")
+        raise DatasetError(f"the transitions hold {_STEPS}, so they already span several steps; pass single-step data.")
     folder = None if folder is None else Path(folder).expanduser()
     if folder is not None and folder.exists():
-        raise FileExistsError(f"{folder} exists; name a new folder, or read this one with load_memmap.")
+        raise FileExistsError(f"{folder} already exists; choose a new folder, or load this folder with load_memmap.")
     _check_tensors(transitions, written=folder is not None)
     steps = _steps_left(transitions).clamp_max(num_steps)
     last = torch.arange(len(steps), device=steps.device) + steps - 1
@@ -68,15 +73,15 @@ def multi_step(
 
 
 def _check_tensors(transitions: TensorDictBase, written: bool) -> None:
-    """Refuse entries that are not tensors under "next", and anywhere if they are to be written."""
+    """Check that the entries under "next" are tensors. If ``written``, also check all other entries."""
     tensors = set(transitions.keys(True, True))
     entries = transitions.keys(True, True, is_leaf=is_leaf_nontensor)
     if odd := [key for key in entries if key not in tensors and (written or key[0] == "next")]:
-        raise DatasetError(f"{sorted(map(str, odd))} hold no tensors; exclude them, or write them as numbers.")
+        raise DatasetError(f"{sorted(map(str, odd))} hold no tensors; exclude them, or convert them to tensors.")
 
 
 def _steps_left(transitions: TensorDictBase) -> Tensor:
-    """Number of rows up to the end of the episode, including the row itself: ``[N]``."""
+    """Return for each row how many rows of its episode are left, including this row, as a tensor ``[N]``."""
     numbers = episode_numbers(transitions)
     done = flat_entry(transitions, ("next", "done"), "add it")
     if done.dtype != torch.bool:

@@ -1,4 +1,4 @@
-"""Datasets by name, such as ``"hdf5:FILE"`` or ``"minari:ID"``; ``"bcq:hdf5:FILE"`` in TorchRL's registry."""
+"""Reads datasets by name, such as ``"hdf5:FILE"``, and adds the prefix ``"bcq:"`` to TorchRL's dataset registry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torchrl_bcq.data.sources.hubs import d4rl, load_d4rl, load_minari, minari
 from torchrl_bcq.data.sources.source import Source
 from torchrl_bcq.data.sources.tables import load_table, table
 
-_SOURCES: dict[str, tuple[Any, Any]] = {  # makes the source; reads it, with the same settings
+_SOURCES: dict[str, tuple[Any, Any]] = {  # prefix: (function that makes the Source, reader that users call)
     "hdf5": (hdf5, load_hdf5),
     "npz": (npz, load_npz),
     "csv": (table, load_table),
@@ -42,64 +42,66 @@ def load_transitions(
     """Read a dataset by its name.
 
     Args:
-        name: ``"hdf5:FILE"``, ``"npz:FILE"``, ``"csv:FILE"``, ``"parquet:FILE"``, ``"minari:ID"``, ``"d4rl:ID"``,
-            ``"memmap:FOLDER"``, a file with one of their endings, a folder of a memory-mapped copy, or any prefix of
-            TorchRL's :func:`~torchrl.data.datasets.register_dataset`.
-        action_spec, root: as :func:`~torchrl_bcq.load_hdf5` takes them.
-        strict: whether bad rows are refused; if not, :func:`~torchrl_bcq.describe` can report them.
-        **settings: of the reader, such as ``names`` of :func:`~torchrl_bcq.load_hdf5`.
+        name: ``"hdf5:FILE"``, ``"npz:FILE"``, ``"csv:FILE"``, ``"parquet:FILE"``, ``"minari:ID"``, ``"d4rl:ID"`` or
+            ``"memmap:FOLDER"``. The prefix can be left out for folders and for files with a known ending, such as
+            ``.npz``. Names that were registered with TorchRL's ``torchrl.data.datasets.register_dataset`` also work.
+        action_spec, root: as for ``load_hdf5``.
+        strict: if true, bad rows raise a ``DatasetError``. If false, bad rows are kept, so that ``describe`` can report
+            the bad rows.
+        **settings: further arguments of the function that reads the source, such as ``names`` of ``load_hdf5``.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        DatasetError: if there is no such source, or its reader refuses it.
+        FileNotFoundError: if the file or folder does not exist.
+        DatasetError: if the name matches no source, or the source has a defect.
     """
     if source := find_source(name, **settings):
         return source.read(action_spec=action_spec, root=root, strict=strict)
     prefix, rest = _split(name)
     if prefix == "memmap":
         if root is not None or settings:
-            raise DatasetError(f"{name} is a memory-mapped copy already; it has no use for {[*settings] or 'root'}.")
+            raise DatasetError(f"{name} is already a memory-mapped copy; leave out {[*settings] or 'root'}.")
         transitions = load_memmap(rest)
         if strict and action_spec is not None:
             _check_actions(rest, transitions, action_spec)
         return transitions
     try:
         dataset = load_dataset(name, **settings)
-    except Exception as error:  # loaders registered by others raise any kind
+    except Exception as error:  # loaders of other packages may raise any exception
         raise DatasetError(
-            f"{name!r} is no file; sources are {[*_SOURCES, 'memmap']}, or TorchRL's: {error}"
+            f"{name!r} is not a file, folder or known source; the known sources are {[*_SOURCES, 'memmap']}. "
+            f"TorchRL's load_dataset raised: {error}"
         ) from error
     rollouts = dataset[:] if isinstance(dataset, ReplayBuffer) else dataset
     return from_rollouts(rollouts, action_spec=action_spec)
 
 
 def _check_actions(name: str, transitions: TensorDictBase, action_spec: TensorSpec) -> None:
-    """Check the bounds of a copy, which may have been made without them."""
+    """Check that the actions of a memory-mapped copy are within the bounds of ``action_spec``."""
     try:
         if missing := [key for key in ("action", ("next", "reward")) if key not in transitions.keys(True)]:
-            raise DatasetError(f"it lacks {missing}; rename its entries with rename_key_.")
+            raise DatasetError(f"it lacks the entries {missing}; rename its entries with rename_key_.")
         Checks(action_spec).check_all({"actions": transitions["action"], "rewards": transitions["next", "reward"]})
     except DatasetError as error:
         raise DatasetError(f"{name}: {error}") from None
 
 
 def find_source(name: str, **settings: Any) -> Source | None:
-    """The source of a name; None for a memory-mapped copy and for datasets that only TorchRL knows."""
+    """Return the ``Source`` of a dataset, or ``None`` for a memory-mapped copy or an unknown prefix."""
     prefix, rest = _split(name)
     if prefix not in _SOURCES:
         return None
     open_source, read = _SOURCES[prefix]
-    _, *parameters = signature(read).parameters.values()  # the first is the path or id
+    _, *parameters = signature(read).parameters.values()  # the first parameter is the path or id
     taken = {parameter.name: parameter for parameter in parameters if parameter.name not in ("action_spec", "root")}
     if missing := [key for key in taken if taken[key].default is Parameter.empty and key not in settings]:
-        raise DatasetError(f"{name} is a {prefix} source, which also needs {missing}.")
+        raise DatasetError(f"{name} is a {prefix} source, which also needs the arguments {missing}.")
     if unused := sorted(settings.keys() - taken.keys()):
-        raise DatasetError(f"{name} is a {prefix} source, which has no use for {unused}.")
+        raise DatasetError(f"{name} is a {prefix} source, which does not take the arguments {unused}.")
     return open_source(rest, **settings)
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Prefix and rest of a name; the prefix of a bare path follows from its ending."""
+    """Split a name into prefix and rest. A path without a prefix gets the prefix of its file type."""
     path = Path(name).expanduser()
     if path.is_dir():
         return "memmap", name
@@ -108,16 +110,16 @@ def _split(name: str) -> tuple[str, str]:
         return prefix, rest
     kind = _ENDINGS.get(path.suffix.lower(), "")
     if path.is_file() and not kind:
-        raise DatasetError(f"{name} does not end in {[*_ENDINGS]}; give its kind, as in 'hdf5:{name}'.")
+        raise DatasetError(f"{name} has none of the endings {[*_ENDINGS]}; add the format, as in 'hdf5:{name}'.")
     return kind, name
 
 
 def open_replay_buffer(name: str, **settings: Any) -> TensorDictReplayBuffer:
-    """Make the buffer for TorchRL's ``load_dataset("bcq:hdf5:FILE", batch_size=256)``.
+    """Read a dataset into a replay buffer, for TorchRL's call ``load_dataset("bcq:hdf5:FILE")``.
 
     Args:
-        name: as :func:`load_transitions` takes it.
-        **settings: those of :func:`~torchrl_bcq.make_replay_buffer` and :func:`load_transitions`.
+        name: name of the dataset, as for ``load_transitions``.
+        **settings: arguments of ``make_replay_buffer`` and ``load_transitions``.
     """
     own = {key: settings.pop(key) for key in settings.keys() & signature(make_replay_buffer).parameters.keys()}
     return make_replay_buffer(load_transitions(name, **settings), **own)

@@ -1,4 +1,4 @@
-"""Rollouts of TorchRL's environments and collectors, as transitions."""
+"""Converts rollouts of TorchRL environments and collectors to transitions."""
 
 from __future__ import annotations
 
@@ -16,31 +16,42 @@ from torchrl_bcq.data.transitions import report_cuts
 def from_rollouts(
     rollouts: TensorDictBase | Sequence[TensorDictBase], *, action_spec: TensorSpec | None = None
 ) -> TensorDictBase:
-    """Join TorchRL rollouts into flat transitions in float32, with their episodes numbered.
+    """Join TorchRL rollouts into flat transitions, number their episodes, and convert float64 to float32.
 
-    An episode ends where ``done``, ``terminated`` or ``truncated`` is set, and ``done`` becomes their union. Wherever
-    else a row's next observation is not the next row's, the row is marked as truncated; a warning is logged if these
-    are most rows.
+    An episode ends where ``done``, ``terminated`` or ``truncated`` is set. In all these rows, ``done`` becomes true.
+    A row without a true flag is marked as truncated in two cases: the row is the last row, or its next observation
+    differs from the observation of the following row. A warning is logged if such a difference truncates more than half
+    of the rows.
 
     Args:
-        rollouts: of ``env.rollout`` or the batches of a collector, ``[T]`` or ``[*B, T]``. If several have the same
-            ``*B``, each continues where the one before stopped. Padded steps (``("collector", "mask")``) are left out.
-        action_spec: bounds that ``action`` must keep, if given.
+        rollouts: results of ``env.rollout`` or batches of a collector, each ``[T]`` or ``[*B, T]``. If all rollouts
+            have the same ``*B``, the rollouts are joined along time: each rollout continues the previous rollout.
+            Padded steps, where ``("collector", "mask")`` is false, are left out.
+        action_spec: if given, ``action`` must lie within its bounds.
 
     Returns:
-        Batch size ``[N]``, a copy of the entries, which may be nested or images, and ``episode [N]``.
+        Transitions of batch size ``[N]``: a copy of the entries of the rollouts, and the episode numbers ``episode
+        [N]``. Nested entries and images are allowed.
 
     Raises:
-        DatasetError: if there is no step, a reward or flag is missing, or an entry is not finite or out of bounds.
+        DatasetError: if there are no steps, the reward or a flag is missing, a value is not finite, or an action is
+            out of bounds.
+
+    Example:
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl_bcq import from_rollouts
+        >>> rollout = GymEnv("Pendulum-v1").rollout(450, break_when_any_done=False)
+        >>> from_rollouts(rollout)["episode"].bincount().tolist()
+        [200, 200, 50]
     """
     parts = [rollouts] if isinstance(rollouts, TensorDictBase) else list(rollouts)
     for part in parts:
         if not isinstance(part, TensorDictBase) or not part.ndim:
             kind = type(part).__name__
-            raise DatasetError(f"rollouts holds a {kind}; expected TensorDicts with steps, [T] or [*B, T].")
+            raise DatasetError(f"rollouts holds a {kind}; expected TensorDicts of batch size [T] or [*B, T].")
     parts = [part for part in parts if 0 not in part.batch_size]
     if not parts or not len(rows := _joined(parts)):
-        raise DatasetError("rollouts is empty; there is nothing to learn from.")
+        raise DatasetError("rollouts is empty; pass at least one step.")
     _check_keys(rows)
     check_outcomes(rows)
     rows = rows.apply(lambda value: value.float() if value.dtype == torch.float64 else value)
@@ -49,19 +60,19 @@ def from_rollouts(
 
 
 def _joined(parts: list[TensorDictBase]) -> TensorDictBase:
-    """Join the parts to ``[N]``; parts with the same ``*B`` are joined along time first."""
+    """Join all rollouts into one TensorDict ``[N]``; rollouts with the same ``*B`` are joined along time."""
     try:
         if len({part.batch_size[:-1] for part in parts}) == 1:
             return _flat(torch.cat(parts, -1))  # time is the last dimension
         return torch.cat([_flat(part) for part in parts])
-    except Exception as error:  # tensordict raises many kinds for entries that differ
+    except Exception as error:  # tensordict raises various exceptions if entries differ
         raise DatasetError(
-            f"the rollouts cannot be joined ({error}); each needs the same entries and widths."
+            f"the rollouts cannot be joined ({error}); all rollouts need the same entries with the same shapes."
         ) from error
 
 
 def _flat(rollout: TensorDictBase) -> TensorDictBase:
-    """``[*B, T]`` to ``[N]``, without the padding."""
+    """Flatten ``[*B, T]`` to ``[N]`` and drop the padded steps."""
     rows = rollout.reshape(-1)
     mask = rows.get(("collector", "mask"), None)
     rows = rows.exclude("collector", *FLAGS)
@@ -72,11 +83,11 @@ def _check_keys(rows: TensorDictBase) -> None:
     needed = ["reward", "done", "terminated", *(["observation"] if "observation" in rows.keys() else [])]
     if missing := [key for key in needed if ("next", key) not in rows.keys(True)]:
         present = sorted(map(str, rows.keys(True, True)))
-        raise DatasetError(f"the rollouts lack {missing} under 'next'; they hold {present}.")
+        raise DatasetError(f"the rollouts lack {missing} under 'next'; they hold {present}. Add or rename the entries.")
 
 
 def _check_values(rows: TensorDictBase, action_spec: TensorSpec | None) -> None:
-    """Check what from_arrays checks, and that nested observations and images are finite."""
+    """Run the checks of ``from_arrays``, and check that nested observations and images are finite."""
     after = rows["next"]
     columns = {"rewards": after["reward"], "terminated": after["terminated"]}
     others = [key for key in after.keys(True, True) if key in rows.keys(True, True)]
@@ -101,7 +112,7 @@ def _number_episodes(rows: TensorDictBase) -> TensorDictBase:
     truncated = after.get("truncated", torch.zeros_like(after["done"]))
     done = after["done"] | after["terminated"] | truncated
     cut = ~done & ~continues.unsqueeze(-1)
-    report_cuts(int(cut[:-1].sum()), len(cut))  # nothing follows the last row
+    report_cuts(int(cut[:-1].sum()), len(cut))  # the last row is not counted, because no row follows it
     after.update({"truncated": truncated | cut, "done": done | cut})
     last = after["done"].squeeze(-1)
     return rows.set("episode", last.cumsum(0) - last.long())

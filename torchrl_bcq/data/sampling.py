@@ -1,4 +1,4 @@
-"""Weights and masks of the rows of a fixed dataset, and the sampler that draws by them."""
+"""Computes weights and masks for the rows of a fixed dataset, and samples rows by their weights."""
 
 from __future__ import annotations
 
@@ -19,42 +19,46 @@ from torchrl_bcq.data.episodes import episode_numbers, episode_returns
 class WeightedSampler(Sampler):
     """A TorchRL sampler that draws rows with replacement, in proportion to fixed weights.
 
-    It takes 8 bytes per row. ``torch.multinomial`` is limited to 2^24 rows and sums all weights at each draw.
+    The sampler stores 8 bytes per row. Unlike ``torch.multinomial``, it can draw from more than 2^24 rows and does not
+    sum all weights at each draw.
 
     Args:
-        weights: ``[N]``, of any real dtype or boolean; a row of weight 0 is never drawn.
+        weights: one weight per row, ``[N]``, boolean or of any real dtype. A row with weight 0 is never drawn.
 
     Raises:
-        ValueError: if weights are negative, not finite, all zero or not ``[N]``; later, if the storage has another
-            number of rows, or the saved sampler had other weights.
+        ValueError: if a weight is negative or not finite, all weights are zero, or their shape is not ``[N]``.
+            ``sample`` raises a ValueError if the storage does not have ``N`` rows. ``load_state_dict`` raises a
+            ValueError if the saved sampler had other weights than this one.
     """
 
     def __init__(self, weights: Tensor) -> None:
         weights = torch.as_tensor(weights).detach().cpu()
         _check_weights(weights)
-        # sequential on the CPU: the sum never decreases, and stays the same at weight 0
+        # on the CPU, cumsum adds in order: a weight 0 leaves the sum unchanged, so its row is never drawn
         self._cumulative = (weights.double() / weights.max()).cumsum(0)
         self._total, self._moment = self._cumulative[-1].item(), self._cumulative.sum().item()
 
     def sample(self, storage: Storage, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
-        """Draw the indices of ``batch_size`` rows, without further information about them."""
+        """Draw the indices of ``batch_size`` rows; return the indices and an empty info dictionary."""
         if len(storage) != len(self._cumulative):
-            raise ValueError(f"there are {len(self._cumulative)} weights for the {len(storage)} rows of the storage.")
+            found = f"there are {len(self._cumulative)} weights for the {len(storage)} rows of the storage"
+            raise ValueError(f"{found}; pass one weight for each row.")
         self._cumulative = self._cumulative.to(storage.device)
         draw = {"dtype": torch.float64, "generator": self._rng, "device": storage.device}
         point = torch.rand((batch_size,), **draw) * self._total
         return torch.searchsorted(self._cumulative, point, right=True), {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Three numbers that identify the weights, which are the only state."""
+        """Return three numbers that identify the weights. The sampler has no other state."""
         return {"rows": len(self._cumulative), "total": self._total, "moment": self._moment}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that the saved sampler had the same weights."""
+        """Check that the saved sampler had the same weights as this sampler."""
         own = self.state_dict()
         if any(abs(own[name] - state_dict[name]) > 1e-9 * own[name] for name in own):
             raise ValueError(
-                f"the saved sampler had other weights ({state_dict}, here {own}); make the buffer with the same ones."
+                f"the saved sampler had other weights (saved: {state_dict}, here: {own}); make the replay buffer with "
+                "the same weights as before."
             )
 
     def dumps(self, path: str | Path) -> None:
@@ -63,44 +67,48 @@ class WeightedSampler(Sampler):
         (Path(path) / "weights.json").write_text(json.dumps(self.state_dict()))
 
     def loads(self, path: str | Path) -> None:
-        """Read the state from a folder and compare it."""
+        """Read the state from a folder and check that the saved sampler had the same weights as this one."""
         self.load_state_dict(json.loads((Path(path) / "weights.json").read_text()))
 
     def _empty(self) -> None:
-        """Do nothing: the weights are kept when the buffer is emptied."""
+        """Do nothing: the sampler keeps its weights when the buffer is emptied."""
 
 
 def episode_weights(transitions: TensorDictBase) -> Tensor:
-    """Weights ``[N]`` with which each episode is equally likely, and so is each of its rows: 1 / length.
+    """Return weights ``[N]`` that make all episodes equally likely to be drawn: 1 / length of the episode.
 
     Args:
-        transitions: batch size ``[N]``, with ``episode [N]`` or ``("next", "done") [N, 1]``.
+        transitions: TensorDict of batch size ``[N]``, with ``episode [N]`` or ``("next", "done") [N, 1]``.
 
     Raises:
-        DatasetError: if nothing tells episodes apart, or their rows are not together.
+        DatasetError: if ``episode`` and ``done`` are both missing, or if the rows of an episode do not directly follow
+            each other.
     """
     numbers = episode_numbers(transitions)
     return numbers.bincount().double().reciprocal()[numbers]
 
 
 def return_weights(transitions: TensorDictBase, temperature: float = 0.1) -> Tensor:
-    """Weights ``[N]`` that prefer episodes of high return: ``exp(return / temperature)``, the highest scaled to 1.
+    """Compute weights ``[N]`` that prefer episodes of high return: ``exp(scaled return / temperature)``.
 
-    Returns are undiscounted and scaled to [0, 1] over the dataset. As published, each row has its episode's weight, so
-    longer episodes are drawn more often; ``return_weights(data) * episode_weights(data)`` corrects that.
+    The undiscounted returns are scaled linearly: the lowest return of the dataset becomes -1, the highest becomes 0.
+    The highest weight is therefore 1. As in the source paper, all rows of an episode have the same weight, so longer
+    episodes are drawn more often. To remove the effect of the length, use ``return_weights(data) *
+    episode_weights(data)``.
 
     Args:
-        transitions: as for :func:`episode_weights`, with ``("next", "reward") [N, 1]``.
-        temperature: at the published 0.1, the best episode's rows are drawn e^10 times as often as the worst's.
+        transitions: TensorDict as for ``episode_weights``; it must also contain ``("next", "reward") [N, 1]``.
+        temperature: a lower value gives episodes with high returns more weight. With 0.1, the value in the source
+            paper, a row of the best episode is drawn e^10 times as often as a row of the worst episode.
 
     Raises:
-        ValueError: if the temperature is not above 0.
-        DatasetError: as in :func:`episode_weights`, or if there is no reward or one is not finite.
+        ValueError: if ``temperature`` is not above 0.
+        DatasetError: as in ``episode_weights``, or if the reward is missing or not finite.
 
     Source: return-weighted sampling of arXiv:2306.13085.
     """
     if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}, expected a number above 0; episode_weights ignores returns.")
+        raise ValueError(f"temperature is {temperature}, expected above 0; to ignore returns, use episode_weights.")
     returns = episode_returns(transitions)
     check_finite("('next', 'reward')", transitions["next", "reward"])
     low, high = returns.aminmax()
@@ -109,26 +117,30 @@ def return_weights(transitions: TensorDictBase, temperature: float = 0.1) -> Ten
 
 
 def split_episodes(transitions: TensorDictBase, fraction: float = 0.1, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Hold out whole episodes for validation: boolean masks ``[N]`` of the training rows and of the held-out rows.
+    """Split the episodes into training and held-out episodes; return one row mask for each of the two.
 
-    ``make_replay_buffer(transitions, weights=train)`` draws training rows only, without copying them; masks can be
-    multiplied with other weights.
+    To draw only training rows, pass the first mask as ``weights`` to ``make_replay_buffer``. The transitions are not
+    copied. To combine a mask with other weights, multiply the mask by these weights.
 
     Args:
-        transitions: as for :func:`episode_weights`.
-        fraction: of the episodes to hold out, rounded, but at least one on each side.
-        seed: of the choice of episodes.
+        transitions: as for ``episode_weights``.
+        fraction: fraction of the episodes to hold out. The number of held-out episodes is rounded. At least one episode
+            is held out, and at least one is kept for training.
+        seed: seed for the random choice of the held-out episodes.
+
+    Returns:
+        Two boolean masks ``[N]``: the training rows and the held-out rows.
 
     Raises:
-        ValueError: if there are fewer than two episodes, or the fraction is not between 0 and 1.
-        DatasetError: as in :func:`episode_weights`.
+        ValueError: if there are fewer than two episodes, or ``fraction`` is not between 0 and 1.
+        DatasetError: as in ``episode_weights``.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction is {fraction}, expected a number between 0 and 1.")
     numbers = episode_numbers(transitions)
     episodes = int(numbers[-1]) + 1
     if episodes < 2:
-        raise ValueError("the transitions are one episode; a split by episode needs at least two.")
+        raise ValueError("the transitions are one episode; a split by episode needs at least two episodes.")
     count = min(max(round(fraction * episodes), 1), episodes - 1)
     chosen = torch.zeros(episodes, dtype=torch.bool)
     chosen[torch.randperm(episodes, generator=torch.Generator().manual_seed(seed))[:count]] = True
@@ -138,12 +150,14 @@ def split_episodes(transitions: TensorDictBase, fraction: float = 0.1, seed: int
 
 def _check_weights(weights: Tensor) -> None:
     if weights.ndim != 1 or not len(weights) or weights.is_complex():
-        raise ValueError(f"weights have shape {tuple(weights.shape)} ({weights.dtype}), expected [N] real numbers.")
+        found = f"shape {tuple(weights.shape)} and dtype {weights.dtype}"
+        raise ValueError(f"weights have {found}; expected real numbers of shape [N] with N at least 1.")
     bad = ~(weights.isfinite() & (weights >= 0))
     if bad.any():
         rows = Rows(int(bad.sum()), int(bad.int().argmax()))
         raise ValueError(
-            f"weights has {rows} negative or not finite, such as {weights[bad][0].item()}; 0 leaves a row out."
+            f"weights has {rows} that are negative or not finite, such as {weights[bad][0].item()}; use 0 to leave a "
+            "row out."
         )
     if not weights.any():
-        raise ValueError(f"weights are zero in all {len(weights)} rows; nothing could be drawn.")
+        raise ValueError(f"weights are zero in all {len(weights)} rows, so no row can be drawn; make one positive.")

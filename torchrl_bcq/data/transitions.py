@@ -1,4 +1,4 @@
-"""Transitions in TorchRL's layout, made from arrays of recorded steps."""
+"""Converts arrays of recorded steps to transitions in TorchRL's layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torchrl.data import TensorSpec
 from torchrl_bcq.data.checks import FIELDS, Checks, DatasetError, Rows
 
 _logger = logging.getLogger(__name__)
-_PAID_AT_THE_END = 10  # ratio of mean reward magnitudes, dropped rows to kept ones: about 1 for time-outs
+# A warning is logged if the mean absolute reward of the dropped rows is more than 10 times the mean absolute reward of
+# the other rows. Rows at a time limit have normal rewards, so much larger rewards suggest a final state.
+_PAID_AT_THE_END = 10
 
 
 def from_arrays(
@@ -27,33 +29,48 @@ def from_arrays(
     *,
     action_spec: TensorSpec | None = None,
 ) -> TensorDict:
-    """Check arrays of ``N`` steps and lay them out as TorchRL transitions, in float32.
+    """Check arrays of ``N`` steps and convert them to TorchRL transitions in float32.
 
-    Rows of one episode follow one another, and an episode ends where ``terminated`` or ``truncated`` is set. Without
-    ``next_observations``, each row's next observation is the next row's. A truncated row and an unfinished last row
-    have none and are dropped; a terminated row repeats its own, which is never used. Without ``truncated``, an episode
-    is cut off wherever a row's next observation is not the next row's observation.
+    The rows of an episode must follow each other in order of time. An episode ends where ``terminated`` or
+    ``truncated`` is set. Without ``truncated``, an episode also ends where the ``next_observations`` of a row differ
+    from the ``observations`` of the following row.
+
+    Without ``next_observations``, the next observation of a row is the observation of the next row. Truncated rows then
+    have no next observation and are dropped. The last row is also dropped, unless it is terminated. In a terminated
+    row, the next observation is a copy of the observation; the loss does not use this copy.
 
     Args:
-        observations: ``[N, D]``.
-        actions: ``[N, A]``, continuous, in the units of the environment.
-        rewards, terminated, truncated: ``[N]`` or ``[N, 1]``. The episode ended in a final state, whose value is 0, or
-            it was cut off, so the next state still has a value.
-        next_observations: ``[N, D]``.
-        action_spec: bounds that the actions must keep, if given.
+        observations: observation before each step, ``[N, D]``.
+        actions: continuous actions in the units of the environment, ``[N, A]``.
+        rewards: reward of each step, ``[N]`` or ``[N, 1]``.
+        terminated: whether the step led to a final state, ``[N]`` or ``[N, 1]``. The value of a final state is 0.
+        truncated: whether the episode was cut off after the step, for example by a time limit, ``[N]`` or ``[N, 1]``.
+            The next state still has a value.
+        next_observations: observation after each step, ``[N, D]``.
+        action_spec: bounded spec of one action. If given, all actions must lie within its bounds.
 
     Returns:
-        Batch size ``[M]``, ``M <= N``: ``observation [M, D]``, ``action [M, A]``, ``episode [M]`` (its number),
-        ``("next", ...)``: ``observation [M, D]``, ``reward``, ``done``, ``terminated``, ``truncated`` ``[M, 1]``.
+        Transitions of batch size ``[M]`` with ``M <= N``: ``observation [M, D]``, ``action [M, A]``, the episode number
+        ``episode [M]``, and under ``"next"``: ``observation [M, D]``, and ``reward``, ``done``, ``terminated`` and
+        ``truncated``, each ``[M, 1]``.
 
     Raises:
-        DatasetError: if ``truncated`` and ``next_observations`` are both missing, or a field has the wrong rank, dtype
-            or length, is empty or all zero, or has non-finite rows or actions out of bounds.
+        DatasetError: if ``truncated`` and ``next_observations`` are both missing; if a field has a wrong shape, dtype
+            or length, or is empty; if a field other than the flags has only zeros; if a value is not finite; or if an
+            action is out of bounds.
+
+    Example:
+        >>> import numpy as np
+        >>> from torchrl_bcq import from_arrays
+        >>> states, actions, rewards = np.ones((6, 3)), np.full((6, 1), 0.5), np.ones(6)
+        >>> data = from_arrays(states, actions, rewards, terminated=[0, 0, 1, 0, 0, 1], truncated=np.zeros(6))
+        >>> data["episode"].tolist(), data["next", "reward"].shape
+        ([0, 0, 0, 1, 1, 1], torch.Size([6, 1]))
     """
     if truncated is None and next_observations is None:
         raise DatasetError(
-            "truncated and next_observations are both missing, so nothing says where an episode was cut off and the "
-            "next one began; if none was cut, pass truncated=np.zeros(N)."
+            "truncated and next_observations are both missing, so it is unknown where episodes were cut off; pass one "
+            "of them, or truncated=np.zeros(N) if no episode was cut off."
         )
     checks = Checks(action_spec)
     given = (observations, actions, rewards, terminated, truncated, next_observations)
@@ -64,8 +81,8 @@ def from_arrays(
 
 
 def lay_out(chunks: Iterable[dict[str, np.ndarray]], *, report: bool = True) -> Iterator[TensorDict]:
-    """Transitions of checked chunks; episodes may continue in the next one. Logs dropped rows if ``report``."""
-    episode = rows = guessed = 0  # guessed: ends of episodes found by comparing observations
+    """Convert chunks of checked arrays to transitions. If ``report`` is true, log which rows were dropped."""
+    episode = rows = guessed = 0  # guessed: number of episode ends found by comparing observations
     dropped, lost, kept = Rows(), 0.0, 0.0
     for fields, is_last in with_successors(chunks):
         part, keep = _part(fields, episode, is_last)
@@ -78,10 +95,11 @@ def lay_out(chunks: Iterable[dict[str, np.ndarray]], *, report: bool = True) -> 
         if keep.any():
             yield part if keep.all() else part[torch.from_numpy(keep)]
     if not rows:
-        raise DatasetError("it holds no rows; there is nothing to learn from.")
+        raise DatasetError("the data has no rows; at least one row is needed.")
     if dropped.count == rows:
         raise DatasetError(
-            f"all {rows} rows are truncated and next_observations is not given: no transition is complete."
+            f"all {rows} rows are truncated and next_observations is not given, so no row has a next observation; "
+            "correct truncated, or give next_observations."
         )
     if report:
         report_cuts(guessed, rows)
@@ -90,15 +108,16 @@ def lay_out(chunks: Iterable[dict[str, np.ndarray]], *, report: bool = True) -> 
 
 
 def with_successors(chunks: Iterable[dict[str, np.ndarray]]) -> Iterator[tuple[dict[str, np.ndarray], bool]]:
-    """Regroup rows so that each chunk ends with a row that only serves as the successor of the one before.
+    """Let chunks overlap: the last row of each chunk is repeated as the first row of the next chunk.
 
-    The last chunk is the last row twice, since it has no successor; only there the flag is True.
+    A final chunk holds only the last row of the data, twice, because no row follows it. The function yields pairs: a
+    chunk, and whether it is the final chunk.
     """
     held: dict[str, np.ndarray] = {}
     for chunk in chunks:
         for name, values in held.items():
             if values.shape[1:] != chunk[name].shape[1:]:
-                raise DatasetError(f"{name} has lists of different lengths; each row needs the same.")
+                raise DatasetError(f"{name} has lists of different lengths; make all lists equally long.")
         fields = {name: np.concatenate([held[name], values]) if held else values for name, values in chunk.items()}
         held = {name: values[-1:] for name, values in fields.items()}
         if len(fields["actions"]) > 1:
@@ -108,24 +127,24 @@ def with_successors(chunks: Iterable[dict[str, np.ndarray]]) -> Iterator[tuple[d
 
 
 def report_cuts(cut: int, rows: int) -> None:
-    """Warn if most rows end an episode that no flag ends; the rows may be out of order."""
+    """Log a warning if ``cut``, the number of rows that end an episode, is more than half of ``rows``."""
     if 2 * cut > rows:
         _logger.warning(
-            "%d of %d rows end an episode, as their next observation is not exactly the next row's observation: if they"
-            " are steps of one episode, put them in order of time and copy each next observation from the next row "
-            "(from_arrays copies it if next_observations is left out and truncated is given)",
+            "%d of %d rows end an episode, because their next observation is not exactly the observation of the next "
+            "row. If these rows belong to one episode, sort them by time. Then leave next_observations out and give "
+            "truncated: each next observation is then taken from the next row.",
             cut,
             rows,
         )
 
 
 def _report_dropped(dropped: Rows, lost: float, kept: float) -> None:
-    """Log which rows were dropped; ``lost`` and ``kept`` are mean magnitudes of rewards."""
-    what = f"dropped {dropped} without a next observation (truncated, or the unfinished last one)"
+    """Log the dropped rows; ``lost`` and ``kept`` are mean absolute rewards of dropped and kept rows."""
+    what = f"dropped {dropped} without a next observation (truncated rows, or an unfinished last row)."
     if lost > _PAID_AT_THE_END * kept:
         _logger.warning(
-            "%s, whose rewards are of magnitude %.3g on average and those of all other rows %.3g: if they ended in a "
-            "final state, set terminated there, or give next_observations",
+            "%s Their mean reward magnitude is %.3g, and that of all other rows is %.3g. If the dropped rows led to a "
+            "final state, set terminated there, or give next_observations.",
             what,
             lost,
             kept,
@@ -135,7 +154,7 @@ def _report_dropped(dropped: Rows, lost: float, kept: float) -> None:
 
 
 def _part(fields: dict[str, np.ndarray], episode: int, is_last: bool) -> tuple[TensorDict, np.ndarray]:
-    """Transitions of all rows but the last one, and which of them are complete; see :func:`with_successors`."""
+    """Convert all rows except the last; also return a mask of the rows to keep."""
     observation, following = fields["observations"][:-1], fields["observations"][1:]
     terminated = fields["terminated"][:-1]
     given = fields.get("next_observations")
@@ -154,7 +173,7 @@ def _part(fields: dict[str, np.ndarray], episode: int, is_last: bool) -> tuple[T
     columns = {
         "observation": observation,
         "action": fields["actions"][:-1],
-        "episode": episode + np.cumsum(done) - done,  # the row that ends an episode still belongs to it
+        "episode": episode + np.cumsum(done) - done,  # - done, because the last row still belongs to its episode
         "next": {
             "observation": next_observation,
             "reward": fields["rewards"][:-1, None],

@@ -1,4 +1,4 @@
-"""Writing transitions: D4RL's layout in HDF5, and Minari's local store."""
+"""Writes transitions to HDF5 files in D4RL's layout, and to Minari's local store."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 def write_hdf5(path: str | Path, transitions: TensorDictBase, env_id: str, *, overwrite: bool = False) -> None:
-    """Write transitions in D4RL's layout; the file is complete or absent.
+    """Write transitions to an HDF5 file in D4RL's layout; if this fails, no partial file is left.
 
     Args:
-        path: file that ends in ``.hdf5`` or ``.h5``; missing folders are created.
-        transitions: ``[N]``, as ``torchrl_bcq.evaluation.recording.record`` returns them.
-        env_id: environment to evaluate in, kept as an attribute.
+        path: path of the file, ending in ``.hdf5`` or ``.h5``. Missing folders are created.
+        transitions: TensorDict of batch size ``[N]``, as ``torchrl_bcq.evaluation.recording.record`` returns it.
+        env_id: Gymnasium id of the environment for evaluation, stored in the file's attribute ``env_id``.
         overwrite: whether to replace an existing file.
 
     Raises:
-        RunError: if the file exists, or its name has another ending.
-        OSError: if it cannot be written.
+        RunError: if the file exists and ``overwrite`` is not set, if ``path`` is a folder, or if ``path`` does not end
+        in ``.hdf5`` or ``.h5``. OSError: if the file cannot be written.
 
     Source: D4RL, arXiv:2004.07219.
     """
@@ -56,23 +56,24 @@ def write_hdf5(path: str | Path, transitions: TensorDictBase, env_id: str, *, ov
 def write_minari(
     dataset_id: str, transitions: TensorDictBase, env_id: str, *, algorithm: str, overwrite: bool = False
 ) -> None:
-    """Write transitions into Minari's local store (``$MINARI_DATASETS_PATH``, or else ``~/.minari``).
+    """Write transitions into Minari's local store (``$MINARI_DATASETS_PATH``, by default ``~/.minari/datasets``).
 
     Args:
-        dataset_id: such as ``"mine/hopper/noisy-v0"``.
-        transitions, env_id, overwrite: as for :func:`write_hdf5`.
+        dataset_id: id of the new dataset, such as ``"mine/hopper/noisy-v0"``.
+        transitions, env_id, overwrite: as for ``write_hdf5``.
         algorithm: description of how the actions were chosen.
 
     Raises:
-        RunError: if the dataset exists, the id is invalid, or Minari refuses the environment.
-        OSError: if it cannot be written.
+        RunError: if the dataset exists and ``overwrite`` is not set, if the id is invalid, or if Minari rejects the
+            environment.
+        OSError: if the dataset cannot be written.
     """
     import minari
     from minari.storage import get_dataset_path
 
     check_out(f"minari:{dataset_id}", overwrite)
     with _replacing(get_dataset_path(dataset_id)), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="minari")  # it asks for an author's e-mail address
+        warnings.filterwarnings("ignore", module="minari")  # no warning that the author's e-mail address is missing
         try:
             minari.create_dataset_from_buffers(
                 dataset_id,
@@ -84,12 +85,12 @@ def write_minari(
                 code_permalink="torchrl_bcq/evaluation/recording.py",
                 description=f"{len(transitions)} steps of {env_id}, recorded by torchrl-bcq.",
             )
-        except ValueError as error:  # such as an environment that cannot be written as JSON
-            raise RunError(f"Minari cannot keep {dataset_id} ({error}); record it into a file.") from error
+        except ValueError as error:  # for example if the environment cannot be described in JSON
+            raise RunError(f"Minari cannot store {dataset_id} ({error}); record into an HDF5 file.") from error
 
 
 def check_out(out: str, overwrite: bool) -> None:
-    """Refuse a target other than ``FILE.hdf5`` and ``minari:ID``, and an existing one, by a :class:`RunError`."""
+    """Raise a ``RunError`` if ``out`` is an invalid file name or id, or exists and ``overwrite`` is False."""
     if out.startswith("minari:"):
         from minari.dataset.minari_dataset import parse_dataset_id
         from minari.storage import get_dataset_path
@@ -97,21 +98,21 @@ def check_out(out: str, overwrite: bool) -> None:
         dataset_id = out.removeprefix("minari:")
         try:
             parse_dataset_id(dataset_id)
-        except (TypeError, ValueError) as error:  # TypeError where there is no version
-            raise RunError(f"{dataset_id!r} is no id of Minari's; those look like 'mine/hopper/noisy-v0'.") from error
+        except (TypeError, ValueError) as error:  # a TypeError if the id has no version
+            raise RunError(f"{dataset_id!r} is not a Minari id; use one such as 'mine/hopper/noisy-v0'.") from error
         path = get_dataset_path(dataset_id)
     else:
         path = Path(out).expanduser()
         if path.suffix not in (".hdf5", ".h5"):
-            raise RunError(f"{out} is neither FILE.hdf5 nor minari:NAMESPACE/DATASET-v0.")
+            raise RunError(f"{out} is neither FILE.hdf5 nor minari:NAMESPACE/DATASET-v0; use one of these forms.")
         if path.is_dir():
-            raise RunError(f"{out} is a folder; name a file.")
+            raise RunError(f"{out} is a folder; choose a file.")
     if path.exists() and not overwrite:
-        raise RunError(f"{out} exists already; name another, or overwrite it (overwrite=True, or --overwrite).")
+        raise RunError(f"{out} already exists; choose another name, or overwrite it (overwrite=True or --overwrite).")
 
 
 def _minari_episodes(transitions: TensorDictBase) -> list[EpisodeBuffer]:
-    """Split transitions ``[N]`` behind each ``done``; an episode of T actions has T + 1 observations in Minari."""
+    """Split ``transitions`` into Minari episodes; each has T actions and T + 1 observations."""
     from minari.data_collector import EpisodeBuffer
 
     ends = transitions["next", "done"].squeeze(-1).nonzero().squeeze(-1) + 1
@@ -129,14 +130,14 @@ def _minari_episodes(transitions: TensorDictBase) -> list[EpisodeBuffer]:
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[None]:
-    """Move an existing folder aside; if the block fails, move it back, else delete it."""
-    # write_whole cannot do it: Minari writes at its final place only
+    """Rename the old folder. Delete it after the ``with`` block, or restore it if the block fails."""
+    # write_whole cannot be used here, because Minari writes directly to the final path
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     if folder.exists():
         folder.rename(aside)
     try:
         yield
-    except BaseException:  # also an interrupt
+    except BaseException:  # a KeyboardInterrupt also restores the old folder
         shutil.rmtree(folder, ignore_errors=True)
         if aside.exists():
             aside.rename(folder)

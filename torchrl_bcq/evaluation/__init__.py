@@ -1,4 +1,4 @@
-"""Evaluation of policies: episodes in environments, and metrics on data."""
+"""Evaluation of policies, with episodes in environments and with metrics on a dataset."""
 
 from torchrl_bcq.evaluation.metrics import DatasetMetrics, EnvironmentMetrics
 from torchrl_bcq.evaluation.rollouts import evaluate

@@ -1,4 +1,4 @@
-"""Periodic metrics of training: in environments, and on data alone."""
+"""Metrics that are measured periodically during training, in environments or on a dataset."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torchrl_bcq.data.episodes import episode_numbers
 from torchrl_bcq.evaluation.rollouts import Policy, Value, evaluate, in_eval_mode, own_random_state, summarize
 from torchrl_bcq.objectives import OfflineLoss
 
-_CHUNK = 4_096  # rows evaluated at a time
+_CHUNK = 4_096  # number of rows that are evaluated at a time
 _logger = logging.getLogger(__name__)
 
 
 class _PeriodicMetrics(TrainerHookBase):
-    """Measures and logs every ``interval`` gradient steps, before the first and after the last one."""
+    """Measures and logs metrics every ``interval`` gradient steps, and before the first and after the last step."""
 
-    main: str  # the metric on the progress bar
+    main: str  # name of the metric that the progress bar shows
 
     def __init__(self, interval: int) -> None:
         if interval < 1:
@@ -34,10 +34,10 @@ class _PeriodicMetrics(TrainerHookBase):
 
     @abstractmethod
     def measure(self) -> dict[str, float] | None:
-        """The present metrics by name; None if a stop was requested meanwhile."""
+        """Return the current metrics by name, or None if training was stopped during the measurement."""
 
     def __call__(self, batch: TensorDictBase | None = None) -> None:
-        """Measure and log, if it is time."""
+        """Measure and log the metrics if a measurement is due at this step."""
         trainer = self._trainer
         step = trainer.collected_frames
         if self._should_stop() or (step % self.interval and step < trainer.total_frames):
@@ -52,40 +52,45 @@ class _PeriodicMetrics(TrainerHookBase):
         return getattr(self._trainer, "stop_requested", getattr(self._trainer, "_stop_training", False))
 
     def _at_the_start(self) -> None:
-        """Measure before the first step, or after a stop that prevented it."""
+        """Measure at the start of training, unless a resumed run has already measured at this step."""
         if self._trainer._last_log.get(self.main) != self._trainer.collected_frames:
             self()
 
     def register(self, trainer: Trainer, name: str = "") -> None:
-        """Register with a trainer, whose ``log_interval`` must divide the interval."""
+        """Register the hook with a trainer; ``interval`` must be a multiple of the trainer's ``log_interval``."""
         log_interval = trainer.collector.requested_frames_per_batch
         if self.interval % log_interval:
             found = f"the interval of {type(self).__name__} is {self.interval}"
-            raise ValueError(f"{found}, no multiple of log_interval {log_interval}; change one of them.")
+            raise ValueError(f"{found}, which is not a multiple of log_interval {log_interval}; change one of them.")
         self._trainer = trainer
         trainer.register_op("setup", self._at_the_start)
         trainer.register_op("post_steps_log", self)
 
 
 class EnvironmentMetrics(_PeriodicMetrics):
-    """Logs the returns of a policy in environments, one episode in each, from the same initial states every time.
+    """Logs the returns of a policy in one episode per environment, always from the same initial states.
 
-    Logs ``return`` (mean over the episodes, undiscounted) and its ``return_std``, ``episode_length`` in steps, D4RL's
-    ``normalized_score`` if there are ``reference_scores``, and with ``value`` the ``value_estimate`` at the initial
-    states beside the ``discounted_return`` obtained from there, which shows overestimation.
+    The hook logs ``return`` (mean undiscounted return of the episodes), the standard deviation ``return_std`` of the
+    returns, ``episode_length`` in steps, and D4RL's ``normalized_score`` if ``reference_scores`` are given. If
+    ``value`` is given, the hook also logs the ``value_estimate`` at the initial states and the ``discounted_return``
+    from these states. An estimate above this return means that the critics overestimate. To compare ``value_estimate``
+    and ``discounted_return``, let the environments run past their time limit, because a critic estimates the return
+    without a time limit.
 
     Args:
-        envs: batch size ``[E]``.
-        policy: of the networks that are trained.
-        interval: gradient steps between two evaluations, a multiple of the trainer's ``log_interval``.
-        value: estimates the value of state-action pairs, such as ``loss.value``.
-        gamma: discount.
-        seed: of environments and policy.
-        reference_scores: mean return of a random policy and of an expert, scaled to 0 and 100.
+        envs: environments of batch size ``[E]``.
+        policy: policy to measure; it uses the networks that the trainer trains.
+        interval: number of gradient steps between two evaluations, a multiple of the trainer's ``log_interval``.
+        value: function that estimates the value of state-action pairs, such as ``loss.value``.
+        gamma: discount factor.
+        seed: random seed of the environments and the policy.
+        time_limit: number of steps. If an episode is longer, ``return`` and ``episode_length`` leave out the later
+            steps.
+        reference_scores: mean returns of a random policy (score 0) and of an expert (score 100).
 
-    ``EnvironmentMetrics(envs, policy, interval=5000, value=loss.value).register(trainer)``.
+    Usage: ``EnvironmentMetrics(envs, policy, interval=5000, value=loss.value).register(trainer)``.
 
-    Source: normalized scores, arXiv:2004.07219; estimates beside returns, arXiv:1802.09477, figure 1.
+    Source: arXiv:2004.07219 for normalized scores; arXiv:1802.09477, figure 1, for estimates compared with returns.
     """
 
     main = "return"
@@ -99,38 +104,40 @@ class EnvironmentMetrics(_PeriodicMetrics):
         value: Value | None = None,
         gamma: float = 0.99,
         seed: int = 0,
+        time_limit: int | None = None,
         reference_scores: Sequence[float] | None = None,
     ) -> None:
         super().__init__(interval)
         self.reference_scores = reference_scores
-        settings: dict[str, Any] = {"value": value, "gamma": gamma, "seed": seed}
+        settings: dict[str, Any] = {"value": value, "gamma": gamma, "seed": seed, "time_limit": time_limit}
         self._evaluate = partial(evaluate, envs, policy, should_stop=self._should_stop, **settings)
 
     def measure(self) -> dict[str, float] | None:
-        """Run the episodes."""
+        """Run one episode in each environment and return the metrics, or None if training was stopped."""
         found = self._evaluate()
         return None if found is None else summarize(found, self.reference_scores)
 
 
 class DatasetMetrics(_PeriodicMetrics):
-    """Logs metrics on transitions, without an environment, best on episodes that were held out.
+    """Logs metrics on transitions, without an environment. If possible, pass held-out episodes.
 
-    Logs ``action_distance`` (mean Euclidean distance of the policy's actions from those of the data, in the units of
-    the actions), for an objective with values their ``initial_value`` (mean over the first states of the episodes, at
-    the policy's actions), and, if the transitions are held out, ``held_out_{key}`` for each of the loss's out-keys,
-    such as ``held_out_td_error``: the losses and the means of their metadata. They show that training goes wrong; none
-    of them ranks policies as returns do.
+    The hook logs ``action_distance``, the mean Euclidean distance between the policy's actions and the dataset's
+    actions, in the units of the actions. If the objective learns values, the hook also logs ``initial_value``, the mean
+    value of the policy's actions in the first states of the episodes. For held-out transitions, the hook also logs
+    ``held_out_{key}``, the mean of each out-key of the loss module, such as ``held_out_td_error``. The metrics on a
+    dataset can show that training goes wrong, but only returns show which of two policies is better.
 
     Args:
-        loss_module: of the networks that are trained.
-        policy: of the same networks.
-        transitions: batch size ``[N]``, with ``episode`` or ``("next", "done")``.
-        interval: gradient steps between two evaluations, a multiple of the trainer's ``log_interval``.
-        held_out: whether nothing is learned from the transitions.
-        max_rows: from more transitions (and initial states) this many are drawn once and used throughout.
-        seed: of that draw, and of the actions that policy and losses sample.
+        loss_module: loss of the networks that are trained.
+        policy: policy that acts with the networks of ``loss_module``.
+        transitions: transitions of batch size ``[N]``, with the entry ``episode`` or ``("next", "done")``.
+        interval: number of gradient steps between two evaluations, a multiple of the trainer's ``log_interval``.
+        held_out: whether the transitions are excluded from training.
+        max_rows: largest number of transitions, and of initial states, to evaluate. If there are more, a random subset
+            is drawn once and used in all evaluations.
+        seed: random seed of the random subset and of the actions that the policy and the losses sample.
 
-    ``DatasetMetrics(loss, policy, data[held_out], interval=5000).register(trainer)``.
+    Usage: ``DatasetMetrics(loss, policy, data[held_out], interval=5000).register(trainer)``.
     """
 
     def __init__(
@@ -165,13 +172,13 @@ class DatasetMetrics(_PeriodicMetrics):
 
     @property
     def names(self) -> list[str]:
-        """Names of the metrics."""
+        """Names of the metrics that ``measure`` returns."""
         losses = [f"held_out_{key}" for key in self.loss_module.out_keys] if self.held_out else []
         return [*losses, "action_distance", *(["initial_value"] if self.loss_module.has_values else [])]
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Evaluate losses, actions and values."""
+        """Compute the metrics on the transitions and return them by name."""
         with own_random_state(self.seed, self._rows.device), in_eval_mode(self.policy, *self.loss_module.networks):
             chunks = [(len(rows), self._measure_rows(rows)) for rows in self._rows.split(_CHUNK)]
             values = [self.loss_module.value(self.policy(states)) for states in self._starts.copy().split(_CHUNK)]

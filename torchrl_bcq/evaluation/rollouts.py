@@ -1,4 +1,4 @@
-"""Episodes of a policy in environments, and their returns."""
+"""Runs episodes of a policy in environments and computes their returns."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torchrl.envs import EnvBase
 
 from torchrl_bcq.functional import discounted_sum
 
-_STEPS = 1_000_000  # of an episode at most, if the environment has no limit
+_STEPS = 1_000_000  # largest number of steps of an episode, if the environment has no time limit
 Policy = Callable[[TensorDictBase], TensorDictBase]
 Value = Callable[[TensorDictBase], Tensor | None]
 
 
 class _BrokenOff(Exception):
-    """Leaves a rollout."""
+    """Raised when ``should_stop`` returns True, to end the rollout early."""
 
 
 def evaluate(
@@ -29,23 +29,27 @@ def evaluate(
     value: Value | None = None,
     gamma: float = 0.99,
     seed: int = 0,
+    time_limit: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TensorDict | None:
-    """Run one episode in each of ``E`` environments; PyTorch's random state is restored afterwards.
+    """Run one episode in each environment and compute its return; then restore PyTorch's random state.
 
-    The same seed gives the same initial states, so that policies, and stages of a run, can be compared.
+    The same seed gives the same initial states, so you can compare two policies, or two checkpoints of a run.
 
     Args:
-        envs: batch size ``[E]``, such as TorchRL's ``SerialEnv`` or ``ParallelEnv``.
-        policy: acts; None acts uniformly at random.
-        value: estimates the value of state-action pairs ``[E]``, such as ``loss.value``.
-        gamma: discount of the return that is compared with the estimate.
-        seed: of environments and policy.
-        should_stop: called before each step; if true, the episodes are broken off.
+        envs: environments of batch size ``[E]``, such as TorchRL's ``SerialEnv`` or ``ParallelEnv``.
+        policy: policy that chooses the actions. If None, actions are uniformly random.
+        value: function that estimates the value of state-action pairs ``[E]``, such as ``loss.value``.
+        gamma: discount factor of ``discounted_return``.
+        seed: random seed of the environments and the policy.
+        time_limit: number of steps. If an episode is longer, ``return`` and ``length`` leave out the later steps.
+        should_stop: function that is called before each step; if it returns True, the evaluation stops.
 
     Returns:
-        Batch size ``[E]``, each entry ``[E]``: ``return`` (undiscounted), ``length`` in steps, ``discounted_return``,
-        and, with ``value``, the ``value_estimate`` of the first states and actions. None if it was broken off.
+        TensorDict of batch size ``[E]``, with entries of shape ``[E]``: ``return`` (undiscounted), ``length`` in steps,
+        ``discounted_return`` and, if ``value`` is given, the ``value_estimate`` of the first states and actions. If
+        ``value`` is given, the discounted return also counts rewards after ``time_limit``, because the value estimate
+        includes these rewards. Returns None if ``should_stop`` stopped the evaluation.
     """
 
     def watch(*_: Any) -> None:
@@ -55,20 +59,22 @@ def evaluate(
     with own_random_state(seed, envs.device), in_eval_mode(policy), torch.no_grad():
         envs.set_seed(seed)
         try:
-            steps = envs.rollout(_STEPS, policy, watch, break_when_any_done=False, break_when_all_done=True)  # [E, T]
+            limit = _STEPS if time_limit is None or value is not None else time_limit
+            steps = envs.rollout(limit, policy, watch, break_when_any_done=False, break_when_all_done=True)  # [E, T]
         except _BrokenOff:
             return None
         done = steps["next", "done"].squeeze(-1).long()
-        running = done.cumsum(1) == done  # up to the first end; an environment idles from there until all have ended
+        running = done.cumsum(1) == done  # True up to the first done; later steps do not count
         rewards = steps["next", "reward"].squeeze(-1).double() * running
         discounted = discounted_sum(rewards, gamma)
-        out = {"return": rewards.sum(1), "length": running.sum(1), "discounted_return": discounted}
+        counted, counted_steps = rewards[:, :time_limit].sum(1), running[:, :time_limit].sum(1)
+        out = {"return": counted, "length": counted_steps, "discounted_return": discounted}
         estimate = None if value is None else value(steps[:, 0])
         return TensorDict(out if estimate is None else {**out, "value_estimate": estimate}, envs.batch_size)
 
 
 def summarize(episodes: TensorDictBase, reference_scores: Sequence[float] | None = None) -> dict[str, float]:
-    """Means over the episodes of :func:`evaluate`, with the names of :class:`EnvironmentMetrics`."""
+    """Compute the metrics that ``EnvironmentMetrics`` logs from the result of ``evaluate``."""
     means = {name: float(values.double().mean()) for name, values in episodes.items()}
     metrics = {"return": means["return"]}
     if reference_scores is not None:
@@ -76,12 +82,13 @@ def summarize(episodes: TensorDictBase, reference_scores: Sequence[float] | None
         metrics["normalized_score"] = 100 * (means["return"] - random) / (expert - random)
     metrics["return_std"] = float(episodes["return"].std(correction=0))
     metrics["episode_length"] = means["length"]
-    return metrics | {name: means[name] for name in ("value_estimate", "discounted_return") if name in means}
+    pair = ("value_estimate", "discounted_return") if "value_estimate" in means else ()
+    return metrics | {name: means[name] for name in pair}
 
 
 @contextmanager
 def own_random_state(seed: int, device: torch.device | None) -> Iterator[None]:
-    """Seed PyTorch within the block and restore its random state, so that training draws the same numbers."""
+    """Seed PyTorch at the start of the ``with`` block, and restore its old random state at the end."""
     device = device or torch.device("cpu")
     others = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(others, device_type="cuda" if device.type == "cpu" else device.type):
@@ -91,7 +98,7 @@ def own_random_state(seed: int, device: torch.device | None) -> Iterator[None]:
 
 @contextmanager
 def in_eval_mode(*parts: Any) -> Iterator[None]:
-    """Put modules into evaluation mode, without dropout, and those that were training back afterwards."""
+    """Set modules to evaluation mode in the ``with`` block, then restore the mode of each module."""
     modules = [module for part in parts if isinstance(part, nn.Module) for module in part.modules()]
     training = [module for module in modules if module.training]
     for module in training:

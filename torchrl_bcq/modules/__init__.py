@@ -1,5 +1,6 @@
 """Networks and policies."""
 
+from torchrl_bcq.modules.acting import Policy
 from torchrl_bcq.modules.actors import DeterministicActor, PerturbationActor
 from torchrl_bcq.modules.build import make_bcq_modules, make_cloning_modules
 from torchrl_bcq.modules.normalization import Normalization, Standardize
@@ -14,6 +15,7 @@ __all__ = [
     "DeterministicActor",
     "Normalization",
     "PerturbationActor",
+    "Policy",
     "QEnsemble",
     "Standardize",
     "make_bcq_modules",

@@ -1,8 +1,8 @@
-"""Networks that write one action for each state, inside the action bounds."""
+"""Networks that write one action within the action bounds for each state."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -12,21 +12,24 @@ from torchrl.data import TensorSpec
 
 from torchrl_bcq.bounds import action_bounds
 from torchrl_bcq.functional import perturb, squash_to_bounds
+from torchrl_bcq.modules.acting import Policy
 from torchrl_bcq.modules.dispatch import accepts_tensors
 
 
-class DeterministicActor(TensorDictModuleBase):
-    """One action for each state; both the network that :class:`~torchrl_bcq.CloningLoss` trains and the policy.
+class DeterministicActor(Policy):
+    """Deterministic policy: one action for each state. ``CloningLoss`` trains this policy.
 
     Args:
-        network: ``(*observations) -> [*B, A]``, unbounded; tanh maps its output onto the action bounds.
+        network: network ``(*observations) -> [*B, A]`` with unbounded output. The actor maps this output to the action
+            bounds with tanh.
         action_spec: bounded spec of one action, shape ``[A]``.
-        observation_keys: entries given to the network, in this order.
-        action_key: entry that is written.
+        observation_keys: observation entries that the network reads, in this order.
+        action_key: key of the entry into which the actor writes the action.
+        observation_specs: spec of one observation for each key; ``Policy.act`` uses them to check its input.
 
     Raises:
-        ValueError: if ``action_spec`` is not a finite box of rank 1; when called, if the network's output does not fit
-            the action.
+        ValueError: if ``action_spec`` is not a finite box of rank 1. A call raises this error if the network's output
+            does not have the size of the action.
 
     Example:
         >>> import torch
@@ -45,8 +48,10 @@ class DeterministicActor(TensorDictModuleBase):
         *,
         observation_keys: Sequence[NestedKey] = ("observation",),
         action_key: NestedKey = "action",
+        observation_specs: Mapping[NestedKey, TensorSpec] | None = None,
     ) -> None:
-        super().__init__()
+        """Build the actor from its network."""
+        super().__init__(observation_specs)
         self.in_keys = list(observation_keys)
         self.out_keys = [action_key]
         self.network = network
@@ -57,24 +62,27 @@ class DeterministicActor(TensorDictModuleBase):
         """Write the action ``[*B, A]``."""
         logits = self.network(*map(tensordict.get, self.in_keys))
         if logits.shape[-1] != len(self.low):
-            raise ValueError(f"network gives {logits.shape[-1]} features, expected the action's {len(self.low)}.")
-        action = squash_to_bounds(logits.to(self.low.dtype), self.low, self.high)  # casts back from autocast's dtype
+            raise ValueError(
+                f"network returns {logits.shape[-1]} features, but the action has {len(self.low)} dimensions; change "
+                "the network's output size."
+            )
+        action = squash_to_bounds(logits.to(self.low.dtype), self.low, self.high)  # autocast may change the dtype
         return tensordict.set(self.out_keys[0], action)
 
 
 class PerturbationActor(TensorDictModuleBase):
-    """Moves an action by at most ``phi`` half-ranges, inside the action bounds.
+    """Changes an action by at most ``phi`` times half the action range, and keeps it within the bounds.
 
     Args:
-        network: ``(*observations, action [*B, A]) -> [*B, A]``, unbounded.
+        network: network ``(*observations, action [*B, A]) -> [*B, A]`` with unbounded output.
         action_spec: bounded spec of one action, shape ``[A]``.
-        phi: largest move of each action dimension, as a fraction of half its range; 0 leaves actions unchanged.
-        observation_keys: entries given to the network before the action, in this order.
-        action_key: entry that is read and overwritten.
+        phi: largest change of each action dimension, as a fraction of half the dimension's range; 0 means no change.
+        observation_keys: observation entries that the network reads before the action, in this order.
+        action_key: key of the action entry. The actor reads and overwrites this entry.
 
     Raises:
-        ValueError: if ``action_spec`` is not a finite box of rank 1, or ``phi`` is negative; when called, if the
-            network's output does not fit the action.
+        ValueError: if ``action_spec`` is not a finite box of rank 1, or ``phi`` is negative. A call raises this error
+            if the network's output does not have the size of the action.
 
     Example:
         >>> import torch
@@ -99,9 +107,10 @@ class PerturbationActor(TensorDictModuleBase):
         observation_keys: Sequence[NestedKey] = ("observation",),
         action_key: NestedKey = "action",
     ) -> None:
+        """Build the actor from its network."""
         super().__init__()
         if not phi >= 0:
-            raise ValueError(f"phi is {phi}; it is a distance, 0 or more.")
+            raise ValueError(f"phi is {phi}, expected 0 or more.")
         self.in_keys = [*observation_keys, action_key]
         self.out_keys = [action_key]
         self.network = network
@@ -110,13 +119,13 @@ class PerturbationActor(TensorDictModuleBase):
 
     @accepts_tensors
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Overwrite the action ``[*B, A]`` with the perturbed one."""
+        """Overwrite the action ``[*B, A]`` with the perturbed action."""
         *observations, action = map(tensordict.get, self.in_keys)
         logits = self.network(*observations, action)
         if not logits.shape[-1] == action.shape[-1] == len(self.low):
             raise ValueError(
-                f"the actor's network gives {logits.shape[-1]} features, the action has {action.shape[-1]} dimensions, "
-                f"and action_spec has {len(self.low)}; all three must be equal."
+                f"the actor's network returns {logits.shape[-1]} features, the action has {action.shape[-1]} "
+                f"dimensions, and action_spec has {len(self.low)} dimensions; make all three sizes equal."
             )
-        logits = logits.to(self.low.dtype)  # casts back from autocast's dtype
+        logits = logits.to(self.low.dtype)  # undoes a change of the dtype by autocast
         return tensordict.set(self.out_keys[0], perturb(action, logits, self.phi, self.low, self.high))

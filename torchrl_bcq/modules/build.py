@@ -1,4 +1,4 @@
-"""The networks of each algorithm, built from two specs."""
+"""Builds the networks of each algorithm from the observation spec and the action spec."""
 
 from __future__ import annotations
 
@@ -36,31 +36,33 @@ def make_bcq_modules(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[ActionVAE, PerturbationActor, QEnsemble]:
-    """Build the author's networks: ReLU MLPs that read the concatenated observations (and action or latent).
+    """Build the networks of the BCQ author's code: ReLU MLPs that read their inputs as one concatenated vector.
 
     Args:
-        observation_spec: spec of one observation ``[D]`` (read from ``"observation"``), or a Composite of such.
+        observation_spec: spec of one observation ``[D]``, which the networks read from the entry ``"observation"``. Or
+            a Composite with one such spec for each entry that the networks read.
         action_spec: bounded spec of one action ``[A]``.
-        hidden: hidden sizes of the perturbation actor and of each critic.
-        vae_hidden: hidden sizes of the encoder and of the decoder.
-        latent_dim: latent size, ``2 * A`` if not given.
-        latent_clip: clip of sampled latents, in standard deviations.
+        hidden: sizes of the hidden layers of the perturbation actor and of each critic.
+        vae_hidden: sizes of the hidden layers of the VAE's encoder and decoder.
+        latent_dim: size of the latent; ``2 * A`` if not given.
+        latent_clip: largest magnitude of a sampled latent, in standard deviations.
         kl_weight: weight of the KL divergence in the VAE's loss.
-        num_critics: critics in the ensemble.
+        num_critics: number of critics in the ensemble.
         phi: largest perturbation, as a fraction of half the action range.
         action_key: entry of the action.
         value_key: entry of the critics' values.
-        normalization: scaling of the dataset, added to the networks as layers. They standardise observations, scale
-            actions to [-1, 1], and multiply values by ``reward_scale``. If not given, the networks are the paper's.
-        device: of the parameters.
-        dtype: of the parameters, PyTorch's default if not given.
+        normalization: scaling that was fitted to the dataset. The networks get it as additional layers. These layers
+            standardise observations, scale actions to [-1, 1] and multiply values by ``reward_scale``. Without
+            ``normalization``, the networks are those of the BCQ paper.
+        device: device of the parameters.
+        dtype: dtype of the parameters; PyTorch's default dtype if not given.
 
     Returns:
-        ``(vae, actor, critics)``, each with its own initial weights, drawn from PyTorch's global random state.
+        ``(vae, actor, critics)``, each with its own random initial weights, drawn with PyTorch's global generator.
 
     Raises:
-        TypeError: if ``normalization`` has another type.
-        ValueError: if an observation is not a vector of ``dtype``, the action is not a finite box, or the
+        TypeError: if ``normalization`` is not a ``Normalization``.
+        ValueError: if an observation is not a vector of ``dtype``, the action space is not a finite box, or the
             normalization was fitted to other observations.
 
     Example:
@@ -87,6 +89,7 @@ def make_bcq_modules(
         latent_clip=latent_clip,
         kl_weight=kl_weight,
         error_scale=None if normalization is None else action_input[1],
+        observation_specs=networks.specs,
         **keys,
     )
     actor = PerturbationActor(networks.mlp(actions, hidden, *action_input), action_spec, phi=phi, **keys)
@@ -112,23 +115,22 @@ def make_cloning_modules(
     """Build the network of behaviour cloning: a ReLU MLP that reads the concatenated observations.
 
     Args:
-        observation_spec: spec of one observation ``[D]`` (read from ``"observation"``), or a Composite of such.
+        observation_spec: as in ``make_bcq_modules``.
         action_spec: bounded spec of one action ``[A]``.
-        hidden: hidden sizes.
-        action_key, device, dtype: as in :func:`make_bcq_modules`.
-        normalization: scaling of the dataset, added to the network as its first layer.
+        hidden: hidden sizes of the network.
+        action_key, device, dtype: as in ``make_bcq_modules``.
+        normalization: scaling that was fitted to the dataset. The network applies this scaling in its first layer.
 
     Returns:
-        ``(actor,)``: the networks of :class:`~torchrl_bcq.CloningLoss`, in its order.
+        ``(actor,)``: a tuple with the only network of ``CloningLoss``.
 
     Raises:
-        TypeError, ValueError: as :func:`make_bcq_modules`.
+        TypeError, ValueError: in the same cases as ``make_bcq_modules``.
     """
     networks = _Networks(observation_spec, normalization, device, dtype)
     network = networks.mlp(len(action_bounds(action_spec)[0]), hidden)
-    return networks.place(
-        DeterministicActor(network, action_spec, observation_keys=networks.keys, action_key=action_key)
-    )
+    keys = {"observation_keys": networks.keys, "action_key": action_key}
+    return networks.place(DeterministicActor(network, action_spec, **keys, observation_specs=networks.specs))
 
 
 class _Networks:
@@ -139,37 +141,38 @@ class _Networks:
     ) -> None:
         if normalization is not None and not isinstance(normalization, Normalization):
             raise TypeError(
-                f"normalization is a {type(normalization).__name__}, expected Normalization.fit(transitions), or "
-                "Normalization.identity(observation_spec) before a checkpoint is loaded."
+                f"normalization is a {type(normalization).__name__}, expected the result of "
+                "Normalization.fit(transitions), or of Normalization.identity(observation_spec) if you load a "
+                "checkpoint afterwards."
             )
         self.device = device
         self.dtype = dtype or torch.get_default_dtype()
-        leaves = observation_leaves(observation_spec)
-        for key, leaf in leaves.items():
+        self.specs = observation_leaves(observation_spec)
+        for key, leaf in self.specs.items():
             if len(leaf.shape) != 1 or not leaf.dtype.is_floating_point:
                 raise ValueError(
                     f"observation {key!r} has shape {tuple(leaf.shape)} and dtype {leaf.dtype}, expected a float "
-                    "vector [D]; pass only the leaves that the networks shall read, or build the networks by hand."
+                    "vector [D]; pass only the leaves that the networks should read, or build your own networks."
                 )
             if leaf.dtype != self.dtype:
                 raise ValueError(
-                    f"observation {key!r} is {leaf.dtype}, the networks {self.dtype}: wrap the environment in "
-                    f"TransformedEnv(env, DoubleToFloat()), or pass dtype={leaf.dtype}."
+                    f"observation {key!r} has dtype {leaf.dtype}, but the networks have dtype {self.dtype}: wrap the "
+                    f"environment in TransformedEnv(env, DoubleToFloat()), or pass dtype={leaf.dtype}."
                 )
-        sizes = {key: leaf.shape[0] for key, leaf in leaves.items()}
+        sizes = {key: leaf.shape[0] for key, leaf in self.specs.items()}
         self.keys = list(sizes)
         self.width = sum(sizes.values())
         self.statistics = None if normalization is None else normalization.columns(sizes)
 
     def mlp(self, out_features: int, num_cells: Sequence[int], *other: Tensor) -> MLP:
-        """An MLP of the observations and, if given, an input of another location and scale, each ``[K]``."""
+        """Build an MLP of the observations. ``other``: mean ``[K]`` and scale ``[K]`` of a second input."""
         loc, scale = other or (torch.zeros(0), torch.ones(0))
         network = MLP(
             in_features=self.width + len(loc),
             out_features=out_features,
             num_cells=list(num_cells),
             activation_class=nn.ReLU,
-            activation_kwargs={"inplace": True},  # overwrites its linear layer's output, which nothing else reads
+            activation_kwargs={"inplace": True},  # safe, because nothing else uses the ReLU's input
         )
         if self.statistics is not None:
             columns = zip(self.statistics, (loc, scale), strict=True)
@@ -177,5 +180,5 @@ class _Networks:
         return network
 
     def place(self, *modules: nn.Module) -> Any:
-        """Move modules to the device and dtype of all networks."""
+        """Move the modules to ``self.device`` and ``self.dtype``, and return them as a tuple."""
         return tuple(module.to(device=self.device, dtype=self.dtype) for module in modules)

@@ -1,4 +1,4 @@
-"""Calls with tensors instead of a tensordict, for modules that need the batch size."""
+"""Decorator: users can call a module with tensors, and the batch size is found from their shapes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from tensordict.nn import dispatch
 def accepts_tensors(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Let a module be called with tensors: ``module(x, y)`` or ``module(observation=x, action=y)``.
 
-    The tensors are the entries in ``in_keys``. As with :class:`tensordict.nn.dispatch`, the result is the entry in
-    ``out_keys``, or a tuple of several. The batch size is made of the leading dimensions that are equal in all tensors;
-    the last dimension of each tensor holds its features: ``[B, D]`` gives ``[B]``, and ``[D]`` gives ``[]``. A module
-    that reads nothing but images needs a tensordict.
+    Pass one tensor for each entry in ``in_keys``. As with ``tensordict.nn.dispatch``, the result is the entry in
+    ``out_keys``, or a tuple if ``out_keys`` has several entries. The last dimension of each tensor holds its features.
+    The batch size is the longest common prefix of the tensors' shapes without their last dimensions.
+    For example, ``[B, D]`` gives the batch size ``[B]``, and ``[D]`` gives ``[]``. Call a module that reads only images
+    with a tensordict, because images ``[B, C, H, W]`` would give the batch size ``[B, C, H]``.
     """
 
-    @dispatch(auto_batch_size=False)  # dispatch's own search would take [B, D] for a batch of B * D rows
+    @dispatch(auto_batch_size=False)  # with True, dispatch would use the batch size [B, D] instead of [B]
     def call_with_tensors(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
         sizes = zip(*(tensor.shape[:-1] for tensor in tensordict.values(True, True)), strict=False)
         shared = takewhile(lambda same: all(size == same[0] for size in same), sizes)

@@ -1,4 +1,4 @@
-"""Scaling of observations and rewards as layers of the networks; all data stays in the environment's units."""
+"""Scaling of observations and rewards by layers of the networks. The dataset itself is not changed."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from torchrl.data import Composite, TensorSpec
 
 from torchrl_bcq.functional import merge_moments
 
-CHUNK_ROWS = 65_536  # read at a time
+CHUNK_ROWS = 65_536  # number of dataset rows that are read at a time
 
 
 class Standardize(nn.Module):
-    """``(x - loc) / scale``, a first layer for any network. ``[*B, D] -> [*B, D]``.
+    """First layer of a network: ``(x - loc) / scale`` standardises the input. ``[*B, D] -> [*B, D]``.
 
     Args:
-        loc: ``[D]``, kept in a buffer, which moves with the network and is not trained.
-        scale: ``[D]``, positive, kept in a buffer.
+        loc: value subtracted from each feature, ``[D]``. ``loc`` is a buffer: it moves with the network and is not
+            trained.
+        scale: positive divisor of each feature, ``[D]``. ``scale`` is also a buffer.
 
     Raises:
-        ValueError: if the shapes of the two differ, ``loc`` is not finite, or ``scale`` is not positive and finite;
-            when called, if ``x`` does not have ``D`` features.
+        ValueError: if ``loc`` and ``scale`` are not vectors of equal size, ``loc`` is not finite, or ``scale`` is not
+            positive and finite. A call of the layer also raises this error if ``x`` does not have ``D`` features.
     """
 
     def __init__(self, loc: Tensor, scale: Tensor) -> None:
+        """Build the layer from the mean and the scale of its input."""
         super().__init__()
         if loc.ndim != 1 or loc.shape != scale.shape:
-            raise ValueError(f"loc has shape {tuple(loc.shape)} and scale {tuple(scale.shape)}; both must be [D].")
+            raise ValueError(f"loc has shape {tuple(loc.shape)}, scale has {tuple(scale.shape)}; both must be [D].")
         if not loc.isfinite().all():
             raise ValueError(f"loc is {loc.tolist()} in {loc.dtype}; it must be finite.")
         _check_scale(scale)
@@ -40,16 +42,16 @@ class Standardize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Standardise the last dimension."""
         if x.shape[-1:] != self.loc.shape:
-            raise ValueError(f"the input has shape {tuple(x.shape)}, but the layer scales {len(self.loc)} columns.")
+            raise ValueError(f"the input has shape {tuple(x.shape)}, but the layer scales {len(self.loc)} features.")
         return (x - self.loc) / self.scale
 
     def extra_repr(self) -> str:
-        """The number of columns."""
+        """Show the number of features."""
         return str(len(self.loc))
 
 
 class Rescale(nn.Module):
-    """``x * scale``, a last layer that converts a network's output to raw units. ``[*B, D] -> [*B, D]``."""
+    """Last layer of a critic: ``x * scale`` converts values to the rewards' units. ``[*B, D] -> [*B, D]``."""
 
     def __init__(self, scale: float, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -57,24 +59,25 @@ class Rescale(nn.Module):
         _check_scale(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply."""
+        """Multiply by the scale."""
         return x * self.scale
 
 
 @dataclass(frozen=True, eq=False)
 class Normalization:
-    """Scaling of observations and rewards, for :func:`~torchrl_bcq.make_bcq_modules`; bounds scale the actions.
+    """Scaling of observations and rewards, for ``make_bcq_modules``. Actions are scaled by their bounds.
 
-    Only layers of the networks scale: data, actions, values and losses stay in raw units. The critics multiply their
-    output by the rewards' standard deviation; rewards are not shifted, which would change the problem where episodes
-    terminate. The critics' gradients are ``reward_scale ** 2`` times those on scaled rewards. Adam cancels this factor
-    (except for ``eps`` and with ``clip_norm``); plain SGD does not.
+    Layers inside the networks do the scaling. Data, actions, values and losses keep the environment's units. The
+    critics multiply their output by the rewards' standard deviation. Rewards are not shifted, because a shift would
+    change the task if episodes terminate. The critics' gradients are ``reward_scale ** 2`` times as large as if the
+    rewards were divided by ``reward_scale``. This factor changes the steps of plain SGD. The factor does not change the
+    steps of Adam, except through ``eps`` and ``clip_norm``.
 
     Args:
-        observations: ``(location [D], scale [D])`` of each observation key, on the CPU in float64.
-        reward_scale: unit of the critics' output.
+        observations: for each observation key, ``(location [D], scale [D])`` on the CPU in float64.
+        reward_scale: factor by which the critics multiply their output.
 
-    Source: observations as in TD3+BC, arXiv:2106.06860.
+    Source: the scaling of observations follows TD3+BC, arXiv:2106.06860.
     """
 
     observations: Mapping[NestedKey, tuple[Tensor, Tensor]]
@@ -90,20 +93,20 @@ class Normalization:
         scale_observations: bool = True,
         scale_rewards: bool = True,
     ) -> Normalization:
-        """Mean and standard deviation (of the population) over all rows, in float64 and in one pass.
+        """Fit the scaling: compute mean and population standard deviation of all rows, in float64, in one pass.
 
-        The scale of a column that is constant, or varies by no more than rounding at its magnitude, is 1.
+        The scale is 1 for a column that is constant or varies only by rounding errors.
 
         Args:
-            transitions: batch size ``[N]``; may be memory-mapped and larger than memory.
-            observation_keys: entries ``[N, D]`` that the networks read.
-            reward_key: entry ``[N, 1]``.
-            scale_observations: if False, location 0 and scale 1.
-            scale_rewards: if False, scale 1.
+            transitions: dataset with the batch size ``[N]``; it may be memory-mapped and larger than memory.
+            observation_keys: observation entries ``[N, D]`` that the networks read.
+            reward_key: entry of the reward, ``[N, 1]``.
+            scale_observations: if False, observations get the location 0 and the scale 1.
+            scale_rewards: if False, ``reward_scale`` is 1.
 
         Raises:
-            ValueError: if there is no row, or an entry is missing, has another shape, is not of floats, or has rows
-                that are not finite; it names the entry, the count and the first row.
+            ValueError: if there is no row, or an entry is missing, has a wrong shape or dtype, or has rows that are not
+                finite. For rows that are not finite, the message names the entry, the number of rows and the first row.
         """
         observations = [unravel_key(key) for key in observation_keys]
         keys = [*observations, *([unravel_key(reward_key)] if scale_rewards else [])]
@@ -117,39 +120,42 @@ class Normalization:
 
     @classmethod
     def identity(cls, observation_spec: TensorSpec) -> Normalization:
-        """No scaling; for networks whose scaling is loaded from a checkpoint.
+        """Return a normalization without effect, for networks that later load their scaling from a checkpoint.
 
-        Load the checkpoint into the loss, or into the networks before the loss is made: its targets are copies.
+        Make the loss with these networks, and load the loss's checkpoint. Its target networks then get their scaling,
+        too. A checkpoint of the networks alone must be loaded before you make the loss.
 
         Args:
-            observation_spec: spec of one observation ``[D]``, or a Composite of such.
+            observation_spec: spec of one observation ``[D]``, or a Composite of such specs.
         """
         return cls({key: _unscaled(leaf.shape[-1]) for key, leaf in observation_leaves(observation_spec).items()})
 
     def columns(self, sizes: Mapping[NestedKey, int]) -> tuple[Tensor, ...]:
-        """Location and scale ``[D]`` of all columns that networks read, from the size of each observation in order.
+        """Return all locations in one vector and all scales in another. ``sizes``: number of features by key.
 
         Raises:
-            ValueError: if an observation was not fitted, or with another number of columns.
+            ValueError: if an observation was not fitted, or was fitted with another number of features.
         """
         for key, size in sizes.items():
             if key not in self.observations:
                 raise ValueError(
-                    f"the networks read {key!r}, the normalization is of {[*self.observations]}; fit it with "
-                    f"observation_keys={[*sizes]}."
+                    f"the networks read {key!r}, but the normalization was fitted on {[*self.observations]}; fit it "
+                    f"with observation_keys={[*sizes]}."
                 )
             if (fitted := len(self.observations[key][0])) != size:
-                raise ValueError(f"{key!r} has {size} features, the normalization was fitted on {fitted}.")
+                raise ValueError(
+                    f"{key!r} has {size} features, but the normalization was fitted on {fitted}; fit it again."
+                )
         return tuple(torch.cat(parts).cpu() for parts in zip(*(self.observations[key] for key in sizes), strict=True))
 
 
 def observation_leaves(spec: TensorSpec) -> dict[NestedKey, TensorSpec]:
-    """The leaves of a Composite by key; another spec is that of ``"observation"``."""
+    """Return the leaves of a Composite as a dict. Any other spec gets the key ``"observation"``."""
     return dict(spec.items(True, True)) if isinstance(spec, Composite) else {"observation": spec}
 
 
 def _mean_and_scale(transitions: TensorDictBase, key: NestedKey) -> tuple[Tensor, Tensor]:
-    """Mean ``[D]`` and standard deviation ``[D]`` of an entry; the scale of a column that does not vary is 1."""
+    """Return an entry's mean and scale ``[D]``: the standard deviation, or 1 for a constant column."""
     count = mean = square = torch.zeros((), dtype=torch.float64)
     bad = first_bad = 0
     for start in range(0, len(transitions), CHUNK_ROWS):
@@ -183,14 +189,14 @@ def _check_entries(transitions: TensorDictBase, keys: Sequence[NestedKey]) -> No
     first, present = transitions[:1], transitions.keys(True, True)
     if missing := [key for key in keys if key not in present]:
         raise ValueError(
-            f"transitions lack {missing}; they hold {sorted(map(str, present))}. Pass observation_keys and reward_key."
+            f"transitions lack {missing}; they hold {sorted(map(str, present))}. Set observation_keys and reward_key."
         )
     for key in keys:
         entry = first.get(key)
         if entry.ndim != 2 or not entry.dtype.is_floating_point:
             raise ValueError(
                 f"{key!r} has shape {(len(transitions), *entry.shape[1:])} and dtype {entry.dtype}, expected floats "
-                "[N, D]; scale images in their own encoder."
+                "[N, D]; scale images inside the image encoder."
             )
 
 
@@ -199,6 +205,6 @@ def _check_scale(scale: Tensor) -> None:
     if not usable.all():
         bad = (~usable).nonzero().flatten().tolist()
         raise ValueError(
-            f"scale is {scale[bad].tolist()} in columns {bad}, in {scale.dtype}; it must be positive and finite, such "
-            "as 1 where a column is constant."
+            f"scale is {scale[bad].tolist()} in columns {bad} (in {scale.dtype}); it must be positive and finite. Use "
+            "1 for a constant column."
         )

@@ -1,10 +1,9 @@
-"""Policies of BCQ: sample actions that the dataset would hold, adjust them a little, take the best."""
+"""Policies of BCQ: sample actions that are likely in the dataset, perturb them and choose the best one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -16,33 +15,36 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 
 from torchrl_bcq.functional import clipped_normal, spread_normal
 from torchrl_bcq.memory import keep_freed_memory
+from torchrl_bcq.modules.acting import Policy, tensor_like
 from torchrl_bcq.modules.dispatch import accepts_tensors
 from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, check_action, check_networks, require
 
 
-class BCQPolicy(TensorDictModuleBase):
-    """``argmax_a Q_1(s, a)`` over perturbed samples of the behaviour, for any batch of states.
+class BCQPolicy(Policy):
+    """Policy of BCQ: ``argmax_a Q_1(s, a)`` over perturbed samples of the behaviour model.
 
-    It holds the given modules, not copies: while a loss trains them, the policy acts with the new weights.
+    The policy holds the given modules, not copies: while a loss trains them, the policy acts with the new weights.
 
-    The paper draws new latents at each call; so does the policy under ``ExplorationType.RANDOM`` or without an
-    exploration type. Under ``DETERMINISTIC``, ``MODE`` or ``MEAN`` it uses the fixed latents of its buffer ``latents``,
-    which are spread evenly over the same distribution: an equal observation then gives an equal action.
+    Under ``ExplorationType.RANDOM`` or without an exploration type, the policy draws new latents at each call, as in
+    the paper. Under ``DETERMINISTIC``, ``MODE`` or ``MEAN``, it uses the fixed latents in its buffer ``latents``. With
+    fixed latents, equal observations give equal actions. The fixed latents are spread evenly over the distribution of
+    the random latents.
 
     Args:
-        vae: samples the candidates.
-        actor: perturbs them; None leaves them unchanged.
-        critics: the first critic chooses.
-        num_action_samples: candidates for each state.
-        chunk_size: largest number of candidates evaluated together (at least those of one state); limits the memory.
-        seed: of the fixed latents.
-        return_value: also write ``chosen_action_value [*B, 1]``.
-        return_candidates: also write ``candidates [*B, n, A]`` and their ``action_value [*B, n]``.
+        vae: behaviour model that samples the candidate actions.
+        actor: network that perturbs the candidates; None leaves the candidates unchanged.
+        critics: ensemble whose first critic chooses one of the candidates.
+        num_action_samples: number of candidates for each state.
+        chunk_size: largest number of candidates that are evaluated together. A smaller number needs less memory. The
+            candidates of one state are never split between chunks.
+        seed: seed of the fixed latents.
+        return_value: if True, also write ``chosen_action_value [*B, 1]``.
+        return_candidates: if True, also write ``candidates [*B, n, A]`` and their ``action_value [*B, n]``.
 
     Raises:
-        TypeError: if a network lacks a member that the policy needs.
-        ValueError: if a number is below 1, or the networks use different action keys; when called, if the dtypes of an
-            observation and of the networks differ.
+        TypeError: if a network lacks a method or an attribute that the policy needs.
+        ValueError: if ``num_action_samples`` or ``chunk_size`` is below 1, or the networks use different action keys. A
+            call of the policy also raises this error if an observation and the networks have different dtypes.
 
     Example:
         >>> import torch
@@ -68,7 +70,8 @@ class BCQPolicy(TensorDictModuleBase):
         return_value: bool = False,
         return_candidates: bool = False,
     ) -> None:
-        super().__init__()
+        """Build the policy from its networks."""
+        super().__init__(getattr(vae, "observation_specs", None))
         if num_action_samples < 1 or chunk_size < 1:
             raise ValueError(
                 f"num_action_samples is {num_action_samples} and chunk_size {chunk_size}; both must be at least 1."
@@ -78,7 +81,7 @@ class BCQPolicy(TensorDictModuleBase):
         self.chunk_size = chunk_size
         self.return_value = return_value
         self.return_candidates = return_candidates
-        like = _like(self, default=torch.empty(0))
+        like = tensor_like(self, default=torch.empty(0))
         keep_freed_memory(like.device)
         self.latents = nn.Buffer(spread_normal(num_action_samples, vae.latent_dim, vae.latent_clip, seed, like))
         in_keys = dict.fromkeys([*vae.observation_keys, *(() if actor is None else actor.in_keys), *critics.in_keys])
@@ -91,14 +94,14 @@ class BCQPolicy(TensorDictModuleBase):
 
     @property
     def num_action_samples(self) -> int:
-        """Candidates for each state."""
+        """Number of candidates for each state."""
         return len(self.latents)
 
     @accepts_tensors
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the chosen action of each state, ``[*B, A]``."""
-        like = _like(self, default=self.latents)
+        like = tensor_like(self, default=self.latents)
         number = math.prod(tensordict.batch_size)  # numel() would fix the batch size in an exported graph
         states = self._states(tensordict, number, like.dtype)
         size = max(1, self.chunk_size // self.num_action_samples)
@@ -115,27 +118,27 @@ class BCQPolicy(TensorDictModuleBase):
         return tensordict
 
     def _states(self, tensordict: TensorDictBase, number: int, wanted: torch.dtype) -> dict[NestedKey, Tensor]:
-        """The observations, one row for each state. ``[*B, ...] -> [N, ...]``."""
+        """Check the observations' dtypes and flatten their batch dimensions. ``[*B, ...] -> [N, ...]``."""
         states, ndim = {}, tensordict.ndim
         for key in self.in_keys:
             value = tensordict[key]
             if value.dtype != wanted and value.dtype.is_floating_point:
                 raise ValueError(
-                    f"{key} has dtype {value.dtype}, the networks {wanted}: wrap the environment in "
-                    "TransformedEnv(env, DoubleToFloat()), or build the networks in the other dtype."
+                    f"{key} has dtype {value.dtype}, but the networks have dtype {wanted}: wrap the environment in "
+                    f"TransformedEnv(env, DoubleToFloat()), or build the networks with dtype={value.dtype}."
                 )
             states[key] = value if ndim == 1 else value.reshape(number, *value.shape[ndim:])
         return states
 
     def _choose(self, states: Mapping[NestedKey, Tensor], like: Tensor, device: Any) -> dict[NestedKey, Tensor]:
-        """The best candidate of each state and the other outputs, each ``[N, ...]``."""
+        """Return the best candidate of each state and the other entries of ``out_keys``, each ``[N, ...]``."""
         number, n = next(iter(states.values())).shape[0], self.num_action_samples
         repeated = {key: value.unsqueeze(1).expand(number, n, *value.shape[1:]) for key, value in states.items()}
         candidates = TensorDict(repeated, (number, n), device=device)
         if _is_random():
             latents = clipped_normal((number, *self.latents.shape), self.vae.latent_clip, like)
         else:
-            latents = self.latents.to(like).expand(number, -1, -1)  # a loss may have cast the networks
+            latents = self.latents.to(like).expand(number, -1, -1)  # cast: users can change the networks' dtype
         candidates = check_action(self.vae.decode(candidates, latents), self.vae.action_key)
         if self.actor is not None:
             candidates = self.actor(candidates)
@@ -150,19 +153,20 @@ class BCQPolicy(TensorDictModuleBase):
         return out
 
 
-class BehaviorCloningPolicy(TensorDictModuleBase):
-    """One sample of the behaviour, ``D(s, z)``: the generative model without actor and critics.
+class BehaviorCloningPolicy(Policy):
+    """Policy that samples one action from the behaviour model. The policy uses no actor and no critics.
 
-    Under ``ExplorationType.DETERMINISTIC``, ``MODE`` or ``MEAN`` the latent is its mean, 0.
+    Under ``ExplorationType.DETERMINISTIC``, ``MODE`` or ``MEAN``, the latent is 0, the mean of its distribution.
 
     Args:
-        vae: samples the action.
+        vae: behaviour model that samples the action.
 
     Source: "VAE-BC" in the experiments of arXiv:1812.02900.
     """
 
     def __init__(self, vae: GenerativeModel) -> None:
-        super().__init__()
+        """Build the policy from the behaviour model."""
+        super().__init__(getattr(vae, "observation_specs", None))
         require("vae", vae, GenerativeModel)
         self.vae = vae
         self.in_keys = list(vae.observation_keys)
@@ -172,15 +176,9 @@ class BehaviorCloningPolicy(TensorDictModuleBase):
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write an action for each state, ``[*B, A]``."""
-        shape, like = (*tensordict.batch_size, self.vae.latent_dim), _like(self, tensordict.get(self.in_keys[0]))
+        shape, like = (*tensordict.batch_size, self.vae.latent_dim), tensor_like(self, tensordict.get(self.in_keys[0]))
         latent = clipped_normal(shape, self.vae.latent_clip, like) if _is_random() else like.new_zeros(shape)
         return self.vae.decode(tensordict, latent)
-
-
-def _like(networks: nn.Module, default: Tensor) -> Tensor:
-    """A tensor whose dtype and device latents take: the first parameter, else the first buffer of floats."""
-    tensors = chain(networks.parameters(), networks.buffers())
-    return next((tensor for tensor in tensors if tensor.is_floating_point()), default)
 
 
 def _is_random() -> bool:

@@ -1,4 +1,4 @@
-"""Several critics in one module, shared by a loss, its targets and a policy."""
+"""Combines several critics into one module, which a loss and a policy share."""
 
 from __future__ import annotations
 
@@ -22,21 +22,24 @@ _ELEMENTWISE = (nn.ELU, nn.GELU, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.SELU, nn.SiL
 
 
 class QEnsemble(TensorDictModuleBase):
-    """``C`` independent critics; writes all their values. Actor and policy follow the first one.
+    """Ensemble of ``C`` independent critics. The actor and the policy use the first critic only.
 
-    The critics are evaluated in one batched pass if they are :class:`~torchrl.modules.MLP` s of equal sizes, without
-    hooks, made of linear layers, elementwise activations, :class:`~torchrl_bcq.Standardize` and its inverse. Otherwise
-    they are evaluated one after the other. A critic with BatchNorm gets all batch dimensions flattened into one.
+    The ensemble evaluates all critics in one batched pass if they are ``torchrl.modules.MLP`` networks of the same
+    sizes. All layers must be linear with bias, elementwise activations, ``Standardize`` or ``Rescale``, and must have
+    no hooks. Otherwise, the ensemble evaluates the critics one after the other. For critics with BatchNorm, the
+    ensemble flattens the batch to ``[N]``.
 
     Args:
-        critics: modules that read the same entries and write ``[*B, 1]`` to the same, last out-key.
+        critics: modules with the same in-keys and the same last out-key; each writes values ``[*B, 1]`` to this
+            out-key.
 
-    Writes: the critics' out-key, ``state_action_value [*B, C]`` by default.
+    Writes: the values of all critics, ``[*B, C]``, to the critics' last out-key, such as ``state_action_value``.
 
     Raises:
         TypeError: if a critic is not a TensorDictModule.
-        ValueError: if there is no critic, if keys differ, or if two critics hold equal weights, which makes their
-            minimum the maximum; when called, if a critic's value is not ``[*B, 1]``.
+        ValueError: if there is no critic, if the critics' keys differ, if a critic has uninitialised lazy layers, or if
+            two critics have equal weights. A call of the ensemble also raises this error if a critic's values do not
+            have the shape ``[*B, 1]``.
 
     Example:
         >>> import torch
@@ -53,6 +56,7 @@ class QEnsemble(TensorDictModuleBase):
     """
 
     def __init__(self, critics: Sequence[TensorDictModuleBase]) -> None:
+        """Build the ensemble from its critics."""
         super().__init__()
         _check_critics(critics)
         self.critics = nn.ModuleList(critics)
@@ -75,27 +79,27 @@ class QEnsemble(TensorDictModuleBase):
         """Write the value of the first critic alone, ``[*B, 1]``."""
         critic: Any = self.critics[0]
         if self._batched and not (critic._forward_hooks or critic._forward_pre_hooks):
-            # for one state, TensorDictModule's own call takes as long as the network does
+            # call the network directly: for one state, TensorDictModule's call would double the time
             return tensordict.set(self.out_keys[0], critic.module(*map(tensordict.get, self.in_keys)))
         return tensordict.set(self.out_keys[0], self._value(tensordict, 0))
 
     def _value(self, tensordict: TensorDictBase, i: int) -> Tensor:
-        """The value of critic ``i``, ``[*B, 1]``, by the critic's own call."""
+        """Call critic ``i`` on its own and return its values ``[*B, 1]``."""
         inputs = tensordict.select(*self.in_keys)
         if self._have_batch_norm[i] and inputs.ndim != 1:
-            inputs = inputs.reshape(-1)  # [*B] -> [N]; this copies expanded states, so no other critic gets it
+            inputs = inputs.reshape(-1)  # [*B] -> [N], only for BatchNorm, because reshape copies expanded states
         value = self.critics[i](inputs).get(self.out_keys[0])
         if value.shape != (*inputs.batch_size, 1):
             raise ValueError(
-                f"critic {i} writes values of shape {tuple(value.shape)}, expected one for each row, "
+                f"critic {i} writes values of shape {tuple(value.shape)}, expected one value for each row: "
                 f"{(*inputs.batch_size, 1)}."
             )
         return value.reshape(*tensordict.batch_size, 1)
 
     def _batched_values(self, inputs: Tensor) -> Tensor:
-        """The values of equal MLPs. ``[*B, in] -> [*B, C]``."""
+        """Compute the values of all critics with one batched product per layer. ``[*B, in] -> [*B, C]``."""
         batch, critics = inputs.shape[:-1], len(self.critics)
-        # features before rows: the gradients of the weights then have the weights' memory layout and need no copy
+        # transpose to [features, rows]: otherwise autograd would copy the gradients of the weights
         x = inputs.reshape(-1, inputs.shape[-1]).mT.expand(critics, -1, -1)  # [*B, in] -> [C, in, N]
         for layers in zip(*(critic.module for critic in self.critics), strict=True):
             if isinstance(layers[0], nn.Linear):
@@ -111,7 +115,7 @@ class QEnsemble(TensorDictModuleBase):
 
 
 def _stack(columns: Sequence[Tensor]) -> Tensor:
-    """The columns of all critics, ``C`` times ``[D] -> [C, D, 1]``."""
+    """Stack ``C`` vectors ``[D]``, one for each critic, and return a tensor ``[C, D, 1]``."""
     return torch.stack(list(columns)).unsqueeze(-1)
 
 
@@ -121,12 +125,12 @@ def _check_critics(critics: Sequence[TensorDictModuleBase]) -> None:
     for i, critic in enumerate(critics):
         if not isinstance(critic, TensorDictModuleBase):
             raise TypeError(
-                f"critic {i} is a {type(critic).__name__}; wrap it, as in TensorDictModule(network, "
+                f"critic {i} is a {type(critic).__name__}; wrap it as TensorDictModule(network, "
                 "in_keys=['observation', 'action'], out_keys=['state_action_value'])."
             )
         if any(map(is_lazy, critic.parameters())):
             raise ValueError(
-                f"critic {i} has lazy layers without weights yet; call it once on data, or give in_features."
+                f"critic {i} has uninitialised lazy layers; call the network once with data, or set in_features."
             )
         if critic.in_keys != critics[0].in_keys or critic.out_keys[-1] != critics[0].out_keys[-1]:
             raise ValueError(
@@ -135,7 +139,7 @@ def _check_critics(critics: Sequence[TensorDictModuleBase]) -> None:
             )
     for (i, one), (j, other) in combinations(enumerate(critics), 2):
         if _have_equal_weights(one, other):
-            raise ValueError(f"critics {i} and {j} hold equal weights (a deep copy?); initialise each on its own.")
+            raise ValueError(f"critics {i} and {j} have equal weights, like copies; initialise each critic separately.")
 
 
 def _have_equal_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -147,7 +151,7 @@ def _have_equal_weights(one: nn.Module, other: nn.Module) -> bool:
 
 
 def _are_equal_mlps(critics: Sequence[Any]) -> bool:
-    """Whether all critics are equal MLPs of linear layers with bias and elementwise layers, and write one value."""
+    """Whether all critics are MLPs with one output and equal layers, which the batched pass supports."""
     mlps = [critic.module for critic in critics if isinstance(critic, TensorDictModule) and type(critic.module) is MLP]
     if len(mlps) < len(critics) or len({repr(mlp) for mlp in mlps}) > 1:
         return False
@@ -157,6 +161,6 @@ def _are_equal_mlps(critics: Sequence[Any]) -> bool:
 
 
 def _have_hooks(critics: Iterable[Any]) -> bool:
-    """Whether hooks change an MLP, as old-style weight and spectral norms do."""
+    """Whether a critic or one of its layers has hooks, which the batched pass would not call."""
     modules = (module for critic in critics for module in (critic, critic.module, *critic.module))
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules)

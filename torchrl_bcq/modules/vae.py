@@ -1,8 +1,8 @@
-"""The generative model of the behaviour: samples actions that the dataset would hold for a state."""
+"""The generative model of the behaviour policy. The model samples actions that are likely in the dataset."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -17,26 +17,33 @@ from torchrl_bcq.modules.dispatch import accepts_tensors
 
 
 class ActionVAE(TensorDictModuleBase):
-    """Conditional variational auto-encoder over actions, a :class:`~torchrl_bcq.protocols.GenerativeModel`.
+    """Conditional variational auto-encoder of actions, given the state. The class implements ``GenerativeModel``.
 
-    A call reconstructs the action of a transition; :meth:`decode` samples a new action for a state.
+    ``forward`` reconstructs the action of a transition; ``decode`` samples a new action for a state.
 
     Args:
-        encoder: ``(*observations, action [*B, A]) -> [*B, 2 * L]``, mean and log standard deviation of the latent.
-        decoder: ``(*observations, latent [*B, L]) -> [*B, A]``, unbounded; tanh maps its output onto the action bounds.
+        encoder: network ``(*observations, action [*B, A]) -> [*B, 2 * L]``; it returns the mean and the log standard
+            deviation of the latent.
+        decoder: network ``(*observations, latent [*B, L]) -> [*B, A]``. The VAE maps this unbounded output to the
+            action bounds with tanh.
         action_spec: bounded spec of one action, shape ``[A]``.
-        latent_dim: ``L``; the author uses ``2 * A``.
-        latent_clip: clip of sampled latents, in standard deviations; reconstructions are not clipped.
-        log_std_range: clamp of the encoder's log standard deviation.
-        kl_weight: weight of the latent's KL divergence in :meth:`training_loss`.
-        error_scale: unit of the reconstruction error in each action dimension, ``[A]``; 1 in the paper.
-        observation_keys: entries given to both networks, in this order.
-        action_key: entry that the encoder reads and :meth:`decode` writes.
+        latent_dim: size of the latent, ``L``; the code of the paper's author uses ``2 * A``.
+        latent_clip: largest magnitude of a sampled latent, in standard deviations. In ``forward``, latents are not
+            clipped.
+        log_std_range: range to which the encoder's log standard deviation is clamped.
+        kl_weight: weight of the latent's KL divergence in ``training_loss``.
+        error_scale: divisor of the reconstruction error in each action dimension, ``[A]``; None means 1, as in the
+            paper.
+        observation_keys: observation entries that both networks read, in this order.
+        action_key: entry of the action, which the encoder reads and ``decode`` writes.
+        observation_specs: for each key, the spec of one observation. ``Policy.act`` checks its input with these specs.
 
     Writes: ``reconstruction [*B, A]``, ``loc [*B, L]``, ``log_std [*B, L]``.
 
     Raises:
-        ValueError: if ``action_spec`` is not a finite box of rank 1, or a size, clip, weight or scale is out of range.
+        ValueError: if ``action_spec`` is not a finite box of rank 1, or if ``latent_dim``, ``latent_clip``,
+            ``kl_weight`` or ``error_scale`` is out of range. A call of the VAE also raises this error if a network's
+            output has a wrong size.
 
     Example:
         >>> import torch
@@ -69,7 +76,9 @@ class ActionVAE(TensorDictModuleBase):
         error_scale: Tensor | Sequence[float] | None = None,
         observation_keys: Sequence[NestedKey] = ("observation",),
         action_key: NestedKey = "action",
+        observation_specs: Mapping[NestedKey, TensorSpec] | None = None,
     ) -> None:
+        """Build the model from its encoder and decoder."""
         super().__init__()
         if latent_dim < 1 or not latent_clip > 0:
             raise ValueError(f"latent_dim is {latent_dim} and latent_clip {latent_clip}; both must be positive.")
@@ -77,6 +86,7 @@ class ActionVAE(TensorDictModuleBase):
             raise ValueError(f"kl_weight is {kl_weight}, expected 0 or more.")
         self.observation_keys = list(observation_keys)
         self.action_key = action_key
+        self.observation_specs = observation_specs
         self.in_keys = [*self.observation_keys, action_key]
         self.out_keys = ["reconstruction", "loc", "log_std"]
         self.loss_keys = ["vae_reconstruction", "vae_kl"]
@@ -89,24 +99,26 @@ class ActionVAE(TensorDictModuleBase):
         self.error_scale = None if error_scale is None else nn.Buffer(_error_scale(error_scale, like=self.low))
 
     def encode(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the posterior of the latent: ``loc`` and ``log_std``, each ``[*B, L]``."""
+        """Write the mean and log standard deviation of the latent: ``loc`` and ``log_std``, each ``[*B, L]``."""
         posterior = self.encoder(*self._observations(tensordict), tensordict.get(self.action_key))
         found, expected = posterior.shape[-1], 2 * self.latent_dim
         if found != expected:
-            raise ValueError(f"encoder gives {found} features, expected 2 * latent_dim = {expected}.")
-        posterior = posterior.to(self.low.dtype)  # in autocast's dtype small KL divergences would round to 0
+            raise ValueError(
+                f"encoder returns {found} features, expected 2 * latent_dim = {expected}; change its output size."
+            )
+        posterior = posterior.to(self.low.dtype)  # leave autocast's dtype, which would round small KL terms to 0
         loc, log_std = posterior.chunk(2, -1)  # [*B, 2L] -> 2 x [*B, L]
         return tensordict.set("loc", loc).set("log_std", log_std.clamp(*self.log_std_range))
 
     def decode(self, tensordict: TensorDictBase, latent: Tensor | None = None) -> TensorDictBase:
-        """Write an action ``[*B, A]`` for each state. ``latent [*B, L]`` is clipped standard normal if not given."""
+        """Write an action ``[*B, A]`` for each state. If ``latent [*B, L]`` is None, draw a clipped latent."""
         if latent is None:
             latent = clipped_normal((*tensordict.batch_size, self.latent_dim), self.latent_clip, like=self.low)
         return tensordict.set(self.action_key, self._decode(tensordict, latent))
 
     @accepts_tensors
     def forward(self, tensordict: TensorDictBase, noise: Tensor | None = None) -> TensorDictBase:
-        """Write posterior and reconstruction. ``noise [*B, L]`` is standard normal, drawn if not given."""
+        """Encode and reconstruct the action. If ``noise [*B, L]`` is None, draw it from ``N(0, 1)``."""
         tensordict = self.encode(tensordict)
         loc, std = tensordict.get("loc"), tensordict.get("log_std").exp()
         noise = torch.randn_like(loc) if noise is None else noise
@@ -115,9 +127,10 @@ class ActionVAE(TensorDictModuleBase):
     def training_loss(
         self, tensordict: TensorDictBase, noise: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Negative evidence lower bound of each row, ``[*B]``, and its two parts.
+        """Return the negative evidence lower bound (ELBO) of each row, ``[*B]``, and its two terms.
 
-        ``vae_reconstruction`` is the mean squared error, ``vae_kl`` the mean KL divergence in nats, before its weight.
+        ``vae_reconstruction`` is the squared error, averaged over the action dimensions. ``vae_kl`` is the KL
+        divergence in nats, averaged over the latent dimensions, without the factor ``kl_weight``.
         """
         out = self(tensordict.copy(), noise=noise)
         error = out.get("reconstruction") - out.get(self.action_key)
@@ -133,13 +146,18 @@ class ActionVAE(TensorDictModuleBase):
     def _decode(self, tensordict: TensorDictBase, latent: Tensor) -> Tensor:
         logits = self.decoder(*self._observations(tensordict), latent)
         if logits.shape[-1] != len(self.low):
-            raise ValueError(f"decoder gives {logits.shape[-1]} features, expected the action's {len(self.low)}.")
+            raise ValueError(
+                f"decoder returns {logits.shape[-1]} features, but the action has {len(self.low)} dimensions; change "
+                "the decoder's output size."
+            )
         return squash_to_bounds(logits.to(self.low.dtype), self.low, self.high)
 
 
 def _error_scale(scale: Tensor | Sequence[float], like: Tensor) -> Tensor:
-    """The scale as a new tensor ``[A]``."""
+    """Return ``scale`` as a new tensor ``[A]``. Raise a ValueError if its size or values are wrong."""
     scale = torch.as_tensor(scale).to(like, copy=True)
     if scale.shape != like.shape or not ((scale > 0) & scale.isfinite()).all():
-        raise ValueError(f"error_scale is {scale.tolist()}, expected {len(like)} positive numbers, one of each action.")
+        raise ValueError(
+            f"error_scale is {scale.tolist()}, expected {len(like)} positive numbers, one for each action dimension."
+        )
     return scale

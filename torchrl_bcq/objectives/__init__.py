@@ -1,4 +1,4 @@
-"""Objectives: what is minimised."""
+"""Objectives: the losses that training minimises."""
 
 from torchrl_bcq.objectives.base import OfflineLoss
 from torchrl_bcq.objectives.bcq import BCQLoss

@@ -1,4 +1,4 @@
-"""What all objectives on a fixed dataset share."""
+"""The base class of all objectives that learn from a fixed dataset."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _target_dtype: torch.dtype | None = None
 
 @contextmanager
 def target_precision(dtype: torch.dtype | None) -> Iterator[None]:
-    """Context in which losses evaluate their target networks under autocast to ``dtype``; None changes nothing."""
+    """Context manager in which target networks run under autocast to ``dtype``. None adds no autocast."""
     global _target_dtype
     before, _target_dtype = _target_dtype, dtype
     try:
@@ -35,32 +35,50 @@ def target_precision(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 class OfflineLoss(LossModule):
-    """Base of objectives that learn from a fixed dataset.
+    """Base class of objectives that learn from a fixed dataset. ``OfflineTrainer`` trains any such objective.
 
-    A subclass passes its networks in the order in which they learn, and defines ``{name}_loss(tensordict)`` for each,
-    which returns ``(loss [], metadata)`` and has gradients for that network alone. Metadata are detached tensors that
-    start with the batch dimensions. :class:`~torchrl_bcq.OfflineTrainer` trains any such objective. In the losses,
-    ``self.{name}_network`` is the network on its present weights; see :meth:`target_networks` and :meth:`detached`.
+    A subclass passes its networks to ``OfflineLoss.__init__`` in the order in which training updates the networks. For
+    each network, the subclass defines a method ``{name}_loss(tensordict)``, which returns ``(loss [], metadata)``. The
+    loss has gradients for the network ``{name}`` only. Metadata are detached tensors whose first dimensions are the
+    batch dimensions. In a method ``{name}_loss``, ``self.{name}_network`` uses the current weights of the network.
+    Inside ``with self.target_networks():``, the network uses its target weights. Inside ``with self.detached(name):``,
+    the network uses its detached weights.
 
     Args:
-        networks: by name. None stands for a network that this objective does without.
-        delayed: names of networks that have a target, moved by a target updater.
-        metadata: names of the metadata that each loss returns.
-        action_key: entry of the action, which decides the batch size ``*B``.
-        reduction: ``"mean"`` (or None), ``"sum"`` or ``"none"`` over the batch.
-        use_prioritized_weights: ``"auto"`` weighs each row by ``priority_weight`` if a batch holds it.
+        networks: networks by name. The value None means that the objective does not use this network.
+        delayed: names of the networks that get a target network. A target updater changes the target networks.
+        metadata: for each network name, the names of the metadata that the network's loss returns.
+        action_key: entry of the action. The action's shape ``[*B, A]`` defines the batch size ``*B``.
+        reduction: reduction of the loss over the batch: ``"mean"`` (or None), ``"sum"`` or ``"none"``.
+        use_prioritized_weights: ``"auto"`` or True multiplies the loss of each row by ``priority_weight`` if the batch
+            has this entry; False ignores the entry.
 
-    The modules that are passed in are trained themselves: a policy of the same modules acts with what was just learned.
-    Names of the constructor's network arguments end with ``_network``.
+    The loss trains the given modules, not copies. A policy that holds the same modules therefore always uses the
+    current weights. In the constructor of a subclass, the name of each network argument must end with ``_network``.
 
     Raises:
-        ValueError: at construction, if a setting is out of range; later, if a batch lacks an entry, or its shapes or
-            dtypes do not fit. Nothing is broadcast.
+        ValueError: if a setting is out of range. A call of a loss also raises this error if the batch lacks an entry or
+            an entry has a wrong shape or dtype. The loss never broadcasts an entry.
+
+    Example:
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl_bcq import OfflineLoss, make_cloning_modules
+        >>> class AbsoluteCloning(OfflineLoss):
+        ...     def __init__(self, policy_network):
+        ...         super().__init__({"policy": policy_network})
+        ...     def policy_loss(self, tensordict):
+        ...         batch = self.select(tensordict)
+        ...         cloned = self.policy_network(batch.exclude("action"))["action"]
+        ...         return self.reduce((cloned - batch["action"]).abs().mean(-1), tensordict), {}
+        >>> env = GymEnv("Pendulum-v1")
+        >>> loss = AbsoluteCloning(*make_cloning_modules(env.observation_spec, env.action_spec))
+        >>> loss(env.rollout(100))["loss_policy"].shape
+        torch.Size([])
     """
 
     @dataclass
     class _AcceptedKeys:
-        """Entries of the tensordict. The networks decide the action's; ``set_keys`` renames the others."""
+        """Keys of the batch's entries. ``set_keys`` can change all of these keys, except the action's key."""
 
         action: NestedKey = "action"
         priority: NestedKey = "td_error"
@@ -68,10 +86,10 @@ class OfflineLoss(LossModule):
 
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
-    deterministic_sampling_mode = ExplorationType.RANDOM  # TorchRL's default would make all samples alike
+    deterministic_sampling_mode = ExplorationType.RANDOM  # TorchRL's default would turn off random sampling
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let all losses of a subclass follow weights that are swapped through the objective."""
+        """Wrap the loss methods of a subclass: after ``params.to_module(loss)``, they use ``params``."""
         super().__init_subclass__(**kwargs)
         for name, method in list(vars(cls).items()):
             if name.endswith("_loss") and not name.startswith("_") and inspect.isfunction(method):
@@ -87,20 +105,21 @@ class OfflineLoss(LossModule):
         reduction: str | None = "mean",
         use_prioritized_weights: str | bool = "auto",
     ) -> None:
+        """Build the loss from its networks."""
         super().__init__()
         check_choice("reduction", reduction, ("mean", "sum", "none", None))
         check_choice("use_prioritized_weights", use_prioritized_weights, (True, False, "auto"))
         self.network_names = tuple(name for name, network in networks.items() if network is not None)
         self._network_arguments = self.network_arguments() or [f"{name}_network" for name in networks]
         self.delayed_names = tuple(name for name in self.network_names if name in delayed)
-        with warnings.catch_warnings():  # TorchRL asks for a class annotation of each of these attributes
+        with warnings.catch_warnings():  # hides TorchRL's warning about missing class annotations
             warnings.filterwarnings("ignore", ".* wasn't part of the annotations")
             for name, network in networks.items():
                 if network is None:
                     setattr(self, f"{name}_network", None)
                     continue
                 self.convert_to_functional(network, f"{name}_network", create_target_params=name in delayed)
-                if f"{name}_network_params" not in self._modules:  # a network without parameters and buffers
+                if f"{name}_network_params" not in self._modules:  # the network has no parameters and no buffers
                     setattr(self, f"{name}_network_params", TensorDictParams(TensorDict()))
         self.metadata_keys = {name: tuple((metadata or {}).get(name, ())) for name in self.network_names}
         self.out_keys = [f"loss_{name}" for name in self.network_names]
@@ -114,19 +133,19 @@ class OfflineLoss(LossModule):
 
     @classmethod
     def network_arguments(cls) -> list[str]:
-        """Names of the constructor's arguments that are networks; of the base's if it passes ``*args`` on."""
+        """List the constructor's arguments ``{name}_network``. If there are none, list those of a base class."""
         signatures = (inspect.signature(vars(each).get("__init__", object.__init__)).parameters for each in cls.__mro__)
         found = ([name for name in parameters if name.endswith("_network")] for parameters in signatures)
         return next(filter(None, found), [])
 
     @property
     def networks(self) -> tuple[Any, ...]:
-        """The modules that were passed in, in the constructor's order; None for one that is absent."""
+        """The given networks, in the order of the constructor's arguments. An absent network is None."""
         return tuple(getattr(self, name) for name in self._network_arguments)
 
     @property
     def trainable_names(self) -> tuple[str, ...]:
-        """Names of the networks that have a parameter to train."""
+        """Names of the networks that have at least one trainable parameter."""
         return tuple(
             name
             for name in self.network_names
@@ -135,62 +154,66 @@ class OfflineLoss(LossModule):
 
     @property
     def has_values(self) -> bool:
-        """Whether the objective learns values."""
+        """Whether the objective learns state-action values."""
         return type(self).value is not OfflineLoss.value
 
     def value(self, tensordict: TensorDictBase) -> Tensor | None:
-        """The value by which the policy acts, of state-action pairs ``[N]``; None for an objective without values."""
+        """Return the values ``[N]`` of ``N`` state-action pairs, or None if the objective learns no values."""
         return None
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """All losses at the present parameters, whose sum can be differentiated, and their metadata."""
+        """Compute all losses and their metadata. You can add the losses and call ``backward`` on the sum."""
         out: dict[str, Tensor] = {}
         for name in self.network_names:
             loss, metadata = getattr(self, f"{name}_loss")(tensordict)
             out.update({f"loss_{name}": loss, **metadata})
         return TensorDict(out)
 
-    # what the losses of a subclass use
+    # methods that subclasses call in their losses
 
     def select(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Check and select the states and actions of a batch, ``[*B]``."""
+        """Check a batch and return its observations and actions ``[*B, A]``, with the batch size ``*B``."""
         return self._select(tensordict, self._state_action_keys)
 
     def _select(self, tensordict: TensorDictBase, keys: list[NestedKey], **outcome: Any) -> TensorDictBase:
         return select_inputs(tensordict, keys, action_key=self.tensor_keys.action, dtype=self._like.dtype, **outcome)
 
     def target_networks(self) -> AbstractContextManager:
-        """Context in which networks use the weights of their targets, if they have one."""
+        """Context manager in which each network that has a target network uses the target's weights."""
         slots = []
         for name in self.delayed_names:
-            params = getattr(self, f"target_{name}_network_params")  # TorchRL warns here of a missing updater
+            params = getattr(self, f"target_{name}_network_params")  # this access warns if no target updater exists
             known, found = self._targets[name]
             slots += found if params._param_td is known else find_slots(params, getattr(self, f"{name}_network"))
         return RunOn(slots)
 
     def target_autocast(self) -> AbstractContextManager:
-        """Context of the precision that :func:`target_precision` asks for."""
+        """Context manager that applies the precision set by ``target_precision``."""
         if _target_dtype is None:
-            return nullcontext()  # keeps an autocast around the loss
+            return nullcontext()  # keeps the autocast context of the caller
         return torch.autocast(self._like.device.type, _target_dtype)
 
     def detached(self, name: str) -> AbstractContextManager:
-        """Context in which a network's weights have no gradient, but its inputs do."""
+        """Context manager in which a network's inputs get gradients, but the network's weights get none."""
         return RunOn(self._own[name][1], detached=True)
 
     def reduce(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
-        """Importance weights, mask and reduction as in TorchRL. ``[*B] -> []``, or ``[*B]`` for ``"none"``."""
+        """Weight, mask and reduce the losses ``[*B]`` of the rows. The reduction ``none`` keeps the shape."""
         weights = self._maybe_get_priority_weight(tensordict)
         if weights is not None and weights.shape != loss.shape:
             key, shape = self.tensor_keys.priority_weight, tuple(weights.shape)
-            raise ValueError(f"{key} has shape {shape}, expected {tuple(loss.shape)}, one weight for each row.")
+            raise ValueError(f"{key} has shape {shape}, expected {tuple(loss.shape)}: one weight for each row.")
         return self._reduce_loss(loss, tensordict=tensordict, weights=weights)
 
-    # ownership of the networks
+    # parameters of the networks
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state; entries of the networks that are missing or of another size raise, which tensordict skips."""
+        """Load a state dict.
+
+        An entry with a wrong shape raises an error. If ``strict`` is True, a missing or unknown entry also raises an
+        error. Without this check, tensordict would load such a state dict without an error.
+        """
         check_state_dict(self.state_dict(), state_dict, strict=strict)
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self._bind()
@@ -202,7 +225,7 @@ class OfflineLoss(LossModule):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy, whose parameters are those of the copied modules: these keep layers that are shared."""
+        """Restore a copied loss. Networks that shared layers before the copy share layers in the copy too."""
         super().__setstate__(state)
         for name in self.network_names:
             params = TensorDict.from_module(getattr(self, f"{name}_network"), as_module=True)
@@ -211,23 +234,24 @@ class OfflineLoss(LossModule):
         self._bind()
 
     def _bind(self) -> None:
-        """Let the modules hold this loss's parameters, and remember where each weight is stored."""
+        """Put the loss's parameters into the user's networks; store the dict and key of each weight."""
         self._own, self._targets = {}, {}
         for name in self.network_names:
             network = getattr(self, f"{name}_network")
             params = self._modules[f"{name}_network_params"]
-            params.to_module(network, preserve_module_state=False)  # the default would unfreeze frozen weights
+            params.to_module(network, preserve_module_state=False)  # the default, True, would unfreeze frozen weights
             self._own[name] = params._param_td, find_slots(params, network)
             if name in self.delayed_names:
                 target = self._modules[f"target_{name}_network_params"]
                 self._targets[name] = target._param_td, find_slots(target, network)
-        self._first = (next(self.parameters()),)  # in a tuple, or it would be registered again
+        # stored in a tuple: otherwise nn.Module would register this parameter a second time
+        self._first = (next(self.parameters()),)
         layers = [layer for name in self.network_names for layer in getattr(self, f"{name}_network").modules()]
         self.mixes_rows = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers)
 
     @property
     def _like(self) -> Tensor:
-        """A parameter, for the dtype and device of what is drawn."""
+        """The first parameter, whose dtype and device the loss uses for new tensors."""
         return self._first[0]
 
     def _has_swapped_weights(self) -> bool:
@@ -241,7 +265,7 @@ class OfflineLoss(LossModule):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """Entries that ``forward`` reads, in the order of a call without keywords."""
+        """Entries that ``forward`` reads, in the order of its positional arguments."""
         if self._in_keys is None:
             self._in_keys = self._find_in_keys()
         return self._in_keys
@@ -263,11 +287,14 @@ class OfflineLoss(LossModule):
         return [key for key in dict.fromkeys(key for keys in read for key in keys) if key != self.tensor_keys.action]
 
     def _make_vmap(self) -> None:
-        """Nothing here is vmapped; TorchRL calls this when ``set_vmap_randomness`` is."""
+        """Do nothing: TorchRL's ``set_vmap_randomness`` calls this method, but the loss does not use vmap."""
 
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
         self._in_keys = None
         for name, key in self._decided_keys.items():
             if (asked := getattr(self.tensor_keys, name)) != key:
                 setattr(self.tensor_keys, name, key)
-                raise ValueError(f"the networks use {key!r} as the {name}; rename it there, not to {asked!r} here.")
+                raise ValueError(
+                    f"set_keys cannot change the {name} key to {asked!r}, because the networks use {key!r}; build the "
+                    f"networks with the key {asked!r}."
+                )

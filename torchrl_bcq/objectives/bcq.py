@@ -14,50 +14,56 @@ from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, check_action,
 
 
 class BCQLoss(ValueLoss):
-    """Batch-Constrained deep Q-learning: ``vae_loss``, ``qvalue_loss`` and ``actor_loss``.
+    """Losses of Batch-Constrained deep Q-learning: ``vae_loss``, ``qvalue_loss`` and ``actor_loss``.
 
-    Each can be called alone and has gradients for its own network only. ``forward`` evaluates all three at the present
-    parameters; the paper steps them one after the other, as :class:`~torchrl_bcq.BCQOptimizationStepper` does.
+    Each loss can be called alone and has gradients for its own network only. ``forward`` computes all three with the
+    current parameters. The paper updates one network after the other, as ``BCQOptimizationStepper`` does.
 
     Args:
-        vae_network: model of the behaviour, any :class:`~torchrl_bcq.GenerativeModel`; the paper's is
-            :class:`~torchrl_bcq.ActionVAE`. Actor and critics learn too if it is frozen or has no parameters.
-        actor_network: perturbs the action of a tensordict; see :class:`~torchrl_bcq.PerturbationActor`. None leaves
-            sampled actions as they are; then there is no ``actor_loss``.
-        qvalue_network: all critics in one module; see :class:`~torchrl_bcq.QEnsemble`.
-        lmbda: weight of the minimum over critics in the target; the maximum has ``1 - lmbda``.
-        num_target_samples: actions sampled at each next state.
-        delay_actor: whether the target uses an actor of its own, moved by a target updater.
-        delay_qvalue: whether the target uses critics of its own.
-        loss_function: of the TD error: ``"l2"`` (the paper's), ``"smooth_l1"`` (Huber's, with threshold 1) or ``"l1"``.
-        reduction: ``"mean"`` (or None), ``"sum"`` or ``"none"`` over the batch.
-        deactivate_vmap: TorchRL's switch for the value estimator; nothing else here uses vmap.
-        use_prioritized_weights: ``"auto"`` weighs each row by ``priority_weight`` if a batch holds it.
+        vae_network: model of the behaviour policy: ``ActionVAE`` as in the paper, or any ``GenerativeModel``. If the
+            model is frozen or has no parameters, only the actor and the critics learn.
+        actor_network: network that perturbs an action, such as ``PerturbationActor``. With None, sampled actions are
+            not perturbed and there is no ``actor_loss``.
+        qvalue_network: all critics in one module, such as ``QEnsemble``.
+        lmbda: weight of the minimum over critics in the target; the weight of the maximum is ``1 - lmbda``.
+        num_target_samples: number of actions sampled at each next state.
+        delay_actor, delay_qvalue: ``delay_actor`` adds a target actor, ``delay_qvalue`` adds target critics. A target
+            updater changes the weights of the target networks.
+        loss_function: loss of the TD error: ``"l2"`` (paper), ``"smooth_l1"`` (Huber, threshold 1) or ``"l1"``.
+        reduction: reduction of each loss over the batch: ``"mean"`` (or None), ``"sum"`` or ``"none"``.
+        deactivate_vmap: same meaning as in TorchRL's losses: if True, the value estimator uses a loop instead of vmap.
+        use_prioritized_weights: ``"auto"`` or True multiplies a row's loss by ``priority_weight`` if the batch has it.
 
-    Reads: observations, action ``[*B, A]``, and under ``"next"`` observations, reward, done and terminated
-    ``[*B, 1]``; ``steps_to_next_obs [*B, 1]`` of TorchRL's multi-step transforms. The bootstrap ends at
-    ``terminated``; a truncated episode goes on. Writes ``td_error [*B]`` to its input, the largest over critics, as
-    the priority. The discount belongs to the value estimator: ``loss.make_value_estimator(gamma=0.99)``.
+    Reads: observations and the action ``[*B, A]``. Under ``"next"``, the loss reads the observations, and ``reward``,
+    ``done`` and ``terminated`` of shape ``[*B, 1]``. If the batch has ``steps_to_next_obs [*B, 1]``, the loss also
+    reads this entry (see ``ValueLoss``). The target does not bootstrap if ``terminated`` is True. Writes the largest
+    absolute TD error over critics to the input tensordict, as the priority ``td_error [*B]``. Set the discount factor
+    with ``loss.make_value_estimator(gamma=0.99)``.
 
-    Returns: ``loss_vae``, ``loss_qvalue`` (summed over critics), ``loss_actor``, and detached, for each row: the
-    metadata of the behaviour model (``vae_reconstruction``, ``vae_kl``), ``td_error [*B, C]`` (absolute),
-    ``pred_value [*B, C]``, ``target_value [*B]``.
+    Returns: ``loss_vae``, ``loss_qvalue`` (summed over critics) and ``loss_actor``. The result also has detached
+    metadata of each row: the absolute ``td_error [*B, C]``, ``pred_value [*B, C]``, ``target_value [*B]``, and the
+    metadata of ``vae_network``, such as ``vae_reconstruction`` and ``vae_kl`` of ``ActionVAE``.
 
     Raises:
         TypeError: at construction, if a network lacks a member of its protocol.
-        ValueError: at construction, if a setting is out of range, or the networks disagree about the action's key;
-            later, if a batch lacks an entry, or its shapes or dtypes do not fit.
+        ValueError: if a setting is out of range or the networks use different action keys. A call of a loss also raises
+            this error if the batch lacks an entry or an entry has a wrong shape or dtype.
 
-    >>> from torchrl.data import Bounded, Unbounded
-    >>> from torchrl_bcq import BCQLoss, make_bcq_modules
-    >>> loss = BCQLoss(*make_bcq_modules(Unbounded((3,)), Bounded(-1, 1, (2,))))
-    >>> loss.network_names
-    ('vae', 'qvalue', 'actor')
+    Example:
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl.objectives import SoftUpdate
+        >>> from torchrl_bcq import BCQLoss, make_bcq_modules
+        >>> env = GymEnv("Pendulum-v1")
+        >>> loss = BCQLoss(*make_bcq_modules(env.observation_spec, env.action_spec))
+        >>> updater = SoftUpdate(loss, tau=0.005)
+        >>> loss_qvalue, metadata = loss.qvalue_loss(env.rollout(100))
+        >>> metadata["td_error"].shape
+        torch.Size([100, 2])
 
     Source: arXiv:1812.02900, eq. 11 to 13, algorithm 1, appendix D.1.
     """
 
-    target_chunk_size = 2_560  # next actions evaluated together on a CPU
+    target_chunk_size = 2_560  # number of candidate actions that a CPU evaluates at a time
 
     def __init__(
         self,
@@ -74,6 +80,7 @@ class BCQLoss(ValueLoss):
         deactivate_vmap: bool = False,
         use_prioritized_weights: str | bool = "auto",
     ) -> None:
+        """Build the loss from its networks."""
         if not 0 <= lmbda <= 1:
             raise ValueError(f"lmbda is {lmbda}, expected a weight between 0 and 1.")
         if num_target_samples < 1:
@@ -96,26 +103,26 @@ class BCQLoss(ValueLoss):
         self.num_target_samples = num_target_samples
 
     def vae_loss(self, tensordict: TensorDictBase, noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The behaviour model's training loss, for a VAE the negative ELBO. ``noise [*B, L]`` is drawn if not given."""
+        """Return the behaviour model's loss and metadata. If ``noise [*B, L]`` is None, the model draws it."""
         batch = self.select(tensordict)
         loss, metadata = self.vae_network.training_loss(batch, noise=noise)
         if loss.shape != batch.batch_size or set(metadata) != set(self.vae_network.loss_keys):
             raise ValueError(
-                f"training_loss gave shape {tuple(loss.shape)} and {[*metadata]}, expected one loss for each row, "
-                f"{tuple(batch.batch_size)}, and loss_keys, {[*self.vae_network.loss_keys]}."
+                f"training_loss gave a loss of shape {tuple(loss.shape)} and metadata {[*metadata]}; it must return "
+                f"one loss per row, {tuple(batch.batch_size)}, and the metadata {[*self.vae_network.loss_keys]}."
             )
         return self.reduce(loss, tensordict), metadata
 
     def qvalue_loss(self, tensordict: TensorDictBase, latent: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Distance of all critics from the target. ``latent [*B, n, L]`` of the next actions is drawn if not given."""
+        """Return the TD loss and metadata. If ``latent [*B, n, L]`` is None, draw it for the next actions."""
         batch = self.select_transitions(tensordict)
         pred_value = self._critics(batch.copy())  # [*B, C]
         return self.td_distance(pred_value, self._target_value(batch, latent), tensordict)
 
     def actor_loss(self, tensordict: TensorDictBase, latent: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """``-Q_1`` of a perturbed sample. ``latent [*B, L]`` of the sampled action is drawn if not given."""
+        """Return the loss ``-Q_1`` of perturbed actions. If their ``latent [*B, L]`` is None, draw it."""
         if self.actor_network is None:
-            raise ValueError("this loss was made without an actor_network; there is no actor_loss.")
+            raise ValueError("there is no actor_loss, because actor_network is None; pass a network to BCQLoss.")
         batch = self.select(tensordict)
         with torch.no_grad():
             sampled = self._sample(batch.select(*self._observation_keys), latent)
@@ -125,29 +132,29 @@ class BCQLoss(ValueLoss):
         return self.reduce(-value, tensordict), {}
 
     def value(self, tensordict: TensorDictBase) -> Tensor:
-        """The first critic's value of state-action pairs: ``[*B]``."""
+        """Return the first critic's values of state-action pairs, ``[*B]``."""
         return self._first_critic(tensordict.select(*self.qvalue_network.in_keys))
 
     @torch.no_grad()
     def _target_value(self, batch: TensorDictBase, latent: Tensor | None) -> Tensor:
-        """Eq. 13 at the next states, with the target actor and critics: ``[*B, 1]``."""
+        """Compute the TD target (eq. 13) with the target actor and target critics. ``[*B] -> [*B, 1]``."""
         states = batch.get("next").select(*self._observation_keys)
         candidates = states.unsqueeze(-1).expand(*states.batch_size, self.num_target_samples)  # [*B] -> [*B, n]
         latent = self._draw_latent(candidates) if latent is None else latent
-        size = candidates.numel() if self.mixes_rows else self.target_chunk_size  # batch statistics need all rows
+        size = candidates.numel() if self.mixes_rows else self.target_chunk_size  # BatchNorm needs all rows at once
         with self.target_autocast(), self.target_networks():
             next_value = evaluate_in_parts(self._best_value, candidates, latent, size)
         return self.td_target(batch, next_value)
 
     def _best_value(self, candidates: TensorDictBase, latent: Tensor) -> Tensor:
-        """Value of the best candidate of each state. ``[*B, n] -> [*B, 1]``."""
+        """Sample and perturb ``n`` actions for each state. Return the best value of each state, ``[*B, 1]``."""
         candidates = self._sample(candidates, latent)
         if self.actor_network is not None:
             candidates = self.actor_network(candidates)
-        return best_sample_value(self._critics(candidates), self.lmbda)  # [*B, n, C]
+        return best_sample_value(self._critics(candidates), self.lmbda)  # [*B, n, C] -> [*B, 1]
 
     def _sample(self, states: TensorDictBase, latent: Tensor | None) -> TensorDictBase:
-        """Write an action of the behaviour model for each state."""
+        """Sample an action for each state from the behaviour model."""
         latent = self._draw_latent(states) if latent is None else latent
         return check_action(self.vae_network.decode(states, latent), self.tensor_keys.action)
 
@@ -156,7 +163,7 @@ class BCQLoss(ValueLoss):
         return clipped_normal(shape, self.vae_network.latent_clip, like=self._like)
 
     def _critics(self, state_actions: TensorDictBase) -> Tensor:
-        """Values of all critics ``[*B, C]``, in the dtype of the loss: under autocast the networks' differs."""
+        """Return the values ``[*B, C]`` of all critics in the dtype of the loss, also under autocast."""
         return self.qvalue_network(state_actions).get(self.tensor_keys.state_action_value).to(self._like.dtype)
 
     def _first_critic(self, state_actions: TensorDictBase) -> Tensor:

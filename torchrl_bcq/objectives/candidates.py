@@ -1,4 +1,4 @@
-"""Evaluating many candidate actions in parts that fit into a CPU's caches."""
+"""Evaluates many candidate actions in parts that fit into the caches of a CPU."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor
 def evaluate_in_parts(
     evaluate: Callable[[TensorDictBase, Tensor], Tensor], candidates: TensorDictBase, latent: Tensor, size: int
 ) -> Tensor:
-    """Evaluate candidates in parts of about ``size`` along the last batch dimension; on other devices all at once.
+    """Evaluate candidates: on a CPU in parts of about ``size`` candidates, on other devices all at once.
 
-    ``evaluate`` maps candidates ``[*B, n]`` and latent ``[*B, n, L]`` to ``[*B, 1]``, each row from its own candidates.
+    ``evaluate`` maps candidates ``[*B, n]`` and latents ``[*B, n, L]`` to ``[*B, 1]``. The result for a state must
+    depend only on the candidates of this state. The candidates are split along the last dimension of ``*B``.
     """
     parts = -(-candidates.numel() // size)
     if latent.device.type != "cpu" or parts == 1 or candidates.ndim == 1:

@@ -1,4 +1,4 @@
-"""Behaviour cloning of a deterministic network."""
+"""Loss that trains a deterministic network by behaviour cloning."""
 
 from __future__ import annotations
 
@@ -10,26 +10,30 @@ from torchrl_bcq.objectives.base import OfflineLoss
 
 
 class CloningLoss(OfflineLoss):
-    """Behaviour cloning: the mean squared error between a network's action and the dataset's.
+    """Behaviour cloning loss: the mean squared error between the network's action and the action in the dataset.
 
     Args:
-        actor_network: reads observations and writes the action, such as :class:`~torchrl_bcq.DeterministicActor`.
-        reduction: ``"mean"`` (or None), ``"sum"`` or ``"none"`` over the batch.
-        use_prioritized_weights: ``"auto"`` weighs each row by ``priority_weight`` if a batch holds it.
+        actor_network: network that reads observations and writes the action, such as ``DeterministicActor``.
+        reduction: reduction of the loss over the batch: ``"mean"`` (or None), ``"sum"`` or ``"none"``.
+        use_prioritized_weights: ``"auto"`` or True multiplies the loss of each row by ``priority_weight`` if the batch
+            has this entry; False ignores the entry.
 
-    Reads: observations and action ``[*B, A]``. Writes the squared error of each row, ``[*B]``, as the priority.
+    Reads: observations and action ``[*B, A]``. Writes the squared error of each row, ``[*B]``, to the input tensordict
+    as the priority.
 
     Returns: ``loss_actor``.
 
     Raises:
-        ValueError: at construction, if the network writes more than an action, or a setting is out of range; later, if
-            a batch lacks an entry, or shapes or dtypes do not fit.
+        ValueError: if the network does not write exactly one entry, or a setting is out of range. A call of the loss
+            also raises this error if the batch lacks an entry or an entry has a wrong shape or dtype.
 
-    >>> from torchrl.data import Bounded, Unbounded
-    >>> from torchrl_bcq import CloningLoss, make_cloning_modules
-    >>> (actor,) = make_cloning_modules(Unbounded((3,)), Bounded(-1, 1, (2,)))
-    >>> CloningLoss(actor).out_keys
-    ['loss_actor']
+    Example:
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl_bcq import CloningLoss, make_cloning_modules
+        >>> env = GymEnv("Pendulum-v1")
+        >>> (actor,) = make_cloning_modules(env.observation_spec, env.action_spec)
+        >>> list(CloningLoss(actor)(env.rollout(100)).keys())
+        ['loss_actor']
 
     Source: Pomerleau, "ALVINN", 1988; the baseline "BC" of arXiv:1812.02900.
     """
@@ -41,8 +45,9 @@ class CloningLoss(OfflineLoss):
         reduction: str | None = "mean",
         use_prioritized_weights: str | bool = "auto",
     ) -> None:
+        """Build the loss from its network."""
         if len(actor_network.out_keys) != 1:
-            raise ValueError(f"actor_network writes {actor_network.out_keys}, expected the action alone.")
+            raise ValueError(f"actor_network writes {actor_network.out_keys}, expected one entry, the action.")
         super().__init__(
             {"actor": actor_network},
             action_key=actor_network.out_keys[0],
@@ -51,13 +56,16 @@ class CloningLoss(OfflineLoss):
         )
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error, mean over action dimensions."""
+        """Return the squared error, averaged over the action dimensions and reduced over the batch."""
         batch = self.select(tensordict)
         key = self.tensor_keys.action
         action = self.actor_network(batch.exclude(key)).get(key)
         if action.shape != batch.get(key).shape:
             found, expected = tuple(action.shape), tuple(batch.get(key).shape)
-            raise ValueError(f"actor_network writes actions of shape {found}, the batch has {expected}.")
+            raise ValueError(
+                f"actor_network writes actions of shape {found}, but the batch has actions of shape {expected}; build "
+                "the network for the actions of the dataset."
+            )
         error = (action - batch.get(key)).square().mean(-1)  # [*B, A] -> [*B]
         tensordict.set(self.tensor_keys.priority, error.detach())
         return self.reduce(error, tensordict), {}

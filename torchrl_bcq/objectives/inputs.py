@@ -1,4 +1,4 @@
-"""Checks of what a loss is given: nothing is missing, broadcast, cast or skipped silently."""
+"""Checks of a loss's inputs. A wrong input raises an error: a loss never broadcasts or casts an input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tensordict.utils import NestedKey
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
-    """Raise a ValueError if a setting is none of the choices."""
+    """Raise a ValueError if the value of a setting is not one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}, expected one of {[*choices]}.")
 
@@ -25,23 +25,26 @@ def select_inputs(
     reward_key: NestedKey | None = None,
     flag_keys: Collection[NestedKey] = (),
 ) -> TensorDictBase:
-    """Select the entries that a loss reads, with the batch size ``*B`` of the action ``[*B, A]``.
+    """Check and select the entries that a loss reads. The action's shape ``[*B, A]`` defines the batch size.
 
     Args:
-        tensordict: any batch size that is a prefix of ``*B``.
-        keys: entries to select, the action among them.
-        action_key: decides ``*B``.
-        dtype: of all entries that are real numbers.
-        reward_key: must be ``[*B, 1]``.
-        flag_keys: must be boolean and ``[*B, 1]``.
+        tensordict: the batch; its batch size is ``*B`` or the first dimensions of ``*B``.
+        keys: entries to select, including the action.
+        action_key: entry of the action, whose shape defines ``*B``.
+        dtype: required dtype of the reward and of all floating-point entries.
+        reward_key: entry of the reward, which must have the shape ``[*B, 1]``.
+        flag_keys: entries that must be boolean and have the shape ``[*B, 1]``.
 
     Raises:
-        ValueError: if an entry is missing, or its shape or dtype does not fit.
+        ValueError: if an entry is missing, or has a wrong shape or dtype.
     """
     missing = [key for key in keys if tensordict.get(key, None) is None]
     if missing:
         present = sorted(map(str, tensordict.keys(True, True)))
-        raise ValueError(f"the batch lacks {missing}; it holds {present}. Rename entries with loss.set_keys(...).")
+        raise ValueError(
+            f"the batch lacks {missing}; it holds {present}. If your entries have different names, pass the names of "
+            "rewards and flags to loss.set_keys(...), and the names of observations and actions to the networks."
+        )
     action = tensordict.get(action_key)
     batch = action.shape[:-1]
     for key in keys:
@@ -53,41 +56,42 @@ def select_inputs(
         column = is_flag or key == reward_key
         if value.shape[: len(batch)] != batch or (column and value.shape != (*batch, 1)):
             raise ValueError(
-                f"{key} has shape {tuple(value.shape)}, which does not fit the action's {tuple(action.shape)}: "
-                "expected [*B, 1] for reward, done and terminated, and [*B, ...] for all else."
+                f"{key} has shape {tuple(value.shape)}, which does not fit the action's shape "
+                f"{tuple(action.shape)} = [*B, A]; expected [*B, 1] for reward, done and terminated, and [*B, ...] for "
+                "all other entries."
             )
     names = [*tensordict.names, *[None] * (len(batch) - tensordict.ndim)]
     selected = TensorDict(batch_size=batch, names=names, device=tensordict.device)
-    for key in keys:  # tensordict's own select does not compile where these are nested
+    for key in keys:  # a loop, because torch.compile does not support tensordict's select() with nested keys
         selected.set(key, tensordict.get(key))
     return selected
 
 
 def check_time_dimension(batch: TensorDictBase) -> None:
-    """Raise a ValueError for a flat batch, whose rows multi-step estimators would take for one trajectory."""
+    """Raise a ValueError if a batch has no time dimension, which multi-step value estimators need."""
     if batch.ndim < 2 and "time" not in (batch.names or ()):
         raise ValueError(
-            f"the batch has size {tuple(batch.shape)}, but TD(1) and TD(lambda) need a time dimension: pass whole "
-            "slices of trajectories as [B, T], or name the dimension 'time'; for single transitions use TD0."
+            f"the batch has size {tuple(batch.shape)}, but TD(1) and TD(lambda) need a time dimension; pass "
+            "slices of trajectories as [B, T], or name the time dimension 'time'. Use TD0 for single transitions."
         )
 
 
 def check_state_dict(own: Mapping[str, Any], given: Mapping[str, Any], *, strict: bool) -> None:
-    """Raise a RuntimeError if a state_dict has other sizes than a loss's own, or, if ``strict``, other entries."""
+    """Raise a RuntimeError if ``own`` and ``given`` differ in shapes or, if ``strict`` is True, in names."""
     lacking, unknown = own.keys() - given.keys(), given.keys() - own.keys()
     if strict and (lacking or unknown):
         raise RuntimeError(
             f"the state_dict lacks {len(lacking)} entries of this loss{_such_as(lacking)} and has {len(unknown)} "
-            f"others{_such_as(unknown)}; build the networks with the same layers, and with normalization (such as "
-            "Normalization.identity) if they had it."
+            f"other entries{_such_as(unknown)}; build the networks with the same layers as the saved ones, and with "
+            "normalization (such as Normalization.identity) if the saved networks had normalization."
         )
     shared = {name for name, value in own.items() if isinstance(value, torch.Tensor) and name in given}
     if resized := {name for name in shared if own[name].shape != given[name].shape}:
         name = min(resized)
         raise RuntimeError(
-            f"the state_dict has {len(resized)} entries of other sizes than this loss (such as {name}, "
-            f"{[*given[name].shape]} there and {[*own[name].shape]} here); build the networks with the same hidden "
-            "sizes, for the same observations and actions."
+            f"the state_dict has {len(resized)} entries whose shape differs from this loss (such as {name}: "
+            f"{[*given[name].shape]} in the state_dict, {[*own[name].shape]} in the loss); build the networks with the "
+            "same hidden sizes and for the same observations and actions as the saved networks."
         )
 
 

@@ -1,4 +1,4 @@
-"""Running a network on other weights than its own."""
+"""Runs a network temporarily with other weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Slots = list[tuple[dict[str, Any], str, Tensor]]
 
 
 def find_slots(params: TensorDictParams, network: nn.Module) -> Slots:
-    """List where a network stores its weights, each with the tensor of ``params`` that belongs there."""
+    """For each tensor in ``params``, find the dict and the key where the network stores this weight."""
     modules, slots = dict(network.named_modules(remove_duplicate=False)), []
     for key, tensor in params.items(True, True):
         *path, name = (key,) if isinstance(key, str) else key
@@ -23,15 +23,16 @@ def find_slots(params: TensorDictParams, network: nn.Module) -> Slots:
 
 
 class RunOn:
-    """Context in which a network uses other weights; its own return afterwards, also after an error.
+    """Context manager in which a network uses other weights. At the end, the network gets its own weights back.
 
-    tensordict's ``params.to_module(network)`` walks through both at each use, which takes longer than a small network's
-    forward pass. Slots are found once. A context is created for each use, because PyTorch before 2.14 compiles only
-    contexts that are created where they are entered.
+    tensordict's ``params.to_module(network)`` searches all parameters and layers at each use. The search takes longer
+    than the forward pass of a small network. Therefore ``find_slots`` searches once, and ``RunOn`` uses the result.
+    Create a new ``RunOn`` in each ``with`` statement: before PyTorch 2.14, ``torch.compile`` supports a context manager
+    only if the ``with`` statement creates it.
 
     Args:
-        slots: of :func:`find_slots`.
-        detached: whether to use the network's present weights without their gradients, instead of those of ``slots``.
+        slots: result of ``find_slots``.
+        detached: if True, the network uses its own current weights, detached, instead of the tensors in ``slots``.
     """
 
     def __init__(self, slots: Slots, *, detached: bool = False) -> None:
@@ -39,7 +40,7 @@ class RunOn:
         self._detached = detached
 
     def __enter__(self) -> None:
-        """Replace the weights."""
+        """Replace the network's weights by the tensors in ``slots``, or by its own detached weights."""
         self._own = [place[name] for place, name, _ in self._slots]
         for (place, name, tensor), own in zip(self._slots, self._own, strict=True):
             place[name] = own.detach() if self._detached else tensor
@@ -51,7 +52,7 @@ class RunOn:
 
 
 def follow_swapped_weights(method: Callable) -> Callable:
-    """Make a method of an objective use the weights that ``params.to_module(loss)`` has put into it."""
+    """Wrap a method of a loss: after ``params.to_module(loss)``, the method uses the weights ``params``."""
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What objectives that learn state-action values share."""
+"""The base class of objectives that learn state-action values."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ _SUPPORTED = (ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda
 
 
 class ValueLoss(OfflineLoss):
-    """Base of offline objectives that learn state-action values from a bootstrapped target.
+    """Base class of offline objectives that learn state-action values from a bootstrapped target.
 
     Args:
-        networks: see :class:`OfflineLoss`.
+        networks: networks by name, as in ``OfflineLoss``.
         value_key: entry of the state-action values, ``[*B, C]``.
-        loss_function: of the TD error, ``"l2"``, ``"smooth_l1"`` (Huber's, with threshold 1) or ``"l1"``.
-        deactivate_vmap: TorchRL's switch for the value estimator.
-        **settings: of :class:`OfflineLoss`.
+        loss_function: loss of the TD error: ``"l2"``, ``"smooth_l1"`` (Huber loss with threshold 1) or ``"l1"``.
+        deactivate_vmap: same meaning as in TorchRL's losses: if True, the value estimator uses a loop instead of vmap.
+        **settings: other arguments of ``OfflineLoss``.
 
-    The bootstrap ends at ``terminated``; a truncated episode goes on. The discount belongs to the value estimator:
-    ``loss.make_value_estimator(gamma=0.99)``. ``steps_to_next_obs [*B, 1]`` of TorchRL's multi-step transforms is read.
+    The target bootstraps if an episode is only truncated, but not if ``terminated`` is True. Set
+    the discount factor with ``loss.make_value_estimator(gamma=0.99)``. TorchRL's multi-step transforms write
+    ``steps_to_next_obs [*B, 1]``. If the batch has this entry, the value of the next state is multiplied by ``gamma **
+    steps_to_next_obs``.
     """
 
     @dataclass
     class _AcceptedKeys(OfflineLoss._AcceptedKeys):
-        """Entries of the tensordict. The networks decide those of action and value; ``set_keys`` renames the others."""
+        """Keys of the batch's entries. ``set_keys`` can change all keys, except those of action and value."""
 
         state_action_value: NestedKey = "state_action_value"
         reward: NestedKey = "reward"
@@ -57,6 +59,7 @@ class ValueLoss(OfflineLoss):
         deactivate_vmap: bool = False,
         **settings: Any,
     ) -> None:
+        """Build the loss from its networks."""
         super().__init__(networks, **settings)
         check_choice("loss_function", loss_function, ("l2", "smooth_l1", "l1"))
         self.loss_function = loss_function
@@ -66,14 +69,14 @@ class ValueLoss(OfflineLoss):
         self.make_value_estimator()
 
     def select_transitions(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Check and select states, actions, next states, rewards and flags of a batch, ``[*B]``."""
+        """Check a batch; return its states, actions, next states, rewards and flags with batch size ``*B``."""
         reward, *flags = self._outcome_keys
         steps = self.tensor_keys.steps_to_next_obs
         keys = [*self.in_keys, *([steps] if steps in tensordict.keys(True) else [])]
         return self._select(tensordict, keys, reward_key=reward, flag_keys=flags)
 
     def td_target(self, batch: TensorDictBase, next_value: Tensor) -> Tensor:
-        """The value estimator's target from the values of the next states, ``[*B, 1]``."""
+        """Compute the target from the values of the next states, with the value estimator. ``[*B, 1] -> [*B, 1]``."""
         if not isinstance(self.value_estimator, TD0Estimator):
             check_time_dimension(batch)
         batch = batch.copy().set(("next", self.tensor_keys.state_action_value), next_value)
@@ -82,9 +85,9 @@ class ValueLoss(OfflineLoss):
     def td_distance(
         self, pred_value: Tensor, target_value: Tensor, tensordict: TensorDictBase
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Distance of values ``[*B, C]`` from their target ``[*B, 1]``, summed over critics, and the metadata.
+        """Return the TD loss of values ``[*B, C]`` for a target ``[*B, 1]``, summed over critics, and metadata.
 
-        Writes the largest absolute TD error over critics as the priority ``[*B]`` to ``tensordict``.
+        Also write the largest absolute TD error over critics, ``[*B]``, to ``tensordict`` as the priority.
         """
         td_error = pred_value - target_value
         if self.loss_function == "l2":
@@ -121,13 +124,14 @@ class ValueLoss(OfflineLoss):
         gamma: float = 0.99,
         **hyperparams: Any,
     ) -> ValueLoss:
-        """Choose the estimator of the target.
+        """Choose the value estimator that computes the target.
 
         Args:
-            value_type: ``ValueEstimators.TD0`` by default; or ``TD1`` or ``TDLambda``, which read slices of
-                trajectories ``[B, T]`` and follow the dataset's actions for several steps without a correction; or one
-                of TorchRL's estimator classes, or an instance, which is used as it is.
-            gamma: discount.
+            value_type: ``ValueEstimators.TD0`` (the default), ``ValueEstimators.TD1`` or ``ValueEstimators.TDLambda``.
+                An estimator class of TorchRL, or an instance of such a class, is also possible. With an instance,
+                ``gamma`` and ``hyperparams`` have no effect. ``TD1`` and ``TDLambda`` need slices of trajectories ``[B,
+                T]``. Their targets sum rewards of several steps of the dataset, without an off-policy correction.
+            gamma: discount factor.
             **hyperparams: other arguments of the estimator.
         """
         value_type = self.default_value_estimator if value_type is None else value_type
@@ -144,7 +148,7 @@ class ValueLoss(OfflineLoss):
         else:
             hyperparams = {**default_value_kwargs(value_type), **hyperparams}
             dispatch_value_estimator(self, value_type, supported=_SUPPORTED, tensor_keys=keys, **hyperparams)
-        for name in {"gamma", "lmbda"} & hyperparams.keys():  # TorchRL rounds them to float32
+        for name in {"gamma", "lmbda"} & hyperparams.keys():  # set again, because TorchRL rounds both to float32
             rounded = torch.as_tensor(hyperparams[name], dtype=like.dtype, device=like.device)
             setattr(self._value_estimator, name, rounded)
         return self

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito: safe for colour-blindness
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # palette for colour-blind readers
 GREY = "#555555"
 DASHED = (0, (4, 1.5))
 LABELS = {
@@ -34,22 +34,22 @@ LABELS = {
     "td_error": "absolute TD error",
 }
 ESTIMATED, OBTAINED = "value_estimate", "discounted_return"
-_DIVERGED = 50  # times the largest return: a linear axis would hide the returns
-_LOGARITHMIC = 3  # times the smallest loss: a smaller range looks alike on both axes
-_LEGEND_CHARACTERS = 85  # of a row of the legend
+_DIVERGED = 50  # if the critic's values exceed the returns by this factor, a logarithmic axis shows both
+_LOGARITHMIC = 3  # make the axis logarithmic if the largest loss is at least this many times the smallest
+_LEGEND_CHARACTERS = 85  # length of a row in the legend
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Style:
-    """Title, group labels and estimate that the pictures of one command share."""
+    """What all pictures of one command share: title, group labels, and settings of confidence intervals."""
 
     title: str
-    labels: list[str]  # of all groups, so that each keeps its colour in all pictures
+    labels: list[str]  # labels of all groups; each group has one colour in all pictures
     estimate: Estimate
 
     def color(self, label: str) -> Any:
-        """Colour of a group; shades of one palette if there are more groups than distinct colours."""
+        """Return the colour of a group; if there are more groups than ``COLORS``, take it from a colormap."""
         from matplotlib import colormaps
 
         index = self.labels.index(label)
@@ -58,16 +58,16 @@ class Style:
         return colormaps["viridis"](0.95 * index / (len(self.labels) - 1))
 
     def explain(self, curves: Sequence[Curve], thin: bool) -> str:
-        """Explain lines and bands; empty if each curve is a single run."""
+        """Return the title of the legend: it explains lines and bands, and is empty if there are no bands."""
         if all(curve.band is None for curve in curves):
             return ""
         line = {"mean": "mean", "iqm": "interquartile mean"}[self.estimate.statistic]
-        text = f"line: {line} of the seeds, band: {100 * self.estimate.confidence:g} % confidence interval of it"
-        return f"{text}, thin: each seed" if thin else text
+        text = f"line: {line} over seeds, band: its {100 * self.estimate.confidence:g} % confidence interval"
+        return f"{text}, thin lines: single seeds" if thin else text
 
 
 def metric_label(metric: str) -> str:
-    """Text for a metric: ``loss_x`` is "x loss", ``held_out_loss_x`` is "x loss, held-out episodes"."""
+    """Return the label of a metric: "x loss" for ``loss_x``, "x loss, held-out episodes" for ``held_out_loss_x``."""
     if metric.startswith("held_out_"):
         return f"{metric_label(metric.removeprefix('held_out_'))}, held-out episodes"
     if metric.startswith("loss_"):
@@ -76,10 +76,10 @@ def metric_label(metric: str) -> str:
 
 
 def draw_runs(runs: Sequence[Run], metric: str, estimate: Estimate) -> dict[str, Figure]:
-    """Draw ``learning_curve.png`` and, where it was logged, ``value_estimates.png`` and ``losses.png``.
+    """Draw the learning curve, value estimates and losses; return a dict from file name to figure.
 
     Raises:
-        RunError: if no value of the metric is complete, or a log cannot be read.
+        RunError: if the logs have no complete line of the metric, or if a log cannot be read.
     """
     groups, losses = group_runs(runs), loss_metrics(runs)
     curves = {
@@ -87,25 +87,26 @@ def draw_runs(runs: Sequence[Run], metric: str, estimate: Estimate) -> dict[str,
         for name in dict.fromkeys([metric, ESTIMATED, OBTAINED, *losses])
     }
     if not curves[metric]:
-        raise RunError(f"no line of {metric} is complete yet; plot the runs when they have logged some.")
+        raise RunError(f"the runs have no complete line of {metric} in their logs yet; plot the runs later.")
     warn(groups, [curve for each in curves.values() for curve in each])
     style = Style(shared_title(runs), [group.label for group in groups], estimate)
     figures = {"learning_curve.png": draw_metric(curves[metric], dataset_returns(groups), style)}
     if curves[ESTIMATED] and curves[OBTAINED]:
         figures["value_estimates.png"] = draw_values(curves[ESTIMATED], curves[OBTAINED], style)
     else:
-        _logger.warning("no value_estimates.png: no run has both %s and %s, which need an env.", ESTIMATED, OBTAINED)
+        message = "no value_estimates.png: no run logged both %s and %s, which need an environment."
+        _logger.warning(message, ESTIMATED, OBTAINED)
     if shown := [curves[name] for name in losses if curves[name]]:
         figures["losses.png"] = draw_losses(shown, style)
     else:
-        _logger.warning("no losses.png: no run has a loss.")
+        _logger.warning("no losses.png: no run logged a loss.")
     return figures
 
 
 def draw_metric(curves: Sequence[Curve], behaviours: Mapping[float, str], style: Style) -> Figure:
-    """Draw a line for each group and thin lines for its seeds; for returns, also the mean of each dataset.
+    """Draw each group and its seeds as lines; if the metric is the return, add each dataset's mean return.
 
-    ``behaviours`` maps the mean return of a dataset to the label of its group.
+    The keys of ``behaviours`` are mean returns of datasets; each value is the label of a group trained on the dataset.
     """
     figure, ((axes,),) = _figure(style)
     for curve in curves:
@@ -120,7 +121,7 @@ def draw_metric(curves: Sequence[Curve], behaviours: Mapping[float, str], style:
 
 
 def draw_values(estimated: Sequence[Curve], obtained: Sequence[Curve], style: Style) -> Figure:
-    """Draw the critic's value at the start of an episode and the discounted return obtained: shows overestimation.
+    """Draw the critic's values of initial states and the real discounted returns, to show overestimation.
 
     Source: arXiv:1802.09477, fig. 1; arXiv:1812.02900, fig. 1.
     """
@@ -140,7 +141,7 @@ def draw_values(estimated: Sequence[Curve], obtained: Sequence[Curve], style: St
 
 
 def draw_losses(metrics: Sequence[Sequence[Curve]], style: Style) -> Figure:
-    """Draw a panel for each metric; the axis is logarithmic if all values are positive and span a factor of 3."""
+    """Draw a panel for each metric; the axis is logarithmic if its values are positive and vary widely."""
     columns = 2 if len(metrics) in (2, 4) else min(3, len(metrics))
     figure, grid = _figure(style, -(-len(metrics) // columns), columns)
     for axes, curves in zip(grid.flat, metrics, strict=False):
@@ -157,13 +158,13 @@ def draw_losses(metrics: Sequence[Sequence[Curve]], style: Style) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG; an existing file is replaced only if that succeeds."""
+    """Write a PNG; an existing file is replaced only if writing succeeds."""
     with write_whole(path) as aside:
         figure.savefig(aside, format="png", dpi=130)
 
 
 def _figure(style: Style, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
-    """A figure with a title, and its axes ``[rows, columns]``."""
+    """Make a figure with a title and a grid of axes; return the figure and the axes."""
     from matplotlib.figure import Figure  # not pyplot, which would change the user's backend and figures
 
     size = (8, 4.8) if rows == columns == 1 else (4.2 * columns, 2.9 * rows + 0.6)

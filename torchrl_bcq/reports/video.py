@@ -1,4 +1,4 @@
-"""Video of one episode of a policy, rendered without a screen."""
+"""Records a video of one episode of a policy; no screen is needed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torchrl.envs import EnvBase
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.files import write_whole
 
-_FPS = 30  # of environments that do not say
+_FPS = 30  # frames per second of environments without render_fps
 
 
 def render_offscreen() -> None:
-    """Select off-screen rendering if there is no display. Call it before MuJoCo is imported."""
+    """Select off-screen rendering if there is no display. Call this function before you import MuJoCo."""
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
@@ -27,14 +27,15 @@ def render_offscreen() -> None:
 def record_video(
     env: EnvBase, policy: TensorDictModuleBase, file: Path, *, seed: int = 0, max_steps: int = 1_000
 ) -> Path:
-    """Write one episode as an MP4 or, if ``file`` ends in ``.gif``, as a GIF; the file is complete or absent.
+    """Record an episode as an MP4, or as a GIF if ``file`` ends in ``.gif``. Errors leave no partial file.
 
     Args:
-        env: Gymnasium environment made with ``render_mode="rgb_array"``, wrapped for TorchRL. It is closed at the end.
-        policy: acts in it.
-        file: missing folders are created.
-        seed: of the initial state and of the policy.
-        max_steps: largest number of steps.
+        env: Gymnasium environment made with ``render_mode="rgb_array"``, wrapped for TorchRL. The function closes the
+            environment at the end.
+        policy: policy that acts in the environment.
+        file: path of the video; missing folders are created.
+        seed: seed of the initial state and of the policy.
+        max_steps: largest number of steps of the episode.
 
     Raises:
         RunError: if the environment cannot be rendered.
@@ -51,9 +52,9 @@ def record_video(
             env.rollout(max_steps, policy, lambda env, _: frames.append(env.render()))
         except ImportError:
             raise
-        except Exception as error:  # rendering raises many kinds
+        except Exception as error:  # rendering raises errors of many kinds
             raise RunError(
-                f"{env.spec.id} cannot be drawn here: {error}. On a machine without a screen, install OpenGL "
+                f"{env.spec.id} cannot be rendered: {error}. On a machine without a screen, install OpenGL "
                 "(libegl1, or libosmesa6 with MUJOCO_GL=osmesa)."
             ) from error
         finally:

@@ -1,4 +1,4 @@
-"""Training runs: settings, folders, building, loading."""
+"""Training runs: their settings and folders, and how they are built, trained and loaded."""
 
 from torchrl_bcq.runs.algorithms import Algorithm
 from torchrl_bcq.runs.policy import load_policy

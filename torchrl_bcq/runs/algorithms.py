@@ -1,4 +1,4 @@
-"""One record per algorithm: training, evaluation, resuming and loading read it."""
+"""The list of algorithms that a run can train, with the networks, loss and policy of each."""
 
 from __future__ import annotations
 
@@ -17,20 +17,25 @@ from torchrl_bcq.objectives import BCQLoss, CloningLoss, OfflineLoss
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What a training run knows of an algorithm.
+    """The networks, the loss, the policy and other facts of an algorithm that a run can train.
 
-    The settings of a run follow from the signatures: ``network.*`` are the keyword-only arguments of ``make_modules``,
-    ``loss.*`` those of ``loss``, of its value estimator and of ``make_updater``, ``policy.*`` those of ``policy``.
+    The arguments of these functions and classes become the settings of a run. The keyword arguments of ``make_modules``
+    become ``network.*``. The arguments of ``loss``, of its value estimator and of ``make_updater`` become ``loss.*``.
+    The arguments of ``policy`` become ``policy.*``.
 
     Args:
-        title: name in tables.
-        loss: class of the objective. Its positional arguments are networks.
-        make_modules: ``(observation_spec, action_spec, *, normalization, device, ...)`` to the networks of the loss.
-        policy: ``(*networks, ...)`` to the policy.
-        make_updater: ``(loss, *, ...)`` to the target updater; None for a loss without targets.
-        baseline: name of the algorithm to compare with.
-        discrete: whether actions are discrete.
-        compared: other policies of the same networks by title, each made from ``(*networks)``.
+        title: name of the algorithm in tables.
+        loss: class of the objective, whose positional arguments are the networks.
+        make_modules: function ``(observation_spec, action_spec, *, normalization, device, ...)`` that returns the
+            networks of the loss.
+        policy: function or class ``(*networks, ...)`` that returns the policy.
+        make_updater: function ``(loss, *, ...)`` that returns the target updater; None for a loss without target
+            networks.
+        baseline: name of a second algorithm, or None. If the user chooses no dataset, ``torchrl-bcq train`` also trains
+            this algorithm, for comparison.
+        discrete: whether the actions are discrete.
+        compared: more policies for ``torchrl-bcq evaluate``: dict from a title to a function ``(*networks)`` that
+            returns the policy.
     """
 
     title: str
@@ -44,7 +49,7 @@ class Algorithm:
 
 
 def soft_update(loss: OfflineLoss, *, tau: float = 0.005) -> SoftUpdate:
-    """Move the targets by ``tau`` of the way to the trained weights after each gradient step."""
+    """Make an updater: each gradient step moves the targets a fraction ``tau`` towards the trained weights."""
     return SoftUpdate(loss, tau=tau)
 
 
@@ -68,7 +73,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def find_algorithm(name: str) -> Algorithm:
-    """The record of an algorithm; raises a RunError if there is none of that name."""
+    """Return the record of an algorithm; raises a RunError if the name is unknown."""
     if name not in ALGORITHMS:
         raise RunError(f"algorithm is {name!r}, expected one of {sorted(ALGORITHMS)}.")
     return ALGORITHMS[name]

@@ -1,4 +1,4 @@
-"""The trainer of a run with its data, metrics and hooks, from the run's settings."""
+"""Builds the trainer of a run, with its data, metrics and hooks, from the settings of the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torchrl.trainers import EarlyStopping
 from torchrl_bcq.data import episode_weights, make_replay_buffer, multi_step, return_weights, split_episodes
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation import DatasetMetrics, EnvironmentMetrics
-from torchrl_bcq.evaluation.environments import make_envs
+from torchrl_bcq.evaluation.environments import make_envs, steps_to_compare, time_limit
 from torchrl_bcq.runs import processes
 from torchrl_bcq.runs.algorithms import find_algorithm
 from torchrl_bcq.runs.build import make_objective, make_policy
@@ -36,15 +36,15 @@ _FROM_ONE = ("steps", "batch_size", "threads", "n_step", "log_interval", "evalua
 _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     *((name, lambda value: value >= 1, "at least 1") for name in _FROM_ONE),
     *((f"loss.{name}", lambda value: 0 <= value <= 1, "a number between 0 and 1") for name in ("gamma", "tau")),
-    ("held_out", lambda value: 0 <= value < 1, "a share of the episodes, 0 or more and below 1"),
-    ("loss.reduction", lambda value: value != "none", "mean or sum: a gradient step needs one number"),
-    ("optim.clip_norm", lambda value: value > 0, "more than 0; null does not clip"),
+    ("held_out", lambda value: 0 <= value < 1, "a fraction of the episodes, at least 0 and below 1"),
+    ("loss.reduction", lambda value: value != "none", "mean or sum, because a gradient step needs one number"),
+    ("optim.clip_norm", lambda value: value > 0, "more than 0, or null for no clipping"),
     ("precision", lambda value: value in PRECISIONS, f"null or one of {[*PRECISIONS]}"),
 ]
 
 
 class _EarlyStopping(EarlyStopping):
-    """TorchRL's hook, which here waits until its metric is logged: a network may start to learn later."""
+    """TorchRL's ``EarlyStopping``, but it waits until the trainer has logged the monitored metric."""
 
     def __call__(self, batch: TensorDictBase | None = None) -> None:
         if self._trainer is not None and self.monitor in self._trainer.metrics:
@@ -52,7 +52,7 @@ class _EarlyStopping(EarlyStopping):
 
 
 def assemble(settings: DictConfig, transitions: TensorDictBase, task: Task) -> OfflineTrainer:
-    """Build the trainer of a run with its hooks, for the transitions ``[N]`` and the task of its dataset."""
+    """Build the trainer of a run and its hooks; ``transitions [N]`` and ``task`` come from ``open_dataset``."""
     plain: Any = OmegaConf.to_container(settings, resolve=True)
     out, device = Path(settings.out), choose_device(settings.device)
     learned = split(settings, transitions)
@@ -79,7 +79,7 @@ def assemble(settings: DictConfig, transitions: TensorDictBase, task: Task) -> O
         **{name: settings[name] for name in ("log_interval", "seed", "compile", "precision", "cudagraph")},
         checkpoint_rotation=CheckpointRotation(out / CHECKPOINTS, keep_last=settings.checkpoint.keep),
         checkpoint_metadata=lambda trainer: {"config": to_plain(settings), "task": asdict(task)},
-        save_trainer_interval=settings.checkpoint.interval - 1,  # TorchRL saves once more steps than that have passed
+        save_trainer_interval=settings.checkpoint.interval - 1,  # TorchRL saves after one step more than this number
         data_parallel=processes.several(),
     )
     for hook in make_scheduler_hooks(trainer.optimization_stepper, **plain["optim"]):
@@ -90,27 +90,27 @@ def assemble(settings: DictConfig, transitions: TensorDictBase, task: Task) -> O
 
 
 def split(settings: DictConfig, transitions: TensorDictBase) -> Tensor | None:
-    """Mask ``[N]`` of the rows to learn from; None if no episode is held out."""
+    """Return a mask ``[N]`` of the training rows, or None if the run holds out no episodes."""
     return split_episodes(transitions, settings.held_out, seed=settings.seed)[0] if settings.held_out else None
 
 
 def _make_buffer(
     settings: DictConfig, transitions: TensorDictBase, learned: Tensor | None, device: torch.device
 ) -> tuple[TensorDictReplayBuffer, TensorDictBase | None]:
-    """The replay buffer of the rows to learn from, and the other rows, if any."""
+    """Return a replay buffer of the training rows, and the held-out rows (None if there are none)."""
     kinds: dict[str | None, Callable] = {None: lambda rows: None, "episode": episode_weights, "return": return_weights}
     if settings.weights not in kinds:
         raise RunError(f"weights is {settings.weights!r}, expected null or one of {[kind for kind in kinds if kind]}.")
     weights, held_out = kinds[settings.weights](transitions), None
     if learned is not None:
         held_out = transitions[~learned]
-        if settings.sampler == "uniform" and settings.n_step == 1:  # without a copy of data that may exceed the memory
+        if settings.sampler == "uniform" and settings.n_step == 1:  # held-out rows get weight 0, so no data is copied
             weights = learned if weights is None else weights * learned
         else:
             transitions, weights = transitions[learned], None if weights is None else weights[learned]
     if settings.n_step > 1:
         if "gamma" not in settings.loss:
-            raise RunError(f"n_step is {settings.n_step}, but {settings.algorithm} has no discount; leave it at 1.")
+            raise RunError(f"n_step is {settings.n_step}, but {settings.algorithm} has no discount; use n_step=1.")
         transitions = multi_step(transitions, settings.n_step, gamma=settings.loss.gamma)
     drawing = {"sampler": settings.sampler, "weights": weights, "seed": processes.own_seed(settings.seed)}
     return make_replay_buffer(transitions, batch_size=settings.batch_size, device=device, **drawing), held_out
@@ -119,19 +119,21 @@ def _make_buffer(
 def _add_metrics(
     trainer: OfflineTrainer, settings: DictConfig, task: Task, transitions: TensorDictBase, held_out: bool
 ) -> None:
-    """Add evaluation, the best checkpoint and early stopping, in this order."""
+    """Add the hooks for evaluation, the best checkpoint and early stopping, in this order."""
     loss, evaluation = trainer.loss_module, settings.evaluation
     policy = make_policy(settings.algorithm, *loss.networks, **settings.policy)
     shared: dict[str, Any] = {"interval": evaluation.interval, "seed": evaluation.seed}
     metrics = DatasetMetrics(loss, policy, transitions, held_out=held_out, max_rows=evaluation.max_rows, **shared)
     known = [*metrics.names, *loss.out_keys]
     if task.env_id is not None:
-        envs = make_envs(task.env_id, evaluation.episodes, choose_device(settings.device))
-        shared |= {"gamma": settings.loss.gamma} if "gamma" in settings.loss else {}
-        shared |= {"value": loss.value, "reference_scores": task.reference_scores}
+        discount = {"gamma": settings.loss.gamma} if "gamma" in settings.loss else {}
+        steps = steps_to_compare(task.env_id, **discount) if discount else None
+        envs = make_envs(task.env_id, evaluation.episodes, choose_device(settings.device), max_steps=steps)
+        shared |= {"value": loss.value, "reference_scores": task.reference_scores, **discount}
+        shared |= {"time_limit": time_limit(task.env_id)}
         EnvironmentMetrics(envs, policy, **shared).register(trainer)
-        known += ["return", "return_std", "episode_length", "discounted_return"]
-        known += ["value_estimate"] if loss.has_values else []
+        known += ["return", "return_std", "episode_length"]
+        known += ["value_estimate", "discounted_return"] if loss.has_values else []
         known += ["normalized_score"] if task.reference_scores else []
     metrics.register(trainer)
     checkpoint, stopping = settings.checkpoint, settings.early_stopping
@@ -149,7 +151,7 @@ def _add_metrics(
 
 
 def check_numbers(settings: DictConfig) -> None:
-    """Raise a RunError for numbers with which a run would fail or learn nothing, and for unknown precisions."""
+    """Raise a RunError if ``settings`` contain an invalid number, precision or baseline."""
     for name, fits, expected in _RANGES:
         if (value := OmegaConf.select(settings, name)) is not None and not fits(value):
             raise RunError(f"{name} is {value!r}, expected {expected}.")
@@ -159,7 +161,7 @@ def check_numbers(settings: DictConfig) -> None:
     every = settings.log_interval
     for section in ("evaluation", "checkpoint"):
         if (interval := settings[section].interval) < 1 or interval % every:
-            found = f"{section}.interval is {interval}, no multiple of log_interval {every}"
+            found = f"{section}.interval is {interval}, not a positive multiple of log_interval {every}"
             raise RunError(f"{found}; change one of them.")
     if settings.baseline is not None:
         find_algorithm(settings.baseline)

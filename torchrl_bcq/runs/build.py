@@ -29,22 +29,26 @@ def make_networks(
     transitions: Any = None,
     **settings: Any,
 ) -> tuple[Any, ...]:
-    """Build the networks of an algorithm. The specs are those of ``env`` if not given.
+    """Build the networks of an algorithm. Specs that are not given are taken from ``env``.
 
-    ``normalization`` is a :class:`~torchrl_bcq.Normalization`; True or settings of its ``fit``, to fit one to
-    ``transitions`` (of batch size ``[N]``, or a replay buffer); or ``"identity"``, to load a checkpoint into.
+    ``normalization`` is a ``Normalization``, or None for no scaling. If ``normalization`` is True, a normalization is
+    fitted to ``transitions``, a TensorDict of batch size ``[N]`` or a replay buffer. A dictionary also fits a
+    normalization, and holds arguments of ``Normalization.fit``. ``"identity"`` makes a normalization that does not
+    scale until a checkpoint is loaded into the normalization.
     """
     if env is not None:
         observation_spec = env.observation_spec_unbatched if observation_spec is None else observation_spec
         action_spec = env.action_spec_unbatched if action_spec is None else action_spec
     if observation_spec is None or action_spec is None:
-        raise ValueError("neither env nor both specs are set; choose one, such as env=gym env.env_name=Pendulum-v1.")
+        raise ValueError(
+            "there is no env, and not both specs are given; set env, such as env=gym env.env_name=Pendulum-v1."
+        )
     settings["normalization"] = _make_normalization(normalization, transitions, observation_spec)
     return find_algorithm(algorithm).make_modules(observation_spec, action_spec, **settings)
 
 
 def make_loss(algorithm: str, *networks: Any, **settings: Any) -> OfflineLoss:
-    """Build the objective of an algorithm; settings of its value estimator are used, those of its updater ignored."""
+    """Build the loss and its value estimator; ignore ``settings`` that belong to the target updater."""
     record = find_algorithm(algorithm)
     of_estimator = taken_by(record.loss.make_value_estimator, settings)
     of_updater = taken_by(record.make_updater, settings) if record.make_updater else {}
@@ -56,7 +60,7 @@ def make_loss(algorithm: str, *networks: Any, **settings: Any) -> OfflineLoss:
 
 
 def make_updater(algorithm: str, loss_module: OfflineLoss, **settings: Any) -> TargetNetUpdater | None:
-    """Build the target updater of an algorithm, None for a loss without targets; settings of the loss are ignored."""
+    """Build the target updater, or return None if the loss has no targets; ignore the loss's ``settings``."""
     make = find_algorithm(algorithm).make_updater
     return make(loss_module, **taken_by(make, settings)) if make is not None and loss_module.delayed_names else None
 
@@ -69,7 +73,7 @@ def make_policy(algorithm: str, *networks: Any, **settings: Any) -> TensorDictMo
 def make_objective(
     settings: DictConfig, observation_spec: TensorSpec, action_spec: TensorSpec, **given: Any
 ) -> tuple[OfflineLoss, TargetNetUpdater | None]:
-    """Build the objective of a run and its target updater; ``given`` are other arguments of :func:`make_networks`."""
+    """Return the loss and the target updater of a run; ``given`` is passed on to ``make_networks``."""
     plain: Any = OmegaConf.to_container(settings, resolve=True)
     specs = {"observation_spec": observation_spec, "action_spec": action_spec}
     networks = make_networks(plain["algorithm"], **specs, **given, **plain["network"])
@@ -91,24 +95,28 @@ def make_trainer(
     seed: int | None = None,
     **settings: Any,
 ) -> OfflineTrainer:
-    """Build a trainer from Hydra configs or built parts, in this order: buffer, networks, loss, others.
+    """Build a trainer from objects or Hydra configs, in the order: buffer, networks, loss, other parts.
 
     Args:
-        algorithm: name in ``ALGORITHMS``.
-        loss_module, replay_buffer, target_net_updater, optimization_stepper, **settings: of ``OfflineTrainer``.
-        networks: for a loss that lacks some; they may be normalized by the data of the buffer.
-        dataset: the transitions, for a buffer that lacks them.
-        env: its specs size the networks and check the dataset's actions; it is never stepped.
-        device: of networks and buffer, unless they have their own.
-        seed: of networks and training, and of the buffer unless it has its own.
+        algorithm: name of an algorithm in ``ALGORITHMS``.
+        loss_module, replay_buffer, target_net_updater, optimization_stepper, **settings: arguments of
+            ``OfflineTrainer``.
+        networks: networks of the loss, if the config of the loss contains no networks. The networks can normalize their
+            inputs with the mean and scale of the buffer's data.
+        dataset: transitions for the replay buffer, if the config of the buffer contains no transitions.
+        env: environment whose specs define the sizes of the networks and the bounds of the actions. The trainer makes
+            no steps in the environment.
+        device: device of the networks and of the buffer; a device in the config of a part has priority.
+        seed: seed of the networks, the training and the buffer; if the config of the buffer contains a seed, the buffer
+            uses that seed.
 
     Raises:
-        ValueError: if a part lacks an argument that no other part gives, or a constructor refuses one.
+        ValueError: if a part lacks a required argument, or if a constructor rejects an argument.
     """
     env = build(env)
     if OmegaConf.is_dict(replay_buffer):
         transitions = build(dataset, action_spec=None if env is None else env.action_spec_unbatched)
-        is_made_empty = "transitions" not in replay_buffer.keys()  # as TorchRL's own
+        is_made_empty = "transitions" not in replay_buffer.keys()  # a TorchRL buffer starts empty and is filled below
         replay_buffer = build(replay_buffer, device=device, seed=seed, transitions=transitions)
         if is_made_empty and transitions is not None:
             replay_buffer.extend(transitions)
@@ -117,12 +125,15 @@ def make_trainer(
         torch.manual_seed(seed)
     if OmegaConf.is_dict(loss_module):
         names, given = find_algorithm(algorithm).loss.network_arguments(), {}
-        if lacking := [name for name in names if name not in loss_module]:  # those at ??? are not in it
+        # this includes names with the value ???, because OmegaConf's `in` is false for these names
+        if lacking := [name for name in names if name not in loss_module]:
             networks = build(networks, env=env, device=device, transitions=replay_buffer)
             given = {} if networks is None else dict(zip(names, networks, strict=True))
         loss_module = build(loss_module, **{name: given[name] for name in lacking if name in given})
     elif OmegaConf.is_dict(networks) and networks.get("normalization"):
-        raise ValueError("networks.normalization is set, but loss_module is built; build its own networks with it.")
+        raise ValueError(
+            "networks.normalization is set, but loss_module is built already; set it where you build its networks."
+        )
     return OfflineTrainer(
         loss_module,
         replay_buffer,
@@ -134,10 +145,11 @@ def make_trainer(
 
 
 def build(part: Any, **given: Any) -> Any:
-    """Build a part from a Hydra config; anything else is built already. A config without ``_target_`` is plain values.
+    """Build the object that the Hydra config ``part`` describes. Anything else is returned unchanged.
 
-    ``given`` by other parts are arguments that the config leaves at null or ``???``. They never enter the config: Hydra
-    would take a TensorSpec, which is a dataclass, for one.
+    A config without ``_target_`` becomes plain values. ``given`` holds arguments that come from other parts. An
+    argument in ``given`` is used if the config has null or ``???`` for this argument. The arguments in ``given`` are
+    not written into the config, because Hydra would convert a TensorSpec, which is a dataclass, to a config.
 
     Raises:
         ValueError: if an argument is still missing.
@@ -151,25 +163,27 @@ def build(part: Any, **given: Any) -> Any:
     given = {name: value for name, value in given.items() if name in part.keys() and part.get(name) is None}
     if absent := [name for name in part if OmegaConf.is_missing(part, name) and given.get(name) is None]:
         raise ValueError(
-            f"{part._get_full_key(None)} lacks {absent}; set them, choose the dataset or the networks that give them, "
-            "or hand the built part to instantiate."
+            f"{part._get_full_key(None)} lacks {absent}; set these arguments, choose a dataset or networks that give "
+            "them, or call instantiate with a finished object in place of this config."
         )
     return instantiate(part, _partial_=True)(**given)
 
 
 def _make_normalization(setting: Any, transitions: Any, observation_spec: TensorSpec) -> Normalization | None:
-    """The normalization that a setting asks for, of all that the networks read."""
+    """Make the normalization that a setting describes, for all observations that the networks read."""
     if setting is None or setting is False or isinstance(setting, Normalization):
         return setting or None
     identity = Normalization.identity(observation_spec)
     if setting == "identity":
         return identity
     if setting is not True and not isinstance(setting, dict):
-        raise ValueError(f"normalization is {setting!r}, expected true, false, identity or settings of its fit.")
+        expected = "true, false, identity, or arguments of Normalization.fit"
+        raise ValueError(f"normalization is {setting!r}, expected {expected}.")
     if transitions is None:
         raise ValueError(
-            "normalization is to be fitted, but transitions is not set: build the networks by a trainer's config, "
-            "hand transitions to instantiate, or choose normalization=identity to load a checkpoint into them."
+            "normalization=true needs the data whose mean and scale it computes: build the networks in a trainer's "
+            "config, or call instantiate(config, transitions=...). If you will load a checkpoint, set "
+            "normalization=identity."
         )
     fit = {} if setting is True else setting
     return Normalization.fit(transitions[:], **{"observation_keys": list(identity.observations), **fit})

@@ -1,4 +1,4 @@
-"""The folder of a run: its task, its checkpoints, and the policy in them."""
+"""The folder of a run: facts about its dataset, its checkpoints, and the policies in the checkpoints."""
 
 from __future__ import annotations
 
@@ -29,39 +29,39 @@ from torchrl_bcq.runs.settings import to_settings
 from torchrl_bcq.trainers import make_checkpoint
 from torchrl_bcq.trainers.best import best_checkpoint
 
-CHECKPOINTS, BEST, BASELINE = "checkpoints", "best", "baseline"  # folders within a run's
+CHECKPOINTS, BEST, BASELINE = "checkpoints", "best", "baseline"  # subfolders of a run's folder
 _REMEDY = "choose another with evaluation.env=ID, or none with evaluation.env=null"
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Task:
-    """Facts about the dataset of a run, kept in its checkpoints."""
+    """Facts about the dataset of a run. Each checkpoint of the run contains these facts."""
 
     observation_size: int
-    action_low: list[float]  # bounds of each dimension
-    action_high: list[float]
-    env_id: str | None  # Gymnasium id of the environment to evaluate in
-    reference_scores: Sequence[float] | None  # returns of a random policy and of an expert
-    behaviour: dict[str, float]  # mean and std of the dataset's returns, and its number of episodes
+    action_low: list[float]  # lower bound of each action dimension
+    action_high: list[float]  # upper bound of each action dimension
+    env_id: str | None  # Gymnasium id of the environment in which the policy is evaluated
+    reference_scores: Sequence[float] | None  # mean returns of a random policy and of an expert
+    behaviour: dict[str, float]  # mean and std of the dataset's returns, and the number of the dataset's episodes
 
     @property
     def observation_spec(self) -> TensorSpec:
-        """Of one observation."""
+        """Spec of one observation."""
         return Unbounded((self.observation_size,))
 
     @property
     def action_spec(self) -> TensorSpec:
-        """Of one action."""
+        """Spec of one action."""
         return Bounded(torch.tensor(self.action_low), torch.tensor(self.action_high), (len(self.action_low),))
 
 
 def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
-    """Read the transitions of a run and the facts about them.
+    """Read the dataset of a run; returns the transitions and a ``Task``.
 
     Raises:
-        RunError: if the environment cannot be made, or does not fit.
-        DatasetError: if the dataset cannot be read.
+        RunError: if the environment cannot be made or does not fit the dataset, or the reference scores are invalid.
+        DatasetError: if the dataset cannot be read or has defects.
     """
     reader: Any = OmegaConf.to_container(settings.reader, resolve=True)
     source = find_source(settings.dataset, **reader)
@@ -73,18 +73,19 @@ def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
         if not is_auto:
             raise
         env, reason = None, error.__cause__
-        _logger.warning("no evaluation in %s, which the dataset names: it cannot be made (%s).", env_id, reason)
+        message = "the dataset names the environment %s, which cannot be made (%s); no policy is evaluated in it."
+        _logger.warning(message, env_id, reason)
     spec = env.action_spec if env is not None else getattr(source, "action_spec", None)
     transitions = load_transitions(settings.dataset, action_spec=spec, root=settings.root, **reader)
     if env is not None:
         check_observations(env, str(env_id), tuple(transitions["observation"].shape[1:]), "the dataset", _REMEDY)
-    if spec is None:  # the networks need a box
+    if spec is None:  # the networks need bounds: use the range of the dataset's actions
         spec = Bounded(transitions["action"].amin(0), transitions["action"].amax(0), transitions["action"].shape[1:])
     scores = settings.evaluation.reference_scores
     scores = getattr(source, "reference_scores", None) if scores == "auto" else scores
     references = scores_or_none(scores)
     if scores is not None and references is None:
-        raise RunError(f"evaluation.reference_scores is {scores}, expected [random, expert], the second one higher.")
+        raise RunError(f"evaluation.reference_scores is {scores}, expected [random, expert], where expert is higher.")
     (low, high), returns = action_bounds(spec), episode_returns(transitions)
     return transitions, Task(
         observation_size=transitions["observation"].shape[-1],
@@ -97,7 +98,7 @@ def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` is cuda if it is available. Raises a RunError if there is no such device."""
+    """Return the device ``name``; ``auto`` is cuda or cpu. Raises a RunError for an unusable device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -107,10 +108,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def find_checkpoint(run: Path, which: str = "best") -> Path:
-    """The checkpoint of a run: ``best`` (the last one, if no best was kept) or ``last``; or ``run`` itself.
+    """Find the ``best`` or ``last`` checkpoint of a run. If ``run`` is a checkpoint, return ``run``.
+
+    If the run kept no best checkpoint, ``best`` finds the last checkpoint.
 
     Raises:
-        RunError: if there is none.
+        RunError: if there is no checkpoint.
     """
     if Checkpoint.is_checkpoint(run):
         return run
@@ -118,49 +121,50 @@ def find_checkpoint(run: Path, which: str = "best") -> Path:
     found = found or CheckpointRotation(run / CHECKPOINTS, keep_last=1).latest()
     if found is None:
         runs = sorted(path.parent.name for path in run.glob(f"*/{CHECKPOINTS}"))
-        inside = f" It holds the runs {runs}." if runs else ""
-        expected = "name the folder of a run of torchrl-bcq train, or a checkpoint"
-        raise RunError(f"{run} holds no checkpoint; {expected}.{inside}")
+        inside = f" It contains the runs {runs}." if runs else ""
+        expected = "choose the folder of a run of torchrl-bcq train, or a checkpoint"
+        raise RunError(f"{run} contains no checkpoint; {expected}.{inside}")
     return found
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The contents of a checkpoint; the loss holds the networks."""
+    """A loaded checkpoint; the attribute ``loss`` contains the networks."""
 
     path: Path
-    step: int  # gradient steps made
+    step: int  # number of gradient steps that the run had made before this checkpoint
     settings: DictConfig
     task: Task
     loss: OfflineLoss
 
     @property
     def algorithm(self) -> Algorithm:
-        """The record of the run's algorithm."""
+        """The entry of the run's algorithm in ``ALGORITHMS``."""
         return find_algorithm(self.settings.algorithm)
 
     @property
     def policy(self) -> TensorDictModuleBase:
-        """The algorithm's policy of the networks."""
+        """The policy of the algorithm, made from the networks."""
         return make_policy(self.settings.algorithm, *self.loss.networks, **self.settings.policy)
 
 
 def read_metadata(path: Path) -> tuple[DictConfig, Task, int]:
-    """Settings, task and step of a checkpoint, without unpickling; raises a RunError if it is not that of a run."""
+    """Return settings, task and step of a checkpoint, or raise a RunError if ``path`` is not from a run."""
     try:
         metadata = Checkpoint.manifest(path)["metadata"]
         settings, facts, step = metadata["config"], metadata["task"], int(metadata["optim_steps"])
         task = Task(**{field.name: facts[field.name] for field in fields(Task)})
     except Exception as error:
-        raise RunError(f"{path} is no checkpoint of torchrl-bcq train, or a damaged one: {error!r}") from error
-    return to_settings(settings, path), replace(task, env_id=env_id_or_none(task.env_id)), step  # no import by its name
+        raise RunError(f"{path} is not a checkpoint of torchrl-bcq train, or it is damaged: {error!r}") from error
+    # for safety, drop an environment id such as module:Name-v0: Gymnasium would import the module
+    return to_settings(settings, path), replace(task, env_id=env_id_or_none(task.env_id)), step
 
 
 def load(run: Path, which: str = "best", device: str = "auto") -> Trained:
-    """Build the networks of a run and load them; neither its dataset nor its environment is needed.
+    """Build the networks of a run and load their weights. Loading needs no dataset or environment.
 
     Raises:
-        RunError: if there is no checkpoint, or it cannot be loaded.
+        RunError: if there is no checkpoint, or if it cannot be loaded.
     """
     path = find_checkpoint(Path(run), which)
     settings, task, step = read_metadata(path)

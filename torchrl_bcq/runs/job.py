@@ -1,4 +1,4 @@
-"""The work of ``torchrl-bcq train``: a run in its folder, begun or resumed, and its baseline."""
+"""Does the work of ``torchrl-bcq train``: starts or resumes a run, then trains its baseline."""
 
 from __future__ import annotations
 
@@ -35,16 +35,17 @@ _logger = logging.getLogger(__name__)
 
 
 def train(settings: DictConfig) -> dict[str, Any]:
-    """Make a run in the folder ``settings.out``, or resume it; then its baseline, if it has one.
+    """Start a run in the folder ``settings.out``, or resume it; then train its baseline, if the settings name one.
 
     Returns:
-        The contents of its ``results.json``, in the first process; ``stopped`` names the signal that ended it, if any.
+        The first process returns the contents of ``results.json``. If a signal stopped the run, the entry ``stopped``
+        holds the name of the signal.
 
     Raises:
-        RunError: if a setting does not fit.
-        DatasetError: if the dataset is refused.
-        FloatingPointError: if a loss is not finite any more.
-        OSError: if something cannot be written.
+        RunError: if a setting is invalid, or does not fit the other settings or the dataset.
+        DatasetError: if the dataset cannot be read or has defects.
+        FloatingPointError: if a loss becomes infinite or NaN.
+        OSError: if a file cannot be written.
     """
     check_numbers(settings)
     processes.check_device(settings.device)
@@ -56,13 +57,13 @@ def train(settings: DictConfig) -> dict[str, Any]:
 
 
 def baseline_settings(settings: DictConfig) -> DictConfig:
-    """Settings of a run's baseline: the same data, steps, batches and sizes, in a folder within the run's."""
+    """Return the settings of the baseline: mostly those of the run, but with a subfolder as ``out``."""
     plain, own = to_plain(settings), default_settings(settings.baseline)
     values = {name: plain[name] for name in ("version", *_SAME_IN_BASELINE)}
     values |= {"algorithm": settings.baseline, "out": str(Path(settings.out) / BASELINE), "resume": True}
     values["network"] = {name: value for name, value in plain["network"].items() if name in own.network}
     values["checkpoint"] = {"interval": settings.checkpoint.interval}
-    return to_settings(values, settings.out)  # where interpolations stay text
+    return to_settings(values, settings.out)  # text such as ${...} in the values is not resolved
 
 
 def _make_run(settings: DictConfig) -> dict[str, Any]:
@@ -72,13 +73,13 @@ def _make_run(settings: DictConfig) -> dict[str, Any]:
         start = processes.from_first(lambda: _find_start(settings))
         file = out / RESULTS
         if start is not None and file.is_file() and read_metadata(start)[2] >= settings.steps:
-            _logger.info("the run in %s has made its steps; make more with steps=N", out)
+            _logger.info("the run in %s is complete; to train it further, increase steps=N", out)
             return json.loads(file.read_text())
         return _train(settings, start)
 
 
 def _train(settings: DictConfig, start: Path | None) -> dict[str, Any]:
-    """Train, from a checkpoint if there is one."""
+    """Train from the checkpoint ``start`` (None: from the beginning), and return the results."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     with processes.first_goes_first():
@@ -106,18 +107,18 @@ def _train(settings: DictConfig, start: Path | None) -> dict[str, Any]:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Keep other runs out of the folder."""
+    """Lock the folder, so that no other run can use it."""
     try:
         with FileLock(out / ".lock", timeout=0) if processes.is_first() else nullcontext():
             yield
     except Timeout:
-        raise RunError(f"another run is at work in {out}; choose another folder with out=FOLDER.") from None
+        raise RunError(f"another run is using {out}; wait, or choose another folder with out=FOLDER.") from None
 
 
 def _find_start(settings: DictConfig) -> Path | None:
-    """The checkpoint from which a run resumes; None if it begins. Raises a RunError if it may not resume."""
+    """Return the checkpoint to resume from; None for a new run. Raises a RunError if the run must not be resumed."""
     out = Path(settings.out)
-    for folder in (out / CHECKPOINTS, out / BEST):  # a run may have been killed before it wrote the first of the former
+    for folder in (out / CHECKPOINTS, out / BEST):  # a run that was killed early may have only a best checkpoint
         tidy_rotation(folder)
         if (last := CheckpointRotation(folder, keep_last=1).latest()) is not None:
             break
@@ -142,7 +143,7 @@ def _announce(settings: DictConfig, task: Task, trainer: OfflineTrainer) -> None
 
 
 def _conclude(trainer: OfflineTrainer, task: Task, out: Path, stopped: str | None) -> dict[str, Any]:
-    """Write ``results.json`` and log how the run ended: by this signal, if it did not end by itself."""
+    """Log how the run ended, and return the results; write ``results.json`` if no signal ended the run."""
     steps, metrics = trainer.collected_frames, trainer.metrics
     results: dict[str, Any] = {"steps": steps, "behaviour": task.behaviour}
     if "return" in metrics:
@@ -153,19 +154,19 @@ def _conclude(trainer: OfflineTrainer, task: Task, out: Path, stopped: str | Non
         monitor = kept["best_of"][0]
         results["best"] = {"mean": kept[monitor], "step": kept["optim_steps"], "metric": monitor}
     if stopped:
-        _logger.warning("%s after %d steps; resume with: torchrl-bcq train resume=%s", stopped, steps, out)
+        _logger.warning("stopped by %s after %d steps; resume with: torchrl-bcq train resume=%s", stopped, steps, out)
         return {**results, "stopped": stopped}
     if trainer._stop_reason:
         _logger.info("stopped early: %s", trainer._stop_reason)
     with write_whole(out / RESULTS) as aside:
         aside.write_text(json.dumps(results, indent=2) + "\n")
-    _logger.info("%s: %d steps made; %s", out, steps, _summary(results))
-    _logger.info("torchrl-bcq evaluate %s; torchrl-bcq plot %s", out, out)
+    _logger.info("%s: the run has made %d steps; %s", out, steps, _summary(results))
+    _logger.info("what to do next: torchrl-bcq evaluate %s; torchrl-bcq plot %s", out, out)
     return results
 
 
 def _summary(results: dict[str, Any]) -> str:
-    parts = [f"return of the behaviour {results['behaviour']['mean']:.1f}"]
+    parts = [f"mean return of the dataset {results['behaviour']['mean']:.1f}"]
     if "final" in results:
         parts.append(f"of the policy {results['final']['mean']:.1f} +- {results['final']['std']:.1f}")
     if "best" in results:

@@ -1,4 +1,4 @@
-"""Optimizers, their learning-rate schedulers and schedules, from plain settings."""
+"""Makes optimizers, learning-rate schedulers and ``Schedule`` objects from settings."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from torchrl_bcq.objectives import OfflineLoss
 from torchrl_bcq.runs.signatures import Settings, settings_of, taken_by
 from torchrl_bcq.trainers.stepper import NetworkLRScheduler, OfflineOptimizationStepper, Schedule
 
-_FUSED = ("Adam", "AdamW")  # one kernel for all parameters, as OfflineOptimizationStepper.adam
-_UNFIT = ("LBFGS", "SparseAdam", "ReduceLROnPlateau")  # need a closure, sparse gradients, a metric in each step
+_FUSED = ("Adam", "AdamW")  # these classes get fused=True: one kernel updates all parameters
+# unsupported: these classes need a closure, sparse gradients, or a metric
+_UNFIT = ("LBFGS", "SparseAdam", "ReduceLROnPlateau")
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 def make_optimizer(
     name: str, parameters: Any, *, optimizer: str = "Adam", lr: float = 1e-3, kwargs: Mapping[str, Any] = _EMPTY
 ) -> Optimizer:
-    """Make the optimizer of a network, by its name in ``torch.optim``, with its other arguments."""
+    """Make the optimizer of a network; ``optimizer`` is the name of a class in ``torch.optim``."""
     fused = {"fused": True} if optimizer in _FUSED else {}
     return _call(torch.optim, optimizer, Optimizer, f"optim.{name}", parameters, {"lr": lr, **fused, **kwargs})
 
@@ -30,7 +31,7 @@ def make_optimizer(
 def make_scheduler(
     name: str, optimizer: Optimizer, *, scheduler: str | None = None, scheduler_kwargs: Mapping[str, Any] = _EMPTY
 ) -> lr_scheduler.LRScheduler | None:
-    """Make the scheduler of a network's learning rate, by its name in ``torch.optim.lr_scheduler``, or none."""
+    """Make a learning-rate scheduler of the class named ``scheduler``; return None if no class is named."""
     if scheduler is None:
         return None
     base = lr_scheduler.LRScheduler
@@ -38,7 +39,7 @@ def make_scheduler(
 
 
 def optim_settings(networks: Sequence[str], *calls: Callable) -> Settings:
-    """Settings of these functions for all networks, and of each network by its name; null there is the common one."""
+    """Return the defaults of the section ``optim``: settings of all networks, then of each network."""
     common: Settings = {name: setting for call in calls for name, setting in settings_of(call).items()}
     own: Settings = {
         name: (kind, {}) if isinstance(default, Mapping) else (kind | None, None)
@@ -50,7 +51,8 @@ def optim_settings(networks: Sequence[str], *calls: Callable) -> Settings:
 def make_stepper(loss: OfflineLoss, **optim: Any) -> OfflineOptimizationStepper:
     """Make an optimizer and a schedule for each network that has parameters to train.
 
-    ``optim`` are arguments of :func:`make_optimizer`, and by name of a network its own, with those of ``Schedule``.
+    ``optim`` holds arguments of ``make_optimizer`` for all networks. If ``optim`` has an entry with the name of a
+    network, the entry holds arguments of ``make_optimizer`` and ``Schedule`` for this network.
     """
     optimizers, schedules = {}, {}
     for name in loss.trainable_names:
@@ -65,7 +67,7 @@ def make_stepper(loss: OfflineLoss, **optim: Any) -> OfflineOptimizationStepper:
 
 
 def make_scheduler_hooks(stepper: OfflineOptimizationStepper, **optim: Any) -> list[NetworkLRScheduler]:
-    """Make the learning-rate scheduler of each network that has one."""
+    """Make a hook for each network that has a learning-rate scheduler."""
     made = {
         name: make_scheduler(name, optimizer, **taken_by(make_scheduler, _of_network(optim, name)))
         for name, optimizer in stepper.optimizers.items()
@@ -74,17 +76,17 @@ def make_scheduler_hooks(stepper: OfflineOptimizationStepper, **optim: Any) -> l
 
 
 def _of_network(optim: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Settings of a network: its own, and the common ones where it has none."""
+    """Return the settings of a network; a common setting is used where the network has no setting."""
     own = {key: value for key, value in optim.get(name, {}).items() if value is not None}
     settings = {**optim, **own}
     for kind, kwargs in (("optimizer", "kwargs"), ("scheduler", "scheduler_kwargs")):
-        same = settings.get(kind) == optim.get(kind)  # another class takes other arguments
+        same = settings.get(kind) == optim.get(kind)  # the common arguments are only for the common class
         settings[kwargs] = {**(optim.get(kwargs, {}) if same else {}), **own.get(kwargs, {})}
     return settings
 
 
 def _call(module: Any, kind: str, base: Any, setting: str, first: Any, arguments: Mapping[str, Any]) -> Any:
-    """Make one of PyTorch's classes by its name."""
+    """Make an instance of a PyTorch class; ``kind`` is the name of the class."""
     kinds = {name: value for name, value in vars(module).items() if isinstance(value, type) and value is not base}
     known = sorted(k for k, value in kinds.items() if issubclass(value, base) and k[0] != "_" and k not in _UNFIT)
     if kind not in known:
@@ -92,4 +94,4 @@ def _call(module: Any, kind: str, base: Any, setting: str, first: Any, arguments
     try:
         return kinds[kind](first, **{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
     except (TypeError, ValueError) as error:
-        raise RunError(f"{setting} cannot be made: {kind} with {dict(arguments)}: {error}") from error
+        raise RunError(f"{setting} cannot be made: {kind} rejects the arguments {dict(arguments)}: {error}") from error

@@ -1,23 +1,31 @@
-"""The policy of a run."""
+"""Loads the policy of a run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tensordict.nn import TensorDictModuleBase
+from torchrl_bcq.modules.acting import Policy
 
 
-def load_policy(run: str | Path, checkpoint: str = "best", device: str = "auto") -> TensorDictModuleBase:
-    """The policy of a run of ``torchrl-bcq train``, ready to act. Needs ``torchrl-bcq[hydra]``.
+def load_policy(run: str | Path, checkpoint: str = "best", device: str = "auto") -> Policy:
+    """Load a policy of ``torchrl-bcq train``, and set the policy to evaluation mode. Needs ``torchrl-bcq[hydra]``.
+
+    Nothing in the checkpoint is executed or unpickled.
 
     Args:
-        run: its folder, or that of one of its checkpoints.
-        checkpoint: ``"best"`` (by the metric that the run monitored) or ``"last"``.
-        device: any torch device; ``"auto"`` is cuda if it is available.
+        run: folder of the run, or folder of a checkpoint of the run.
+        checkpoint: ``"best"`` or ``"last"``. ``"best"`` loads the checkpoint with the best value of the metric that the
+            run monitored. If the run kept no best checkpoint, ``"best"`` loads the last checkpoint.
+        device: any torch device; ``"auto"`` selects cuda if it is available.
 
     Raises:
-        RunError: if there is no checkpoint, or it cannot be loaded. Nothing in it is executed or unpickled.
-    """
-    from torchrl_bcq.runs.folder import load  # omegaconf is an optional package
+        RunError: if there is no checkpoint, or if it cannot be loaded.
 
-    return load(Path(run), checkpoint, device).policy
+    Example:
+        >>> policy = load_policy("runs/first")  # folder made by: torchrl-bcq train out=runs/first
+        >>> policy.act([1.0, 0.0, 0.0]).shape
+        (1,)
+    """
+    from torchrl_bcq.runs.folder import load  # imported here, because omegaconf is an optional package
+
+    return load(Path(run), checkpoint, device).policy.eval()

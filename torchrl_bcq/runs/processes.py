@@ -1,4 +1,4 @@
-"""The processes of a run: one, or those that ``torchrun`` has started."""
+"""The processes of a run: a single process, or all processes that ``torchrun`` has started."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from torchrl_bcq.trainers.distributed import Processes
 
 T = TypeVar("T")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_PATIENCE = timedelta(days=1)  # while the first process works alone, converting a dataset or evaluating a policy
-_SEEDS = 1_000_003  # between the seeds of two processes, so that runs of neighbouring seeds share none
+_PATIENCE = timedelta(days=1)  # long timeout: the first process may convert a dataset or evaluate while the others wait
+# difference between the seeds of two processes: large, so that two runs have no seed in common
+_SEEDS = 1_000_003
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the processes that ``torchrun`` has started into a group; each gets a GPU of its own, if there are any."""
+    """Run a block. If ``torchrun`` started several processes, they form a process group in the block."""
     if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
@@ -45,18 +46,18 @@ def several() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes, evaluates and logs."""
+    """Whether this is the first process, the only one that writes, evaluates and logs."""
     return not several() or dist.get_rank() == 0
 
 
 def from_first(call: Callable[[], T]) -> T:
-    """Call a function in the first process, and give its result to all; if it fails, the others raise a PeerError."""
+    """Run ``call`` in the first process only, and return the result of ``call`` in all processes."""
     return Processes(torch.device("cpu") if several() else None).on_first(call)
 
 
 @contextmanager
 def first_goes_first() -> Iterator[None]:
-    """Run a block in the first process, then in the others, which use the files that it has written."""
+    """Run a block in the first process. When it has ended, run the block in the other processes."""
     if not is_first():
         from_first(lambda: None)
     yield
@@ -65,26 +66,26 @@ def first_goes_first() -> Iterator[None]:
 
 
 def own_seed(seed: int) -> int:
-    """The seed from which this process draws its rows; the first process uses that of a single one."""
+    """Return the seed for drawing rows in this process; the first process uses ``seed`` unchanged."""
     return seed + _SEEDS * dist.get_rank() if several() else seed
 
 
 def check_device(name: str) -> None:
-    """Check that each process has a device of its own; raises a RunError if not."""
+    """Raise a RunError if several processes would have to share a GPU."""
     gpus = torch.cuda.device_count()
     if not several() or not (name.startswith("cuda") or (name == "auto" and gpus)):
         return
     here = int(os.environ["LOCAL_WORLD_SIZE"])
     if ":" in name:
-        raise RunError(f"device={name} is one device for {here} processes; device=cuda gives each its own.")
+        raise RunError(f"device={name} is one GPU for {here} processes; with device=cuda, each process has its own.")
     if here > gpus:
-        remedy = "start as many by torchrun --nproc-per-node, or choose device=cpu"
-        raise RunError(f"there are {here} processes for {gpus} GPUs; {remedy}.")
+        remedy = "start one process for each GPU (torchrun --nproc-per-node), or choose device=cpu"
+        raise RunError(f"there are {here} processes, but the number of GPUs is {gpus}; {remedy}.")
 
 
 @contextmanager
 def stoppable(trainer: OfflineTrainer) -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the run with a checkpoint; a second signal ends it at once."""
+    """Run a block. A SIGINT or SIGTERM saves a checkpoint and stops training; a second exits at once."""
 
     def stop(number: int, frame: Any) -> None:
         name = signal.Signals(number).name
@@ -92,8 +93,9 @@ def stoppable(trainer: OfflineTrainer) -> Iterator[None]:
             signal.signal(each, signal.default_int_handler)
         trainer.request_stop(name)
         if is_first():
-            when = "these steps" if several() else "this step"
-            print(f"\n{name}: saving after {when}; press again to leave at once", file=sys.stderr, flush=True)
+            when = "log interval" if several() else "gradient step"
+            message = f"{name}: the run stops after this {when} and saves a checkpoint; a second signal ends it at once"
+            print(f"\n{message}", file=sys.stderr, flush=True)
 
     previous = {number: signal.signal(number, stop) for number in _SIGNALS}
     try:
@@ -104,5 +106,5 @@ def stoppable(trainer: OfflineTrainer) -> Iterator[None]:
 
 
 def stopped_by(trainer: OfflineTrainer) -> str | None:
-    """The signal that ended the run, in any of its processes; None if none did."""
+    """Return the name of the signal that stopped any process of the run; None if no signal stopped it."""
     return trainer._stop_reason if trainer._stop_reason in [number.name for number in _SIGNALS] else None

@@ -1,4 +1,4 @@
-"""The settings of a run: where they come from, how they are overridden, and their file in the run's folder."""
+"""The settings of a run: defaults, overrides, and the settings file in the run's folder."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from torchrl_bcq.runs.signatures import Settings, make_section, settings_of
 from torchrl_bcq.trainers import KeepBest, OfflineTrainer
 from torchrl_bcq.version import __version__
 
-FILE = "config.yaml"  # in a run's folder
-# a resumed run may change these: they do not change what is learned, or the dataset's digest is compared
+FILE = "config.yaml"  # name of the settings file in the folder of a run
+# A resumed run may change these settings. The path of the dataset may change, but not its contents: checkpoints hold a
+# digest of the contents.
 FREE = {"steps", "out", "resume", "progress_bar", "threads", "device", "root", "dataset", "reader", "compile",
         "precision", "cudagraph", "baseline", "evaluation", "checkpoint", "early_stopping", "logger", "logger_kwargs",
         "policy"}  # fmt: skip
 
 
 def default_settings(algorithm: str = "bcq") -> DictConfig:
-    """Settings of a run with their defaults; OmegaConf checks names and types of all changes.
+    """Return the default settings of a run; if a setting is changed, OmegaConf checks its name and type.
 
-    Those of networks, loss, policy, optimizers and trainer follow from the signatures that use them.
+    Settings of networks, loss, policy, optimizers and trainer are read from the signatures of the code that uses them.
     """
     record = find_algorithm(algorithm)
     networks = [name.removesuffix("_network") for name in record.loss.network_arguments()]
@@ -97,21 +98,22 @@ def default_settings(algorithm: str = "bcq") -> DictConfig:
 
 
 def compose(overrides: Sequence[str], *, sweep: bool = False) -> list[DictConfig]:
-    """The settings of each run that overrides such as ``"optim.lr=3e-4"`` ask for, in Hydra's syntax.
+    """Return the settings of each run, made from overrides in Hydra's syntax, such as ``"optim.lr=3e-4"``.
 
-    ``resume=RUN`` starts from the settings of that run. With ``sweep``, values such as ``"seed=0,1"`` ask for several
-    runs, in the numbered folders of ``out``.
+    With ``resume=RUN``, the settings of that run replace the defaults. If ``sweep`` is True, a setting may have several
+    values, such as ``"seed=0,1"``. Then each combination of values is a run in a numbered subfolder of ``out``.
 
     Raises:
-        RunError: if a setting is unknown or has another type, or there are several values without ``sweep``.
+        RunError: if a setting is unknown or has the wrong type, or if a setting has several values and ``sweep`` is
+            False.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.utils import setup_globals
     from hydra.errors import HydraException
 
-    setup_globals()  # ${now:...}
+    setup_globals()  # defines ${now:...}
     if unfit := [word for word in overrides if "=" not in word or word.startswith("~")]:
-        raise RunError(f"{unfit[0]} is no override, expected NAME=VALUE.")
+        raise RunError(f"{unfit[0]} is not a setting; write a setting as NAME=VALUE.")
     try:
         parse = OverridesParser.create().parse_overrides
         choices = [
@@ -122,7 +124,7 @@ def compose(overrides: Sequence[str], *, sweep: bool = False) -> list[DictConfig
         ]
         several = [values for values in choices if len(values) > 1]
         if several and not sweep:
-            raise RunError(f"{several[0]} are several runs, which -m makes; a list is written as NAME=[A,B].")
+            raise RunError(f"{several[0]} needs several runs; add -m to train them all, or write a list as NAME=[A,B].")
         chosen = [{part.key_or_group: part.value() for part in parse(list(words))} for words in product(*choices)]
     except HydraException as error:
         raise RunError(f"the settings cannot be read: {error}") from error
@@ -135,14 +137,14 @@ def compose(overrides: Sequence[str], *, sweep: bool = False) -> list[DictConfig
 
 
 def _override(values: dict[str, Any]) -> DictConfig:
-    """The settings of a run with these values by dotted name."""
+    """Return the default settings, or those of a resumed run, changed by the overrides ``values``."""
     resumed = values.get("resume", False)
     if isinstance(resumed, bool):
         settings = default_settings(str(values.get("algorithm", "bcq")))
     else:
         settings = load_settings(Path(str(resumed)))
         if (asked := values.get("algorithm", settings.algorithm)) != settings.algorithm:
-            raise RunError(f"{resumed} has algorithm {settings.algorithm}, not {asked}; start a new run instead.")
+            raise RunError(f"{resumed} is a run of algorithm {settings.algorithm}, not {asked}; start a new run.")
         values = {"out": str(resumed), **values, "resume": True}
     for name, value in values.items():
         try:
@@ -152,58 +154,63 @@ def _override(values: dict[str, Any]) -> DictConfig:
             raise RunError(f"there is no setting {name}{f'; did you mean {close[0]}?' if close else '.'}") from error
         except OmegaConfBaseException as error:
             raise RunError(f"{name} cannot be {value!r}: {str(error).splitlines()[0]}") from error
-    _as_text(OmegaConf.to_container(settings))  # refuses `_target_`
+    _as_text(OmegaConf.to_container(settings))  # raises a RunError if the settings contain `_target_`
     return settings
 
 
 def load_settings(run: Path) -> DictConfig:
-    """The settings of a run, as :func:`to_settings` reads them; raises a RunError if there is no such run."""
+    """Read and check the settings in the folder of a run; raises a RunError if the folder is not a run."""
     file = run / FILE
     if not file.is_file():
         found = sorted(path.parent.name for path in run.glob(f"*/{FILE}"))
-        inside = f" It holds the runs {found}; name one of them." if found else ""
-        raise RunError(f"{run} is no run of torchrl-bcq train: there is no {file}.{inside}")
+        inside = f" It contains the runs {found}; choose one of them." if found else ""
+        raise RunError(f"{run} is not a run of torchrl-bcq train: there is no {file}.{inside}")
     try:
         plain = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
-    except Exception as error:  # of the YAML parser and of OmegaConf
+    except Exception as error:  # the YAML parser and OmegaConf raise errors of many kinds
         raise RunError(f"{file} cannot be read: {error}") from error
     return to_settings(plain, file)
 
 
 def save_settings(settings: DictConfig, run: Path) -> None:
-    """Write the settings into a run's folder."""
+    """Write the settings into the folder of a run."""
     with write_whole(run / FILE) as file:
         file.write_text(OmegaConf.to_yaml(OmegaConf.create(to_plain(settings))), encoding="utf-8")
 
 
 def to_plain(settings: DictConfig) -> dict[str, Any]:
-    """The settings as plain values, with the version that they belong to."""
+    """Convert the settings to plain values, and add the version of this package."""
     return {"version": __version__, **OmegaConf.to_container(settings, resolve=True)}  # type: ignore[dict-item]
 
 
 def to_settings(plain: Any, where: str | Path) -> DictConfig:
-    """The settings that :func:`to_plain` gave, from a file or a checkpoint. Nothing is executed, imported or looked up.
+    """Check plain values from a file or a checkpoint (see ``to_plain``), and convert them to settings.
+
+    Nothing in the plain values is executed, imported or resolved. ``where`` is the path of the file or the checkpoint,
+    for error messages.
 
     Raises:
-        RunError: if they are of another version, hold a ``_target_``, or a setting is unknown or has another type.
+        RunError: if another version of this package made the values, if the values contain a ``_target_``, or if a name
+            or a type is wrong.
     """
     if not isinstance(plain, dict):
-        raise RunError(f"{where} cannot be read: it holds {type(plain).__name__}, expected settings by name.")
+        raise RunError(f"{where} cannot be read: it is a {type(plain).__name__}, expected names and their values.")
     found, present = str(plain.get("version", "0.1")), __version__
     if found.split(".")[:2] != present.split(".")[:2]:
         raise RunError(
-            f"{where} is of torchrl-bcq {found}, this is {present}: use that version for this run, or train it again."
+            f"{where} was made by torchrl-bcq {found}, but this is version {present}; install torchrl-bcq {found}, or "
+            "train the run again."
         )
     try:
         values = _as_text({name: value for name, value in plain.items() if name != "version"})
         settings = default_settings(str(values.get("algorithm", "bcq")))
         return OmegaConf.merge(settings, OmegaConf.create(values))  # type: ignore[return-value]
-    except Exception as error:  # OmegaConf has no common one
+    except Exception as error:  # _as_text raises RunError; OmegaConf raises many classes of errors
         raise RunError(f"{where} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _as_text(value: Any, at: str = "") -> Any:
-    """Make interpolations text, since they could read environment variables; raises a RunError for ``_target_``."""
+    """Return ``value`` with each ``${`` escaped; raise a RunError if it has keys such as ``_target_``."""
     if isinstance(value, str):
         return value.replace("${", "\\${")
     if isinstance(value, list):
@@ -211,12 +218,12 @@ def _as_text(value: Any, at: str = "") -> Any:
     if not isinstance(value, dict):
         return value
     if special := [name for name in value if re.fullmatch(r"_\w+_", str(name))]:
-        raise RunError(f"{at}{special[0]} is no setting: settings are plain values, nothing in them is called.")
+        raise RunError(f"{at}{special[0]} is refused, because names of the form _NAME_ can run code; remove it.")
     return {name: _as_text(item, f"{at}{name}.") for name, item in value.items()}
 
 
 def flat(settings: DictConfig) -> dict[str, Any]:
-    """Settings by dotted name; lists and free-form dictionaries are values."""
+    """Return a flat dict of the settings whose keys are dotted names, such as ``loss.gamma``."""
     leaves: dict[str, Any] = {}
     for name in settings:
         value: Any = None if OmegaConf.is_missing(settings, name) else settings[name]
@@ -228,15 +235,16 @@ def flat(settings: DictConfig) -> dict[str, Any]:
 
 
 def check_resumable(now: DictConfig, saved: DictConfig, run: Path) -> None:
-    """Refuse to resume a run with settings that change what it learns; the message names them."""
+    """Raise a RunError that lists the changed settings, if a resumed run must not change them."""
     remedy = "start a new run in another folder with out=FOLDER."
     if now.algorithm != saved.algorithm:
-        raise RunError(f"{run} has algorithm {saved.algorithm}, not {now.algorithm}; {remedy}")
+        raise RunError(f"{run} is a run of algorithm {saved.algorithm}, not {now.algorithm}; {remedy}")
     then, asked = flat(saved), flat(now)
     differing = [
-        f"{name} is {then[name]!r} in it and {asked[name]!r} now"
+        f"{name} was {then[name]!r} and is now {asked[name]!r}"
         for name in asked
         if asked[name] != then[name] and name.split(".")[0] not in FREE
     ]
     if differing:
-        raise RunError(f"{run} cannot be resumed with other settings: {'; '.join(differing)}. Keep them, or {remedy}")
+        found = f"{run} cannot be resumed with changed settings: {'; '.join(differing)}"
+        raise RunError(f"{found}. Use the old values, or {remedy}")

@@ -1,4 +1,4 @@
-"""Settings that follow from signatures: names, types and defaults of arguments."""
+"""Reads the settings of a class or function from the names, types and defaults of its arguments."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from omegaconf import MISSING
 
-Settings = dict[str, Any]  # by name: (type, default), or the settings of a section
+Settings = dict[str, Any]  # maps the name of a setting to (type, default), and the name of a section to its Settings
 _SIMPLE = (bool, int, float, str)
 
 
 def arguments_of(call: Callable) -> dict[str, inspect.Parameter]:
-    """The arguments of a class or a function, with evaluated annotations; without ``*args`` and ``**kwargs``."""
+    """Return all arguments except ``*args`` and ``**kwargs``, by name; annotations in quotes become types."""
     is_class = isinstance(call, type)
-    function = getattr(call, "__init__", call) if is_class else call  # TorchRL's metaclasses hide signatures
+    function = getattr(call, "__init__", call) if is_class else call  # TorchRL's metaclasses hide __init__'s signature
     parameters = list(inspect.signature(function).parameters.values())
     named = [p for p in parameters[1 if is_class else 0 :] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return {p.name: p.replace(annotation=_evaluate(p, function)) for p in named}
 
 
 def settings_of(call: Callable, *names: str) -> Settings:
-    """Type and default of each setting among the arguments of a class or a function, or of the named ones.
+    """Return the ``(type, default)`` of each argument that is a setting, or only of those in ``names``.
 
-    A setting has a plain type: a number, text, a flag, or a sequence or mapping of them. Modules, specs, devices and
-    positional arguments without a default are no settings. Without an annotation, the type is the default's.
+    A setting has a plain type: a number, text, a flag, or a sequence or mapping of these. Modules, specs, devices and
+    positional arguments without a default are not settings. If an argument has no annotation, its type is the type of
+    its default.
     """
     found = {
         name: (kind, _default(p))
@@ -40,12 +41,12 @@ def settings_of(call: Callable, *names: str) -> Settings:
 
 
 def fields_of(call: Callable) -> Settings:
-    """Type and default of each argument of a class or a function; only settings have a type that is checked."""
+    """Return the ``(type, default)`` of each argument; a type that OmegaConf cannot check becomes ``Any``."""
     return {name: (_plain(p.annotation) or Any, _default(p)) for name, p in arguments_of(call).items()}
 
 
 def make_section(name: str, settings: Settings, *bases: type) -> type:
-    """Make a dataclass of settings and sections, whose names and types OmegaConf checks."""
+    """Make a dataclass from settings and sections; OmegaConf uses this dataclass to check names and types."""
     fields: list[Any] = []
     for key, setting in settings.items():
         if isinstance(setting, dict):
@@ -64,17 +65,17 @@ def _default(parameter: inspect.Parameter) -> Any:
 
 
 def _evaluate(parameter: inspect.Parameter, function: Any) -> Any:
-    """The type of an argument, whose annotation may be text."""
+    """Return the type of an argument; evaluate its annotation if the annotation is a string."""
     kind = parameter.annotation
     try:
         kind = eval(kind, getattr(inspect.unwrap(function), "__globals__", {})) if isinstance(kind, str) else kind
-    except NameError:  # a name imported for type checkers only
+    except NameError:  # a name that is imported only for type checkers; use the type of the default
         kind = parameter.empty
     return type(parameter.default) if kind is parameter.empty else kind
 
 
 def _plain(kind: Any) -> Any:
-    """A plain type as OmegaConf checks it; None for another one."""
+    """Return the type that OmegaConf can check in place of ``kind``, or None if there is no such type."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind in _SIMPLE:
         return kind
@@ -93,5 +94,5 @@ def _plain(kind: Any) -> Any:
 
 
 def taken_by(call: Callable, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of the settings that a class or a function takes."""
+    """Return the entries of ``settings`` that a class or function accepts as arguments."""
     return {name: settings[name] for name in settings_of(call) if name in settings}

@@ -1,4 +1,4 @@
-"""Training: TorchRL's Trainer on a fixed dataset."""
+"""Training on a fixed dataset with TorchRL's ``Trainer``."""
 
 from torchrl_bcq.trainers.bcq import BCQOptimizationStepper, BCQTrainer
 from torchrl_bcq.trainers.best import KeepBest

@@ -1,4 +1,4 @@
-"""The trainer and the stepper with the names and the settings of the paper."""
+"""The trainer and the optimization stepper of BCQ, with the settings of the paper."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from torchrl_bcq.trainers.stepper import OfflineOptimizationStepper, Schedule, m
 
 
 class BCQOptimizationStepper(OfflineOptimizationStepper):
-    """Steps the VAE, then the critics, then the actor, each on its own loss, within one batch.
+    """For each batch, makes one gradient step of the VAE, then one of the critics, then one of the actor.
 
     Args:
-        vae_optimizer: of the VAE's parameters; None if it is frozen or has none.
-        qvalue_optimizer: of all critics' parameters; None if they are frozen.
-        actor_optimizer: of the perturbation actor's parameters; None if it is frozen, or the loss has none.
-        vae_warmup_steps: gradient steps of the VAE alone, before critics and actor begin; the paper's is 0.
-        freeze_vae_after: gradient steps after which the VAE stays as it is; the paper's never does.
-        actor_update_interval: gradient steps of the critics for each of the actor; the paper's is 1.
+        vae_optimizer: optimizer of the VAE's parameters; None if the VAE is frozen or has no parameters.
+        qvalue_optimizer: optimizer of all critics' parameters; None if the critics are frozen.
+        actor_optimizer: optimizer of the perturbation actor's parameters; None if the actor is frozen, or the loss has
+            no actor.
+        vae_warmup_steps: number of gradient steps at the start in which only the VAE learns; 0 in the paper.
+        freeze_vae_after: number of gradient steps after which the VAE is frozen; None, as in the paper, never freezes
+            the VAE.
+        actor_update_interval: number of critic steps for each actor step; 1 in the paper.
 
     Raises:
         ValueError: if a number is out of range, or the VAE would be frozen before its warm-up ends.
@@ -40,13 +42,13 @@ class BCQOptimizationStepper(OfflineOptimizationStepper):
     ) -> None:
         if vae_warmup_steps < 0 or actor_update_interval < 1:
             raise ValueError(
-                f"vae_warmup_steps is {vae_warmup_steps} and actor_update_interval {actor_update_interval}; expected "
-                "0 or more, and 1 or more."
+                f"vae_warmup_steps is {vae_warmup_steps} and actor_update_interval {actor_update_interval}; "
+                "vae_warmup_steps must be at least 0 and actor_update_interval at least 1."
             )
         if freeze_vae_after is not None and freeze_vae_after < max(vae_warmup_steps, 1):
             raise ValueError(
-                f"freeze_vae_after is {freeze_vae_after}, expected at least 1 and vae_warmup_steps={vae_warmup_steps}; "
-                "None lets the VAE learn to the end."
+                f"freeze_vae_after is {freeze_vae_after}, but must be at least 1 and at least vae_warmup_steps "
+                f"({vae_warmup_steps}); None never freezes the VAE."
             )
         given = {"vae": vae_optimizer, "qvalue": qvalue_optimizer, "actor": actor_optimizer}
         schedules = {
@@ -59,12 +61,28 @@ class BCQOptimizationStepper(OfflineOptimizationStepper):
 
     @classmethod
     def adam(cls, loss: OfflineLoss, lr: float = 1e-3, **settings: Any) -> BCQOptimizationStepper:
-        """The author's optimizers: Adam at 1e-3 for every network. ``settings`` are of the constructor."""
+        """Make a stepper with one Adam optimizer per network; ``settings`` are the stepper's other arguments."""
         made = make_adam(loss, lr)
         return cls(made.get("vae"), made.get("qvalue"), made.get("actor"), **settings)
 
 
 class BCQTrainer(OfflineTrainer):
-    """The :class:`OfflineTrainer` with the author's optimizers, :class:`BCQOptimizationStepper`, by default."""
+    """The ``OfflineTrainer`` for BCQ; its default stepper is ``BCQOptimizationStepper.adam(loss)``.
+
+    Example:
+        >>> import numpy as np
+        >>> from torchrl.data import Bounded, Unbounded
+        >>> from torchrl.objectives import SoftUpdate
+        >>> from torchrl_bcq import BCQLoss, BCQTrainer, from_arrays, make_bcq_modules, make_replay_buffer
+        >>> draw = np.random.default_rng(0).uniform
+        >>> flags = {"terminated": np.arange(90) % 30 == 29, "truncated": np.zeros(90)}
+        >>> data = from_arrays(draw(size=(90, 3)), draw(size=(90, 1)), draw(size=90), **flags)
+        >>> loss = BCQLoss(*make_bcq_modules(Unbounded((3,)), Bounded(-1, 1, (1,)), hidden=[8], vae_hidden=[8]))
+        >>> buffer, updater = make_replay_buffer(data, batch_size=10), SoftUpdate(loss, tau=0.005)
+        >>> trainer = BCQTrainer(loss, buffer, target_net_updater=updater, total_steps=20, progress_bar=False)
+        >>> trainer.train()
+        >>> sorted(trainer.metrics)[:3]
+        ['loss_actor', 'loss_qvalue', 'loss_vae']
+    """
 
     default_stepper = BCQOptimizationStepper

@@ -1,4 +1,4 @@
-"""The checkpoint of the best value of a metric."""
+"""Keeps the checkpoint with the best value of a metric."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from torchrl_bcq.trainers.offline import OfflineTrainer
 
 
 class KeepBest(TrainerHookBase):
-    """Keeps the checkpoint of the best value of a metric so far, in its own folder.
+    """Saves a checkpoint to its own folder whenever a metric reaches a new best value.
 
     Args:
-        directory: of the :class:`torchrl.checkpoint.CheckpointRotation` ``KeepBest(...).rotation``, whose ``best()`` is
-            the best checkpoint. After a resume from an earlier step, a newer one may be there too.
-        monitor: a metric that an earlier hook logs, such as ``"return"``.
-        mode: ``"max"`` or ``"min"``.
-        wait_for: gradient steps before the metric counts; a TD error is small before anything is learned.
+        directory: folder of the checkpoints. The attribute ``rotation`` is the ``CheckpointRotation`` of this folder,
+            and ``rotation.best()`` returns the best checkpoint. If a run goes back to an
+            older checkpoint and resumes, the best checkpoint can come from the part that is now trained again.
+        monitor: name of the metric, such as ``"return"``. The hook that logs the metric must be registered before this
+            hook.
+        mode: ``"max"`` if larger values are better, ``"min"`` if smaller values are better.
+        wait_for: number of gradient steps at the start in which the metric is ignored. This helps, for example, with
+            the TD error, because the TD error of untrained critics is misleadingly small.
 
-    ``KeepBest("run/best", "return").register(trainer)``, after the hook that logs the metric.
+    Usage: ``KeepBest("run/best", "return").register(trainer)``, after the hook that logs the metric is registered.
 
     Raises:
-        ValueError: if ``mode`` is another.
+        ValueError: if ``mode`` is neither ``"max"`` nor ``"min"``.
     """
 
     def __init__(self, directory: str | Path, monitor: str = "return", mode: str = "max", *, wait_for: int = 0) -> None:
@@ -36,7 +39,7 @@ class KeepBest(TrainerHookBase):
         self._trainer: OfflineTrainer | None = None
 
     def __call__(self, batch: TensorDictBase | None = None) -> None:
-        """Write a checkpoint, if the metric was logged at this step and is the best so far."""
+        """Write a checkpoint if the metric was logged at this step and its value is the best so far."""
         trainer = self._trainer
         if trainer is None or trainer.logged_at(self.monitor) != trainer.collected_frames:
             return
@@ -51,15 +54,16 @@ class KeepBest(TrainerHookBase):
         trainer.write_checkpoint(lambda: self.rotation.save(trainer.checkpoint, step=step, metadata=metadata))
 
     def register(self, trainer: OfflineTrainer, name: str = "keep_best") -> None:
-        """Register with a trainer."""
+        """Register the hook with a trainer."""
         tidy_rotation(self.rotation.directory)
         self._trainer = trainer
-        trainer.register_op("setup", self)  # where metrics that a stop prevented are measured
+        # also check the metric at the start: an earlier run may have stopped before its last check
+        trainer.register_op("setup", self)
         trainer.register_op("post_steps_log", self)
 
 
 def best_checkpoint(directory: Path) -> Path | None:
-    """The best checkpoint in the folder of a :class:`KeepBest`, if there is one."""
+    """Return the best checkpoint in the folder of a ``KeepBest``, or None if the folder has no checkpoint."""
     newest = CheckpointRotation(directory, keep_last=1).latest()
     if newest is None:
         return None

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, and are read without unpickling."""
+"""Writes checkpoints that are always complete, and reads them without pickle."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from torchrl.data import PrioritizedSampler, ReplayBuffer, SamplerWithoutReplace
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.record.loggers import Logger
 
-_DIGEST_BYTES = 1 << 24  # hashed at a time
+_DIGEST_BYTES = 1 << 24  # number of bytes that are hashed at a time
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Anything with a ``state_dict``."""
+    """Type of the objects that have the methods ``state_dict`` and ``load_state_dict``."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """State to save."""
+        """Return the state to save."""
         ...
 
     def load_state_dict(self, state_dict: Any) -> Any:
@@ -37,22 +37,23 @@ class Stateful(Protocol):
 
 
 class WeightsOnlyAdapter(StateDictCheckpointAdapter):
-    """One file for the state of each component, by :func:`torch.save`, read with ``weights_only=True``.
+    """Writes each component's state to a file with ``torch.save``, and reads it with ``weights_only=True``.
 
-    TorchRL reads them too, ``Checkpoint(loss_module=loss).load(path)``. Its default, memory-mapped files, ends the
-    process where the disk is full, and is read with pickles allowed.
+    TorchRL can read these files without this adapter: ``Checkpoint(loss_module=loss).load(path)``. TorchRL's default
+    format is memory-mapped files. This adapter avoids them for two reasons: on a full disk, writing a memory-mapped
+    file kills the process; and TorchRL reads this format with pickle.
     """
 
     def __init__(self) -> None:
         super().__init__(payload_format="torch")
 
     def save(self, component: Any, path: Path, *, args: Any, kwargs: Any) -> Any:
-        """Write the state; it has reached the disk before the checkpoint gets its name."""
+        """Write the component's state to ``path``, a temporary folder that TorchRL renames at the end."""
         path.mkdir(parents=True, exist_ok=True)
         state = component.state_dict(*args, **kwargs)
-        content = io.BytesIO()  # torch's own writer gives no OSError
+        content = io.BytesIO()  # save to memory first: on a full disk, torch.save to a file raises no OSError
         written = tree_map_only(torch.Tensor, _own_memory, state)
-        if hasattr(state, "_metadata"):  # a module's, which the new dict lacks
+        if hasattr(state, "_metadata"):  # copy the attribute that PyTorch adds to a module's state dict
             written._metadata = state._metadata
         torch.save(written, content)
         with open(path / self.state_torch, "wb") as file:
@@ -62,27 +63,28 @@ class WeightsOnlyAdapter(StateDictCheckpointAdapter):
         return state
 
     def load(self, component: Any, path: Path, *, map_location: Any, args: Any, kwargs: Any, **ignored: Any) -> None:
-        """Read the state; other arguments of ``torch.load`` are ignored."""
+        """Read the component's state from ``path`` and load it; ``ignored`` arguments have no effect."""
         file = path / self.state_torch
         if not file.is_file():
-            raise FileNotFoundError(f"there is no {file}.")
+            raise FileNotFoundError(f"there is no file {file}; load a checkpoint that was made with make_checkpoint.")
         component.load_state_dict(torch.load(file, map_location=map_location, weights_only=True), *args, **kwargs)
 
 
 def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor without the rest of its storage, which would be written too."""
+    """Return a clone if the tensor is only a part of its storage: ``torch.save`` writes whole storages."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def make_checkpoint(**components: Any) -> Checkpoint:
-    """A :class:`torchrl.checkpoint.Checkpoint` of these components that never unpickles."""
+    """Return a ``torchrl.checkpoint.Checkpoint`` that saves ``components`` and loads them without pickle."""
     return Checkpoint(**components).register_adapter(Stateful, WeightsOnlyAdapter())
 
 
 def tidy(path: Path) -> None:
     """Remove the temporary files of a run that was killed while it wrote the checkpoint ``path``.
 
-    A good checkpoint that was being replaced gets its name back. No other process may be writing there.
+    If the killed run had already moved the old checkpoint away, this function moves it back to ``path``. While
+    this function runs, no other process may write to ``path``.
     """
     for aside in sorted(path.parent.glob(f".{glob.escape(path.name)}.*-*")):
         kind = aside.name[len(path.name) + 2 :].partition("-")[0]
@@ -93,20 +95,20 @@ def tidy(path: Path) -> None:
 
 
 def tidy_rotation(directory: Path, prefix: str = "checkpoint") -> None:
-    """The same for all checkpoints of a :class:`torchrl.checkpoint.CheckpointRotation`."""
+    """Call ``tidy`` for each checkpoint in the folder of a ``torchrl.checkpoint.CheckpointRotation``."""
     names = {aside.name[1:].rpartition(".")[0] for aside in directory.glob(f".{glob.escape(prefix)}-*.*-*")}
     for name in names:
         tidy(directory / name)
 
 
 class LoggerState:
-    """State that a logger needs to resume, such as the id of a W&B run, without the scalars that it has written."""
+    """Saves what a logger needs in a resumed run, such as the id of a W&B run, but no logged scalars."""
 
     def __init__(self, logger: Logger) -> None:
         self._logger = logger
 
     def state_dict(self) -> dict[str, Any]:
-        """The logger's state, without what TorchRL's CSVLogger collects for ever."""
+        """Return the logger's state without logged scalars; a CSVLogger's own state contains all of them."""
         state = dict(self._logger.state_dict())
         local = {name: value for name, value in state.get("local", {}).items() if name != "scalars"}
         return {**state, "local": local}
@@ -117,13 +119,13 @@ class LoggerState:
 
 
 class SamplerState:
-    """State from which a replay buffer draws the same rows again: sampler, generator, and a digest of the data."""
+    """Saves the sampler, random generator and data digest of a replay buffer, for an exact resume."""
 
     def __init__(self, replay_buffer: ReplayBuffer) -> None:
         self._buffer = replay_buffer
 
     def state_dict(self) -> dict[str, Any]:
-        """State of sampler and generator, and the digest of the data."""
+        """Return the sampler's state, the random generator's state, and a digest of the dataset."""
         generator = self._buffer._rng
         return {
             "class": self._sampler_class,
@@ -134,12 +136,12 @@ class SamplerState:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore the state; raises a ValueError if data or sampler differ, or only one of the buffers has a seed."""
+        """Restore a saved state; raise a ValueError if dataset, sampler class or use of a seed has changed."""
         self._check(state_dict)
         sampler = self._buffer.sampler
         _load_sampler_state(sampler, state_dict["sampler"])
         if isinstance(sampler, SamplerWithoutReplacement) and sampler._sample_list is not None:
-            # TorchRL leaves the rest of the round on the CPU, and would draw the next one there, too
+            # the loaded order of the rows is on the CPU; move it to the buffer's device
             sampler._sample_list = sampler._sample_list.to(self._buffer.storage.device)
         if (generator := self._buffer._rng) is not None:
             generator.set_state(state_dict["generator"].cpu())
@@ -148,18 +150,19 @@ class SamplerState:
         before, kind, rows = "the checkpoint's replay buffer", self._sampler_class, len(self._buffer)
         seeded = saved["generator"] is not None
         if saved["class"] != kind:
-            raise ValueError(f"{before} drew with a {saved['class']}, this one with a {kind}; make it alike.")
+            raise ValueError(f"{before} used a {saved['class']}, but this one uses a {kind}; use the same sampler.")
         if saved["rows"] != rows:
-            found = f"{before} had {saved['rows']} transitions, this one has {rows}"
+            found = f"{before} had {saved['rows']} transitions, but this one has {rows}"
             raise ValueError(f"{found}; resume with the same dataset.")
         if saved["dataset"] != self._digest:
             raise ValueError(
-                "the dataset has changed since the checkpoint: as many transitions, other values. Resume with the same "
-                "one, or start a new run from the networks alone: Checkpoint(loss_module=loss).load(path)."
+                "the dataset has changed since the checkpoint: it has the same number of transitions, but other "
+                "values. Resume with the same dataset, or load only the networks: "
+                "Checkpoint(loss_module=loss).load(path)."
             )
         if seeded != (self._buffer._rng is not None):
-            made = "with" if seeded else "without"
-            raise ValueError(f"{before} was made {made} a seed, this one was not; make it alike.")
+            made, other = ("with", "without") if seeded else ("without", "with")
+            raise ValueError(f"{before} was made {made} a seed, but this one {other} a seed; make it {made} a seed.")
 
     @cached_property
     def _digest(self) -> str:
@@ -171,7 +174,7 @@ class SamplerState:
 
 
 def dataset_digest(data: TensorDictBase) -> str:
-    """A digest of the names, dtypes, shapes and values of all tensors; memory-mapped ones are read a part at a time."""
+    """Return a digest of the names, dtypes, shapes and values of all tensors; large tensors are read in parts."""
     digest = hashlib.sha256()
     for key, value in sorted(data.items(True, True), key=lambda item: str(item[0])):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
@@ -182,7 +185,7 @@ def dataset_digest(data: TensorDictBase) -> str:
 
 
 def _sampler_state(sampler: Sampler) -> dict[str, Any]:
-    """The sampler's own state, where the trees of priorities become tensors."""
+    """Return the sampler's state; convert the sum tree and min tree of a prioritized sampler to tensors."""
     state = dict(sampler.state_dict())
     if isinstance(sampler, PrioritizedSampler):
         rows = torch.arange(sampler._max_capacity)

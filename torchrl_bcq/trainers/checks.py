@@ -1,4 +1,4 @@
-"""Checks that the parts of a trainer fit together."""
+"""Checks that a trainer's loss, target updater, stepper and replay buffer fit together."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from torchrl_bcq.trainers.stepper import OfflineOptimizationStepper
 
 
 def check_updater(loss_module: OfflineLoss, updater: TargetNetUpdater | None) -> None:
-    """Raise a ValueError if the updater is missing, superfluous, or of another loss."""
+    """Raise a ValueError if the updater is missing, not needed, or made for another loss."""
     delayed = [*loss_module.delayed_names]
     if delayed and updater is None:
         remedy = "target_net_updater=SoftUpdate(loss_module, tau=0.005)"
-        raise ValueError(f"the loss has targets of {delayed}; pass {remedy}.")
+        raise ValueError(f"the loss has target networks for {delayed}; pass {remedy}.")
     if updater is not None and not delayed:
         raise ValueError("the loss has no target networks; pass target_net_updater=None.")
     if updater is not None and updater.loss_module is not loss_module:
-        raise ValueError("target_net_updater was made for another loss; its targets are not the ones that are used.")
+        raise ValueError("target_net_updater was made for another loss; make it from the loss_module of the trainer.")
 
 
 def check_stepper(loss_module: OfflineLoss, stepper: OptimizationStepper, *, captured: bool, parallel: bool) -> None:
-    """Raise a ValueError if a network lacks its optimizer, or the execution asked for is not available."""
+    """Raise a ValueError if the stepper does not fit the loss, ``cudagraph`` or ``data_parallel``."""
     is_ours = isinstance(stepper, OfflineOptimizationStepper)
     trained = loss_module.trainable_names
     if is_ours and set(stepper.optimizers) != set(trained):
-        raise ValueError(f"the loss trains {[*trained]}, but optimization_stepper steps {[*stepper.optimizers]}.")
+        found = f"the loss trains {[*trained]}, but optimization_stepper has optimizers for {[*stepper.optimizers]}"
+        raise ValueError(f"{found}; pass one optimizer for each network that the loss trains.")
     if (captured or parallel) and not is_ours:
         setting = "cudagraph" if captured else "data_parallel"
         raise ValueError(f"{setting}=True needs an OfflineOptimizationStepper, not a {type(stepper).__name__}.")
@@ -37,19 +38,20 @@ def check_stepper(loss_module: OfflineLoss, stepper: OptimizationStepper, *, cap
         raise ValueError("data_parallel=True and cudagraph=True cannot be combined; set one of them.")
     device = next(loss_module.parameters()).device
     if captured and device.type != "cuda":
-        raise ValueError(f"cudagraph=True needs a loss on a CUDA device, this one is on {device}.")
+        raise ValueError(f"cudagraph=True needs a loss on a CUDA device, but the loss is on {device}.")
 
 
 def check_buffer(loss_module: OfflineLoss, replay_buffer: ReplayBuffer) -> None:
-    """Raise a ValueError if the buffer reads other priorities than the loss writes; warn if it prefetches."""
+    """Raise a ValueError if the priority keys of loss and buffer differ; warn if the buffer prefetches."""
     if isinstance(replay_buffer.sampler, PrioritizedSampler):
         written, read = loss_module.tensor_keys.priority, replay_buffer.priority_key
         if written != read:
-            found = f"the loss writes priorities to {written!r}, the buffer reads {read!r}"
-            raise ValueError(f"{found}; set priority_key={written!r}.")
+            found = f"the loss writes priorities to {written!r}, but the buffer reads them from {read!r}"
+            raise ValueError(f"{found}; make the buffer with priority_key={written!r}.")
     if getattr(replay_buffer, "_prefetch", False):
         warnings.warn(
-            "replay_buffer prefetches batches in threads, in an order that is not reproducible: neither a run of the "
-            "same seed nor a resumed run is the same. Make it with prefetch=None for exact resume.",
+            "replay_buffer prefetches batches in threads, in an order that is not reproducible: two runs with the same "
+            "seed differ, and a resumed run differs from an uninterrupted one. Make the buffer with prefetch=None for "
+            "an exact resume.",
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""Data parallelism: processes that train replicas of the same networks, through torch.distributed."""
+"""Data parallelism with ``torch.distributed``: each process trains a replica of the same networks."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ T = TypeVar("T")
 
 
 class PeerError(RuntimeError):
-    """Another process has failed, or has ended; its own message says why."""
+    """Raised if another process has failed or ended; see the error message of the other process."""
 
 
 class Processes:
-    """This process alone, or those of the default process group, which call the same methods in the same order.
+    """Exchanges values in the default process group; all processes must call the same methods in the same order.
 
     Args:
-        device: of the networks of a group. With nccl alone it must be the process's current CUDA device. None stands
-            for this process alone, which shares nothing and waits for nobody.
+        device: device of the networks. If nccl is the only backend of the process group, ``device`` must be the current
+            CUDA device of the process. None means that this process runs alone and does not communicate.
 
     Raises:
-        ValueError: if there is a device, but no process group.
-        PeerError: in each method, if another process has ended, or does not answer for as long as the group waits.
+        ValueError: if a device is given, but there is no process group.
+        PeerError: in each method, if another process has ended or does not answer within the group's timeout.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
         if device is not None and not (dist.is_available() and dist.is_initialized()):
             raise ValueError(
-                "data_parallel=True needs a process group: start the script by torchrun --nproc-per-node N, and call "
-                "torch.distributed.init_process_group() in it before the trainer is made."
+                "data_parallel=True needs a process group: start the script with torchrun --nproc-per-node N, and let "
+                "it call torch.distributed.init_process_group() before it makes the trainer."
             )
         self.rank, self.world_size = (0, 1) if device is None else (dist.get_rank(), dist.get_world_size())
         self.is_first = self.rank == 0
         self._device = device
 
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace each gradient by the mean over processes, all in one message."""
+        """Replace each gradient by its mean over the processes, with one all-reduce for all gradients."""
         if self.world_size == 1:
             return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -49,7 +49,7 @@ class Processes:
         torch._foreach_copy_(gradients, [mean.view_as(g) for mean, g in zip(means, gradients, strict=True)])
 
     def replicate(self, tensors: Iterable[Tensor]) -> None:
-        """Replace values by those of the first process."""
+        """Copy the values of the tensors from the first process to all processes."""
         for tensor in tensors if self.world_size > 1 else ():
             values = tensor.detach().contiguous()
             with self._peers():
@@ -57,18 +57,18 @@ class Processes:
             tensor.detach().copy_(values)
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean over processes of each value."""
+        """Return the mean of each value over the processes."""
         return self._all_reduce(values.clone()) / self.world_size
 
     def agree(self, *flags: bool) -> list[bool]:
-        """Tell for each flag whether any process has set it."""
+        """Return one bool for each of the ``flags``: whether this flag is True in any process."""
         if self.world_size == 1:
             return list(flags)
         given = torch.tensor(flags, dtype=torch.int32, device=self._device)
         return [bool(flag) for flag in self._all_reduce(given, op=dist.ReduceOp.MAX).tolist()]
 
     def gather(self, value: T) -> list[T]:
-        """The value of each process, on all of them."""
+        """Collect the ``value`` of each process in a list, and return the list in every process."""
         values: list[Any] = [value] * self.world_size
         if self.world_size > 1:
             with self._peers():
@@ -76,7 +76,7 @@ class Processes:
         return values
 
     def collect(self, value: T) -> list[T]:
-        """The value of each process, on the first one; nothing on the others."""
+        """Return each process's ``value`` in a list in the first process; return an empty list in the others."""
         values: list[Any] = [value] * self.world_size if self.is_first else []
         if self.world_size > 1:
             with self._peers():
@@ -84,10 +84,10 @@ class Processes:
         return values
 
     def on_first(self, call: Callable[[], T]) -> T:
-        """Call a function in the first process while the others wait, and give its result to all.
+        """Run the function ``call`` in the first process only, and return its result in every process.
 
         Raises:
-            PeerError: in the others, if it fails; the first process raises the error itself.
+            PeerError: in the other processes, if ``call`` raises an error. The first process raises the original error.
         """
         if self.world_size == 1:
             return call()
@@ -106,7 +106,7 @@ class Processes:
             raise PeerError(f"in process 0: {outcome[1]}")
         return outcome[0]
 
-    def _all_reduce(self, values: Tensor, **op: Any) -> Tensor:  # the sum by default; gloo has no mean
+    def _all_reduce(self, values: Tensor, **op: Any) -> Tensor:  # adds values by default: gloo cannot compute a mean
         if self.world_size > 1:
             with self._peers():
                 dist.all_reduce(values, **op)
@@ -118,6 +118,6 @@ class Processes:
             yield
         except RuntimeError as error:
             raise PeerError(
-                f"process {self.rank} of {self.world_size} waited for another one, which has ended or does not answer; "
-                f"see its own message ({str(error).partition('. ')[0]})."
+                f"process {self.rank} of {self.world_size} waited for another process, which has ended or does not "
+                f"answer; see the error message of that process ({str(error).partition('. ')[0]})."
             ) from error

@@ -1,4 +1,4 @@
-"""Precision and compilation of gradient steps."""
+"""Precision and compilation of losses."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torchrl_bcq.memory import keep_freed_memory
 from torchrl_bcq.objectives import OfflineLoss
 from torchrl_bcq.objectives.base import target_precision
 
-_MATMUL = ("highest", "high", "medium")  # torch.set_float32_matmul_precision's
+_MATMUL = ("highest", "high", "medium")  # the values of torch.set_float32_matmul_precision
 PRECISIONS = (*_MATMUL, "bf16-target", "bf16-mixed")
 _logger = logging.getLogger(__name__)
 
 
 class Execution:
-    """Evaluates the losses of an :class:`~torchrl_bcq.OfflineTrainer`, which describes the arguments.
+    """Evaluates losses in a chosen precision, with or without ``torch.compile``; see ``OfflineTrainer``.
 
-    Each loss is compiled, forward and backward, without a graph break.
+    A compiled loss is one graph: ``torch.compile`` raises an error at a graph break.
     """
 
     def __init__(
         self, loss_module: OfflineLoss, compile: bool | Mapping[str, Any] = False, precision: str | None = None
     ) -> None:
         if not isinstance(compile, (bool, Mapping)):
-            raise TypeError(f"compile is {compile!r}, expected True, False, or keywords of torch.compile.")
+            raise TypeError(f"compile is {compile!r}, expected True, False, or a mapping of torch.compile arguments.")
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"precision is {precision!r}, expected None or one of {[*PRECISIONS]}.")
         self.compile = compile
@@ -44,7 +44,7 @@ class Execution:
         self._settings = None if compile is False else {"fullgraph": True, **({} if compile is True else compile)}
 
     def compute(self, batch: TensorDictBase, method: str | None = None) -> Any:
-        """Evaluate the loss, or one of its methods, on a batch."""
+        """Call the loss module, or its method named ``method``, with a batch, and return the result."""
         device = next(self._loss.parameters()).device.type
         with torch.autocast(device, torch.bfloat16) if self._autocast else nullcontext():
             return self._function(method or "forward")(batch)
@@ -53,15 +53,15 @@ class Execution:
         if self._settings is None:
             return self._loss if method == "forward" else getattr(self._loss, method)
         if method not in self._compiled:
-            _logger.info("compiling %s; its first step takes up to a minute", method)
-            _ = self._loss.in_keys  # found now, else a second graph is compiled once they are known
+            _logger.info("compiling %s; the first step of this loss takes up to a minute", method)
+            _ = self._loss.in_keys  # fill the cache of in_keys before compiling; otherwise PyTorch compiles twice
             self._compiled[method] = torch.compile(_with_own_code(getattr(self._loss, method)), **self._settings)
         return self._compiled[method]
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Set the precisions, which are global to PyTorch and to the losses, and restore them afterwards."""
-        # the present one is not even read unless it changes: that fails if it was set for each backend
+        """Use the chosen precision inside a ``with`` block; afterwards, restore the previous precision."""
+        # read the precision only if needed: reading fails if the user has set one for a single backend
         before = None if self._matmul is None else torch.get_float32_matmul_precision()
         try:
             if self._matmul is not None:
@@ -74,9 +74,10 @@ class Execution:
 
 
 def _with_own_code(method: Callable) -> Callable:
-    """A function that calls ``method``.
+    """Return a function that calls ``method`` and has its own code object.
 
-    PyTorch compiles one code object a few times only, and TorchRL has all methods of all losses share one.
+    TorchRL wraps the methods of all losses in functions that share one code object. PyTorch limits the number of
+    recompilations of each code object. Without this function, all losses together would share one limit.
     """
 
     def call(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Training of an offline objective in TorchRL's Trainer."""
+"""Trains an offline objective with TorchRL's ``Trainer``."""
 
 from __future__ import annotations
 
@@ -29,67 +29,95 @@ from torchrl_bcq.trainers.watch import LossWatch
 
 
 class OfflineTrainer(ReplicatedTrainer):
-    """A :class:`torchrl.trainers.Trainer` that trains an objective on a fixed dataset: a frame is a gradient step.
+    """A ``torchrl.trainers.Trainer`` for objectives on a fixed dataset; one gradient step counts as one frame.
 
     Args:
-        loss_module: any :class:`~torchrl_bcq.OfflineLoss`.
-        replay_buffer: holds the transitions and has a batch size.
-        target_net_updater: of ``loss_module``, stepped after each gradient step, such as
-            ``SoftUpdate(loss_module, tau=0.005)``. None if the loss has no targets.
-        total_steps: gradient steps in all, those before a resumed checkpoint included.
-        optimization_stepper: Adam at 1e-3 for each network, in the loss's order, if not given.
-        log_interval: gradient steps between two updates of progress bar and logger, which show means over them. Losses
-            are checked, and checkpoints written, at its multiples.
-        compile: whether losses are compiled by :func:`torch.compile`, or keywords for it, such as
-            ``{"mode": "max-autotune"}``. The first step of each network then takes up to a minute. Compiled code draws
-            other random numbers, unless ``{"options": {"fallback_random": True}}``.
-        precision: of matrix products. None keeps PyTorch's setting, float32 by default. ``"highest"``, ``"high"`` and
-            ``"medium"`` are those of :func:`torch.set_float32_matmul_precision`, set during training; PyTorch and the
-            processor decide what they compute. ``"highest"`` is float32. ``"high"`` is TF32 on GPUs since Ampere and on
-            CPUs with AMX-FP16, float32 on other x86 CPUs. ``"medium"`` is TF32 on these GPUs and float32 on x86 CPUs
-            without AMX; on CPUs with AMX it rounds the factors of products of more than 4,096 multiplications to
-            bfloat16 (relative error of a product 2e-3, in float32 3e-7). ``"bf16-target"`` evaluates target networks,
-            which have no gradient, in bfloat16 on every processor, ``"bf16-mixed"`` all networks. Weights, optimizers,
-            targets and losses are stored in float32 in all of them.
-        cudagraph: whether gradient steps are captured into CUDA graphs, so that a step is one launch. Needs a loss on a
-            CUDA device, and optimizers that can be captured.
-        data_parallel: whether the processes of :mod:`torch.distributed`, such as ``torchrun`` starts, train together,
-            each on its own batches: they start with the first one's networks, and average gradients before each step of
-            an optimizer. All make this trainer, with a replay buffer of another seed, as
-            ``make_replay_buffer(..., seed=seed + rank)``, and call the same methods. N batches of B rows count as one
-            of N * B. Only the first process logs and writes; hooks that only watch may be in it alone.
-        logger: one of TorchRL's.
-        progress_bar: whether to show one; needs tqdm.
-        seed: of PyTorch and NumPy, set here.
-        clip_norm: largest norm of each network's gradient; None does not clip.
-        clip_grad_norm: False clips gradients by value in place of norm.
-        save_trainer_file: folder of a checkpoint, replaced by each new one.
-        save_trainer_interval: a checkpoint is written once more gradient steps than these have passed.
-        checkpoint: :func:`make_checkpoint` with the logger's state if not given.
-        checkpoint_rotation: keeps several checkpoints, in place of ``save_trainer_file``.
-        checkpoint_metadata: returns what each checkpoint's manifest holds beside the counters.
-        log_timings: whether TorchRL's timers are logged.
+        loss_module: any ``OfflineLoss``.
+        replay_buffer: replay buffer that holds the transitions and has a batch size.
+        target_net_updater: updater of the loss's target networks, called after each gradient step, such as
+            ``SoftUpdate(loss_module, tau=0.005)``. Pass None if the loss has no target networks.
+        total_steps: total number of gradient steps. In a resumed run, this number includes the steps before the
+            checkpoint.
+        optimization_stepper: makes the gradient steps; by default, each network has its own Adam with learning rate
+            1e-3, and the networks learn in the order of the loss's ``trainable_names``.
+        log_interval: number of gradient steps between two logs. Each log shows the means of losses and metadata over
+            these steps in the progress bar and the logger. The trainer checks losses and writes checkpoints only at
+            multiples of ``log_interval``.
+        compile: whether to compile the losses with ``torch.compile``; or a mapping of arguments of ``torch.compile``,
+            such as ``{"mode": "max-autotune"}``. The first step of each network then takes up to a minute. Compiled
+            code draws other random numbers than uncompiled code, unless you pass ``{"options": {"fallback_random":
+            True}}``.
+        precision: precision of matrix products. None keeps PyTorch's setting, which is float32 by default. The trainer
+            passes ``"highest"``, ``"high"`` or ``"medium"`` to ``torch.set_float32_matmul_precision`` during training.
+            The actual precision then depends on the PyTorch version and the processor. ``"highest"`` is float32.
+            ``"high"`` is TF32 on Ampere and newer GPUs and on CPUs with AMX-FP16; it is float32 on other x86 CPUs.
+            ``"medium"`` is TF32 on Ampere and newer GPUs; it is float32 on x86 CPUs without AMX. On CPUs with AMX,
+            ``"medium"`` rounds the inputs of a matrix product to bfloat16 if the product has more than 4,096
+            multiplications. The relative error of such a product is then 2e-3; in float32, it is 3e-7.
+            ``"bf16-target"`` evaluates only the target networks in bfloat16, on every processor. ``"bf16-mixed"``
+            evaluates all networks in bfloat16. Weights, targets, optimizer states and losses always remain float32.
+        cudagraph: whether to capture gradient steps in CUDA graphs. Each step then needs only one launch on the GPU.
+            ``cudagraph=True`` needs a loss on a CUDA device and optimizers that support capture.
+        data_parallel: whether the processes of ``torch.distributed`` train together on different batches; ``torchrun``
+            can start these processes. All processes start with the first process's networks and average the gradients
+            before each optimizer step. So N batches of B rows act as one batch of N * B rows. All processes must make
+            the same trainer and call the same methods. But the replay buffer of each process needs its own seed, for
+            example ``make_replay_buffer(..., seed=seed + rank)``. Only the first process logs and writes checkpoints. A
+            hook that changes nothing, such as a hook that only logs, may be registered in the first process alone.
+        logger: a TorchRL logger, or None.
+        progress_bar: whether to show a progress bar; needs tqdm.
+        seed: seed of PyTorch and NumPy, set by the constructor.
+        clip_norm: largest gradient norm of each network; None does not clip.
+        clip_grad_norm: True clips gradient norms; False clips each gradient value to ``[-clip_norm, clip_norm]``.
+        save_trainer_file: folder of the checkpoint; each new checkpoint replaces the old one.
+        save_trainer_interval: the trainer writes a checkpoint when more than this number of steps have passed since the
+            last checkpoint.
+        checkpoint: ``Checkpoint`` that saves the state; the default comes from ``make_checkpoint`` and includes the
+            logger's state.
+        checkpoint_rotation: ``CheckpointRotation`` that keeps several checkpoints; None keeps only the last one.
+        checkpoint_metadata: function that takes the trainer and returns entries to add to each checkpoint's manifest.
+        log_timings: whether to log TorchRL's timers.
 
-    A checkpoint is a :class:`torchrl.checkpoint.Checkpoint`, written to a temporary folder and renamed. It holds
-    networks, targets, optimizers, counters, hooks, sampler and random states, but not the dataset:
-    ``trainer.load_from_file(path)`` continues bit for bit, unless the replay buffer prefetches in threads. Nothing in
-    it is pickled, unless ``checkpoint`` is your own and pickles. A checkpoint of several processes holds what each
-    draws from; new processes draw from new random states, which follow from the first one's, their rank and the step.
+    A checkpoint is a ``torchrl.checkpoint.Checkpoint``. The trainer writes a checkpoint to a temporary folder and then
+    renames this folder, so no checkpoint is left incomplete. A checkpoint holds the states of networks, targets,
+    optimizers, counters, hooks, sampler and random generators, but not the dataset. After
+    ``trainer.load_from_file(path)``, training gives bit for bit the same results as training without an interruption,
+    unless the replay buffer prefetches in threads. A checkpoint contains no pickles, unless you pass your own
+    ``Checkpoint`` whose format uses pickles. With several processes, a checkpoint holds the sampler states and random
+    states of each process. If a resumed run has more processes than the run that saved the checkpoint, each additional
+    process computes its random states from the first process's random states, its own rank and the step.
 
-    ``trainer.request_stop(reason)``, also from a signal handler, ends ``train`` after the present gradient step with a
-    checkpoint; of several processes, all of them after the ``log_interval``. After an interrupt, ``train()`` makes all
-    steps that are left; the interrupted one is made again.
+    ``trainer.request_stop(reason)`` ends ``train`` after the current gradient step and saves a checkpoint. A signal
+    handler may call this method. With several processes, all processes stop at the end of the log interval. After a
+    ``KeyboardInterrupt``, call ``train()`` again to make the remaining steps, including the interrupted step.
 
     Raises:
-        TypeError: for another kind of ``compile``.
-        ValueError: if the updater is missing or belongs to another loss, a network lacks its optimizer, a prioritised
-            buffer reads another entry than the loss writes, ``precision`` is unknown, or ``cudagraph`` or
-            ``data_parallel`` is not available; in ``train``, if processes differ, or draw the same rows.
-        RuntimeError: if another process has failed, or has ended.
-        FloatingPointError: in ``train``, if a loss was not finite within the last ``log_interval`` steps, or weights
-            are not when a checkpoint is due. It names the step, the loss, the rows of its batch, which are written
-            beside the checkpoints, and the last good checkpoint.
-        OSError: in ``train``, if a checkpoint cannot be written; the one before it stays as it was.
+        TypeError: if ``compile`` is neither a bool nor a mapping.
+        ValueError: if the updater is missing or belongs to another loss; if a network lacks its optimizer; if the loss
+            and a prioritized buffer use different priority keys; if ``precision`` is unknown; if ``cudagraph`` or
+            ``data_parallel`` is not available. ``train`` raises a ValueError if the processes have different trainers,
+            or if their replay buffers would draw the same rows.
+        RuntimeError: if another process has failed or ended.
+        FloatingPointError: in ``train``, if a loss in the last ``log_interval`` steps is not finite, or if a weight is
+            not finite just before a checkpoint is written. If a loss is not finite, the message names the step, the
+            loss and the rows of the batch; the rows are also saved to a file beside the checkpoints. The message always
+            names the last good checkpoint.
+        OSError: in ``train``, if a checkpoint cannot be written; the previous checkpoint stays unchanged.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Bounded, Unbounded
+        >>> from torchrl_bcq import CloningLoss, OfflineTrainer, make_cloning_modules, make_replay_buffer
+        >>> data = TensorDict({"observation": torch.rand(50, 3), "action": torch.zeros(50, 1)}, [50])
+        >>> (network,) = make_cloning_modules(Unbounded((3,)), Bounded(-1, 1, (1,)), hidden=[8])
+        >>> buffer = make_replay_buffer(data, batch_size=10, seed=0)
+        >>> trainer = OfflineTrainer(
+        ...     CloningLoss(network), buffer, target_net_updater=None, total_steps=300, progress_bar=False
+        ... )
+        >>> trainer.train()
+        >>> trainer.metrics["loss_actor"] < 0.01
+        True
     """
 
     default_stepper: type[OfflineOptimizationStepper] = OfflineOptimizationStepper
@@ -137,7 +165,7 @@ class OfflineTrainer(ReplicatedTrainer):
             loss_module=loss_module,
             optimization_stepper=stepper,
             target_net_updater=target_net_updater,
-            log_interval=-1,  # logs whatever a hook reports, once per interval
+            log_interval=-1,  # with -1, TorchRL logs every value that a hook reports
             auto_log_optim_steps=False,
             logger=logger,
             progress_bar=progress_bar,
@@ -151,8 +179,8 @@ class OfflineTrainer(ReplicatedTrainer):
             checkpoint_metadata=checkpoint_metadata,
             log_timings=log_timings,
         )
-        self._last_log: dict[str, int] = {}  # TorchRL's is shared by all live trainers
-        self._log_dict: dict[str, deque] = defaultdict(lambda: deque(maxlen=1))  # TorchRL's grows forever
+        self._last_log: dict[str, int] = {}  # own dict, because TorchRL's dict is shared by all trainers
+        self._log_dict: dict[str, deque] = defaultdict(lambda: deque(maxlen=1))  # keep only the last value of a metric
         self._last_save = 0
         self._execution = Execution(loss_module, compile, precision)
         self._watch = LossWatch(replay_buffer)
@@ -170,20 +198,20 @@ class OfflineTrainer(ReplicatedTrainer):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The values logged last, by name."""
+        """Dictionary from the name of each metric to the last logged value of this metric."""
         return {name: float(values[-1]) for name, values in self._log_dict.items() if values}
 
     def logged_at(self, name: str) -> int | None:
-        """The gradient step at which a metric was logged last, in this process; None if it was not."""
+        """Return the last gradient step at which this process logged the metric ``name``, or None."""
         return self._last_log.get(name)
 
     def train(self) -> None:
-        """Make the gradient steps that are left, or those until a stop is requested."""
-        self.collected_frames = self._optim_count  # an interrupt leaves TorchRL's own counters ahead
+        """Make the remaining gradient steps, or stop earlier if a stop is requested."""
+        self.collected_frames = self._optim_count  # correct TorchRL's counter, which is too high after an interrupt
         self.collector.load_state_dict({"steps": self._optim_count})
         try:
             super().train()
-            if self._saved_at != self.collected_frames:  # nothing was left to do after an interrupt but this
+            if self._saved_at != self.collected_frames:  # an interrupt prevented this checkpoint; write it now
                 self.save_trainer(force_save=True)
         finally:
             if self.progress_bar:
@@ -191,7 +219,7 @@ class OfflineTrainer(ReplicatedTrainer):
                 self._pbar.close()
 
     def optim_steps(self, batch: TensorDictBase) -> None:
-        """Make the gradient steps of a log interval, or fewer if a stop is requested or an error is raised."""
+        """Make the gradient steps of a log interval. A stop request or an error ends the interval early."""
         before = self._optim_count
         self.optim_steps_per_batch = self._steps_left = batch.numel()
         self._watch.begin(before)
@@ -205,22 +233,23 @@ class OfflineTrainer(ReplicatedTrainer):
                 self.collector.take_back(undone)
 
     def _post_optim_hook(self) -> None:
-        self._steps_left -= 1  # an interrupt from here on does not repeat the step
+        # the step is complete, so an interrupt after this line does not repeat it
+        self._steps_left -= 1
         super()._post_optim_hook()
 
     def compute_loss(self, sub_batch: TensorDictBase, method: str | None = None) -> Any:
-        """Evaluate the loss, or one of its methods, and remember the value until it is checked."""
+        """Evaluate the loss module, or its method ``method``, and store the losses for the next check."""
         out = self._execution.compute(sub_batch, method)
         self.remember_losses({method: out[0]} if method else out)
         return out
 
     def remember_losses(self, losses: Mapping[str, Any]) -> None:
-        """Remember losses of the present step, which are checked at the end of the log interval."""
+        """Store this step's losses; at the end of the log interval, the trainer checks that they are finite."""
         if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             self._watch.add(losses)
 
     def _draw(self, interval: TensorDictBase) -> TensorDictBase:
-        """Draw a batch; TorchRL ends the interval at ``StopIteration``."""
+        """Draw a batch; if a stop was requested, raise ``StopIteration`` to end the log interval."""
         if self._stop_training:
             raise StopIteration
         batch = self._replay.sample(interval)
@@ -228,34 +257,34 @@ class OfflineTrainer(ReplicatedTrainer):
         return batch
 
     def _log_losses(self, optim_steps: int, average_losses: TensorDictBase | None) -> dict[str, Any] | None:
-        """Log the means of a log interval, the losses also on the progress bar; one transfer from the device."""
+        """Check that the losses of the log interval are finite; then log their means over the interval."""
         watch = self._watch
         self._fail_together(watch.find(), lambda at: watch.describe(at, self._checkpoint_folder, self._last_good))
         if average_losses is None or self._steps_left:
-            return None  # stopped within the interval; a resumed run makes the rest of it
+            return None  # log nothing yet: a resumed run completes this interval and logs it
         names = list(average_losses.keys())
         values = self.processes.mean(torch.stack([average_losses.get(name) for name in names]))
         means = zip(names, values.tolist(), strict=True)
-        known = {name: mean for name, mean in means if not math.isnan(mean)}  # others did not learn
+        known = {name: mean for name, mean in means if not math.isnan(mean)}  # skip networks that did not learn (NaN)
         self._log(**{name: mean for name, mean in known.items() if not name.startswith("loss_")})
         return {"log_pbar": True, **{name: mean for name, mean in known.items() if name.startswith("loss_")}}
 
     def _set_up(self) -> None:
-        """Start a resumed run's progress bar at its step."""
+        """Set the progress bar to the current step, for a resumed run."""
         if self.progress_bar:
             self._pbar.unit = " steps"
             self._pbar.n = self._pbar.initial = self.collected_frames
             self._pbar.refresh()
 
     def _pbar_description(self) -> None:
-        """Show metrics behind steps, rate and time left, which a narrow terminal would otherwise cut off."""
+        """Show metrics before losses in the progress bar, because a narrow terminal cuts off the line's end."""
         if self.progress_bar:
             losses_last = sorted(self._pbar_str, key=lambda name: (name.startswith("loss_"), name))
             self._pbar.set_postfix({name: f"{self._pbar_str[name]:.4g}" for name in losses_last})
 
 
 class _LastMetrics:
-    """The logged values that a resumed run needs, for hooks such as TorchRL's ``EarlyStopping``."""
+    """Saves the last value of each metric in checkpoints; hooks such as ``EarlyStopping`` need them."""
 
     def __init__(self, trainer: OfflineTrainer) -> None:
         self._trainer = trainer

@@ -11,17 +11,17 @@ from torchrl.collectors import BaseCollector
 
 
 class OfflineCollector(BaseCollector):
-    """Lets :class:`torchrl.trainers.Trainer` run without an environment: a frame is a gradient step.
+    """Lets ``torchrl.trainers.Trainer`` run without an environment; one gradient step is one frame.
 
     Args:
-        total_steps: gradient steps in all.
-        steps_per_batch: gradient steps of each batch, after which the trainer logs. Batches end at its multiples, and
-            at ``total_steps``.
+        total_steps: total number of gradient steps.
+        steps_per_batch: number of gradient steps that the trainer makes for one batch of this collector. The trainer
+            then logs. A batch ends at each multiple of ``steps_per_batch`` and at ``total_steps``.
 
-    Yields: a TensorDict without entries, of batch size ``[k]``, that asks for ``k`` gradient steps.
+    Yields: empty TensorDicts; for a TensorDict of batch size ``[k]``, the trainer makes ``k`` gradient steps.
 
     Raises:
-        ValueError: if a number is below 1.
+        ValueError: if ``total_steps`` or ``steps_per_batch`` is less than 1.
     """
 
     init_random_frames = 0
@@ -36,7 +36,7 @@ class OfflineCollector(BaseCollector):
         self._steps = 0
 
     def iterator(self) -> Iterator[TensorDictBase]:
-        """Batches from the present step to the last."""
+        """Yield empty batches, one for each log interval from the current step to ``total_steps``."""
         while self._steps < self.total_frames:
             interval = self.requested_frames_per_batch
             steps = min(interval - self._steps % interval, self.total_frames - self._steps)
@@ -44,23 +44,23 @@ class OfflineCollector(BaseCollector):
             yield TensorDict({}, [steps])
 
     def take_back(self, steps: int) -> None:
-        """Return steps that were handed out but not made."""
+        """Subtract ``steps``, which the trainer has not made, from the number of requested steps."""
         self._steps -= steps
 
     def set_seed(self, seed: int, static_seed: bool = False) -> int:
-        """Nothing here is random."""
+        """Return ``seed``; this collector draws no random numbers."""
         return seed
 
     def update_policy_weights_(self, *args: Any, **kwargs: Any) -> None:
-        """There is no policy here."""
+        """Do nothing; this collector has no policy."""
 
     def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
-        """Nothing here is open."""
+        """Do nothing; this collector has no environment to close."""
 
     def state_dict(self) -> OrderedDict[str, int]:
-        """The number of steps handed out."""
+        """Return the number of steps that were requested so far."""
         return OrderedDict(steps=self._steps)
 
     def load_state_dict(self, state_dict: OrderedDict[str, int]) -> None:
-        """Continue after ``state_dict["steps"]``."""
+        """Set the step counter to ``state_dict["steps"]``; the next batch begins after this step."""
         self._steps = state_dict["steps"]

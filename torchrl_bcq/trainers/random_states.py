@@ -1,4 +1,4 @@
-"""Random states of one or several processes in a checkpoint."""
+"""Saves the random states of one or several processes in a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from torchrl_bcq.trainers.distributed import Processes
 
 
 class RankStates(GlobalRNGState):
-    """Random states and samplers of all processes, in the first one's checkpoints.
+    """Saves the random and sampler states of all processes; the first process writes the checkpoint.
 
-    For one process this is TorchRL's :class:`~torchrl.checkpoint.GlobalRNGState`. The first process's state has the
-    same form, so any number of processes can load a checkpoint; samplers and random states of the other processes are
-    under ``ranks``. Only the random state of the process's own GPU (``device``) is kept, so that it may be another GPU
-    next time.
+    The state of the first process has the format of ``torchrl.checkpoint.GlobalRNGState``, so a run with any number of
+    processes can load this state. The entry ``ranks`` holds the sampler states and random states of the other
+    processes. Each process saves only the random state of its own GPU (``device``), so a resumed run may use another
+    GPU.
     """
 
     def __init__(
@@ -37,16 +37,16 @@ class RankStates(GlobalRNGState):
         self._others: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The states that were collected."""
+        """Return this process's random state and, in ``ranks``, the states that ``collect`` has received."""
         return {**self._own_state(), "ranks": self._others}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load the first process's state; :meth:`restore` does the rest, once the sampler's state is loaded."""
+        """Load the first process's random state. The caller must then load the sampler and call ``restore``."""
         self._load_own_state(state_dict)
         self._others = dict(state_dict.get("ranks", {}))
 
     def collect(self) -> None:
-        """Send the states of all processes to the first one, before a checkpoint."""
+        """Send the states of all processes to the first process; call this before a checkpoint is written."""
         content = io.BytesIO()
         if not self._processes.is_first:
             torch.save({"sampler": self._sampler.state_dict(), "random_state": self._own_state()}, content)
@@ -58,9 +58,10 @@ class RankStates(GlobalRNGState):
         }
 
     def restore(self, step: int) -> None:
-        """Take this process's states after a checkpoint was loaded, or new ones if the checkpoint has none for it.
+        """Restore this process's states from the loaded checkpoint, or make new states if it has none.
 
-        New ones follow from those of the first process, the rank and the step; :meth:`begin` renews those of noise.
+        For new states, this method computes the seed for drawing rows from the first process's random state, the rank
+        and the step. The method ``begin`` makes the new random state for sampling latents.
         """
         if self._processes.is_first:
             return
@@ -71,10 +72,10 @@ class RankStates(GlobalRNGState):
         if (generator := self._buffer._rng) is not None:
             generator.manual_seed(self._new_seed(generator.get_state(), step))
         if isinstance(self._buffer.sampler, SamplerWithoutReplacement):
-            self._buffer.sampler._empty()  # begins a round of its own
+            self._buffer.sampler._empty()  # start a new epoch, shuffled with the new seed
 
     def begin(self, step: int) -> None:
-        """Let no two processes draw the same noise; raises a ValueError if they would draw the same rows."""
+        """Give each process other random latents; raise a ValueError if two replay buffers have the same seed."""
         generator = self._buffer._rng
         rows = None if generator is None else _digest(generator.get_state())
         others = self._processes.gather((rows, _digest(self._noise)))
@@ -82,8 +83,8 @@ class RankStates(GlobalRNGState):
         for rank, (digest, _) in enumerate(others):
             if digest is not None and seen.setdefault(digest, rank) != rank:
                 raise ValueError(
-                    f"the replay buffers of processes {seen[digest]} and {rank} would draw the same rows; give each a "
-                    "seed of its own: make_replay_buffer(..., seed=seed + rank)."
+                    f"the replay buffers of processes {seen[digest]} and {rank} would draw the same rows; give each "
+                    "buffer a different seed: make_replay_buffer(..., seed=seed + rank)."
                 )
         noise = [digest for _, digest in others]
         if noise.index(noise[self._processes.rank]) < self._processes.rank:
@@ -91,13 +92,13 @@ class RankStates(GlobalRNGState):
 
     @property
     def _noise(self) -> Tensor:
-        """The state from which latents are drawn."""
+        """State of the PyTorch random generator from which this process draws latents."""
         cuda = self._device.type == "cuda"
         return torch.cuda.get_rng_state(self._device) if cuda else torch.random.get_rng_state()
 
     def _own_state(self) -> dict[str, Any]:
         state = super().state_dict()
-        if "torch_cuda" in state:  # of all GPUs
+        if "torch_cuda" in state:  # TorchRL saves all GPUs' states; keep only that of this process's GPU
             state["torch_cuda"] = [self._noise] if self._device.type == "cuda" else []
         return state
 

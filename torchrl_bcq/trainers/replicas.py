@@ -1,4 +1,4 @@
-"""A trainer that has a replica in each of several processes, and writes their checkpoints."""
+"""A trainer for several processes, each with its own copy of the networks."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from torchrl_bcq.trainers.watch import check_parameters
 
 
 class ReplicatedTrainer(Trainer):
-    """TorchRL's trainer, which begins, stops, fails and saves at the same gradient step in all processes.
+    """TorchRL's trainer, extended to start, stop, fail and save at the same gradient step in all processes.
 
-    A replica that left the loop alone, or wrote a checkpoint alone, would let the others wait forever. So stop and save
-    requests are exchanged at the end of every log interval and carried out on all ranks. Only the first process logs
-    and shows a progress bar.
+    If one process left the training loop or wrote a checkpoint alone, the others would wait for it forever. So the
+    processes exchange their stop and save requests at the end of every log interval, and then all processes carry out
+    the requests. Only the first process logs and shows a progress bar.
     """
 
     def __init__(self, *, processes: Processes, replay_buffer: ReplayBuffer, **trainer_kwargs: Any) -> None:
         self.processes = processes
-        self._stop_reasons: list[str | None] = []  # that were given in this process
-        self._writes: list[Callable[[], None]] = []  # of checkpoints, until the others know of them
-        self._steps_left = 0  # in the present log interval
+        self._stop_reasons: list[str | None] = []  # reasons of the stop requests that this process received
+        # functions that write the requested checkpoints at the end of the log interval
+        self._writes: list[Callable[[], None]] = []
+        self._steps_left = 0  # gradient steps left in the current log interval
         self._saved_at: int | None = None  # gradient step of the last checkpoint
         if not processes.is_first:
             trainer_kwargs.update(logger=None, progress_bar=False)
@@ -40,18 +41,18 @@ class ReplicatedTrainer(Trainer):
         self.register_module("random_state", self._ranks)
 
     def request_stop(self, reason: str | None = None) -> None:
-        """End ``train`` after the present gradient step; of several processes, after the log interval's steps."""
+        """End ``train`` after this gradient step; with several processes, at the end of the log interval."""
         self._stop_reasons.append(reason)
         if self.processes.world_size == 1:
             self._stop_together()
 
     @property
     def stop_requested(self) -> bool:
-        """Whether this process was asked to stop; the others may not know yet."""
+        """Whether this process has a request to stop, even if the other processes do not know the request yet."""
         return self._stop_training or bool(self._stop_reasons)
 
     def load_from_file(self, file: str | Path, **kwargs: Any) -> Any:
-        """Resume from a checkpoint of any number of processes; each process must call this."""
+        """Load a checkpoint of one or more processes; each process must call this method."""
         self.processes.on_first(lambda: tidy(Path(file)))
         super().load_from_file(file, **kwargs)
         self._ranks.restore(self.collected_frames)
@@ -60,14 +61,14 @@ class ReplicatedTrainer(Trainer):
 
     @property
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that exists."""
+        """Path of the newest checkpoint, or None if no checkpoint exists."""
         if self.checkpoint_rotation is not None:
             return self.checkpoint_rotation.latest()
         file = self.save_trainer_file
         return Path(file) if file is not None and Path(file).exists() else None
 
     def write_checkpoint(self, write: Callable[[], Any]) -> None:
-        """Let a hook write a checkpoint, of finite weights only, once the hooks of this stage have run."""
+        """Call ``write`` at the end of the log interval to save a checkpoint, if all weights are finite."""
         self._writes.append(lambda: self._write(write))
 
     def _write(self, write: Callable[[], Any]) -> None:
@@ -75,9 +76,10 @@ class ReplicatedTrainer(Trainer):
         try:
             write()
         except OSError as error:
+            after = "start again" if self.last_checkpoint is None else "resume from that checkpoint"
             raise OSError(
                 f"the checkpoint after {self._optim_count} gradient steps cannot be written ({error}). "
-                f"{self._last_good} Fix this, then resume from that checkpoint."
+                f"{self._last_good} Fix the cause of this error, then {after}."
             ) from error
 
     def _save_trainer(self) -> None:
@@ -105,7 +107,7 @@ class ReplicatedTrainer(Trainer):
         self._exchange_requests()
 
     def _tidy(self) -> None:
-        """Remove the temporary files of a killed run."""
+        """Remove the temporary files that a killed run has left."""
         if self.checkpoint_rotation is not None:
             tidy_rotation(self.checkpoint_rotation.directory, self.checkpoint_rotation.prefix)
         elif self.save_trainer_file is not None:
@@ -116,7 +118,7 @@ class ReplicatedTrainer(Trainer):
         self._exchange_requests()
 
     def _exchange_requests(self) -> None:
-        """Carry out what hooks and signals of any process have asked for."""
+        """Let all processes save or stop together if at least one process has requested it."""
         stop, write = self.processes.agree(bool(self._stop_reasons), bool(self._writes))
         if write:
             writes, self._writes = self._writes, []
@@ -130,7 +132,7 @@ class ReplicatedTrainer(Trainer):
             super().request_stop(next((reasons[0] for reasons in given if reasons), None))
 
     def _write_together(self, *writes: Callable[[], None]) -> None:
-        """Write checkpoints of all processes' state, in the first one."""
+        """Send the states of all processes to the first process, which then writes the checkpoints."""
 
         def write() -> None:
             for each in writes:
@@ -140,11 +142,11 @@ class ReplicatedTrainer(Trainer):
         self.processes.on_first(write)
 
     def _fail_together(self, position: int | None, describe: Callable[[int], str]) -> None:
-        """Raise a FloatingPointError in all processes for the problem at the earliest position, if there is one."""
+        """Raise a FloatingPointError in all processes if at least one process has a loss that is not finite."""
         if self._steps_left and not self._stop_training and self.processes.world_size > 1:
             raise RuntimeError(
-                f"a hook has ended the log interval {self._steps_left} gradient steps early, for which other processes "
-                "wait; call trainer.request_stop(reason) in it instead."
+                f"a hook has ended the log interval {self._steps_left} gradient steps early, but the other processes "
+                "wait for these steps; call trainer.request_stop(reason) in the hook instead."
             )
         failed, stop = self.processes.agree(position is not None, bool(self._stop_reasons))
         if failed:
@@ -157,7 +159,7 @@ class ReplicatedTrainer(Trainer):
             self._stop_together()
 
     def _check_alike(self) -> None:
-        """Raise a ValueError if processes are about to do different things: they would wait for one another forever."""
+        """Raise a ValueError if the trainers of the processes differ: such processes could wait forever."""
         stepper = self.optimization_stepper
         shapes = [(name, tuple(value.shape)) for name, value in self.loss_module.state_dict().items()]
         plan = {
@@ -173,4 +175,4 @@ class ReplicatedTrainer(Trainer):
         for name in plan:
             if any(other[name] != plans[0][name] for other in plans):
                 found = [other[name] for other in plans]
-                raise ValueError(f"the processes differ in {name}: {found}; make their trainers alike.")
+                raise ValueError(f"the processes differ in {name}: {found}; make the same trainer in each of them.")

@@ -1,4 +1,4 @@
-"""Gradient steps of several networks on one batch, each with its own optimizer and schedule."""
+"""Gradient steps of several networks on one batch; each network has its own optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ _ALONE = Processes()
 
 @dataclass(frozen=True)
 class Schedule:
-    """When a network learns, in gradient steps of the trainer.
+    """Decides in which gradient steps of the trainer a network learns.
 
     Args:
-        start_after: steps before it begins.
-        stop_after: step after which it stays as it is; None never stops.
-        every: it learns in each step of this many.
+        start_after: number of gradient steps before the network begins to learn.
+        stop_after: number of the gradient step after which the network stops learning; None means that the network
+            never stops learning.
+        every: ``n`` lets the network learn in every ``n``-th gradient step after ``start_after``.
 
     Raises:
         ValueError: if a number is out of range, or the network would never learn.
@@ -40,41 +41,41 @@ class Schedule:
     every: int = 1
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Raise a ValueError if a number is out of range, or if the network would never learn."""
         if self.start_after < 0 or self.every < 1:
             found = f"start_after is {self.start_after} and every {self.every}"
-            raise ValueError(f"{found}; expected 0 or more, and 1 or more.")
+            raise ValueError(f"{found}; start_after must be at least 0, and every must be at least 1.")
         if self.stop_after is not None and self.stop_after < self.start_after + self.every:
             raise ValueError(
-                f"stop_after is {self.stop_after}, but the first step is {self.start_after + self.every} "
-                f"(start_after {self.start_after}, every {self.every}); the network would never learn."
+                f"stop_after is {self.stop_after}, but the network's first step is {self.start_after + self.every} "
+                f"(start_after {self.start_after}, every {self.every}), so it would never learn; increase stop_after."
             )
 
     def is_due(self, step: int) -> bool:
-        """Whether the network learns in gradient step ``step``, counted from 1."""
+        """Return whether the network learns in gradient step ``step``. The first step is 1."""
         since, ended = step - self.start_after, self.stop_after is not None and step > self.stop_after
         return since > 0 and since % self.every == 0 and not ended
 
 
 class OfflineOptimizationStepper(OptimizationStepper):
-    """Steps each network of an :class:`~torchrl_bcq.OfflineLoss` on its own loss, in order, within one batch.
+    """For each batch, makes one gradient step of each network of an ``OfflineLoss``, one after another.
 
-    Gradients are clipped as the trainer says (``clip_norm``, ``clip_grad_norm``). Target networks are moved by the
-    trainer's target updater.
+    Each network learns from its own loss. The trainer's arguments ``clip_norm`` and ``clip_grad_norm`` decide how
+    gradients are clipped. The trainer's target updater updates the target networks.
 
     Args:
-        optimizers: an optimizer for each network, in the order of the steps.
-        schedules: when a network learns; one without an entry learns in every step.
+        optimizers: mapping from each network's name to its optimizer, in the order in which the networks learn.
+        schedules: mapping from network names to ``Schedule``; a network without a schedule learns in every step.
 
     Raises:
-        ValueError: if there is no optimizer, or a schedule is for a network without one.
+        ValueError: if there is no optimizer, or a schedule is for a network that has no optimizer.
     """
 
     def __init__(self, optimizers: Mapping[str, Optimizer], *, schedules: Mapping[str, Schedule] | None = None) -> None:
         if not optimizers:
             raise ValueError("optimizers is empty, expected one for each network that has parameters to train.")
         if unknown := [name for name in schedules or {} if name not in optimizers]:
-            raise ValueError(f"schedules has {unknown}, but optimizers are for {[*optimizers]}.")
+            raise ValueError(f"schedules has {unknown}, but the optimizers are for {[*optimizers]}; correct the names.")
         self.optimizers = dict(optimizers)
         self.schedules = {name: (schedules or {}).get(name, Schedule()) for name in optimizers}
         self.steps = 0
@@ -84,22 +85,23 @@ class OfflineOptimizationStepper(OptimizationStepper):
 
     @classmethod
     def adam(cls, loss: OfflineLoss, lr: float = 1e-3, **settings: Any) -> Any:
-        """Adam for each network that has parameters to train. ``settings`` are of the constructor."""
+        """Make a stepper with one Adam optimizer per network; ``settings`` are the stepper's other arguments."""
         return cls(make_adam(loss, lr), **settings)
 
     def is_due(self, name: str, step: int) -> bool:
-        """Whether a network learns in gradient step ``step``, counted from 1."""
+        """Return whether the network with this name learns in gradient step ``step``. The first step is 1."""
         return self.schedules[name].is_due(step)
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
-        """Make one gradient step of each network that is due.
+        """Update, one after another, the networks that learn in this gradient step.
 
         Returns:
-            Scalars to log: the losses and the batch means of their metadata. Those of a network that waits are of its
-            last step; those of a network that has not begun, or has ended, are NaN.
+            Scalars to log: the losses, and the batch means of the metadata that the losses return. If a network does
+            not learn in this step, its scalars are those of the last step in which it learned. The scalars of a network
+            are NaN before the network's first step and after ``stop_after``.
         """
         step, loss = self.steps + 1, trainer.loss_module
-        if not self._logs:  # TorchRL's means need the same entries in every step
+        if not self._logs:  # begin with NaN: TorchRL's averages need the same entries in each step
             unknown = next(loss.parameters()).new_full((), torch.nan)
             self._logs = dict.fromkeys(loss.out_keys, unknown)
         for name, schedule in self.schedules.items():
@@ -113,8 +115,8 @@ class OfflineOptimizationStepper(OptimizationStepper):
         return TensorDict(self._logs)
 
     def _update(self, trainer: Any, batch: TensorDictBase, due: tuple[str, ...]) -> dict[str, Tensor]:
-        """One gradient step of each of these networks; returns the scalars to log."""
-        logs, processes = {}, getattr(trainer, "processes", _ALONE)  # TorchRL's own trainer has none
+        """Make one gradient step of each network in ``due`` and return the scalars to log."""
+        logs, processes = {}, getattr(trainer, "processes", _ALONE)  # TorchRL's own Trainer lacks this attribute
         for name in due:
             loss, metadata = trainer.compute_loss(batch, method=f"{name}_loss")
             optimizer = self.optimizers[name]
@@ -130,20 +132,21 @@ class OfflineOptimizationStepper(OptimizationStepper):
         return logs
 
     def capture(self) -> None:
-        """Capture gradient steps into CUDA graphs from now on, and replay them.
+        """From now on, capture gradient steps into CUDA graphs and replay these graphs.
 
-        There is one graph for each set of networks that learn in a step and for each size of a batch, captured in the
-        second step of its kind.
+        There is one graph for all steps in which the same networks learn from batches of the same size. The second
+        step with the same networks and batch size captures the graph.
 
         Raises:
-            ValueError: if an optimizer cannot be captured.
+            ValueError: if an optimizer does not support capture.
         """
         for name, optimizer in self.optimizers.items():
             if "capturable" not in optimizer.defaults:
-                raise ValueError(f"the optimizer of {name}, {type(optimizer).__name__}, cannot be captured; use Adam.")
+                found = f"the optimizer of {name} is {type(optimizer).__name__}"
+                raise ValueError(f"{found}, which CUDA graphs cannot capture; use Adam.")
         for group in [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]:
             group["capturable"] = True
-            # in a tensor, a scheduler's changes reach the graph; fused optimizers read float32
+            # make lr a float32 tensor: a CUDA graph would not see a change of a Python number
             rate = torch.as_tensor(group["lr"], dtype=torch.float32)
             group["lr"] = rate.to(group["params"][0].device, copy=True)
         self.captured = True
@@ -169,7 +172,7 @@ class OfflineOptimizationStepper(OptimizationStepper):
         return logs
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizers, number of gradient steps, and scalars logged last: the same whether steps are captured or not."""
+        """Return optimizer states, step count and last scalars. CUDA graphs do not change the format."""
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         if self.captured:
             for state in optimizers.values():
@@ -179,22 +182,23 @@ class OfflineOptimizationStepper(OptimizationStepper):
         return {"steps": self.steps, "logs": dict(self._logs), "optimizers": optimizers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state; raises a ValueError if the saved optimizers are of other kinds or networks."""
+        """Restore the state; raise a ValueError if networks or optimizer classes differ from the saved ones."""
         given = state_dict["optimizers"]
         saved = {name: set(state["param_groups"][0]) for name, state in given.items()}
         own = {name: set(optimizer.param_groups[0]) for name, optimizer in self.optimizers.items()}
-        # torch takes the state of any optimizer, and fails within its next step
-        differing = [name for name in {**own, **saved} if not own.get(name, set()) <= saved.get(name, set())]
+        # PyTorch would load the state of another optimizer class without an error and fail in the next step
+        differing = [name for name in own if name in saved and not own[name] <= saved[name]]
         if differing or own.keys() != saved.keys():
             raise ValueError(
-                f"the saved optimizers are of {[*saved]}, these are of {[*own]}, and of another kind for "
-                f"{differing or 'none of them'}; make them alike."
+                f"the saved run has optimizers of the networks {[*saved]}, this run of {[*own]}; networks whose "
+                f"optimizer class differs: {differing or 'none'}. Use the networks and optimizers of the saved run."
             )
         self.steps = state_dict["steps"]
         device = _parameters(next(iter(self.optimizers.values())))[0].device
         self._logs = {name: value.to(device) for name, value in state_dict["logs"].items()}
         for name, optimizer in self.optimizers.items():
-            kept = {k: v for k, v in optimizer.param_groups[0].items() if k == "capturable"}  # where its counter is
+            # keep capturable, because this flag decides the device of the optimizer's step counter
+            kept = {k: v for k, v in optimizer.param_groups[0].items() if k == "capturable"}
             groups = [{**group, **kept} for group in given[name]["param_groups"]]
             optimizer.load_state_dict({**given[name], "param_groups": groups})
         if self.captured:
@@ -202,7 +206,7 @@ class OfflineOptimizationStepper(OptimizationStepper):
 
 
 def make_adam(loss: OfflineLoss, lr: float = 1e-3) -> dict[str, Optimizer]:
-    """Adam for each network that has parameters to train, in the loss's order."""
+    """Return a dictionary from each name in the loss's ``trainable_names`` to an Adam optimizer."""
     names = loss.trainable_names
     return {name: Adam(getattr(loss, f"{name}_network_params").parameters(), lr=lr, fused=True) for name in names}
 
@@ -212,14 +216,14 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 class NetworkLRScheduler(LRSchedulerHook):
-    """TorchRL's hook for the scheduler of one network: it advances in the gradient steps in which that one learns.
+    """TorchRL's ``LRSchedulerHook`` for one network; the scheduler steps only when the network learns.
 
     Args:
-        scheduler: of that network's optimizer.
-        name: of the network.
-        stepper: knows when it learns.
+        scheduler: learning-rate scheduler of the network's optimizer.
+        name: name of the network.
+        stepper: the trainer's stepper, which holds the network's schedule.
 
-    ``NetworkLRScheduler(scheduler, "critic", stepper).register(trainer)``.
+    Usage: ``NetworkLRScheduler(scheduler, "critic", stepper).register(trainer)``.
     """
 
     def __init__(self, scheduler: LRScheduler, name: str, stepper: OfflineOptimizationStepper) -> None:
@@ -228,21 +232,21 @@ class NetworkLRScheduler(LRSchedulerHook):
         self.stepper = stepper
 
     def __call__(self, batch: TensorDictBase | None = None) -> TensorDictBase | None:
-        """Advance, if the network has just learned."""
+        """Step the scheduler if the network has learned in the current gradient step."""
         return super().__call__(batch) if self.stepper.is_due(self.name, self.stepper.steps) else batch
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the scheduler, the same whether steps are captured or not."""
+        """Return the scheduler's state; learning rates that are tensors become floats."""
         state = super().state_dict()
         rates = {key: state["scheduler"].get(key) for key in ("base_lrs", "_last_lr")}
         plain = {key: [_number(rate) for rate in value] for key, value in rates.items() if value is not None}
         return {**state, "scheduler": {**state["scheduler"], **plain}}
 
     def register(self, trainer: Trainer, name: str | None = None) -> None:
-        """Register with a trainer, and with its checkpoints."""
+        """Register the hook with a trainer, and add its state to the trainer's checkpoints."""
         super().register(trainer, name or f"{self.name}_lr_scheduler")
 
 
 def _number(rate: float | Tensor) -> float:
-    """A learning rate, which may be in a float32 tensor of :meth:`OfflineOptimizationStepper.capture`."""
+    """Return a learning rate as a float. After ``capture``, the rate is a float32 tensor."""
     return float(str(np.float32(rate.item()))) if isinstance(rate, Tensor) else rate

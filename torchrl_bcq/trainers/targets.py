@@ -1,4 +1,4 @@
-"""The update of target networks in one pass over their tensors."""
+"""Updates all tensors of the target networks in one call."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torchrl.trainers.trainers import TargetNetUpdaterHook
 
 
 class FastTargetNetUpdaterHook(TargetNetUpdaterHook):
-    """TorchRL's hook, which makes the same arithmetic of a :class:`torchrl.objectives.SoftUpdate` in one call.
+    """TorchRL's ``TargetNetUpdaterHook``, but faster for ``SoftUpdate``: one call updates all tensors.
 
-    It moves the tensors that the updater itself has chosen: leaves that required gradients when it was built. An
-    updater of another class is stepped as it is.
+    The result is the same as with TorchRL's hook. The hook updates the tensors that ``SoftUpdate`` selected: the leaf
+    tensors that required gradients when the updater was built. For an updater of another class, the hook calls the
+    updater's own ``step``.
     """
 
     def __init__(self, target_params_updater: SoftUpdate) -> None:
@@ -22,9 +23,9 @@ class FastTargetNetUpdaterHook(TargetNetUpdaterHook):
 
     @torch.no_grad()
     def __call__(self, tensordict: TensorDictBase | None = None) -> TensorDictBase | None:
-        """Move the targets."""
+        """Update the target networks."""
         updater = self.target_params_updater
-        if type(updater) is not SoftUpdate or not updater.initialized:  # TorchRL's own step names the problem
+        if type(updater) is not SoftUpdate or not updater.initialized:  # if uninitialized, super() raises an error
             return super().__call__(tensordict)
         if self._pairs is None:
             self.find()
@@ -33,7 +34,7 @@ class FastTargetNetUpdaterHook(TargetNetUpdaterHook):
         return tensordict
 
     def find(self) -> None:
-        """Look the tensors up in the loss, which may have been moved or loaded since."""
+        """Find the tensors to update. Call this method again after the loss was loaded or moved to a device."""
         updater = self.target_params_updater
         chosen = [key for key, is_moved in updater._distinct_and_params.items() if is_moved]
         targets = [getattr(updater.loss_module, key[0]).get(key[1:]) for key in chosen]

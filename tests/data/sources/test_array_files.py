@@ -123,10 +123,11 @@ def test_names_choose_among_several(form):
     fields = steps(D4RL) | {"states": STEPS["observations"] * 7, "truncated": STEPS["truncated"]}
     path = write(fields)
     assert refusal(load, path) == (
-        f"{path.name}: ['observations', 'states'] could all be observations; choose with "
+        f"{path.name}: ['observations', 'states'] could all be observations; choose one with "
         "names={'observations': 'observations'}."
     )
-    expected = "{}: ['timeouts', 'truncated'] could all be truncated; choose with names={{'truncated': 'timeouts'}}."
+    choice = "choose one with names={{'truncated': 'timeouts'}}"
+    expected = f"{{}}: ['timeouts', 'truncated'] could all be truncated; {choice}."
     assert refusal(load, path, names={"observations": "states"}) == expected.format(path.name)
     td = load(path, names={"observations": "states", "truncated": "timeouts"})
     assert td["observation"].tolist() == (STEPS["observations"] * 7).tolist()
@@ -148,8 +149,8 @@ def test_missing_fields_are_named(form):
     path = write(steps({"terminated": "dones"}))
     assert refusal(load, path) == (
         f"{path.name}: it lacks ['terminated']; it holds ['actions', 'dones', 'next_observations', 'observations', "
-        "'rewards', 'truncated']. dones does not say whether an episode ended or was cut off. Name the entries with "
-        "names={'terminated': ...}."
+        "'rewards', 'truncated']. dones does not say whether an episode was terminated or truncated. "
+        "Name the entries with names={'terminated': ...}."
     )
     same(load(path, names={"terminated": "dones"}), from_arrays(**STEPS))
 
@@ -158,12 +159,12 @@ def test_wrong_names_are_refused(form):
     write, load = form
     path = write(steps())
     assert refusal(load, path, names={"reward": "rewards", "action": "actions"}) == (
-        f"{path.name}: names has ['action', 'reward'], which are no fields; those are ['observations', 'actions', "
-        "'rewards', 'terminated', 'truncated', 'next_observations']."
+        f"{path.name}: names has the unknown fields ['action', 'reward']; the known fields are ['observations', "
+        "'actions', 'rewards', 'terminated', 'truncated', 'next_observations']."
     )
     assert refusal(load, path, names={"observations": "obs/robot"}) == (
-        f"{path.name}: names asks for ['obs/robot']; it holds ['actions', 'next_observations', 'observations', "
-        "'rewards', 'terminated', 'truncated']."
+        f"{path.name}: names refers to the entries ['obs/robot'], but the file holds only ['actions', "
+        "'next_observations', 'observations', 'rewards', 'terminated', 'truncated']."
     )
 
 
@@ -180,8 +181,8 @@ def test_file_that_would_join_episodes_is_refused(form):
     write, load = form
     path = write(steps(without=["truncated", "next_observations"]))
     assert refusal(load, path) == (
-        f"{path.name}: it has neither timeouts nor next_observations, so nothing says where an episode was cut off and "
-        "the next one began. Pass max_episode_steps=, add timeouts, or use from_arrays if no episode was cut."
+        f"{path.name}: it has neither timeouts nor next_observations, so it is unknown where episodes were cut off. "
+        "Pass max_episode_steps=, add timeouts, or use from_arrays if no episode was cut off."
     )
     assert refusal(load, path, max_episode_steps=0) == "max_episode_steps is 0, expected at least 1."
 
@@ -231,7 +232,8 @@ def test_time_limit(tmp_path, monkeypatch, limit, chunk):
 def test_time_limit_of_one_step_leaves_nothing_without_next_observations(tmp_path):
     path = write_hdf5(tmp_path / "d.hdf5", steps(without=["truncated", "next_observations"], terminated=np.zeros(12)))
     assert refusal(load_hdf5, path, max_episode_steps=1) == (
-        "d.hdf5: all 12 rows are truncated and next_observations is not given: no transition is complete."
+        "d.hdf5: all 12 rows are truncated and next_observations is not given, so no row has a next observation; "
+        "correct truncated, or give next_observations."
     )
 
 
@@ -346,7 +348,7 @@ def test_episodes_with_other_fields_than_the_ones_before_are_refused(tmp_path):
         del file["episode_9/observations"]
         file["episode_9/observations"] = short
     assert refusal(load_hdf5, path) == (
-        "d.hdf5: next_observations is missing from row 4 on, and given before; every row needs the same."
+        "d.hdf5: next_observations is missing from row 4 on, but given before; every row needs the same fields."
     )
 
 
@@ -356,15 +358,15 @@ def test_lengths_that_differ_are_refused(form, field):
     path = write(steps(**{field: STEPS[field][:-1]}))
     lengths = {name: 11 if name == field else 12 for name in STEPS}
     assert refusal(load, path) == (
-        f"{path.name}: fields differ in length: {lengths}; each needs one row per step, and the last observation of an "
-        "episode belongs to next_observations."
+        f"{path.name}: fields differ in length: {lengths}; each field needs one row per step. Put the last observation "
+        "of an episode into next_observations."
     )
 
 
 def test_empty_and_scalar_fields_are_refused(form):
     write, load = form
     path = write({name: value[:0] for name, value in STEPS.items()})
-    assert refusal(load, path) == f"{path.name}: observations is empty (shape (0, 2)); there is nothing to learn from."
+    assert refusal(load, path) == f"{path.name}: observations is empty (shape (0, 2)); it needs at least one value."
     path = write(dict.fromkeys(STEPS, 1.0))
     assert refusal(load, path) == f"{path.name}: observations has shape (), expected [N, features]."
 
@@ -378,8 +380,8 @@ def test_bad_rows_are_counted_over_chunks(form, monkeypatch):
     assert refusal(load, path, action_spec=Bounded(-0.5, 0.5, (1,))) == (
         f"{path.name}: 2 defects:\n"
         "- rewards has 3 rows (first: 4) that are not finite in float32; drop or repair them.\n"
-        "- actions has 6 rows (first: 0) outside the action spec: they span [-1.0] to [1.0], the spec [-0.5] to [0.5]; "
-        "clip or rescale them."
+        "- actions has 6 rows (first: 0) outside the action spec: the actions span [-1.0] to [1.0], the "
+        "spec spans [-0.5] to [0.5]; clip or rescale the actions."
     )
 
 
@@ -399,7 +401,8 @@ def test_other_and_damaged_files(form, tmp_path):
     path.write_bytes(whole.read_bytes()[:-30])
     if load is load_hdf5:
         assert re.fullmatch(
-            r"text.hdf5: it cannot be read \(.*truncated file.*\); copy it again, or write it again.",
+            r"text.hdf5: the source cannot be read \(.*truncated file.*\) and may be damaged: .* or create the source "
+            r"again.",
             refusal(load, path),
         )
     else:
@@ -414,8 +417,9 @@ def test_npz_with_a_changed_byte_is_refused(tmp_path, write):
         member = archive.getinfo("rewards.npy")
     content[member.header_offset + 30 + len(member.filename) + 20 + member.compress_size - 10] ^= 16
     path.write_bytes(content)
-    unpacked = r"it cannot be read \(.*\); copy it again, or write it again"
-    assert re.fullmatch(rf"d.npz: ({unpacked}|'rewards.npy' in it is damaged; copy it again).", refusal(load_npz, path))
+    unpacked = r"the source cannot be read \(.*\) and may be damaged: copy or create the source again"
+    damaged = "the array 'rewards.npy' in the file is damaged; copy the file again"
+    assert re.fullmatch(rf"d.npz: ({unpacked}|{damaged}).", refusal(load_npz, path))
 
 
 def test_no_changed_byte_of_an_npz_directory_hides_a_field(tmp_path):
@@ -439,12 +443,15 @@ def test_npz_member_shorter_than_it_says(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content[:-8] if name == "rewards.npy" else content)
-    assert re.fullmatch(r"d.npz: it cannot be read \(.*\); copy it again, or write it again.", refusal(load_npz, path))
+    assert re.fullmatch(
+        r"d.npz: the source cannot be read \(.*\) and may be damaged: copy or create the source again.",
+        refusal(load_npz, path),
+    )
 
 
 def test_pickles_in_npz_are_never_loaded(tmp_path):
     path = write_npz(tmp_path / "d.npz", steps(rewards=np.array([1.0] * 11 + [None], dtype=object)))
-    assert re.match(r"d.npz: it cannot be read \(Object arrays cannot be loaded", refusal(load_npz, path))
+    assert re.match(r"d.npz: the source cannot be read \(Object arrays cannot be loaded", refusal(load_npz, path))
 
 
 def test_memory_mapped_copy_is_the_same(form, tmp_path, monkeypatch):

@@ -164,7 +164,8 @@ def test_files_that_change_meanwhile_leave_nothing(root):
         with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole message is compared below)
             Source("log", chunks, []).read(root=root)
         assert str(error.value) == (
-            f"log: it had 19 transitions when it was checked and has {19 + more} now; wait until it stays the same."
+            f"log: it had 19 transitions in the first pass and {19 + more} in the second; try again when no program "
+            "writes to the source."
         )
         assert leftovers(root) == []
 
@@ -179,7 +180,9 @@ def test_errors_while_reading_leave_nothing(root):
             raise OSError("the drive went away")
         yield ARRAYS
 
-    with pytest.raises(ValueError, match=r"^log: it cannot be read \(the drive went away\); copy it again") as error:
+    with pytest.raises(
+        ValueError, match=r"^log: the source cannot be read \(the drive went away\) and may be damaged: copy or"
+    ) as error:
         Source("log", chunks, []).read(root=root)
     assert isinstance(error.value.__cause__, OSError)
     assert leftovers(root) == []
@@ -205,7 +208,7 @@ def test_full_disks_are_refused_before_anything_is_written(file, root, monkeypat
     usage = type("Usage", (), {"free": 38 * 35 - 1})
     monkeypatch.setattr(conversion.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(
-        OSError, match=r"^\S*/d-\w{16} cannot be written \(it needs 0.0 GB, and 0.0 GB are free\); nothing"
+        OSError, match=r"^\S*/d-\w{16} cannot be written \(the copy needs 0.0 GB, but only 0.0 GB are free\); no"
     ):
         load_hdf5(file, root=root)
     assert leftovers(root) == []
@@ -221,7 +224,7 @@ def test_disks_that_become_full_leave_nothing(file, root, monkeypatch):
         return open("/dev/full" if "reward" in str(path) else path, mode)
 
     monkeypatch.setattr(conversion, "open", full, raising=False)
-    with pytest.raises(OSError, match=r"^\S*/d-\w{16} cannot be written \(.*\); nothing of it was kept.$"):
+    with pytest.raises(OSError, match=r"^\S*/d-\w{16} cannot be written \(.*\); no partial copy is left.$"):
         load_hdf5(file, root=root)
     assert leftovers(root) == []
     monkeypatch.undo()
@@ -234,7 +237,7 @@ def test_disks_that_are_full_when_files_are_flushed_leave_nothing(file, root, mo
 
     monkeypatch.setattr(conversion.os, "fsync", fsync)
     with pytest.raises(
-        OSError, match=r"cannot be written \(\[Errno 28\] No space left on device\); nothing of it was kept.$"
+        OSError, match=r"cannot be written \(\[Errno 28\] No space left on device\); no partial copy is left.$"
     ):
         load_hdf5(file, root=root)
     assert leftovers(root) == []
@@ -342,7 +345,7 @@ def refusal(folder) -> str:
 
 def test_unfinished_conversions_are_not_loaded(tmp_path):
     folder = saved(tmp_path / f"{UNFINISHED}0a1b2c3d.d-0123456789abcdef")
-    assert refusal(folder) == f"{folder} is an unfinished conversion; convert it again."
+    assert refusal(folder) == f"{folder} is an unfinished copy; convert the dataset again."
 
 
 @pytest.mark.parametrize("key", ["observation", "episode", "next/reward", "next/done"])
@@ -358,7 +361,8 @@ def test_cut_off_files_are_refused_before_they_are_mapped(tmp_path, key, size):
     else:
         os.truncate(path, size)
     shape = [38] if key == "episode" else [38, 2] if key == "observation" else [38, 1]
-    expected = f"{path} has {size or 0} bytes, expected {whole} of shape {shape}; delete it and convert it again."
+    expected = f"{path} has {size or 0} bytes, expected {whole} for shape {shape}; delete the copy and convert the "
+    expected += "dataset again."
     assert refusal(folder) == expected
 
 
@@ -369,7 +373,7 @@ def test_cut_off_copies_are_refused_by_readers(file, root):
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole message is compared below)
         load_hdf5(file, root=root)
     assert str(error.value) == (
-        f"d.hdf5: {path} has 30 bytes, expected 152 of shape [38, 1]; delete it and convert it again."
+        f"d.hdf5: {path} has 30 bytes, expected 152 for shape [38, 1]; delete the copy and convert the dataset again."
     )
 
 
@@ -379,14 +383,14 @@ def test_other_folders_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "copy-1").mkdir()
     assert refusal(tmp_path / "empty") == (
-        f"{tmp_path / 'empty'} is no memory-mapped copy, but a folder of ['copy-1']; name one of them."
+        f"{tmp_path / 'empty'} is not a memory-mapped copy; it holds ['copy-1']. Choose another folder."
     )
     folder = saved(tmp_path / "text")
     (folder / "meta.json").write_text("no JSON")
     assert refusal(folder).startswith(f"{folder} cannot be read (")
     folder = tmp_path / "none yet"
     TensorDict({"observation": torch.zeros(0, 2)}, [0]).memmap(str(folder))
-    assert refusal(folder) == f"{folder} holds no rows; delete it and convert it again."
+    assert refusal(folder) == f"{folder} holds no rows; delete it and convert the dataset again."
 
 
 def test_folders_of_tensordict_are_loaded(tmp_path):
@@ -471,7 +475,7 @@ def test_sources_that_change_meanwhile_are_refused(file, root, monkeypatch):
         written(parts, rows, folder)
 
     monkeypatch.setattr(source, "write_memmap", change_and_write)
-    with pytest.raises(ValueError, match=r"^d.hdf5: it changed while it was converted; wait until it stays the same.$"):
+    with pytest.raises(ValueError, match=r"^d.hdf5: it changed during the conversion; try again when no program"):
         load_hdf5(file, root=root)
     assert leftovers(root) == []
 
@@ -497,12 +501,10 @@ def test_bad_rows_are_kept_if_not_strict(file, root):
 def test_odd_flags_are_refused_even_if_not_strict(file):
     """As booleans they would look like good ones."""
     odd = array_files.hdf5(write(file, terminals=np.where(TIME == 4, 2.0, 0), rewards=np.full(ROWS, np.nan)))
-    with pytest.raises(
-        ValueError, match="^d.hdf5: terminated has 1 row [^\\n]*, such as 2.0; write 1 where it is so, 0 els"
-    ):
+    with pytest.raises(ValueError, match="^d.hdf5: terminated has 1 row [^\\n]*, such as 2.0; use only 0 "):
         odd.read(strict=False)
 
 
 def test_root_that_is_a_file(file):
-    with pytest.raises(OSError, match=r"d.hdf5 cannot be a folder for copies \(.*\); choose another root.$"):
+    with pytest.raises(OSError, match=r"d.hdf5 cannot be a folder for copies \(.*\); choose another folder.$"):
         load_hdf5(file, root=file)

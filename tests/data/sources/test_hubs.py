@@ -87,7 +87,7 @@ def test_minari_refusals(store):
         load_minari("test/wild-v0")
     discrete = dataclasses.replace(episode(1, 3, True, False), actions=np.array([0, 1, 0]))
     create("test/discrete-v0", [discrete], action_space=gymnasium.spaces.Discrete(2))
-    with pytest.raises(ValueError, match=r"test/discrete-v0 has action space Discrete\(2\); only boxes can be read"):
+    with pytest.raises(ValueError, match=r"test/discrete-v0 has action space Discrete\(2\); only Box can be read"):
         load_minari("test/discrete-v0")
 
 
@@ -113,8 +113,8 @@ def test_minari_bounds_may_be_given(store):
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole message is compared below)
         load_minari("test/narrow-v0", action_spec=Bounded(-0.5, 0.5, (1,)))
     assert str(error.value) == (
-        "test/narrow-v0: actions has 2 rows (first: 0) outside the action spec: they span [-1.0] to [1.0], the spec "
-        "[-0.5] to [0.5]; clip or rescale them."
+        "test/narrow-v0: actions has 2 rows (first: 0) outside the action spec: the actions span [-1.0] to [1.0], "
+        "the spec spans [-0.5] to [0.5]; clip or rescale the actions."
     )
 
 
@@ -283,7 +283,7 @@ def test_d4rl_download_that_fails_leaves_nothing(mirror, defect):
         source.write_text("<html>sign in</html>")
     with pytest.raises(ValueError, match=r"cannot be downloaded") as error:
         load_d4rl("hopper-medium-v2")
-    end = f"; try again, or put the file at {shelf / source.name}."
+    end = f"; try again, or save it as {shelf / source.name}."
     assert re.fullmatch(re.escape(source.as_uri()) + r" cannot be downloaded \(.*\)" + re.escape(end), str(error.value))
     assert list(shelf.iterdir()) == []
 
@@ -298,11 +298,13 @@ def test_d4rl_in_the_home_folder(mirror, monkeypatch):
 
 def test_unknown_d4rl_ids_name_others(shelf):
     with pytest.raises(
-        ValueError, match="^D4RL has no dataset 'hopper-middling-v2'; it has hopper-expert-v0, hopper-"
+        ValueError, match="^D4RL has no dataset 'hopper-middling-v2'; available datasets are hopper-expert-v0, hopper-"
     ) as e:
         load_d4rl("hopper-middling-v2")
-    named = str(e.value).partition("it has ")[2].removesuffix(".").split(", ")
+    named = str(e.value).partition("available datasets are ")[2].removesuffix(".").split(", ")
     assert named == sorted(name for name in D4RL_DATASETS if name.startswith("hopper"))
-    with pytest.raises(ValueError, match="^D4RL has no dataset 'nonsense'; it has ant-expert-v0, ") as e:
+    with pytest.raises(
+        ValueError, match="^D4RL has no dataset 'nonsense'; available datasets are ant-expert-v0, "
+    ) as e:
         load_d4rl("nonsense")
-    assert str(e.value).partition("it has ")[2].removesuffix(".").split(", ") == sorted(D4RL_DATASETS)
+    assert str(e.value).partition("available datasets are ")[2].removesuffix(".").split(", ") == sorted(D4RL_DATASETS)

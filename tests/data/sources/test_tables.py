@@ -153,14 +153,14 @@ def test_columns_of_lists(tmp_path, kind):
 @pytest.mark.parametrize("roles", [{"truncated": "cut"}, {"episode": "episode"}])
 @pytest.mark.usefixtures("small_chunks")
 def test_lists_of_different_lengths_are_refused(tmp_path, roles):
-    message = "d.parquet: column 'state' holds lists of different or no lengths; each row needs the same."
+    message = "d.parquet: column 'state' holds lists that are empty or differ in length; use one length."
     for odd in ([1.0], [], None):
         states = [*STATES.tolist()[:-2], odd, [1.0, 2.0]]
         path = write_parquet(tmp_path / "d.parquet", COLUMNS | {"state": states})
         assert refusal(path, observation=["state"], **roles) in (
             message,
-            "d.parquet: observations has 1 features from row 7 on, 2 before; every row needs the same.",
-            "d.parquet: observations has lists of different lengths; each row needs the same.",
+            "d.parquet: observations has 1 features from row 7 on, but 2 before; every row needs the same number.",
+            "d.parquet: observations has lists of different lengths; make all lists equally long.",
         )
 
 
@@ -182,10 +182,10 @@ def test_numbers_of_csv_episodes_are_compared_as_they_are_written(tmp_path):
 
 def test_a_column_must_say_where_episodes_end(write):
     assert refusal(write()) == (
-        "nothing says where an episode was cut off and the next one began; name the column of truncated, of episode, "
-        "or those of next_observation."
+        "it is not known where episodes were cut off: set episode, truncated or next_observation to the name of "
+        "its column."
     )
-    assert refusal(write(), step="step").startswith("nothing says where an episode was cut off")
+    assert refusal(write(), step="step").startswith("it is not known where episodes were cut off")
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -194,8 +194,8 @@ def test_gaps_in_steps_are_refused(write):
     for roles in ({"episode": "episode"}, {"truncated": "cut"}):
         path = write(step=[0, 1, 2, 5, 7, 8, 9, 1, 0])
         assert refusal(path, step="step", **roles) == (
-            f"{path.name}: step has 2 rows (first: 4) that do not follow the row before by 1; sort the table by "
-            "episode and step, and give what comes after a gap another episode."
+            f"{path.name}: step has 2 rows (first: 4) that are not 1 more than the row before; sort the table by "
+            "episode and step, and start a new episode after each gap."
         )
 
 
@@ -212,8 +212,8 @@ def test_torn_episodes_are_refused(write):
 def test_ends_inside_an_episode_are_refused(write):
     path = write(died=[row in (1, 2, 4) for row in range(9)])
     assert refusal(path, episode="episode", truncated="cut") == (
-        f"{path.name}: terminated or truncated is set in 2 rows (first: 1) before the last one of an episode; correct "
-        "them, or renumber the episodes."
+        f"{path.name}: terminated or truncated is set in 2 rows (first: 1) before the last row of an episode; correct "
+        "the flags, or renumber the episodes."
     )
 
 
@@ -222,7 +222,7 @@ def test_episodes_without_a_name_are_refused(write):
     path = write(episode=["ann", "ann", "ann", "bob", None, None, "bob", "cy", "cy"])
     assert refusal(path, episode="episode").splitlines()[:2] == [
         f"{path.name}: 2 defects:",
-        "- episode has 2 rows (first: 4) without a name or number; fill them in, or drop those rows.",
+        "- the episode column has 2 rows (first: 4) without a name or number; fill in the cells, or drop these rows.",
     ]
 
 
@@ -231,7 +231,9 @@ def test_nan_is_no_name_of_an_episode(tmp_path):
     assert (
         refusal(path, episode="episode")
         .splitlines()[-1]
-        .endswith("episode has 2 rows (first: 7) without a name or number; fill them in, or drop those rows.")
+        .endswith(
+            "the episode column has 2 rows (first: 7) without a name or number; fill in the cells, or drop these rows."
+        )
     )
 
 
@@ -243,7 +245,7 @@ def test_empty_cells_are_refused(write):
     found = [
         "observations has 1 row (first: 4) that are not finite in float32; drop or repair them.",
         "rewards has 2 rows (first: 2) that are not finite in float32; drop or repair them.",
-        "terminated has 1 row (first: 5) that are neither 0 nor 1, such as nan; write 1 where it is so, 0 elsewhere.",
+        "terminated has 1 row (first: 5) that are neither 0 nor 1, such as nan; use only 0 (false) and 1 (true).",
     ]
     message = "\n- ".join([f"{path.name}: 3 defects:", *found])
     assert refusal(path, truncated="cut") == message
@@ -253,13 +255,13 @@ def test_empty_cells_are_refused(write):
 def test_flags_other_than_0_and_1_are_refused(tmp_path):
     path = write_parquet(tmp_path / "d.parquet", COLUMNS | {"died": [0, 0, 2, 0, 0, 3, 0, 0, 0]})
     assert refusal(path, truncated="cut") == (
-        "d.parquet: terminated has 2 rows (first: 2) that are neither 0 nor 1, such as 2.0; write 1 where it is so, "
-        "0 elsewhere."
+        "d.parquet: terminated has 2 rows (first: 2) that are neither 0 nor 1, such as 2.0; use only 0 (false) "
+        "and 1 (true)."
     )
     path = write_csv(tmp_path / "d.csv", COLUMNS | {"died": [0, 0, 2, 0, 0, 3, 0, 0, 0]})
     assert re.fullmatch(
-        r"d.csv: it cannot be read \(.*invalid value '2'\); cells must be numbers, or 0 and 1 for flags, with ',' "
-        r"between them and the decimal point '\.': correct it, or pass delimiter= and decimal_point=\.",
+        r"d.csv: it cannot be read \(.*invalid value '2'\)\. Cells must be numbers, or 0 and 1 for flags; the "
+        r"delimiter is ',' and the decimal point is '\.'\. Correct the file, or pass delimiter= and decimal_point=\.",
         refusal(path, truncated="cut"),
     )
 
@@ -269,8 +271,8 @@ def test_words_in_place_of_numbers_are_refused(tmp_path):
     assert refusal(path, action=["note"], truncated="cut") == "d.parquet: column 'note' holds string, expected numbers."
     path = write_csv(tmp_path / "d.csv", COLUMNS)
     assert re.fullmatch(
-        r"d.csv: it cannot be read \(.*invalid value 'a, b'\); cells must be numbers, or 0 and 1 for flags, "
-        r"with ',' between them and the decimal point '\.': correct it, or pass delimiter= and decimal_point=\.",
+        r"d.csv: it cannot be read \(.*invalid value 'a, b'\)\. Cells must be numbers, or 0 and 1 for flags; the "
+        r"delimiter is ',' and the decimal point is '\.'\. Correct the file, or pass delimiter= and decimal_point=\.",
         refusal(path, action=["note"], truncated="cut"),
     )
 
@@ -278,9 +280,10 @@ def test_words_in_place_of_numbers_are_refused(tmp_path):
 def test_missing_and_repeated_columns_are_refused(write, tmp_path):
     path = write()
     assert refusal(path, action=["dose", "drug"], truncated="end") == (
-        f"{path.name}: it lacks the columns ['drug', 'end']; it has {list(COLUMNS)}."
+        f"{path.name}: the table lacks the columns ['drug', 'end']; the table has {list(COLUMNS)}."
     )
-    assert refusal(path, action=[], reward="", truncated="cut") == "no columns are named for ['actions', 'rewards']."
+    expected = "no columns are given for ['actions', 'rewards']; pass the names of these columns."
+    assert refusal(path, action=[], reward="", truncated="cut") == expected
     names, values = list(COLUMNS), list(COLUMNS.values())
     names[names.index("pressure")] = "pulse"
     if path.suffix == ".parquet":
@@ -291,22 +294,22 @@ def test_missing_and_repeated_columns_are_refused(write, tmp_path):
         content = content.replace(b"pressure", b"pulse", 1)
         path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     assert refusal(path, observation=["pulse"], truncated="cut") == (
-        f"{path.name}: it has the columns ['pulse'] more than once; rename them."
+        f"{path.name}: the table has the columns ['pulse'] more than once; rename these columns."
     )
     assert len(load_table(path, **{**ROLES, "observation": ["dose"]}, truncated="cut")) == 7  # others may be
 
 
 def test_actions_are_checked(write):
     assert refusal(write(), truncated="cut", action_spec=Bounded(0, 0.75, (1,))).endswith(
-        "actions has 2 rows (first: 7) outside the action spec: they span [0.10000000149011612] to "
-        "[0.8999999761581421], the spec [0.0] to [0.75]; clip or rescale them."
+        "actions has 2 rows (first: 7) outside the action spec: the actions span [0.10000000149011612] to "
+        "[0.8999999761581421], the spec spans [0.0] to [0.75]; clip or rescale the actions."
     )
 
 
 def test_tables_without_rows_are_refused(write):
     for roles in ({"truncated": "cut"}, {"episode": "episode", "step": "step"}):
         path = write({name: pa.array(values)[:0] for name, values in COLUMNS.items()})
-        assert refusal(path, **roles) == f"{path.name}: it holds no rows; there is nothing to learn from."
+        assert refusal(path, **roles) == f"{path.name}: the data has no rows; at least one row is needed."
 
 
 def test_one_row(write):
@@ -317,16 +320,21 @@ def test_one_row(write):
 def test_other_and_damaged_files(write, tmp_path):
     path = tmp_path / "d.txt"
     path.write_text("pulse\n1\n")
-    assert refusal(path, truncated="cut") == "d.txt: only .csv, .csv.gz and .parquet files are read as tables."
+    assert refusal(path, truncated="cut") == "d.txt: only .csv, .csv.gz, .parquet and .pq files can be read as tables."
     with pytest.raises(FileNotFoundError, match="^there is no file .*none.csv.$"):
         load_table(tmp_path / "none.csv", **ROLES, truncated="cut")
     path = write()
     if path.suffix != ".csv":  # a text that ends after a line looks complete
         path.write_bytes(path.read_bytes()[:-20])
-        message = rf"{re.escape(path.name)}: it cannot be read \(.*\); copy it again, or write it again."
+        message = (
+            rf"{re.escape(path.name)}: the source cannot be read \(.*\) and may be damaged: copy or create the source "
+            "again."
+        )
         assert re.fullmatch(message, refusal(path, truncated="cut"), re.DOTALL)
     path.write_bytes(b"")
-    assert re.fullmatch(rf"{re.escape(path.name)}: it cannot be read \(.*\); .*", refusal(path, truncated="cut"))
+    damaged, unreadable = r"the source cannot be read \(.*\) and may be damaged: .*", r"it cannot be read \(.*\)\. .*"
+    message = rf"{re.escape(path.name)}: {damaged if path.suffix == '.parquet' else unreadable}"
+    assert re.fullmatch(message, refusal(path, truncated="cut"))
 
 
 def test_endings_in_capitals(tmp_path):
@@ -350,11 +358,12 @@ def test_other_delimiters_and_decimal_points(tmp_path):
 
 def test_step_alone_is_refused(write):
     assert refusal(write(), step="step", next_observation=NEXT) == (
-        "step alone does not say where an episode ends; name the column of episode or truncated, too."
+        "the step column alone does not show where an episode ends: also set episode or truncated to the name of "
+        "its column."
     )
 
 
 def test_column_of_the_episode_is_no_number_of_a_step(write):
     assert refusal(write(), episode="pulse") == (
-        "column 'pulse' names the episode and cannot be a number of its steps, too."
+        "column 'pulse' names the episode, so it cannot also hold another field."
     )

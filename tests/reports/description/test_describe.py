@@ -78,7 +78,8 @@ def test_text():
         "actions 0                -2        0.5      1.342          2   -2 to 2             40.0%",
         "",
         "1 thing to look at",
-        "  1  transitions has only 5 rows (first: 0), fewer than 1000; record more, networks overfit so few.",
+        "  1  transitions has only 5 rows (first: 0), fewer than 1000; record more data, because networks",
+        "     overfit few rows.",
     ]
 
 

@@ -22,7 +22,7 @@ def test_no_observation(data):
     del data["observation"]
     del data["next", "observation"]
     assert messages(data)[0] == (
-        "observations are missing in all 1212 rows (first: 0), under any key; add them, a policy needs them."
+        "observations are missing in all 1212 rows (first: 0); add them under any key, because a policy needs them."
     )
 
 
@@ -32,8 +32,8 @@ def test_all_rows_terminal(data):
     data["next", "done"][:] = True
     del data["episode"]
     assert messages(data) == [
-        "terminated is set in all 1212 rows (first: 0), so each target is the reward alone; set it where an episode "
-        "ended in a final state, and truncated where a time limit cut it off."
+        "terminated is set in all 1212 rows (first: 0), so each target is the reward alone; set terminated only "
+        "where an episode ended in a final state, and truncated where a time limit ended it."
     ]
 
 
@@ -42,39 +42,42 @@ def test_no_flag_at_all(numbered):
     data = healthy(LENGTHS if numbered else torch.tensor([ROWS]))
     for flag in ("done", "terminated", "truncated"):
         data["next", flag].zero_()
-    what = "though there are 12 episodes" if numbered else "so they are one endless episode"
+    what = "although there are 12 episodes" if numbered else "so all rows are one endless episode"
     assert messages(data) == [
-        f"terminated and truncated are set in none of 1212 rows (first: 0), {what}; that is right if only time limits "
-        "ended them, otherwise set terminated where an episode ended in a final state."
+        f"terminated and truncated are set in none of 1212 rows (first: 0), {what}; this is right if only time limits "
+        "ended the episodes, otherwise set terminated where an episode ended in a final state."
     ]
 
 
 def test_both_flags(data):
     data["next", "terminated"][LAST] = True
     assert messages(data) == [
-        "terminated and truncated are both set in 6 rows (first: 89); clear terminated where a time limit cut it off."
+        "terminated and truncated are both set in 6 rows (first: 89); clear terminated where a time limit ended the "
+        "episode."
     ]
 
 
 def test_done_without_a_reason(data):
     data["next", "truncated"][LAST[0]] = False
     assert messages(data) == [
-        "done is set in 1 row (first: 89) where neither terminated nor truncated is, and targets use the value of the "
-        "next observation; set terminated where the state was final, truncated where a time limit cut the episode off."
+        "done is set in 1 row (first: 89) where neither terminated nor truncated is set, so targets use the value of "
+        "the next observation; set terminated where the state was final, and truncated where a time limit ended the "
+        "episode."
     ]
 
 
 def test_done_inside_an_episode(data):
     data["next", "done"][5] = data["next", "truncated"][5] = True
     assert messages(data) == [
-        "done is set in 1 row (first: 5) inside an episode, whose number continues; correct the flags, or episode."
+        "done is set in 1 row (first: 5) although the next row has the same episode number; correct the flags or "
+        "numbers."
     ]
 
 
 def test_an_episode_that_comes_back(data):
     data["episode"][LAST[1] + 1 : LAST[2] + 1] = 0  # the third, of 94 rows from row 182
     assert messages(data) == [
-        "episode has 94 rows (first: 182) that return to an earlier number; keep the rows of an episode together."
+        "episode has 94 rows (first: 182) with the number of an earlier episode; store all rows of an episode together."
     ]
 
 
@@ -82,7 +85,8 @@ def test_an_episode_that_comes_back_last_without_a_flag(data):
     data["episode"][LAST[10] + 1 :] = 0  # the twelfth, of 112 rows from row 1100
     data["next", "done"][-1] = data["next", "terminated"][-1] = False
     assert messages(data) == [
-        "episode has 112 rows (first: 1100) that return to an earlier number; keep the rows of an episode together."
+        "episode has 112 rows (first: 1100) with the number of an earlier episode; store all rows of an episode "
+        "together."
     ]
 
 
@@ -90,7 +94,7 @@ def test_episodes_of_one_row(data):
     data["episode"] = torch.arange(ROWS)
     data["next", "observation"] += 1
     assert messages(data) == [
-        "episode has 1212 rows (first: 0), each an episode of its own; check the flags, or the episodes' numbers."
+        "each of 1212 rows (first: 0) is an episode of its own; check the flags or the entry episode."
     ]
 
 
@@ -99,32 +103,34 @@ def test_a_time_limit_recorded_as_terminal():
     data["next", "terminated"].copy_(data["next", "done"])
     data["next", "truncated"].zero_()
     assert messages(data) == [
-        "terminated has 12 rows (first: 100) that end an episode after 101 steps, the longest, as a time limit does; "
-        "if it was a time limit, set truncated instead, or targets treat the next value as zero."
+        "terminated is set in 12 rows (first: 100) that end episodes after 101 steps, the greatest length, so a time "
+        "limit may have ended them; if so, set truncated instead, because targets use no next value where terminated "
+        "is set."
     ]
 
 
 def test_observations_that_do_not_continue(data):
     data["observation"][[10, 20]] += 1  # so those of rows 9 and 19 don't go on
     assert messages(data) == [
-        "next_observations has 2 rows (first: 9) that are not the observation of the next row, in the same episode; "
-        "unless rows were left out or shuffled, leave the field out, and it is taken from the next row."
+        "next_observations differs from the observation of the next row of the same episode in 2 rows (first: 9); "
+        "unless rows were left out or shuffled, leave this field out, then the observation of the next row is used."
     ]
 
 
 def test_next_observations_that_are_not_shifted(data):
     data["next", "observation"].copy_(data["observation"])  # six rows are terminated
     assert messages(data) == [
-        "next_observations has 1206 rows (first: 0) equal to the observation of the same row; they were probably "
-        "stored without the shift by one step: leave the field out, and it is taken from the next row."
+        "next_observations equals the observation of the same row in 1206 rows (first: 0), so it was probably stored "
+        "without the shift by one step; leave this field out, then the observation of the next row is used."
     ]
 
 
 def test_next_observations_beyond_a_reset(data):
     data["next", "observation"][LAST[:-1]] = data["observation"][LAST[:-1] + 1]  # 6 truncated, 5 terminated
     assert messages(data) == [
-        "next_observations has 6 rows (first: 89) that end an episode without terminating and hold the first "
-        "observation of the next one; if there was a reset between, drop them, or store the last observation before it."
+        "next_observations holds the first observation of the next episode in 6 rows (first: 89) where an episode "
+        "ends, but terminated is not set; if the environment was reset there, drop these rows, or store the last "
+        "observation before the reset."
     ]
 
 
@@ -132,13 +138,15 @@ def test_repeated_rows(data):
     data = torch.cat([data, data[: LAST[0] + 1]])
     data["episode"][ROWS:] = 12
     assert messages(data) == [
-        "transitions has 90 rows (first: 1212) that repeat earlier rows; drop them, unless states and actions are few."
+        "transitions has 90 rows (first: 1212) that repeat earlier rows; drop them, unless there are few states and "
+        "actions."
     ]
 
 
 def test_few_rows():
     assert messages(healthy(torch.tensor([50, 60]))) == [
-        "transitions has only 110 rows (first: 0), fewer than 1000; record more, networks overfit so few."
+        "transitions has only 110 rows (first: 0), fewer than 1000; record more data, because networks overfit few "
+        "rows."
     ]
 
 
@@ -148,7 +156,7 @@ def test_what_cannot_be_described(data):
     with pytest.raises(ValueError, match="actions have 2 columns, but the action spec has shape"):
         describe(data, action_spec=Bounded(-1, 1, (3,)))
     message = (
-        "transitions span up to 3 steps (steps_to_next_obs), so their rewards are sums and their next observations are "
+        "transitions span up to 3 steps (steps_to_next_obs), so the rewards are sums and the next observations are "
         "several steps later; describe the one-step transitions from which they were made."
     )
     with pytest.raises(DatasetError, match=f"^{re.escape(message)}$"):
@@ -157,5 +165,7 @@ def test_what_cannot_be_described(data):
     with pytest.raises(ValueError, match=r"transitions have batch size \(0,\), expected \[N\] with N at least 1"):
         describe(data[:0])
     data.rename_key_("action", "torque")
-    with pytest.raises(ValueError, match=r"transitions lack \['action'\]; they hold .*torque.*Rename yours with"):
+    with pytest.raises(
+        ValueError, match=r"transitions lack \['action'\]; they have .*torque.*Rename your entries with"
+    ):
         describe(data)

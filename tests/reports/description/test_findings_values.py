@@ -25,7 +25,7 @@ def test_rows_that_are_not_finite(data, key, value):
     name = {"observation": "observations", "action": "actions"}.get(key) or f"next_{key[1]}s"
     name = "rewards" if name == "next_rewards" else name
     (finding,) = describe(data).findings
-    assert str(finding) == f"{name} has 2 rows (first: 7) that are not finite; drop or repair them."
+    assert str(finding) == f"{name} has 2 rows (first: 7) that are not finite; drop or repair these rows."
     assert (finding.field, finding.rows, finding.first) == (name, 2, 7)
 
 
@@ -34,15 +34,15 @@ def test_zero_observations(data):
     data["observation"][LAST[:1] - LENGTHS[:1] + 1] = 0  # the first row of an episode follows none
     data["observation"][6, 1] = data["next", "observation"][5, 1] = 0  # one number of a row may be zero
     assert messages(data)[0] == (
-        "observations has 1 row (first: 0) that are all zero; drop them, unless zero is a state of the task."
+        "observations has only zeros in 1 row (first: 0); drop these rows, unless zero is a valid state of the task."
     )
 
 
 def test_zeroed_successors_matter_only_where_they_are_used(data):
     data["next", "observation"][LAST] = 0  # six terminate
     assert messages(data) == [
-        "next_observations has 6 rows (first: 89) that are all zero and not terminated; drop them or store the "
-        "true successor."
+        "next_observations has only zeros in 6 rows (first: 89) where terminated is not set; drop these rows, or store "
+        "the true next observation."
     ]
 
 
@@ -59,7 +59,7 @@ def test_rewards_without_a_difference(data):
 def test_huge_rewards(data):
     data["next", "reward"][[12, 40]] = -1e6
     assert messages(data) == [
-        "rewards has 2 rows (first: 12) of magnitude above 100000; check the units, or scale them with "
+        "rewards has 2 rows (first: 12) of magnitude above 100000; check the units, or scale the values with "
         "Normalization.fit."
     ]
 
@@ -69,38 +69,36 @@ def test_an_outlier_among_rewards_but_no_bonus_at_the_end(data):
     assert messages(data) == []
     data["next", "reward"][40] = 5000
     assert messages(data) == [
-        "rewards has 1 row (first: 40) inside an episode of more than 1000 times the magnitude of 99% of the others; "
-        "drop them, unless the task pays such rewards."
+        "rewards has 1 row (first: 40) inside an episode with more than 1000 times the magnitude of 99% of all "
+        "rewards; drop these rows, unless the task gives such rewards."
     ]
 
 
 def test_constant_action(data):
     data["action"][:, 1] = 0.5
-    assert messages(data) == [
-        "actions is constant in column 1, in all 1212 rows (first: 0); check that it was recorded."
-    ]
+    assert messages(data) == ["actions is constant in column 1, in all 1212 rows (first: 0); check the recording."]
 
 
 def test_actions_of_whole_numbers(data):
     data["action"].copy_((data["action"] * 10).round())
     assert messages(data, Bounded(-10, 10, (2,))) == [
-        "actions is of whole numbers in all 1212 rows (first: 0), from -9 to 9; that is normal for bang-bang control, "
-        "otherwise they were rounded or are discrete, and BCQ needs continuous ones."
+        "actions has only whole numbers in all 1212 rows (first: 0), from -9 to 9; this is normal for bang-bang "
+        "control, otherwise the actions are rounded or discrete, but BCQ needs continuous actions."
     ]
 
 
 def test_the_same_action_twice(data):
     data["action"][:, 1] = data["action"][:, 0]
     assert messages(data) == [
-        "actions is the same in columns 0 and 1, in all 1212 rows (first: 0); check that each was recorded."
+        "actions has equal values in columns 0 and 1, in all 1212 rows (first: 0); check that each column was recorded."
     ]
 
 
 def test_actions_outside_the_spec(data):
     data["action"][[3, 4], 1] = torch.tensor([1.5, -7.0])
     assert messages(data) == [
-        "actions has 2 rows (first: 3) outside the action spec, such as 1.5 in column 1, where it spans -1 to 1; clip "
-        "or rescale them."
+        "actions has 2 rows (first: 3) outside the action spec, such as 1.5 in column 1, where the spec spans -1 to 1; "
+        "clip or rescale the actions."
     ]
 
 
@@ -111,16 +109,16 @@ def test_actions_at_the_bounds(data, spec, bound):
     data["action"][2:800, 0] = 1
     data["action"][800, 0] = -1
     assert messages(data, spec) == [
-        f"actions has 799 rows (first: 2) at {bound} in column 0; that is normal for bang-bang control, otherwise "
-        "check that they were not clipped, or scaled wrongly."
+        f"actions has 799 rows (first: 2) at {bound} in column 0; this is normal for bang-bang control, otherwise "
+        "check whether the actions were clipped or scaled wrongly."
     ]
 
 
 def test_actions_of_other_units(data):
     data["action"][5], data["action"][6] = 1.0, -1.0
     assert messages(data, Bounded(-100, 100, (2,))) == [
-        "actions spans only -1 to 1 of the action spec's -100 to 100 in columns 0, 1, in all 1212 rows (first: 0); if "
-        "they are normalised, scale them to the spec's units."
+        "actions spans only -1 to 1 in columns 0, 1, in all 1212 rows (first: 0), but the action spec spans -100 to "
+        "100; if the actions are normalised, scale them to the units of the spec."
     ]
 
 
@@ -133,7 +131,7 @@ def test_actions_are_compared_with_the_spec_in_float32(data):
 def test_integer_observations_that_are_zero(data):
     data["observation"] = data["next", "observation"] = torch.zeros(ROWS, 3, dtype=torch.int64)
     assert messages(data) == [
-        "observations is constant in columns 0, 1, 2, in all 1212 rows (first: 0); check that it was recorded."
+        "observations is constant in columns 0, 1, 2, in all 1212 rows (first: 0); check the recording."
     ]
 
 
@@ -159,8 +157,9 @@ def test_a_value_that_stands_for_a_missing_one(data, monkeypatch, chunk_bytes, v
     assert messages(data) == []
     data["observation"][[17, 30, 31], 1] = data["next", "observation"][[16, 29, 30], 1] = value
     assert messages(data) == [
-        f"observations has 3 rows (first: 17) far from all others, such as {value:g} in column 1, where they span 60 "
-        "to 100; if that stands for a missing value, drop or repair them."
+        f"observations has 3 rows (first: 17) far from all others, such as {value:g} in column 1, where the others "
+        "span "
+        "60 to 100; if such values mark missing data, drop or repair these rows."
     ]
 
 
@@ -170,8 +169,8 @@ def test_values_for_missing_ones_on_both_sides(data):
     data["observation"][[20, 40], [1, 0]] = data["next", "observation"][[19, 39], [1, 0]] = torch.tensor([-500.0, 500])
     data["observation"][30, 0] = data["next", "observation"][29, 0] = -400
     assert messages(data) == [
-        "observations has 3 rows (first: 20) far from all others, such as -400 in column 0, where they span -2 to 2; "
-        "if that stands for a missing value, drop or repair them."
+        "observations has 3 rows (first: 20) far from all others, such as -400 in column 0, where the others span -2 "
+        "to 2; if such values mark missing data, drop or repair these rows."
     ]
 
 
@@ -191,23 +190,22 @@ def test_rare_and_large_values_that_belong_to_the_task(data):
 
 def test_constant_observations(data):
     both(data, slice(None), 2, 3.0)
-    assert messages(data) == [
-        "observations is constant in column 2, in all 1212 rows (first: 0); check that it was recorded."
-    ]
+    assert messages(data) == ["observations is constant in column 2, in all 1212 rows (first: 0); check the recording."]
 
 
 def test_the_same_observation_twice(data):
     for observation in (data["observation"], data["next", "observation"]):
         observation[:, 2] = observation[:, 0]
     assert messages(data) == [
-        "observations is the same in columns 0 and 2, in all 1212 rows (first: 0); check that each was recorded."
+        "observations has equal values in columns 0 and 2, in all 1212 rows (first: 0); check that each column was "
+        "recorded."
     ]
 
 
 def test_huge_observations(data):
     data["observation"][50, 1] = data["next", "observation"][49, 1] = 2e5
     assert messages(data) == [
-        "observations has 1 row (first: 50) of magnitude above 100000; check the units, or scale them with "
+        "observations has 1 row (first: 50) of magnitude above 100000; check the units, or scale the values with "
         "Normalization.fit."
     ]
 
@@ -219,6 +217,7 @@ def test_observations_of_different_scales(data):
     data["observation"][:2, [0, 2]] = torch.tensor([[0.25, 1024.0], [-0.25, -1024.0]])
     low, high = (data["observation"][:, column].double().std(correction=0) for column in (0, 2))
     assert (
-        f"observations differs in scale in all 1212 rows (first: 0): the standard deviation is {low:.3g} in column 0 "
+        f"observations has columns of different scales in all 1212 rows (first: 0): the standard deviation is "
+        f"{low:.3g} in column 0 "
         f"and {high:.3g} in column 2; scale them with Normalization.fit."
     ) in messages(data)

@@ -1,1 +1,1 @@
-"""Readers of files and hubs with recorded steps, and memory-mapped copies of them."""
+"""Reads recorded steps from files and from dataset hubs, and makes memory-mapped copies of them."""

@@ -1,4 +1,4 @@
-"""Memory-mapped transitions: written in parts, atomically, and loaded."""
+"""Writes memory-mapped copies of transitions, part by part, and loads them. No unfinished copy is ever loaded."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tensordict.utils import _encode_key_for_filesystem
 from torchrl_bcq.data.checks import DatasetError
 from torchrl_bcq.files import UNFINISHED, write_whole
 
-_FORMAT = 1  # increase it when the copy of the same files changes
+_FORMAT = 1  # increase this number when the conversion changes, so that old copies are not reused
 
 
 def fingerprint(files: Iterable[Path], settings: Mapping[str, Any]) -> str:
-    """Digest of the contents of files and of the settings with which they are read."""
+    """Return a digest of the contents of the files and of the reader's settings."""
     digest = hashlib.sha256(json.dumps([_FORMAT, settings], sort_keys=True, default=str).encode())
     for file in files:
         digest.update(file.stat().st_size.to_bytes(8, "big"))
@@ -35,16 +35,16 @@ def fingerprint(files: Iterable[Path], settings: Mapping[str, Any]) -> str:
 
 
 def write_memmap(parts: Iterator[TensorDict], rows: int, folder: Path) -> None:
-    """Write parts with ``rows`` rows in total to a new folder; it is complete or does not exist."""
+    """Write all parts, ``rows`` rows in total, to a new folder. After an error, the folder is removed."""
     try:
         with write_whole(folder) as aside, ExitStack() as stack:
             aside.mkdir()
             first = next(parts)
             size, free = first.bytes() / len(first) * rows, shutil.disk_usage(folder.parent).free
             if free < size:
-                raise OSError(f"it needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
-            target = first[:1].expand(rows).memmap_like(str(aside))  # empty rows
-            # written and not mapped, so that the resident memory does not grow with the files
+                raise OSError(f"the copy needs {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free")
+            target = first[:1].expand(rows).memmap_like(str(aside))  # creates the files; the rows are written below
+            # write with file streams: writing to mapped tensors would increase the resident memory
             streams = {k: stack.enter_context(open(leaf.filename, "r+b")) for k, leaf in target.items(True, True)}
             written = 0
             for part in chain([first], parts):
@@ -52,25 +52,25 @@ def write_memmap(parts: Iterator[TensorDict], rows: int, folder: Path) -> None:
                 for key, stream in streams.items() if written <= rows else ():
                     stream.write(np.ascontiguousarray(part.get(key).cpu()).data)
             if written != rows:
-                changed = f"it had {rows} transitions when it was checked and has {written} now"
-                raise DatasetError(f"{changed}; wait until it stays the same.")
+                changed = f"it had {rows} transitions in the first pass and {written} in the second"
+                raise DatasetError(f"{changed}; try again when no program writes to the source.")
             stack.close()
             for path in (*aside.rglob("*"), aside):
                 _sync(path)
         _sync(folder.parent)
     except OSError as error:
-        raise OSError(f"{folder} cannot be written ({error}); nothing of it was kept.") from error
+        raise OSError(f"{folder} cannot be written ({error}); no partial copy is left.") from error
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove temporary folders that killed processes left; no other process may be writing ``folder``."""
+    """Remove unfinished copies that killed processes left. No other process may write ``folder`` now."""
     for aside in folder.parent.glob(f"{UNFINISHED}*.{folder.name}"):
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
-    """Flush a file or folder to the disk, so that a power cut cannot leave the name without the content."""
-    if path.is_dir() and os.name != "posix":  # folders cannot be opened
+    """Flush a file or folder to the disk, so that its content is not lost in a power failure."""
+    if path.is_dir() and os.name != "posix":  # Windows cannot open folders, so skip them
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
@@ -80,47 +80,53 @@ def _sync(path: Path) -> None:
 
 
 def load_memmap(path: str | Path) -> TensorDict:
-    """Load a copy that ``root=`` of the readers or ``TensorDict.memmap`` wrote; rows are read when they are used.
+    """Load a memory-mapped copy; rows are read from the disk only when they are used.
+
+    Args:
+        path: folder written by ``TensorDict.memmap``, or by a function such as ``load_hdf5`` with ``root=``.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
-        DatasetError: if a file in it is missing, cut off, or is not a tensor (nothing is unpickled).
+        FileNotFoundError: if the folder does not exist.
+        DatasetError: if a file in the folder is missing, incomplete, or does not hold a tensor. Nothing is unpickled.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}.")
     if folder.name.startswith(UNFINISHED):
-        raise DatasetError(f"{folder} is an unfinished conversion; convert it again.")
+        raise DatasetError(f"{folder} is an unfinished copy; convert the dataset again.")
     if not (folder / "meta.json").is_file():
         held = sorted(path.name for path in folder.glob("[!.]*"))
-        raise DatasetError(f"{folder} is no memory-mapped copy, but a folder of {held[:5]}; name one of them.")
+        raise DatasetError(f"{folder} is not a memory-mapped copy; it holds {held[:5]}. Choose another folder.")
     try:
         batch = _check_files(folder)
         transitions = TensorDict.load_memmap(folder, allow_pickle=False)
     except DatasetError:
         raise
-    except Exception as error:  # damaged descriptions raise many kinds
-        raise DatasetError(f"{folder} cannot be read ({error}); delete it and convert it again.") from error
+    except Exception as error:  # a damaged meta.json raises various exceptions
+        raise DatasetError(f"{folder} cannot be read ({error}); delete it and convert the dataset again.") from error
     if not batch or not batch[0]:
-        raise DatasetError(f"{folder} holds no rows; delete it and convert it again.")
+        raise DatasetError(f"{folder} holds no rows; delete it and convert the dataset again.")
     for part in (transitions, *transitions.values(True)):
         if isinstance(part, TensorDict):
-            part._is_memmap = True  # tensordict 0.14 does not set it, and memmap_() would write the files again
+            # tensordict 0.14 does not set this flag when it loads files; without it, memmap_() writes them again
+            part._is_memmap = True
     return transitions.lock_()
 
 
 def _check_files(folder: Path, batch: Sequence[int] = ()) -> list[int]:
-    """Check the size of every file, since mapping a shorter one would crash; returns the batch size."""
+    """Return the batch size. Check file sizes first: reading a file that is too short would crash Python."""
     description = json.loads((folder / "meta.json").read_text())
     kind, device, shape = (description.pop(name, None) for name in ("_type", "device", "shape"))
     if kind != str(TensorDict) or device not in (None, "None", "cpu"):
         raise DatasetError(f"{folder} holds a {kind} on {device}; only a TensorDict on the CPU can be read.")
     if not all(type(size) is int and size >= 0 for size in shape) or shape[: len(batch)] != [*batch]:
         raise DatasetError(
-            f"{folder} has batch size {shape}, expected {[*batch, ...]}; delete it and convert it again."
+            f"{folder} has batch size {shape}, expected sizes that start with {[*batch]}; delete it and convert "
+            "the dataset again."
         )
     for key, leaf in description.items():
-        path = folder / _encode_key_for_filesystem(key)  # it cannot lie outside of the folder
+        # encode the key, because a key such as "../x" would be a path outside the folder
+        path = folder / _encode_key_for_filesystem(key)
         if leaf.get("type") is not None:
             _check_files(path, shape)
             continue
@@ -129,7 +135,7 @@ def _check_files(folder: Path, batch: Sequence[int] = ()) -> list[int]:
         found = file.stat().st_size if file.is_file() else 0
         if found != expected or leaf["shape"][: len(shape)] != shape or leaf.get("is_nested"):
             raise DatasetError(
-                f"{file} has {found} bytes, expected {expected} of shape {leaf['shape']}; delete it and convert it "
-                "again."
+                f"{file} has {found} bytes, expected {expected} for shape {leaf['shape']}; delete the copy and convert "
+                "the dataset again."
             )
     return shape

@@ -1,4 +1,4 @@
-"""Datasets of Minari and D4RL, by their ids."""
+"""Reads datasets of Minari and D4RL by their ids."""
 
 from __future__ import annotations
 
@@ -20,33 +20,41 @@ from torchrl_bcq.files import write_whole
 
 _MINARI_NAMES = {name: name for name in ("observations", "actions", "rewards")}
 _MINARI_NAMES |= {"terminated": "terminations", "truncated": "truncations"}
-# D4RL's Gym tasks: environment, and mean returns of a random and of an expert policy (arXiv:2004.07219, d4rl/infos.py).
-# D4RL recorded -v2 with mujoco-py, which Gymnasium no longer supports: returns in -v5 are close, but not equal. Ant has
-# no environment: Ant-v5 has 105 observations, D4RL's has 111.
+# D4RL's Gym tasks: environment id, and mean returns of a random and an expert policy (arXiv:2004.07219, d4rl/infos.py).
+# The ids are of -v5 environments: D4RL's need mujoco-py, which Gymnasium no longer supports. Returns in Gymnasium's -v5
+# environments are close, but not equal, to D4RL's returns. Ant has no environment id, because observations have 105
+# features in Ant-v5 and 111 features in D4RL.
 _D4RL_TASKS: dict[str, tuple[str | None, tuple[float, float]]] = {
     "ant": (None, (-325.6, 3879.7)),
     "halfcheetah": ("HalfCheetah-v5", (-280.178953, 12135.0)),
     "hopper": ("Hopper-v5", (-20.272305, 3234.3)),
     "walker2d": ("Walker2d-v5", (1.629008, 4592.3)),
 }
-_D4RL_TIME_LIMIT = 1000  # of these tasks, as registered in D4RL; their -v0 files do not record time-outs
+_D4RL_TIME_LIMIT = 1000  # steps; used for D4RL's -v0 files, which do not record where the time limit ended an episode
 
 
 def load_minari(
     dataset_id: str, *, action_spec: TensorSpec | None = None, root: str | Path | None = None
 ) -> TensorDict:
-    """Read a Minari dataset into the transitions of :func:`~torchrl_bcq.from_arrays`; it is downloaded if needed.
+    """Download a Minari dataset if needed, and return it as transitions in the layout of ``from_arrays``.
 
     Args:
-        dataset_id: such as ``"mujoco/hopper/medium-v0"``; observations and actions must be boxes.
-        action_spec: bounds that the actions must keep; those of the dataset's action space if not given.
-        root: as :func:`load_hdf5` takes it.
+        dataset_id: Minari id, such as ``"mujoco/hopper/medium-v0"``. The observation space and the action space of the
+            dataset must be ``Box`` spaces.
+        action_spec: bounded spec of one action; all actions must lie within its bounds. By default, the bounds of the
+            dataset's action space are used.
+        root: as for ``load_hdf5``.
 
     Raises:
-        DatasetError: if there is no such dataset, a space is not a box, or ``from_arrays`` refuses it.
-        OSError: if the copy cannot be written.
+        DatasetError: if the dataset cannot be opened or downloaded, a space is not a ``Box``, or a check of
+        ``from_arrays`` fails. OSError: if the memory-mapped copy cannot be written.
 
-    Source: Minari, https://minari.farama.org. TorchRL 0.14's own ``MinariExperienceReplay`` returns zeros.
+    Example:
+        >>> load_minari("mujoco/hopper/medium-v0")["observation"].shape[-1]
+        11
+
+    Source: Minari, https://minari.farama.org. TorchRL's ``MinariExperienceReplay`` is not used, because in TorchRL 0.14
+    its samples contain only zeros.
     """
     return minari(dataset_id).read(action_spec=action_spec, root=root)
 
@@ -58,25 +66,31 @@ def load_d4rl(
     action_spec: TensorSpec | None = None,
     root: str | Path | None = None,
 ) -> TensorDict:
-    """Read a D4RL dataset as :func:`load_hdf5` does; neither ``d4rl`` nor ``mujoco_py`` is needed.
+    """Return a D4RL dataset as transitions in the layout of ``from_arrays``. ``d4rl`` and ``mujoco_py`` are not needed.
 
     Args:
-        dataset_id: such as ``"hopper-medium-v2"``; downloaded once, to ``$D4RL_DATASET_DIR`` or ``~/.d4rl/datasets``.
-        max_episode_steps: time limit in steps, for files without ``timeouts``; those of the Gym tasks are known.
-        action_spec, root: as :func:`load_hdf5` takes them.
+        dataset_id: D4RL id, such as ``"hopper-medium-v2"``. The file is downloaded once to ``$D4RL_DATASET_DIR``, by
+            default ``~/.d4rl/datasets``.
+        max_episode_steps: number of steps after which episodes were cut off, used if the file has no ``timeouts``. For
+            D4RL's Gym tasks, the default is 1000.
+        action_spec, root: as for ``load_hdf5``.
 
     Raises:
-        DatasetError: if there is no such dataset, it cannot be downloaded, or ``load_hdf5`` refuses it.
+        DatasetError: if D4RL has no dataset with this id, the download fails, or a check of ``load_hdf5`` fails.
         OSError: if a file cannot be written.
 
-    Source: D4RL, arXiv:2004.07219. TorchRL 0.14's own ``D4RLExperienceReplay`` sets the next observation to zero where
-    an episode was cut off.
+    Example:
+        >>> load_d4rl("hopper-medium-v2")["observation"].shape[-1]
+        11
+
+    Source: D4RL, arXiv:2004.07219. TorchRL 0.14's ``D4RLExperienceReplay`` is not used, because it sets the next
+    observation to zero where an episode was cut off.
     """
     return d4rl(dataset_id, max_episode_steps=max_episode_steps).read(action_spec=action_spec, root=root)
 
 
 def minari(dataset_id: str) -> Source:
-    """The source of :func:`load_minari`."""
+    """Open a Minari dataset, after a download if needed, and return it as a ``Source``."""
     dataset = _open_minari(dataset_id)
 
     def chunks() -> Iterator[Columns]:
@@ -98,7 +112,8 @@ def minari(dataset_id: str) -> Source:
         chunks,
         files,
         action_spec=spec,
-        env_id=env_id_or_none(made and made.id),  # not made from its entry point, which could run any code
+        # keep only the id, because the dataset's env_spec may name an entry point that runs any code
+        env_id=env_id_or_none(made and made.id),
         reference_scores=scores_or_none(metadata.get(name) for name in ("ref_min_score", "ref_max_score")),
     )
 
@@ -109,29 +124,29 @@ def _open_minari(dataset_id: str) -> Any:
 
     try:
         dataset = minari.load_dataset(dataset_id, download=True)
-    except Exception as error:  # Minari and its download clients raise many kinds
+    except Exception as error:  # Minari and its download clients raise various exceptions
         raise DatasetError(
-            f"Minari dataset {dataset_id!r} can be neither opened nor downloaded: {error} "
-            "Ids look like 'mujoco/hopper/medium-v0'; `minari list local` and `minari list remote` show them."
+            f"Minari dataset {dataset_id!r} can be neither opened nor downloaded ({error}). Use an id such as "
+            "'mujoco/hopper/medium-v0'; `minari list local` and `minari list remote` show all ids."
         ) from error
     for name, space in (("observation", dataset.observation_space), ("action", dataset.action_space)):
         if not isinstance(space, Box):
             raise DatasetError(
-                f"{dataset_id} has {name} space {space}; only boxes can be read. Flatten it and use from_arrays."
+                f"{dataset_id} has {name} space {space}; only Box can be read; pass vectors to from_arrays."
             )
     if not dataset.total_episodes:
-        raise DatasetError(f"{dataset_id} holds no episode.")
+        raise DatasetError(f"{dataset_id} holds no episodes; choose another dataset.")
     return dataset
 
 
 def d4rl(dataset_id: str, *, max_episode_steps: int | None = None) -> Source:
-    """The source of :func:`load_d4rl`."""
+    """Return a D4RL dataset as a ``Source``. Download its file first if the file is missing."""
     from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 
     task = dataset_id.split("-")[0]
     if dataset_id not in D4RL_DATASETS:
         alike = [name for name in sorted(D4RL_DATASETS) if name.startswith(task)] or sorted(D4RL_DATASETS)
-        raise DatasetError(f"D4RL has no dataset {dataset_id!r}; it has {', '.join(alike)}.")
+        raise DatasetError(f"D4RL has no dataset {dataset_id!r}; available datasets are {', '.join(alike)}.")
     url = D4RL_DATASETS[dataset_id]
     folder = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets").expanduser()
     file = folder / url.rpartition("/")[2]
@@ -144,12 +159,12 @@ def d4rl(dataset_id: str, *, max_episode_steps: int | None = None) -> Source:
 
 
 def _download(url: str, file: Path) -> None:
-    """Download an HDF5 file; it is there complete, or not at all."""
+    """Download an HDF5 file from ``url`` to ``file``. After an error, no partial file remains."""
     import h5py
 
     try:
         with write_whole(file) as aside:
             torch.hub.download_url_to_file(url, str(aside), progress=sys.stderr.isatty())
-            h5py.File(aside, "r").close()  # refuses an incomplete one
+            h5py.File(aside, "r").close()  # raises an error if the file is incomplete
     except Exception as error:
-        raise DatasetError(f"{url} cannot be downloaded ({error}); try again, or put the file at {file}.") from error
+        raise DatasetError(f"{url} cannot be downloaded ({error}); try again, or save it as {file}.") from error

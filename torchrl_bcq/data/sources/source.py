@@ -1,4 +1,4 @@
-"""A source of recorded steps, which is read into memory or converted to a memory-mapped copy."""
+"""Reads a source of recorded steps into memory, or converts it to a memory-mapped copy."""
 
 from __future__ import annotations
 
@@ -27,17 +27,20 @@ _Chunks = Generator[dict[str, np.ndarray], None, None]
 
 
 def env_id_or_none(name: object) -> str | None:
-    """The Gymnasium id in a dataset, if it is safe to make: Gymnasium would import the module before a colon."""
+    """Return ``name`` if it is safe as a Gymnasium id, else ``None``.
+
+    An id with a colon is not safe, because Gymnasium imports the module that is named before the colon.
+    """
     if isinstance(name, bytes):
         name = name.decode(errors="replace")
     return str(name) if isinstance(name, str) and re.fullmatch(r"[\w./-]+", name) else None
 
 
 def scores_or_none(scores: Any) -> tuple[float, float] | None:
-    """Mean returns of a random and of an expert policy, if both are finite and the expert's is higher."""
+    """Return the two scores as floats if both are finite and the first is lower; otherwise return None."""
     try:
         low, high = (np.asarray(score, dtype=float).item() for score in scores)
-    except (TypeError, ValueError, OverflowError):  # not two numbers
+    except (TypeError, ValueError, OverflowError):  # ``scores`` does not hold two numbers
         return None
     return (low, high) if -math.inf < low < high < math.inf else None
 
@@ -46,13 +49,14 @@ def scores_or_none(scores: Any) -> tuple[float, float] | None:
 class Source:
     """Recorded steps that can be read several times, in chunks.
 
-    D4RL's normalised score is ``100 * (return - random) / (expert - random)`` (arXiv:2004.07219).
+    ``reference_scores`` holds the mean returns of a random and of an expert policy. D4RL's normalized score is ``100 *
+    (return - random) / (expert - random)`` (arXiv:2004.07219).
     """
 
-    name: str  # in messages, progress bars and the name of a copy
-    chunks: Callable[[], Iterator[Columns]]  # fields as from_arrays takes them, the same ones in each chunk
+    name: str  # name of the source in messages and progress bars; also part of the folder name of a copy
+    chunks: Callable[[], Iterator[Columns]]  # yields chunks; each holds arrays for the arguments of from_arrays
     files: list[Path]
-    settings: Mapping[str, Any] = field(default_factory=dict)  # other values that the steps depend on
+    settings: Mapping[str, Any] = field(default_factory=dict)  # reader arguments that affect which steps are read
     action_spec: TensorSpec | None = None
     env_id: str | None = None  # Gymnasium id of the recorded environment
     reference_scores: tuple[float, float] | None = None  # mean returns of a random and of an expert policy
@@ -60,7 +64,7 @@ class Source:
     def read(
         self, *, action_spec: TensorSpec | None = None, root: str | Path | None = None, strict: bool = True
     ) -> TensorDict:
-        """Read as :func:`~torchrl_bcq.load_transitions` does; the bounds are the source's own if none are given."""
+        """Read and check all steps; return them as transitions. By default, use the source's ``action_spec``."""
         action_spec = self.action_spec if action_spec is None else action_spec
         try:
             if root is not None:
@@ -70,18 +74,19 @@ class Source:
             raise DatasetError(f"{self.name}: {error}") from error.__cause__
 
     def _convert(self, root: Path, action_spec: TensorSpec | None, strict: bool) -> TensorDict:
-        """Check all steps, then write them, unless there is a copy already."""
+        """Return the memory-mapped copy in ``root``. If there is no copy, check all steps and write one first."""
         bounds = None if action_spec is None else [bound.tolist() for bound in spec_bounds(action_spec)]
         settings = {**self.settings, "action_spec": bounds, "strict": strict}
         digest = fingerprint(self.files, settings)
         folder = root / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(self.name).stem)[:100]}-{digest}"
-        folder = next(root.glob(f"[!.]*-{digest}"), folder)  # made from a file with another name
-        if not folder.exists():  # an existing copy may be in a read-only folder
+        # find the copy by its digest, because the source file may have been renamed since the conversion
+        folder = next(root.glob(f"[!.]*-{digest}"), folder)
+        if not folder.exists():  # an existing copy needs no lock file, which cannot be created in a read-only root
             try:
                 root.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise OSError(f"{root} cannot be a folder for copies ({error}); choose another root.") from error
-            with FileLock(root / f".{folder.name}.lock"):  # other processes wait for the same copy
+                raise OSError(f"{root} cannot be a folder for copies ({error}); choose another folder.") from error
+            with FileLock(root / f".{folder.name}.lock"):  # other processes wait until this copy is complete
                 if not folder.exists():
                     remove_unfinished(folder)
                     checks = Checks(action_spec)
@@ -94,11 +99,11 @@ class Source:
     def _unchanged_parts(self, steps: int, digest: str, settings: Mapping[str, Any]) -> _Parts:
         yield from self._parts(Checks(), "converting", steps=steps, strict=False)
         if fingerprint(self.files, settings) != digest:
-            raise DatasetError("it changed while it was converted; wait until it stays the same.")
+            raise DatasetError("it changed during the conversion; try again when no program writes to it.")
 
     def _parts(self, checks: Checks, verb: str, steps: int | None = None, strict: bool = True) -> _Parts:
-        with closing(self._checked_chunks(checks, verb, steps)) as chunks:  # closes a refused file
-            yield from lay_out(chunks, report=steps is None)  # the second pass does not report again
+        with closing(self._checked_chunks(checks, verb, steps)) as chunks:  # closes the file if a check fails
+            yield from lay_out(chunks, report=steps is None)  # only the first pass (steps is None) logs dropped rows
         checks.finish(strict=strict)
 
     def _checked_chunks(self, checks: Checks, verb: str, steps: int | None) -> _Chunks:
@@ -111,12 +116,14 @@ class Source:
                         bar.update(len(fields["actions"]))
             except (DatasetError, ImportError, MemoryError):
                 raise
-            except Exception as error:  # libraries raise many kinds for damaged files
-                raise DatasetError(f"it cannot be read ({error}); copy it again, or write it again.") from error
+            except Exception as error:  # libraries raise various exceptions for damaged files
+                raise DatasetError(
+                    f"the source cannot be read ({error}) and may be damaged: copy or create the source again."
+                ) from error
 
 
 def _progress_bar(description: str, rows: int | None) -> Any:
-    """A progress bar where there is a terminal and tqdm is installed; otherwise a context of None."""
+    """Return a context manager that yields a progress bar, or ``None`` if tqdm is not installed."""
     try:
         from tqdm.auto import tqdm
     except ImportError:

@@ -1,4 +1,4 @@
-"""CSV and Parquet tables of logged decisions; the user names their columns."""
+"""Reads CSV and Parquet tables with one row per step. The caller names the columns to read."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from torchrl_bcq.data.sources.array_files import existing_file
 from torchrl_bcq.data.sources.source import Source
 from torchrl_bcq.data.transitions import with_successors
 
-_ROWS, _CHUNK_BYTES = 65_536, 8 << 20  # read at a time, at most; bytes as stored
+_ROWS, _CHUNK_BYTES = 65_536, 8 << 20  # largest number of rows, and approximate size in bytes, of one Parquet batch
 _TRUE, _FALSE = ("1", "1.0", "true", "True", "TRUE"), ("0", "0.0", "false", "False", "FALSE")
-_ARGUMENTS = ("observation", "action", "reward", "terminated", "truncated", "next_observation")  # fields in FIELDS
-# defects of the order of rows, and what to do
-_NAMELESS = "episode has {} without a name or number; fill them in, or drop those rows."
+# arguments of load_table, in the same order as FIELDS, the arguments of from_arrays
+_ARGUMENTS = ("observation", "action", "reward", "terminated", "truncated", "next_observation")
+# messages about rows in a wrong order, or with a wrong episode name, step number or flag
+_NAMELESS = "the episode column has {} without a name or number; fill in the cells, or drop these rows."
 _TORN = "episode has {} where an earlier episode continues; sort the table by episode and step."
 _INSIDE = (
-    "terminated or truncated is set in {} before the last one of an episode; correct them, or renumber the episodes."
+    "terminated or truncated is set in {} before the last row of an episode; correct the flags, or renumber the "
+    "episodes."
 )
-_STEPLESS = "step has {} without a finite number; fill them in, or drop those rows."
+_STEPLESS = "step has {} without a finite number; fill in the numbers, or drop these rows."
 _JUMPS = (
-    "step has {} that do not follow the row before by 1; sort the table by episode and step, and give what comes after "
-    "a gap another episode."
+    "step has {} that are not 1 more than the row before; sort the table by episode and step, and start a new episode "
+    "after each gap."
 )
 
 
@@ -47,27 +49,40 @@ def load_table(
     action_spec: TensorSpec | None = None,
     root: str | Path | None = None,
 ) -> TensorDict:
-    """Read a table with one row for each step into the transitions of :func:`~torchrl_bcq.from_arrays`.
+    """Read a table with one row for each step. Return transitions in the layout of ``from_arrays``.
 
-    Rows of one episode follow one another, in order. An episode ends where ``terminated`` or ``truncated`` is set, and
-    is cut off where ``episode`` changes.
+    The rows of an episode must follow each other in order of time. An episode ends where ``terminated`` or
+    ``truncated`` is set. Where the ``episode`` column changes, the row before the change is marked as truncated, unless
+    it is terminated.
 
     Args:
-        path: ``.csv``, ``.csv.gz`` or ``.parquet``.
-        observation, action: columns of the state and of the action, numbers.
-        reward: column of the reward that followed.
-        terminated, truncated: columns of flags: the episode ended in a final state, or was cut off.
-        next_observation: columns of the state that followed, in the order of ``observation``.
-        episode: column of the episode's number or name.
-        step: column of the step within the episode; rows that are missing or out of order are then refused.
-        delimiter, decimal_point: of a CSV file, such as ``";"`` and ``","``.
-        action_spec, root: as :func:`~torchrl_bcq.load_hdf5` takes them.
+        path: file that ends in ``.csv``, ``.csv.gz``, ``.parquet`` or ``.pq``.
+        observation, action: names of the columns that hold the observation before the step, and of those that hold the
+            action. All of them hold numbers.
+        reward: name of the column with the reward of the step.
+        terminated: name of a column of flags. A flag is set if the step led to a final state.
+        truncated: name of a column of flags. A flag is set if the episode was cut off after the step.
+        next_observation: names of the columns with the observation after the step, in the order of ``observation``.
+        episode: name of the column with the number or name of the episode.
+        step: name of the column with the step number in the episode. If given, missing rows and rows out of order raise
+            a ``DatasetError``.
+        delimiter, decimal_point: column separator and decimal separator of a CSV file, such as ``";"`` and ``","``.
+        action_spec, root: as for ``load_hdf5``.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        DatasetError: if it is no such table, a column is missing, does not hold numbers or has empty cells, episodes
-            are not together or out of order, or :func:`~torchrl_bcq.from_arrays` refuses it.
-        OSError: if the copy cannot be written.
+        FileNotFoundError: if the file does not exist.
+        DatasetError: if the file is not a table; if a column is missing, does not hold numbers or has empty cells; if
+            the rows of an episode are out of order or mixed with other episodes; or if a check of ``from_arrays``
+            fails.
+        OSError: if the memory-mapped copy cannot be written.
+
+    Example:
+        >>> path = Path("trips.csv")
+        >>> lines = ["trip,x,v,force,r,crashed", "a,0,1,0.5,1,0", "a,1,1,0.5,1,1", "b,0,2,0.1,1,0", "b,2,2,0.2,1,1"]
+        >>> _ = path.write_text("\\n".join(lines))
+        >>> columns = {"observation": ["x", "v"], "action": ["force"], "reward": "r", "terminated": "crashed"}
+        >>> load_table(path, **columns, episode="trip")["episode"].tolist()
+        [0, 0, 1, 1]
     """
     given = (observation, action, reward, terminated, truncated, next_observation)
     columns = {**dict(zip(_ARGUMENTS, given, strict=True)), "episode": episode, "step": step}
@@ -78,27 +93,28 @@ def load_table(
 def table(
     path: str | Path, *, delimiter: str = ",", decimal_point: str = ".", **columns: Sequence[str] | str | None
 ) -> Source:
-    """The source of :func:`load_table`, with the same columns."""
+    """Return the table at ``path`` as a ``Source``. The arguments are the same as in ``load_table``."""
     path, fields = existing_file(path), dict(zip(_ARGUMENTS, FIELDS, strict=True))
     named = {
         fields.get(name, name): [names] if isinstance(names, str) else list(names)
         for name, names in columns.items()
-        if names is not None and len(names)  # of a pandas index, too
+        if names is not None and len(names)  # use len(), because a pandas index has no truth value
     }
     if missing := [field for field in FIELDS[:4] if field not in named]:
-        raise DatasetError(f"no columns are named for {missing}.")
+        raise DatasetError(f"no columns are given for {missing}; pass the names of these columns.")
     if not named.keys() & {"truncated", "next_observations", "episode"}:
         raise DatasetError(
-            "nothing says where an episode was cut off and the next one began; name the column of truncated, of "
-            "episode, or those of next_observation."
+            "it is not known where episodes were cut off: set episode, truncated or next_observation to the name of "
+            "its column."
         )
     if "step" in named and not named.keys() & {"truncated", "episode"}:
         raise DatasetError(
-            "step alone does not say where an episode ends; name the column of episode or truncated, too."
+            "the step column alone does not show where an episode ends: also set episode or truncated to the name of "
+            "its column."
         )
     episode = named.get("episode", [])
     if repeated := [name for field, names in named.items() for name in names if field != "episode" and name in episode]:
-        raise DatasetError(f"column {repeated[0]!r} names the episode and cannot be a number of its steps, too.")
+        raise DatasetError(f"column {repeated[0]!r} names the episode, so it cannot also hold another field.")
 
     def chunks() -> Iterator[Columns]:
         steps = (_fields(batch, named) for batch in _batches(path, named, delimiter, decimal_point))
@@ -113,7 +129,7 @@ def _batches(path: Path, named: Mapping[str, list[str]], delimiter: str, decimal
     wanted = list(dict.fromkeys(name for names in named.values() for name in names))
     name = path.name.lower()
     if name.endswith((".parquet", ".pq")):
-        # without these two options, pyarrow holds row groups in memory, which may be the whole file
+        # stop pyarrow from keeping a whole row group in memory, because it may be as large as the file
         flat = {"pre_buffer": False, "buffer_size": 1 << 20}
         with parquet.ParquetFile(path, page_checksum_verification=True, **flat) as file:
             _check_columns(file.schema_arrow.names, wanted)
@@ -125,11 +141,12 @@ def _batches(path: Path, named: Mapping[str, list[str]], delimiter: str, decimal
             yield from _csv_batches(path, wanted, named, delimiter, decimal_point)
         except ArrowInvalid as error:
             raise DatasetError(
-                f"it cannot be read ({error}); cells must be numbers, or 0 and 1 for flags, with {delimiter!r} between "
-                f"them and the decimal point {decimal_point!r}: correct it, or pass delimiter= and decimal_point=."
+                f"it cannot be read ({error}). Cells must be numbers, or 0 and 1 for flags; the delimiter is "
+                f"{delimiter!r} and the decimal point is {decimal_point!r}. Correct the file, or pass delimiter= and "
+                "decimal_point=."
             ) from error
     else:
-        raise DatasetError("only .csv, .csv.gz and .parquet files are read as tables.")
+        raise DatasetError("only .csv, .csv.gz, .parquet and .pq files can be read as tables.")
 
 
 def _csv_batches(
@@ -161,9 +178,9 @@ def _csv_batches(
 
 def _check_columns(found: Sequence[str], wanted: Sequence[str]) -> None:
     if missing := [name for name in wanted if name not in found]:
-        raise DatasetError(f"it lacks the columns {missing}; it has {list(found)}.")
+        raise DatasetError(f"the table lacks the columns {missing}; the table has {list(found)}.")
     if repeated := [name for name in wanted if list(found).count(name) > 1]:
-        raise DatasetError(f"it has the columns {repeated} more than once; rename them.")
+        raise DatasetError(f"the table has the columns {repeated} more than once; rename these columns.")
 
 
 def _fields(batch: Any, named: Mapping[str, list[str]]) -> dict[str, np.ndarray]:
@@ -176,14 +193,14 @@ def _fields(batch: Any, named: Mapping[str, list[str]]) -> dict[str, np.ndarray]
 
 
 def _numbers(column: Any, name: str) -> np.ndarray:
-    """Numbers ``[n, 1]``, or ``[n, D]`` of a column of lists of one length; an empty cell is NaN."""
+    """Convert a column to floats ``[n, 1]``, or ``[n, D]`` if cells are lists. Empty cells become NaN."""
     from pyarrow import compute, float64, types
 
     width = 1
     if types.is_list(column.type) or types.is_fixed_size_list(column.type) or types.is_large_list(column.type):
         lengths = set(compute.list_value_length(column).to_pylist())
         if len(lengths) != 1 or not (width := lengths.pop()):
-            raise DatasetError(f"column {name!r} holds lists of different or no lengths; each row needs the same.")
+            raise DatasetError(f"column {name!r} holds lists that are empty or differ in length; use one length.")
         column = compute.list_flatten(column)
     if not (types.is_integer(column.type) or types.is_floating(column.type) or types.is_boolean(column.type)):
         raise DatasetError(f"column {name!r} holds {column.type}, expected numbers.")
@@ -191,9 +208,9 @@ def _numbers(column: Any, name: str) -> np.ndarray:
 
 
 def _in_order(chunks: Iterator[dict[str, np.ndarray]]) -> Iterator[Columns]:
-    """Set ``truncated`` where another episode begins; defects of the order are refused after the last chunk."""
+    """Mark the last row of each episode; raise an error at the end if rows are out of order."""
     start = 0
-    seen: set[object] = set()  # names of episodes
+    seen: set[object] = set()  # names of all episodes so far
     defects = {remedy: Rows() for remedy in (_NAMELESS, _TORN, _INSIDE, _STEPLESS, _JUMPS)}
     for fields, is_end in with_successors(chunks):
         chunk = {field: values[:-1] for field, values in fields.items() if field not in ("episode", "step")}
@@ -203,7 +220,8 @@ def _in_order(chunks: Iterator[dict[str, np.ndarray]]) -> Iterator[Columns]:
         if "episode" in fields:
             names = fields["episode"]
             last = (names[:-1] != names[1:]).astype(bool) | is_end
-            defects[_NAMELESS].add(np.array([name is None or name != name for name in names[:-1]]), start)  # or NaN
+            # find empty cells, which are None or NaN; name != name is true only for NaN
+            defects[_NAMELESS].add(np.array([name is None or name != name for name in names[:-1]]), start)
             defects[_INSIDE].add(done & ~last, start)
             defects[_TORN].add(_returning(names, last & (not is_end), seen), start + 1)
             chunk["truncated"] = np.where((last & ~terminated)[:, None], 1, truncated)
@@ -218,10 +236,10 @@ def _in_order(chunks: Iterator[dict[str, np.ndarray]]) -> Iterator[Columns]:
 
 
 def _returning(names: np.ndarray, last: np.ndarray, seen: set[object]) -> np.ndarray:
-    """Whether another episode follows each row ``[n]`` that was seen before; adds its ``names [n + 1]`` to ``seen``."""
+    """Return a mask of rows whose next row belongs to an earlier episode; add new names to ``seen``."""
     found = np.zeros(len(last), dtype=bool)
     seen.add(names[0])
-    for row in last.nonzero()[0]:  # once an episode
+    for row in last.nonzero()[0]:  # a loop over episodes, not over all rows
         found[row] = names[row + 1] in seen
         seen.add(names[row + 1])
     return found

@@ -1,4 +1,4 @@
-"""Describe a dataset: a table, a picture and a list of possible defects."""
+"""Describes a dataset by a table, a picture and a list of possible defects."""
 
 from __future__ import annotations
 
@@ -17,26 +17,36 @@ from torchrl_bcq.reports.description.findings import Finding, findings
 from torchrl_bcq.reports.description.scan import Survey
 from torchrl_bcq.reports.pictures import save
 
-WIDTH = 100  # of a terminal, in characters
-SHOWN = 20  # columns of a field in the table
-NAME = 32  # characters of a field's name in the table
+WIDTH = 100  # width of a terminal, in characters
+SHOWN = 20  # largest number of columns that the table shows for one entry of the dataset
+NAME = 32  # length to which the table cuts an entry's name, in characters
 
 
 def describe(transitions: TensorDictBase, *, action_spec: TensorSpec | None = None) -> Description:
-    """Describe a dataset: ``print`` the result for a table, ``plot`` it, and read its ``findings``.
+    """Return a description of a dataset: ``print`` it as a table, ``plot`` it, or read its ``findings``.
 
-    Statistics are exact, over finite values. Rows are read in chunks, so the transitions may be memory-mapped and
-    larger than memory.
+    Statistics are exact and leave out values that are not finite. Rows are read in chunks, so the transitions may be
+    memory-mapped and larger than memory.
 
     Args:
-        transitions: from the readers, or a rollout ``[T]`` or ``[B, T]``, with ``action``, ``("next", "reward")``,
-            ``("next", "terminated")`` and observations under any other keys: those that ``"next"`` has too, if there
-            are any. Episodes are told apart by ``episode`` or, without it, by their flags.
-        action_spec: bounds to compare the actions with.
+        transitions: transitions ``[N]`` from the readers, or a rollout ``[T]`` or ``[B, T]``, with ``action``,
+            ``("next", "reward")``, ``("next", "terminated")`` and observations. Observations are the other entries that
+            also exist under ``"next"``; if no such entry exists, all other entries are observations. The entry
+            ``episode`` holds the episode number of each row; without this entry, the flags show where episodes end.
+        action_spec: spec whose bounds are compared with the actions.
 
     Raises:
-        DatasetError: if there is no row, an entry is missing, rows span several steps, or the spec is not Bounded or of
-            another size.
+        DatasetError: if there are no rows, an entry is missing, a row is a multi-step transition, ``action_spec`` is
+            not Bounded, or its size differs from the size of an action.
+
+    Example:
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl_bcq import describe, from_rollouts
+        >>> found = describe(from_rollouts(GymEnv("Pendulum-v1").rollout(400, break_when_any_done=False)))
+        >>> str(found).splitlines()[1]
+        'episode length  min 200  median 200  max 200 steps'
+        >>> [finding.kind for finding in found.findings]
+        ['few rows']
     """
     survey = Survey(transitions, action_spec)
     return Description(survey, findings(survey))
@@ -44,17 +54,17 @@ def describe(transitions: TensorDictBase, *, action_spec: TensorSpec | None = No
 
 @dataclass(frozen=True)
 class Description:
-    """Result of :func:`describe`; ``print`` it for the table."""
+    """Result of ``describe``; ``print`` shows it as a table."""
 
     survey: Survey
     findings: list[Finding]
 
     def plot(self, path: str | Path) -> None:
-        """Draw it as PNG and create missing folders; the file is complete or absent. Needs matplotlib."""
+        """Draw a PNG of the dataset; create missing folders. Errors leave no partial file. Needs matplotlib."""
         save(picture.draw(self.survey, [finding.message for finding in self.findings]), Path(path))
 
     def __str__(self) -> str:
-        """Return the table, for a terminal of 100 columns."""
+        """Return the table and the findings as text, for a terminal that is 100 characters wide."""
         return "\n\n".join("\n".join(block) for block in (_summary(self.survey), _table(self.survey), self._advice()))
 
     def _advice(self) -> Iterator[str]:
@@ -85,7 +95,7 @@ def _summary(survey: Survey) -> Iterator[str]:
 
 
 def _table(survey: Survey) -> Iterator[str]:
-    """The first columns of each field; for actions also the spec's bounds, and the share of rows at them."""
+    """Yield a header, then a line of statistics for each column of the observations and actions."""
     fields = *survey.observations, survey.actions
     width = min(max(len(field.name) for field in fields), NAME) + 4
     yield f"{'column':<{width}}{'min':>11}{'mean':>11}{'std':>11}{'max':>11}   {'spec':<15}{'at bounds':>10}"

@@ -1,4 +1,4 @@
-"""Fields of transitions, read in chunks of rows, and their statistics."""
+"""Reads the fields of transitions in chunks of rows, and computes their statistics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchrl_bcq.functional import merge_moments
 
 Key = tuple[str, ...]
 
-CHUNK_BYTES = 8 * 2**20  # fits the caches; a chunk does not grow with the number of rows
+CHUNK_BYTES = 8 * 2**20  # size of a chunk of rows, which fits the caches of a CPU
 ACTION, REWARD, TERMINATED = ("action",), ("next", "reward"), ("next", "terminated")
 _STEPS = ("steps_to_next_obs",)
 _NAMES = {
@@ -30,105 +30,113 @@ _NOT_OBSERVED = {
 
 
 def name_of(key: Key) -> str:
-    """Name of a field as the readers give it, such as ``next_observations``; of others the key, with dots."""
+    """Return the name of a field for messages: ``actions`` for ``("action",)``, or its key with dots."""
     return _NAMES.get(key, ".".join(key))
 
 
 class Reader:
-    """Fields of flat transitions."""
+    """Flattens the batch dimensions of transitions to rows, and reads the fields of these rows."""
 
     def __init__(self, transitions: TensorDictBase):
         if not transitions.batch_dims or 0 in transitions.batch_size:
             raise DatasetError(
                 f"transitions have batch size {tuple(transitions.batch_size)}, expected [N] with N at least 1."
             )
-        self.steps = transitions.batch_size[-1] if transitions.batch_dims > 1 else 0  # [B, T]: episodes end at T
+        self.steps = transitions.batch_size[-1] if transitions.batch_dims > 1 else 0  # [B, T]: T rows are a rollout
         flat = transitions.reshape(-1)
         self.leaves: dict[Key, Tensor] = {
-            (key,) if isinstance(key, str) else key: leaf.as_subclass(Tensor)  # fast slices of memory-mapped tensors
+            # convert memory-mapped tensors to plain tensors, because slices of plain tensors are faster
+            (key,) if isinstance(key, str) else key: leaf.as_subclass(Tensor)
             for key, leaf in flat.items(include_nested=True, leaves_only=True)
             if isinstance(leaf, Tensor)
         }
         missing = [".".join(key) for key in (ACTION, REWARD, TERMINATED) if key not in self.leaves]
         if missing:
             present = sorted(map(".".join, self.leaves))
-            raise DatasetError(f"transitions lack {missing}; they hold {present}. Rename yours with rename_key_.")
+            raise DatasetError(
+                f"transitions lack {missing}; they have {present}. Rename your entries with rename_key_."
+            )
         steps = int(self.leaves[_STEPS].max()) if _STEPS in self.leaves else 1
         if steps > 1:
             raise DatasetError(
-                f"transitions span up to {steps} steps ({_STEPS[0]}), so their rewards are sums and their next "
+                f"transitions span up to {steps} steps ({_STEPS[0]}), so the rewards are sums and the next "
                 "observations are several steps later; describe the one-step transitions from which they were made."
             )
         self.rows = len(flat)
         self.nbytes = sum(leaf.nbytes for leaf in self.leaves.values())
-        # Observations are the entries that "next" has too, or else all but the known other entries
+        # Observations are the entries that also exist under "next". If no such entry exists, all entries except
+        # actions, rewards, flags and the like are observations.
         observed = [key for key in self.leaves if key[0] not in _NOT_OBSERVED]
         if any(("next", *key) in self.leaves for key in observed):
             observed = [key for key in observed if ("next", *key) in self.leaves or key == ("observation",)]
         ranks = {key: self.leaves[key].ndim + (self.leaves[key].dtype == torch.uint8) for key in observed}
-        images = [key for key in observed if ranks[key] > 2]  # bytes [N, D] are a flattened image
+        images = [key for key in observed if ranks[key] > 2]  # a uint8 field [N, D] contains flattened images
         self.images = [key for image in images for key in (image, ("next", *image)) if key in self.leaves]
         self.vectors = [key for key in observed if ranks[key] <= 2 and self.leaves[key].numel()]
         self.successors = {key: ("next", *key) for key in self.vectors if ("next", *key) in self.leaves}
 
     def chunks(self, *keys: Key) -> Iterator[slice]:
-        """Rows of each chunk, sized for the given fields, or for all."""
+        """Return slices of successive rows; a slice of the fields ``keys`` has about ``CHUNK_BYTES`` bytes."""
         leaves = [self.leaves[key] for key in keys] or self.leaves.values()
         size = max(1, CHUNK_BYTES * self.rows // max(1, sum(leaf.nbytes for leaf in leaves)))
         return (slice(start, min(start + size, self.rows)) for start in range(0, self.rows, size))
 
     def entry(self, key: Key, rows: slice | Tensor = slice(None)) -> Tensor:
-        """Rows of a field as a matrix ``[R, D]``, in its own dtype."""
+        """Return rows of a field as a matrix ``[R, D]`` in the dtype of the field."""
         values = self.leaves[key][rows].detach().cpu()
         return values.flatten(1) if values.ndim > 1 else values[:, None]
 
     def matrix(self, key: Key, rows: slice | Tensor = slice(None)) -> Tensor:
-        """Rows of a field as real numbers ``[R, D]``."""
+        """Return rows of a field as a matrix ``[R, D]`` of floating-point numbers."""
         values = self.entry(key, rows)
         return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
     def column(self, key: Key) -> Tensor | None:
-        """An entry ``[N]`` or ``[N, 1]`` as ``[N]``, None without such an entry."""
+        """Return a field of one number per row as a tensor ``[N]``, or None if there is no such field."""
         return self.leaves[key].detach().cpu().flatten() if key in self.leaves else None
 
     def flags(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``terminated``, ``truncated`` and ``done`` as booleans ``[N]``; a missing one follows from the others."""
+        """Return ``terminated``, ``truncated`` and ``done`` as booleans ``[N]``.
+
+        A missing ``done`` is False. A missing ``truncated`` is True where ``done`` is True and ``terminated`` is False.
+        """
         found = [self.column(key) for key in (TERMINATED, ("next", "truncated"), ("next", "done"))]
         terminated, truncated, done = (None if flag is None else flag.bool() for flag in found)
-        assert terminated is not None  # checked above
+        assert terminated is not None  # the constructor raises an error if terminated is missing
         done = torch.zeros_like(terminated) if done is None else done
         return terminated, done & ~terminated if truncated is None else truncated, done
 
 
 class ColumnStats:
-    """Statistics of the finite values of a field ``[N, D]``, each ``[D]`` in float64; ``std`` divides by N."""
+    """Minimum, maximum, mean and std of the finite values in each column of a field, in float64."""
 
     def __init__(self, name: str, sample: Tensor) -> None:
         self.name = name
-        self.sample = sample  # random rows [S, D]; all rows where there are few
+        self.sample = sample  # random rows [S, D], or all rows if there are few
         width = sample.shape[1]
         self.low, self.high = torch.tensor([[torch.inf], [-torch.inf]], dtype=torch.float64).expand(2, width)
-        self.count, self.mean, self.square = torch.zeros(3, width, dtype=torch.float64)  # square: of deviations, summed
-        self.checksums = [0] * width  # equal for equal columns
-        self.whole = True  # every value is a whole number
+        # square is the sum of squared deviations
+        self.count, self.mean, self.square = torch.zeros(3, width, dtype=torch.float64)
+        self.checksums = [0] * width  # one for each column, to find equal columns
+        self.whole = True  # whether all values are whole numbers
 
     @property
     def std(self) -> Tensor:
-        """Standard deviation of each column; nan without a finite value."""
+        """Standard deviation of each column; NaN for a column without finite values."""
         return (self.square / self.count).sqrt()
 
     @property
     def constant(self) -> Tensor:
-        """Whether the finite values of each column are equal ``[D]``."""
+        """Mask ``[D]`` of the columns whose finite values are all equal."""
         return self.low == self.high
 
     def add(self, values: Tensor, finite: Tensor) -> None:
-        """Merge a chunk ``[R, D]`` and the mask of its finite values."""
+        """Add a chunk of values ``[R, D]``; ``finite`` is the mask of its finite values."""
         low, high = (values if finite.all() else values.masked_fill(~finite, end) for end in (torch.inf, -torch.inf))
         self.low, self.high = torch.minimum(self.low, low.amin(0)), torch.maximum(self.high, high.amax(0))
         wide, count = values.double().masked_fill(~finite, 0), finite.sum(0)
         self.whole = self.whole and bool((wide == wide.round()).all())
-        columns = (values + 0.0).T.contiguous().numpy()  # 0 and -0 are equal
+        columns = (values + 0.0).T.contiguous().numpy()  # -0.0 + 0.0 is 0.0, so both zeros have one checksum
         self.checksums = [zlib.crc32(column, before) for column, before in zip(columns, self.checksums, strict=True)]
         mean = wide.sum(0) / count.clamp(min=1)
         square = (wide - mean).masked_fill_(~finite, 0).square_().sum(0)
@@ -136,7 +144,7 @@ class ColumnStats:
 
 
 class Images:
-    """A field with more dimensions than ``[N, D]``, or of bytes: the shape of one row, and the range of values."""
+    """Shape of one image, and the smallest and largest value, of a field that contains images."""
 
     def __init__(self, name: str, values: Tensor) -> None:
         self.name = name

@@ -10,87 +10,94 @@ from torchrl_bcq.data.checks import Rows
 from torchrl_bcq.reports.description.fields import ColumnStats
 from torchrl_bcq.reports.description.scan import HUGE, OUTLIER, Survey
 
-FEW_ROWS = 1000  # fewer than ten batches of 100: networks memorise them
-NEARLY_ALL = 0.9  # of rows that equal their successor: no task stands still so often
-TIME_LIMITED = 3  # episodes of the greatest length: so many are hardly a coincidence
-MOST = 0.5  # of rows at a bound; the middle of the range is then the exception
-TINY_RANGE = 0.05  # of the spec's: units differ by more than a factor of 20
-SCALES = 1000.0  # between standard deviations of columns: a network cannot see the small one
+FEW_ROWS = 1000  # report a dataset with fewer rows than ten batches of 100, because networks memorise it
+NEARLY_ALL = 0.9  # if more than this fraction of next observations equals the observation of the same row, report it
+TIME_LIMITED = 3  # this many episodes of the greatest length suggest a time limit
+MOST = 0.5  # report an action column if more than this fraction of its rows is at a bound
+TINY_RANGE = 0.05  # actions that use less than this fraction of the spec's range probably have different units
+SCALES = 1000.0  # report columns whose std differs by a larger factor: networks ignore the column of smaller std
 
-TEXTS = {  # by kind of defect, the most certain ones first
-    "not finite": "{field} has {rows} that are not finite; drop or repair them.",
-    "zero": "{field} has {rows} that are all zero; drop them, unless zero is a state of the task.",
-    "zero successor": "{field} has {rows} that are all zero and not terminated; drop them or store the true successor.",
-    "no observations": "observations are missing in all {rows}, under any key; add them, a policy needs them.",
+TEXTS = {  # a message for each kind of defect; the most certain kinds come first
+    "not finite": "{field} has {rows} that are not finite; drop or repair these rows.",
+    "zero": "{field} has only zeros in {rows}; drop these rows, unless zero is a valid state of the task.",
+    "zero successor": (
+        "{field} has only zeros in {rows} where terminated is not set; drop these rows, or store the true next "
+        "observation."
+    ),
+    "no observations": "observations are missing in all {rows}; add them under any key, because a policy needs them.",
     "all terminated": (
-        "terminated is set in all {rows}, so each target is the reward alone; set it where an episode ended in a final "
-        "state, and truncated where a time limit cut it off."
+        "terminated is set in all {rows}, so each target is the reward alone; set terminated only where an episode "
+        "ended in a final state, and truncated where a time limit ended it."
     ),
     "no flags": (
-        "terminated and truncated are set in none of {rows}, {episodes}; that is right if only time limits ended them, "
-        "otherwise set terminated where an episode ended in a final state."
+        "terminated and truncated are set in none of {rows}, {episodes}; this is right if only time limits ended the "
+        "episodes, otherwise set terminated where an episode ended in a final state."
     ),
-    "both flags": "terminated and truncated are both set in {rows}; clear terminated where a time limit cut it off.",
+    "both flags": (
+        "terminated and truncated are both set in {rows}; clear terminated where a time limit ended the episode."
+    ),
     "unexplained": (
-        "done is set in {rows} where neither terminated nor truncated is, and targets use the value of the next "
-        "observation; set terminated where the state was final, truncated where a time limit cut the episode off."
+        "done is set in {rows} where neither terminated nor truncated is set, so targets use the value of the next "
+        "observation; set terminated where the state was final, and truncated where a time limit ended the episode."
     ),
-    "inside": "done is set in {rows} inside an episode, whose number continues; correct the flags, or episode.",
-    "comes back": "episode has {rows} that return to an earlier number; keep the rows of an episode together.",
-    "single rows": "episode has {rows}, each an episode of its own; check the flags, or the episodes' numbers.",
+    "inside": "done is set in {rows} although the next row has the same episode number; correct the flags or numbers.",
+    "comes back": "episode has {rows} with the number of an earlier episode; store all rows of an episode together.",
+    "single rows": "each of {rows} is an episode of its own; check the flags or the entry episode.",
     "time limit": (
-        "terminated has {rows} that end an episode after {longest} steps, the longest, as a time limit does; if it was "
-        "a time limit, set truncated instead, or targets treat the next value as zero."
+        "terminated is set in {rows} that end episodes after {longest} steps, the greatest length, so a time limit may "
+        "have ended them; if so, set truncated instead, because targets use no next value where terminated is set."
     ),
     "still": (
-        "{field} has {rows} equal to the observation of the same row; they were probably stored without the shift by "
-        "one step: leave the field out, and it is taken from the next row."
+        "{field} equals the observation of the same row in {rows}, so it was probably stored without the shift by one "
+        "step; leave this field out, then the observation of the next row is used."
     ),
     "not continued": (
-        "{field} has {rows} that are not the observation of the next row, in the same episode; unless rows were left "
-        "out or shuffled, leave the field out, and it is taken from the next row."
+        "{field} differs from the observation of the next row of the same episode in {rows}; unless rows were left out "
+        "or shuffled, leave this field out, then the observation of the next row is used."
     ),
     "joined": (
-        "{field} has {rows} that end an episode without terminating and hold the first observation of the next one; if "
-        "there was a reset between, drop them, or store the last observation before it."
+        "{field} holds the first observation of the next episode in {rows} where an episode ends, but terminated is "
+        "not set; if the environment was reset there, drop these rows, or store the last observation before the reset."
     ),
-    "repeated": "transitions has {rows} that repeat earlier rows; drop them, unless states and actions are few.",
+    "repeated": "transitions has {rows} that repeat earlier rows; drop them, unless there are few states and actions.",
     "constant rewards": "rewards is {value:g} in all {rows}, so no action is better than another; check the recording.",
-    "huge": "{field} has {rows} of magnitude above {huge:.0f}; check the units, or scale them with Normalization.fit.",
+    "huge": (
+        "{field} has {rows} of magnitude above {huge:.0f}; check the units, or scale the values with Normalization.fit."
+    ),
     "outlier": (
-        "rewards has {rows} inside an episode of more than {outlier:.0f} times the magnitude of 99% of the others; "
-        "drop them, unless the task pays such rewards."
+        "rewards has {rows} inside an episode with more than {outlier:.0f} times the magnitude of 99% of all rewards; "
+        "drop these rows, unless the task gives such rewards."
     ),
-    "constant": "{field} is constant in {columns}, in all {rows}; check that it was recorded.",
-    "same": "{field} is the same in {columns}, in all {rows}; check that each was recorded.",
+    "constant": "{field} is constant in {columns}, in all {rows}; check the recording.",
+    "same": "{field} has equal values in {columns}, in all {rows}; check that each column was recorded.",
     "whole": (
-        "actions is of whole numbers in all {rows}, from {low:g} to {high:g}; that is normal for bang-bang control, "
-        "otherwise they were rounded or are discrete, and BCQ needs continuous ones."
+        "actions has only whole numbers in all {rows}, from {low:g} to {high:g}; this is normal for bang-bang control, "
+        "otherwise the actions are rounded or discrete, but BCQ needs continuous actions."
     ),
-    "outside": ("actions has {rows} outside the action spec, such as {rows.example}; clip or rescale them."),
+    "outside": "actions has {rows} outside the action spec, such as {rows.example}; clip or rescale the actions.",
     "at bounds": (
-        "actions has {rows} at {bound} in {columns}; that is normal for bang-bang control, otherwise check that they "
-        "were not clipped, or scaled wrongly."
+        "actions has {rows} at {bound} in {columns}; this is normal for bang-bang control, otherwise check whether the "
+        "actions were clipped or scaled wrongly."
     ),
     "narrow": (
-        "actions spans only {low:g} to {high:g} of the action spec's {spec_low:g} to {spec_high:g} in {columns}, in "
-        "all {rows}; if they are normalised, scale them to the spec's units."
+        "actions spans only {low:g} to {high:g} in {columns}, in all {rows}, but the action spec spans {spec_low:g} to "
+        "{spec_high:g}; if the actions are normalised, scale them to the units of the spec."
     ),
     "far": (
-        "{field} has {rows} far from all others, such as {rows.example}; if that stands for a missing value, drop or "
-        "repair them."
+        "{field} has {rows} far from all others, such as {rows.example}; if such values mark missing data, drop or "
+        "repair these rows."
     ),
     "scales": (
-        "{field} differs in scale in all {rows}: the standard deviation is {small:.3g} in column {small_column} and "
-        "{large:.3g} in column {large_column}; scale them with Normalization.fit."
+        "{field} has columns of different scales in all {rows}: the standard deviation is {small:.3g} in column "
+        "{small_column} and {large:.3g} in column {large_column}; scale them with Normalization.fit."
     ),
-    "few rows": "transitions has only {rows}, fewer than {few}; record more, networks overfit so few.",
+    "few rows": "transitions has only {rows}, fewer than {few}; record more data, because networks overfit few rows.",
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A possible defect: its kind and field, the number of rows, the first of them, and what to do."""
+    """A possible defect: its kind, its field, the number of rows, the first row, and a message with advice."""
 
     kind: str
     field: str
@@ -104,14 +111,14 @@ class Finding:
 
 
 def findings(survey: Survey) -> list[Finding]:
-    """Apply all rules, and sort what they find in the order of :data:`TEXTS`."""
+    """Apply all rules, and sort the findings in the order of ``TEXTS``."""
     rules = _counted, _flags, _continuity, _columns, _actions, _scales
     found = [finding for rule in rules for finding in rule(survey)]
     return sorted(found, key=lambda finding: list(TEXTS).index(finding.kind))
 
 
 def _report(kind: str, field: str, rows: Rows, **values: Any) -> Iterator[Finding]:
-    """The finding of a kind with its text, or nothing if there are no rows."""
+    """Yield a finding of this kind with its message, or nothing if there are no rows."""
     if rows.count:
         values |= {"field": field, "rows": rows, "huge": HUGE, "outlier": OUTLIER, "few": FEW_ROWS}
         yield Finding(kind, field, rows.count, rows.first, TEXTS[kind].format(**values))
@@ -119,7 +126,7 @@ def _report(kind: str, field: str, rows: Rows, **values: Any) -> Iterator[Findin
 
 def _counted(survey: Survey) -> Iterator[Finding]:
     for (kind, field), rows in survey.counts.items():
-        if kind not in ("still", "not continued", "joined"):  # see _continuity
+        if kind not in ("still", "not continued", "joined"):  # _continuity reports these kinds
             yield from _report(kind, field, rows)
     if not survey.observations and not survey.images:
         yield from _report("no observations", "observations", survey.all_rows)
@@ -128,10 +135,10 @@ def _counted(survey: Survey) -> Iterator[Finding]:
 
 
 def _flags(survey: Survey) -> Iterator[Finding]:
-    """Flags that are set in all rows or in none, and lengths of episodes."""
+    """Find flags that are set in all rows or in none, and episode lengths that suggest wrong flags."""
     if not survey.terminated_rows and not survey.truncated_rows:
         count = len(survey.lengths)
-        episodes = f"though there are {count} episodes" if count > 1 else "so they are one endless episode"
+        episodes = f"although there are {count} episodes" if count > 1 else "so all rows are one endless episode"
         yield from _report("no flags", "terminated", survey.all_rows, episodes=episodes)
     longest = int(survey.lengths.max())
     limited = survey.terminated & (survey.lengths == longest)
@@ -145,14 +152,15 @@ def _flags(survey: Survey) -> Iterator[Finding]:
 
 
 def _continuity(survey: Survey) -> Iterator[Finding]:
-    """Next observations against the observations of the same and of the next row."""
+    """Find wrong next observations: compare them with the observations of the same row and the next row."""
     moving = survey.rows - survey.terminated_rows
     for observation in survey.observations:
         if observation.constant.all():
             continue
         name = "next_" + observation.name if observation.name == "observations" else "next." + observation.name
         still, apart, joined = (survey.counts[kind, name] for kind in ("still", "not continued", "joined"))
-        coarse = observation.whole and len(observation.low) == 1  # a switch often keeps its value
+        # an observation of one whole number, such as an on/off signal, often stays the same: no defect
+        coarse = observation.whole and len(observation.low) == 1
         if moving and still.count > NEARLY_ALL * moving and (apart.count or not coarse):
             yield from _report("still", name, still)
         else:
@@ -162,7 +170,7 @@ def _continuity(survey: Survey) -> Iterator[Finding]:
 
 
 def _columns(survey: Survey) -> Iterator[Finding]:
-    """Columns that are constant or equal another one; for rewards, a constant that is not the cost of time."""
+    """Find constant columns, equal columns and constant rewards. A fixed cost per step is no defect."""
     reward = survey.rewards.low[0]
     if survey.rewards.constant.all() and (not reward or not survey.terminated_rows):
         yield from _report("constant rewards", "rewards", survey.all_rows, value=float(reward))
@@ -174,7 +182,7 @@ def _columns(survey: Survey) -> Iterator[Finding]:
 
 
 def _actions(survey: Survey) -> Iterator[Finding]:
-    """Actions of whole numbers, and actions against the spec or, without one, against their own extremes."""
+    """Find actions that are all whole numbers, are often at a bound, or span little of the spec's range."""
     actions, spec = survey.actions, survey.bounds
     low, high = actions.low, actions.high
     if actions.whole and not actions.constant.all():
@@ -194,7 +202,7 @@ def _actions(survey: Survey) -> Iterator[Finding]:
 
 
 def _scales(survey: Survey) -> Iterator[Finding]:
-    """Columns of very different scales, unless huge or far values explain them."""
+    """Find columns of very different scales, unless huge values or outliers explain the difference."""
     for field in survey.observations:
         varying = (field.low < field.high).nonzero().flatten()
         std = field.std[varying]
@@ -206,7 +214,7 @@ def _scales(survey: Survey) -> Iterator[Finding]:
 
 
 def _pairs(field: ColumnStats) -> str:
-    """Columns that equal an earlier one, except constant ones: ``columns 2 and 7 (and 1 more pair)``."""
+    """Return a text about equal columns that are not constant, such as ``columns 2 and 7 (and 1 more pair)``."""
     first: dict[int, int] = {}
     varying = (field.low < field.high).nonzero().flatten().tolist()
     pairs = [(earlier, at) for at in varying if (earlier := first.setdefault(field.checksums[at], at)) != at]
@@ -217,7 +225,7 @@ def _pairs(field: ColumnStats) -> str:
 
 
 def _listed(columns: list[int]) -> str:
-    """Columns by number, at most four: ``columns 27, 28, 29 and 81 more``."""
+    """Return a text that names at most four columns, such as ``columns 27, 28, 29 and 81 more``."""
     if len(columns) > 4:
         return f"columns {', '.join(map(str, columns[:3]))} and {len(columns) - 3} more"
     return f"column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))}"

@@ -1,4 +1,4 @@
-"""Picture of a dataset."""
+"""Draws the picture of a dataset."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-ACTIONS = 8  # histograms that fit side by side
-COLUMNS = 200  # quantile bars that fit side by side
-FINDINGS = 6  # shown as text
+ACTIONS = 8  # number of action histograms that fit side by side
+COLUMNS = 200  # number of quantile bars that fit side by side
+FINDINGS = 6  # number of findings shown as text
 HEALTHY = "nothing looks wrong"
 BLUE, DARK, RED, GREY = "#4c78a8", "#1f3b5c", "#c44e52", "#777777"
 
@@ -29,12 +29,13 @@ def draw(survey: Survey, findings: list[str]) -> Figure:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     shown = [textwrap.fill(f"- {finding}", 165, subsequent_indent="  ") for finding in findings[:FINDINGS]]
-    more = [f"... {len(findings) - FINDINGS} more in the text"] if len(findings) > FINDINGS else []
+    more = [f"... {len(findings) - FINDINGS} more in the printed text"] if len(findings) > FINDINGS else []
     lines = "\n".join([*shown, *more] or [HEALTHY]).split("\n")
     heights = [3.0, 2.6, 3.0, 0.2 * len(lines) + 0.25]
     figure = Figure(figsize=(12, sum(heights) + 0.5), layout=ConstrainedLayoutEngine(h_pad=0.08, hspace=0.04))
     figure.suptitle(size_of(survey), weight="bold")
-    parts: Any = figure.subfigures(4, 1, height_ratios=heights)  # an array, despite its annotation
+    # Any, because the annotation of subfigures() is wrong: the function returns an array
+    parts: Any = figure.subfigures(4, 1, height_ratios=heights)
     top, middle, bottom, text = parts
     for axes, values, title, label, counted in zip(
         top.subplots(1, 3),
@@ -54,7 +55,7 @@ def draw(survey: Survey, findings: list[str]) -> Figure:
 
 
 def size_of(survey: Survey) -> str:
-    """``30,000 transitions in 150 episodes``."""
+    """Return the size of a dataset as text, such as ``30,000 transitions in 150 episodes``."""
     counted = [(survey.rows, "transition"), (len(survey.lengths), "episode")]
     return " in ".join(f"{count:,} {what}{'s' * (count != 1)}" for count, what in counted)
 
@@ -89,7 +90,7 @@ def _actions(survey: Survey, figure: SubFigure) -> None:
 
 
 def _observations(survey: Survey, axes: Axes) -> None:
-    """Draw a line from min to max, a bar from 5 to 95 %, a darker one from 25 to 75 %, and a dot at the median."""
+    """Draw a line from min to max, a bar from 5 to 95 %, a darker bar from 25 to 75 %, and a dot at the median."""
     fields, rows = survey.observations, len(survey.rewards.sample)
     sample = torch.cat([torch.empty(rows, 0), *(field.sample for field in fields)], 1).double()
     total, drawn = sample.shape[1], min(sample.shape[1], COLUMNS)
@@ -97,7 +98,7 @@ def _observations(survey: Survey, axes: Axes) -> None:
     axes.set(xlabel="column of " + ", ".join(field.name for field in fields), ylabel="value (units of the data)")
     title = "observations: min, 5, 25, 50, 75, 95 %, max"
     if rows < survey.rows:
-        title += f" (percentiles and histograms: of {rows:,} rows)"
+        title += f" (percentiles and histograms use {rows:,} rows)"
     axes.set_title(title + (f", the first {drawn} of {total} columns" if drawn < total else ""), fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     at = np.flatnonzero(~sample.isnan().all(0))
@@ -114,6 +115,7 @@ def _observations(survey: Survey, axes: Axes) -> None:
     axes.set_xlim(-0.7, drawn - 0.3)
     axes.locator_params(axis="x", integer=True)
     usual = np.sort(q95 - q05)[len(at) // 4]
-    if 0 < 50 * usual < np.abs([low, high]).max():  # a linear axis would hide a quarter of the columns
-        axes.set_yscale("symlog", linthresh=10.0 ** math.ceil(math.log10(usual)))  # a power of ten: no ticks inside
+    if 0 < 50 * usual < np.abs([low, high]).max():  # a linear axis would make a quarter of the columns too small to see
+        # use a power of ten as linthresh, so that no ticks lie inside the linear part of the axis
+        axes.set_yscale("symlog", linthresh=10.0 ** math.ceil(math.log10(usual)))
         axes.set_ylabel("value (log scale)")

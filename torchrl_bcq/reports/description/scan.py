@@ -1,4 +1,4 @@
-"""Survey of transitions: statistics, episodes, and counts of possible defects."""
+"""Surveys transitions: computes statistics, finds episodes, and counts possible defects."""
 
 from __future__ import annotations
 
@@ -12,30 +12,33 @@ from torchrl.data import TensorSpec
 from torchrl_bcq.data.checks import DatasetError, Rows, spec_bounds
 from torchrl_bcq.reports.description.fields import ACTION, REWARD, TERMINATED, ColumnStats, Images, Key, Reader, name_of
 
-SAMPLE_ROWS = 100_000  # for quantiles and pictures: percentiles are then exact to about 0.1 percent
-SAMPLE_VALUES = 20_000_000  # 80 MB, for wide rows
-HUGE = 1e5  # rewards and observations of usual tasks stay below 1e4; its square exceeds float32's digits
-SAME = 1e-4  # relative difference; float16 and recomputed observations differ by less
-AT_BOUND = 1e-5  # of the range: about where tanh saturates in float32
-OUTLIER = 1000.0  # times the 99th percentile of the rewards' magnitude
-FAR = 10.0  # times the range of the others: too much for a state, but usual for -9999 as a missing value
+SAMPLE_ROWS = 100_000  # number of sampled rows for pictures and percentiles, whose error is about 0.1 percent
+SAMPLE_VALUES = 20_000_000  # largest number of sampled values (80 MB); if rows are wide, fewer rows are sampled
+# report larger absolute values: most tasks stay below 1e4, and float32 squares of 1e5 are imprecise
+HUGE = 1e5
+SAME = 1e-4  # smaller relative differences count as rounding errors
+AT_BOUND = 1e-5  # an action is at a bound if their distance is below this fraction of the range (float32 tanh rounds)
+OUTLIER = 1000.0  # a reward is an outlier if abs(reward) exceeds this many times the 99th percentile of abs(rewards)
+FAR = 10.0  # a value, such as -9999, is far if its distance to all others exceeds this many times their range
 
 
 class Survey:
-    """Statistics of a dataset. An episode is a run of rows with one number or, without numbers, up to a flag.
+    """Statistics of a dataset and of its episodes, with the number of rows for each possible defect.
 
-    Needs memory for a chunk, ``SAMPLE_ROWS`` rows and about 50 bytes for each row.
+    An episode consists of successive rows with the same episode number. Without episode numbers, an episode ends at a
+    row with a flag. The survey keeps one chunk and ``SAMPLE_ROWS`` sampled rows in memory, and about 50 bytes for each
+    row of the dataset.
     """
 
     def __init__(self, transitions: TensorDictBase, action_spec: TensorSpec | None = None) -> None:
         reader = Reader(transitions)
         self.rows, self.nbytes, self.all_rows = reader.rows, reader.nbytes, Rows(reader.rows)
-        self.counts: dict[tuple[str, str], Rows] = defaultdict(Rows)  # by kind of defect and field
+        self.counts: dict[tuple[str, str], Rows] = defaultdict(Rows)  # bad rows, by kind of defect and name of field
         self.images = {key: Images(name_of(key), reader.leaves[key]) for key in reader.images}
         sampled, keys = _sampled_rows(reader), (REWARD, ACTION, *reader.vectors)
         fields = {key: ColumnStats(name_of(key), reader.matrix(key, sampled).float()) for key in keys}
         self.rewards, self.actions, *self.observations = fields.values()
-        # low and high [A] of the spec
+        # lower and upper bounds [A] of the spec
         self.bounds = None if action_spec is None else tuple(map(torch.from_numpy, spec_bounds(action_spec)))
         if action_spec is not None and action_spec.shape != self.actions.low.shape:
             width, shape = len(self.actions.low), tuple(action_spec.shape)
@@ -51,7 +54,7 @@ class Survey:
                 _count_far(reader, key, fields[key], self.counts["far", name_of(key)])
 
     def _read_episodes(self, reader: Reader) -> tuple[Tensor, Tensor, Tensor]:
-        """Find the episodes and count odd flags; return which rows ``[N]`` are terminated, done, and last."""
+        """Find episodes and wrong flags; return masks of rows: terminated, any flag, last of an episode."""
         terminated, truncated, done = reader.flags()
         flagged, numbers = terminated | truncated, reader.column(("episode",))
         stops = flagged | done
@@ -65,7 +68,7 @@ class Survey:
         self.counts["unexplained", "done"].add(stops & ~flagged)
         self.counts["inside", "done"].add(stops & ~is_last)
         self.terminated_rows, self.truncated_rows = int(terminated.sum()), int(truncated.sum())
-        self.last = is_last.nonzero().squeeze(1)  # row of each episode [E], as the others
+        self.last = is_last.nonzero().squeeze(1)  # last row of each episode [E]
         self.lengths = self.last.diff(prepend=torch.tensor([-1]))
         gains = torch.nan_to_num(reader.matrix(REWARD).double().sum(1), 0.0, 0.0, 0.0)
         self.returns = torch.segment_reduce(gains, "sum", lengths=self.lengths)
@@ -96,7 +99,7 @@ class Survey:
             self.counts["repeated", "transitions"] = Rows(len(repeated), int(repeated.min()))
 
     def _count_finite(self, name: str, values: Tensor, start: int) -> Tensor:
-        """Mask of the finite values ``[R, D]``; counts the rows with others."""
+        """Return a mask ``[R, D]`` of the finite values; count the rows in which a value is not finite."""
         finite = values.isfinite()
         self.counts["not finite", name].add(~finite.all(1), start)
         return finite
@@ -104,10 +107,10 @@ class Survey:
     def _check_observations(
         self, reader: Reader, key: Key, rows: slice, terminated: Tensor, stops: Tensor, is_last: Tensor
     ) -> None:
-        """Search for zeros; compare each next observation with the observations of the same and the following row."""
+        """Count rows whose observation is all zeros, or whose next observation is probably wrong."""
         start = rows.start
         observed = reader.matrix(key, slice(start, rows.stop + 1))
-        # one number can pass through zero, and integers can start at it
+        # in a single number or in integers, zero is a normal value, so only float vectors are checked
         is_zero_odd = observed.shape[1] > 1 and reader.leaves[key].is_floating_point()
         if is_zero_odd:
             self.counts["zero", name_of(key)].add((observed[: len(stops)] == 0).all(1), start)
@@ -129,24 +132,24 @@ class Survey:
         self.counts["not continued", name].add(apart, start)
 
     def _read_bounds(self, reader: Reader) -> None:
-        """Find rows at the bounds of each action column (without a spec, at its extremes) and outside the spec."""
+        """For each action column, count the rows at a bound of the spec (without a spec: at min or max)."""
         outside = self.counts["outside", "actions"]
         low, high = (bound.float().double() for bound in self.bounds or (self.actions.low, self.actions.high))
         near = torch.nan_to_num(AT_BOUND * (high - low), 0.0, 0.0, 0.0)
-        self.at_bound = [Rows() for _ in low]  # by column
+        self.at_bound = [Rows() for _ in low]  # one for each column
         for rows in reader.chunks(ACTION):
-            values = reader.matrix(ACTION, rows).float().double()  # the readers compare in float32 too
+            values = reader.matrix(ACTION, rows).float().double()  # float32, because the readers return float32 actions
             near_bound = ((values - low).abs() <= near) | ((values - high).abs() <= near)
             for column, found in enumerate(self.at_bound):
                 found.add(near_bound[:, column], rows.start)
             if self.bounds and (beyond := (values < low) | (values > high)).any():
                 outside.add(beyond.any(1), rows.start)
                 row, at = beyond.nonzero()[0].tolist()
-                example = f"{values[row, at]:g} in column {at}, where it spans {low[at]:g} to {high[at]:g}"
+                example = f"{values[row, at]:g} in column {at}, where the spec spans {low[at]:g} to {high[at]:g}"
                 outside.example = outside.example or example
 
     def _read_outliers(self, reader: Reader, stops: Tensor) -> None:
-        """Count single rewards far above the others, except at ends of episodes, where many tasks pay a bonus."""
+        """Count rewards of unusual magnitude, except at ends of episodes, where many tasks give a bonus."""
         sample = self.rewards.sample[self.rewards.sample.isfinite()].abs()
         usual = float(sample.quantile(0.99, interpolation="lower")) if len(sample) else 0.0
         if usual:
@@ -156,8 +159,8 @@ class Survey:
 
 
 def _count_far(reader: Reader, key: Key, field: ColumnStats, far: Rows) -> None:
-    """Count rows that have the smallest or the largest value of a column, far from the values between the two."""
-    low, high = torch.full_like(field.low, torch.inf), torch.full_like(field.low, -torch.inf)  # of those between
+    """Add rows to ``far`` whose value is a column's min or max and far from the column's other values."""
+    low, high = torch.full_like(field.low, torch.inf), torch.full_like(field.low, -torch.inf)  # range without extremes
     for rows in reader.chunks(key):
         values = reader.matrix(key, rows).double()
         between = (values > field.low) & (values < field.high)
@@ -172,31 +175,34 @@ def _count_far(reader: Reader, key: Key, field: ColumnStats, far: Rows) -> None:
         far.add(((values == field.low) & below | (values == field.high) & above).any(1), rows.start)
     at = int((below | above).nonzero()[0])
     value, low, high = field.low.where(below, field.high), low.where(below, field.low), high.where(above, field.high)
-    far.example = f"{value[at]:g} in column {at}, where they span {low[at]:g} to {high[at]:g}"
+    far.example = f"{value[at]:g} in column {at}, where the others span {low[at]:g} to {high[at]:g}"
 
 
 def _sampled_rows(reader: Reader) -> Tensor:
-    """Random rows ``[S]`` in order: equal distances could hit every episode at the same time step."""
+    """Return the sorted indices ``[S]`` of randomly chosen rows.
+
+    The choice is random, because every k-th row could have the same time step in its episode.
+    """
     values = sum(reader.leaves[key][0].numel() for key in [*reader.vectors, ACTION]) + 1
     count = max(1, min(SAMPLE_ROWS, SAMPLE_VALUES // values))
     return torch.randperm(reader.rows, generator=torch.Generator().manual_seed(0))[:count].sort().values
 
 
 def _differ(a: Tensor, b: Tensor) -> Tensor:
-    """Rows ``[R]`` that differ by more than rounding in values that are not small for their row."""
+    """Return a mask of the rows where the relative difference of ``a`` and ``b`` exceeds ``SAME``."""
     scale = torch.maximum(b.abs(), 1e-2 * b.abs().amax(1, keepdim=True))
     apart = (a - b).abs()
     return ((apart > SAME * scale) & apart.isfinite()).any(1)
 
 
 def _again(numbers: Tensor) -> Tensor:
-    """Indices of numbers ``[N]`` that an earlier one equals."""
+    """Return the indices in ``numbers`` at which an earlier number occurs again."""
     numbers, order = numbers.sort(stable=True)
     return order[1:][numbers[1:] == numbers[:-1]]
 
 
 def _hash_rows(reader: Reader, rows: slice) -> Tensor:
-    """Hash of each row ``[R]``."""
+    """Return a tensor ``[R]`` that contains a hash of each row."""
     keys = (REWARD, ACTION, TERMINATED, *reader.vectors, *reader.successors.values(), *reader.images)
-    entries = [(reader.entry(key, rows) + 0).contiguous().view(torch.uint8) for key in keys]  # 0 and -0 are equal
+    entries = [(reader.entry(key, rows) + 0).contiguous().view(torch.uint8) for key in keys]  # + 0 turns -0.0 into 0.0
     return torch.tensor([hash(bytes(row)) for row in torch.cat(entries, 1).numpy()])

@@ -1,0 +1,131 @@
+"""Base class of policies; ``act`` computes actions for NumPy observations without a TorchRL environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torchrl.data import TensorSpec
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+
+class Policy(TensorDictModuleBase):
+    """Base class of policies: a TensorDictModule whose first out-key is the action. ``act`` accepts NumPy arrays.
+
+    Args:
+        observation_specs: spec of one observation for each key; if given, ``act`` checks the shape of its input.
+    """
+
+    def __init__(self, observation_specs: Mapping[NestedKey, TensorSpec] | None = None) -> None:
+        """Store the specs."""
+        super().__init__()
+        self.observation_specs = observation_specs
+
+    def act(self, observation: Any, *, deterministic: bool = True) -> np.ndarray:
+        """Choose an action for each state, in the units of the environment.
+
+        Args:
+            observation: array or tensor of one state, ``[D]``, or of several states, ``[B, D]``. If the policy reads
+                several entries, pass a mapping from the keys of the entries to arrays. Numbers are converted to the
+                networks' dtype.
+            deterministic: if True, the same state always gets the same action; if False, a policy that uses latents
+                draws them at random.
+
+        Returns:
+            Actions ``[A]`` for one state, ``[B, A]`` for several states.
+
+        Raises:
+            ValueError: if an entry is missing, has a wrong shape, or has values that are not real, finite numbers.
+        """
+        states = self._to_states(observation)
+        mode = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
+        try:
+            with torch.no_grad(), set_exploration_type(mode):
+                action = self(states).get(self.out_keys[0])
+        except RuntimeError as error:
+            if self.observation_specs is not None:
+                raise
+            shapes = {key: tuple(states.get(key).shape) for key in self.in_keys}
+            raise ValueError(f"the networks cannot process observations of shape {shapes}: {error}") from error
+        return action.cpu().numpy()
+
+    def _to_states(self, observation: Any) -> TensorDictBase:
+        """Convert observations to a TensorDict of batch size ``[]`` or ``[B]`` on the networks' device."""
+        given = observation if isinstance(observation, (Mapping, TensorDictBase)) else {self.in_keys[0]: observation}
+        if given is not observation and len(self.in_keys) > 1:
+            raise ValueError(f"the policy reads {self.in_keys}; pass a mapping with an array for each of these keys.")
+        like = tensor_like(self, default=torch.empty(0))
+        specs = self.observation_specs or {}
+        entries = {key: _to_tensor(key, _find(given, key), specs.get(key), like) for key in self.in_keys}
+        batches = {key: _batch_of(key, value, specs.get(key)) for key, value in entries.items()}
+        if len(set(batches.values())) > 1:
+            raise ValueError(f"the entries hold different numbers of states: {batches}; make the numbers equal.")
+        return TensorDict(entries, next(iter(batches.values())))
+
+
+def tensor_like(networks: nn.Module, default: Tensor) -> Tensor:
+    """Return a tensor that has the networks' dtype and device: a parameter, a buffer or ``default``."""
+    for kind in ("_parameters", "_buffers"):  # faster than parameters(), which collects all names
+        for module in networks.modules():
+            for tensor in getattr(module, kind).values():
+                if tensor is not None and tensor.is_floating_point():
+                    return tensor
+    return default
+
+
+def _find(given: Any, key: NestedKey) -> Any:
+    """Return the entry ``key`` of a mapping. If ``key`` is a tuple, the mapping is nested."""
+    value = given
+    for part in (key,) if isinstance(key, str) else key:
+        if part not in value:
+            raise ValueError(f"the observation lacks {key!r}; it has {sorted(map(str, value))}. Add the missing entry.")
+        value = value[part]
+    return value
+
+
+def _to_tensor(key: NestedKey, value: Any, spec: TensorSpec | None, like: Tensor) -> Tensor:
+    """Check ``value`` and convert it to a tensor of the networks' dtype. uint8 stays uint8 if ``spec`` allows uint8.
+
+    The conversion uses NumPy, because NumPy needs only a third of PyTorch's time for a single state.
+    """
+    if isinstance(value, Tensor):
+        value = (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # raised for lists of unequal lengths
+        raise ValueError(f"{key!r} is not an array of numbers: {str(error).rstrip('.')}.") from error
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{key!r} has dtype {array.dtype}, expected real numbers.")
+    is_image = array.dtype == np.uint8 and (spec is None or spec.dtype == torch.uint8)
+    wanted = array.dtype if is_image else np.dtype(np.float64 if like.dtype == torch.float64 else np.float32)
+    if array.dtype != wanted:
+        with np.errstate(over="ignore"):  # no warning, because the check below raises an error for infinite numbers
+            array = array.astype(wanted)
+    if not np.isfinite(array).all():
+        at = np.argwhere(~np.isfinite(array))[0].tolist()
+        example = f"{array[tuple(at)]} at {at}"
+        raise ValueError(f"{key!r} has values that are not finite in {array.dtype}, such as {example}; repair them.")
+    if not (array.flags.c_contiguous and array.flags.writeable):  # PyTorch needs a contiguous, writeable array
+        array = array.copy()
+    tensor = torch.from_numpy(array)
+    if is_image:
+        return tensor.to(like.device)
+    return tensor if tensor.dtype == like.dtype and tensor.device == like.device else tensor.to(like)
+
+
+def _batch_of(key: NestedKey, value: Tensor, spec: TensorSpec | None) -> tuple[int, ...]:
+    """Return the batch size of ``value``, ``()`` or ``(B,)``. Raise a ValueError if its shape is wrong."""
+    shape = tuple(value.shape)
+    features = shape[-1:] if spec is None else tuple(spec.shape)
+    batch = shape[: len(shape) - len(features)]
+    if not features or len(batch) > 1 or shape[len(batch) :] != features:
+        sizes = "D" if spec is None else ", ".join(map(str, features))
+        expected = f"[{sizes}] or [B, {sizes}]"
+        raise ValueError(f"{key!r} has shape {shape}, expected {expected}: one state or several.")
+    return batch
