@@ -11,6 +11,7 @@ from torchrl.envs import EnvBase
 
 import torchrl_bcq as bcq
 from torchrl_bcq.data.registry import find_source
+from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.evaluation.environments import make_env
 from torchrl_bcq.evaluation.recording import DATASET_ID, record_default
 
@@ -22,15 +23,15 @@ def open_dataset(
     if name is None:
         record_default()
         name = f"minari:{DATASET_ID}"
-    env_id = env_id or _env_id(name)
-    if not env_id:
+    env = env_id or _env(name)
+    if not env:
         raise ValueError(f"{name} does not name its environment; pass a Gymnasium id with --env")
 
-    make = partial(make_env, env_id)
+    make = partial(make_env, env)
     return make, bcq.load_transitions(name, action_spec=make().action_spec, root=root)
 
 
-def _env_id(name: str) -> str | None:
-    """Return the environment id that the dataset contains, or None."""
+def _env(name: str) -> Environment | None:
+    """Return the environment that the dataset names, or None."""
     source = find_source(name)
-    return None if source is None else source.env_id
+    return None if source is None else source.env

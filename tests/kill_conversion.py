@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from torchrl_bcq import DatasetError, load_hdf5, load_memmap
-from torchrl_bcq.data.sources import array_files, source
+from torchrl_bcq.data.sources import layouts, source
 from torchrl_bcq.data.sources.conversion import write_memmap
 from torchrl_bcq.files import UNFINISHED
 
@@ -101,7 +101,7 @@ def convert(file: Path, root: Path, pipe) -> None:
         pipe.send("writing")
         write_memmap(*args)
 
-    array_files.CHUNK_BYTES = 1 << 18  # many small parts
+    layouts.CHUNK_BYTES = 1 << 18  # many small parts
     source.write_memmap = tell_and_write
     tqdm.set_lock(threading.RLock())  # its default is a semaphore, which a killed process would leak
     pipe.send("checking")

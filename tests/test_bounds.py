@@ -38,3 +38,25 @@ def test_bounds_of_each_dimension_are_copies():
 def test_unusable_action_specs_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         action_bounds(spec)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"),
+    [  # float32 numbers next to 0.1: 0.09999999404 and 0.10000000149; bfloat16 next to 0.1: 0.099609375, 0.10009765625
+        (torch.float64, -0.1, 0.1),
+        (torch.float32, -0.09999999403953552, 0.09999999403953552),
+        (torch.bfloat16, -0.099609375, 0.099609375),
+    ],
+)
+def test_bounds_are_rounded_inwards(dtype, low, high):
+    exact = Bounded(
+        -torch.full((1,), 0.1).double() * 0 - 0.1, torch.full((1,), 0.1).double() * 0 + 0.1, (1,), dtype=torch.float64
+    )
+    found = action_bounds(exact, dtype)
+    assert [bound.double().tolist() for bound in found] == [[low], [high]]
+    assert found[0].dtype == dtype
+
+
+def test_numbers_of_the_dtype_are_not_rounded():
+    spec = Bounded(torch.tensor([-2.0, 0.1]), torch.tensor([2.0, 0.3]), (2,))
+    assert torch.equal(torch.stack(action_bounds(spec, torch.float32)), torch.stack([spec.space.low, spec.space.high]))

@@ -59,6 +59,8 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     hdf5("hopper.hdf5")
     hdf5("hopper_medium-v2.hdf5")
+    hdf5("first.hdf5")
+    hdf5("second.hdf5")
     hdf5("old.hdf5", left_out=["truncated"])
     np.savez("hopper.npz", **STEPS)
     with h5py.File("demos.hdf5", "w") as file:
@@ -116,6 +118,11 @@ def test_call(world, call):
     if "rollout" in call:
         assert (len(result), result["episode"].unique().tolist()) == (1000, [0, 1, 2, 3, 4])
         return
+    if "second" in call:  # two files with the same steps
+        half = len(result) // 2
+        assert (result[half:].exclude("episode") == result[:half].exclude("episode")).all()
+        assert result["episode"].unique().tolist() == [0, 1, 2, 3, 4, 5]
+        result = result[:half]
     cut = [] if "minari" in call or "demos" in call else [LAST[0]]  # they know what followed; others drop that row
     kept = np.delete(np.arange(ROWS), cut)
     for key, name in (("observation", "observations"), ("action", "actions")):

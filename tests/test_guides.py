@@ -33,7 +33,7 @@ def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     rng = np.random.default_rng(0)
-    for name, width in (("hopper", 3), ("trips", 2)):
+    for name, width in (("hopper", 3), ("trips", 2), ("first", 3), ("second", 3)):
         with h5py.File(f"{name}.hdf5", "w") as file:
             file["observations"], file["next_observations"] = rng.normal(size=(2, 60, width))
             file["actions"], file["rewards"] = rng.uniform(-1, 1, (60, 1)), rng.normal(size=60)
@@ -60,13 +60,15 @@ def test_commands(name, place, monkeypatch, capsys):
     whole = recording.record_swing_up
     monkeypatch.setattr(recording, "record_swing_up", lambda: whole(600))
     recording.record_default()
-    for program, *words in commands_of(name):
+    for number, (program, *words) in enumerate(commands_of(name)):
         if program == "python":
             file = words[0]
             assert file == "-m" or (ROOT / file).is_file(), f"there is no {file}"
             continue
         assert program == "torchrl-bcq"
         if words[0] == "train" and not {"--help", "--cfg"} & set(words):
+            if not any(word.startswith(("out=", "resume=")) for word in words):
+                words.append(f"out=runs/{number}")  # the default is the time in seconds, and tests are fast
             words += ["--cfg"] if "mujoco" in str(words) else [*FAST, *SMALL]  # which would be downloaded
         words += ["--episodes", "2"] if words[0] == "evaluate" else []
         assert main(words) == 0, (words, capsys.readouterr().err)

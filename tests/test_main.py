@@ -54,6 +54,27 @@ def test_describe_shows_the_defects_that_readers_refuse(file, capsys):
     assert [path.name for path in (file.parent / "copies").iterdir() if path.suffix != ".lock"] == []
 
 
+def test_whole_actions_of_a_csv_are_described_but_not_used(file, capsys):
+    """Such as 25 choices of doses: each command names its own setting."""
+    rng = np.random.default_rng(0)
+    rows = [f"{rng.normal()},{rng.integers(25)},{rng.normal()},{int(row % 10 == 9)},{row // 10}" for row in range(200)]
+    (file.parent / "doses.csv").write_text("\n".join(["state,dose,reward,died,stay", *rows]))
+    columns = ["--observation", "state", "--action", "dose", "--reward", "reward", "--terminated", "died"]
+    columns += ["--episode", "stay"]
+    assert main(["describe", "doses.csv", *columns]) == 0
+    assert "actions has only whole numbers in all 200 rows (first: 0), from 0 to 24" in capsys.readouterr().out
+    assert main(["convert", "doses.csv", "copies", *columns]) == 1
+    refusal = capsys.readouterr().err
+    assert refusal.startswith(
+        "torchrl-bcq: doses.csv: actions has only whole numbers in all 200 rows, so the actions may"
+    )
+    assert "describe and convert: --action-type continuous" in refusal
+    assert main(["convert", "doses.csv", "copies", *columns, "--action-type", "continuous"]) == 0
+    reader = "reader={observation: [state], action: [dose], reward: reward, terminated: died, episode: stay}"
+    assert main(["train", "dataset=doses.csv", reader, "evaluation.env=null", "out=run"]) == 1
+    assert "torchrl-bcq train: reader.action_type=continuous" in capsys.readouterr().err
+
+
 def test_convert_prints_how_to_open_the_copy(file, capsys):
     for _ in range(2):
         assert main(["convert", "swings.hdf5", "copies"]) == 0
@@ -184,3 +205,22 @@ def test_it_says_its_version(capsys):
         main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"torchrl-bcq {torchrl_bcq.__version__}\n"
+
+
+def test_several_files_are_described_and_converted_as_one(file, capsys):
+    (file.parent / "other.hdf5").write_bytes(file.read_bytes())
+    with h5py.File("other.hdf5", "r+") as other:
+        other["rewards"][0] = -0.5
+    assert main(["describe", "swings.hdf5", "other.hdf5", "--env", "Pendulum-v1"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("2,388 transitions in 12 episodes")
+    assert out.endswith("The pictures are in swings.hdf5.png.\n")
+    assert main(["describe", "*.hdf5", "--root", "copies"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("2,388 transitions in 12 episodes")
+    assert out.endswith("The pictures are in _.hdf5.png.\n")
+    assert main(["convert", "swings.hdf5", "other.hdf5", "copies"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("2,388 transitions, 0.1 MB: load_memmap('")
+    assert main(["convert", "*.npz", "copies"]) == 1
+    assert capsys.readouterr().err == "torchrl-bcq: no file matches *.npz.\n"

@@ -6,20 +6,46 @@ import torch
 from torch import Tensor
 from torchrl.data import Composite, TensorSpec
 
+_REMEDY = "pass torchrl.data.Bounded(low, high, shape)"
 
-def action_bounds(action_spec: TensorSpec) -> tuple[Tensor, Tensor]:
+
+def action_bounds(action_spec: TensorSpec, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Return the lower bound and the upper bound of each action dimension.
 
     Args:
         action_spec: spec of ONE action, with shape ``[A]``. For a vectorised environment, pass
             ``env.action_spec_unbatched``.
+        dtype: dtype of the bounds; by default, the spec's dtype. If ``dtype`` cannot represent a bound, the bound is
+            rounded inwards.
 
     Returns:
-        ``(low, high)``, each a new tensor of shape ``[A]`` in the spec's dtype and units.
+        ``(low, high)``, each a new tensor of shape ``[A]`` in the spec's units.
 
     Raises:
         ValueError: if the spec lacks a float dtype, the shape ``[A]`` or finite bounds, or if a lower bound is equal to
             or above its upper bound.
+    """
+    low, high = action_box(action_spec)
+    unbounded = (low.isinf() | high.isinf()).nonzero().flatten().tolist()
+    if unbounded:
+        raise ValueError(
+            f"action_spec is unbounded in dimensions {unbounded}; {_REMEDY}, for example with the range of the "
+            "dataset's actions."
+        )
+    low, high = round_inwards(low, high, dtype or low.dtype)
+    if (low >= high).any():
+        raise ValueError(
+            f"action_spec has low = {low.tolist()} and high = {high.tolist()}; each lower bound must be below its "
+            f"upper bound: {_REMEDY}."
+        )
+    return low, high
+
+
+def action_box(action_spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """Return new tensors ``(low, high)``, each ``[A]``; a missing bound is infinite.
+
+    Raises:
+        ValueError: if the spec lacks a float dtype or the shape ``[A]``.
     """
     if isinstance(action_spec, Composite):
         raise ValueError(
@@ -37,15 +63,15 @@ def action_bounds(action_spec: TensorSpec) -> tuple[Tensor, Tensor]:
             "env.action_spec_unbatched."
         )
     largest = torch.finfo(low.dtype).max  # TorchRL's Unbounded stores this value if there is no bound
-    unbounded = ((low <= -largest) | (high >= largest) | low.isnan() | high.isnan()).nonzero().flatten().tolist()
-    if unbounded:
-        raise ValueError(
-            f"action_spec is unbounded in dimensions {unbounded}; pass torchrl.data.Bounded(low, high, shape), for "
-            "example with the range of the dataset's actions."
-        )
-    if (low >= high).any():
-        raise ValueError(
-            f"action_spec has low = {low.tolist()} and high = {high.tolist()}; each lower bound must be below its "
-            "upper bound."
-        )
-    return low.clone(), high.clone()
+    return (
+        low.masked_fill((low <= -largest) | low.isnan(), -torch.inf),
+        high.masked_fill((high >= largest) | high.isnan(), torch.inf),
+    )
+
+
+def round_inwards(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the largest box ``[low, high]`` of ``dtype`` that lies within the given box. ``[A], [A] -> [A], [A]``."""
+    inner_low, inner_high = low.to(dtype), high.to(dtype)
+    up, down = (torch.full_like(inner_low, end) for end in (torch.inf, -torch.inf))
+    inner_low = torch.where(inner_low.double() < low.double(), inner_low.nextafter(up), inner_low)
+    return inner_low, torch.where(inner_high.double() > high.double(), inner_high.nextafter(down), inner_high)

@@ -66,6 +66,12 @@ def best_sample_value(qvalue: Tensor, lmbda: float) -> Tensor:
     return soft_clipped_double_q(qvalue, lmbda).amax(-1, keepdim=True)
 
 
+def change_reward(reward: Tensor, shift: float = 0.0, scale: float = 1.0, clip: float | None = None) -> Tensor:
+    """Return ``(reward + shift) * scale``, clipped to ``[-clip, clip]`` unless ``clip`` is None. ``[*B] -> [*B]``."""
+    changed = (reward + shift) * scale
+    return changed if clip is None else changed.clamp(-clip, clip)
+
+
 def discounted_sum(rewards: Tensor, gamma: float) -> Tensor:
     """Return the discounted return ``sum_t gamma^t r_t``. ``[*B, T] -> [*B]``."""
     return (rewards * gamma ** torch.arange(rewards.shape[-1], device=rewards.device)).sum(-1)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from torchrl_bcq.cli import plot as module
+from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.errors import RunError
 
 from ..reports.conftest import write_run, write_seeds
@@ -103,10 +104,11 @@ def trained(monkeypatch):
 
     def load(run, which, device):
         asked.append((run.name, which, device))
-        return SimpleNamespace(task=SimpleNamespace(env_id=None if run.name == "blind" else "Swing-v0"), policy=policy)
+        of_run = None if run.name == "blind" else Environment("Swing-v0", {"g": 1})
+        return SimpleNamespace(task=SimpleNamespace(env=of_run), policy=policy, path=run)
 
-    def make_env(env_id, *, render_mode):
-        assert (env_id, render_mode) == ("Swing-v0", "rgb_array")
+    def make_env(asked_env, *, render_mode):
+        assert (asked_env, render_mode) == (Environment("Swing-v0", {"g": 1}), "rgb_array")
         return env
 
     def record_video(*parts):

@@ -75,7 +75,8 @@ def learned(monkeypatch):
 
     def load(run, which, device):
         asked.append((str(run), which, device))
-        return SimpleNamespace(policy=push(2 if run.name == "wide" else 1), algorithm=SimpleNamespace(title="Cloning"))
+        task, policy = SimpleNamespace(env=None), push(2 if run.name == "wide" else 1)
+        return SimpleNamespace(policy=policy, algorithm=SimpleNamespace(title="Cloning"), task=task, path=run)
 
     monkeypatch.setitem(sys.modules, "torchrl_bcq.runs.folder", SimpleNamespace(load=load))
     return asked

@@ -175,7 +175,7 @@ def test_words_that_are_no_settings_are_refused_before_anything_is_made(words, r
 )
 def test_values_that_do_not_fit_are_refused_in_a_line(words, run, capsys, setting, message):
     assert main(["train", *words(setting)]) == 1
-    (line,) = (run / "train.log").read_text().splitlines()
+    *_, line = (run / "train.log").read_text().splitlines()
     assert message in line
     assert "Traceback" not in "".join(capsys.readouterr())
     assert contents(run) == {}

@@ -143,8 +143,8 @@ REFUSED = {
     ),
     "actions that are discrete": (
         do("actions", lambda actions: actions.astype(int)),
-        "actions has dtype int64, expected real numbers. BCQLoss needs continuous actions; if these are, "
-        "cast them to float.",
+        "actions has dtype int64, so the actions may be discrete, and discrete actions are not supported yet. If these "
+        "actions are continuous, store them as floating-point numbers.",
     ),
 }
 REPORTED = {

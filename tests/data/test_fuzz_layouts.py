@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from tensordict import NonTensorData, TensorDict
 
 from torchrl_bcq import load_hdf5, load_memmap, load_npz
@@ -161,6 +161,134 @@ def test_layouts_of_hdf5(ledger, make_steps, seed, defect, latest):
                 content[name] = values
             HDF5[defect](content, steps)
         ledger.refuse("HDF5", lambda root=None: load_hdf5(file, root=root))
+
+
+def as_buffer(file, steps) -> None:
+    """A buffer of Tianshou that holds the steps, and three free slots."""
+    names = {"observations": "obs", "actions": "act", "rewards": "rew", "next_observations": "obs_next"}
+    for name, values in steps.items():
+        free = np.zeros((3, *values.shape[1:]), values.dtype)
+        file[f"_meta/{names.get(name, name)}"] = np.concatenate([values, free])
+    rows = len(steps["rewards"])
+    file.attrs.update({"maxsize": rows + 3, "_size": rows, "_insertion_idx": rows, "stack_num": 1})
+
+
+def as_dump(file, steps) -> None:
+    """A dump of d3rlpy 2."""
+    file["columns"], file["num_episodes"] = (
+        [b"observations", b"actions", b"rewards", b"terminated"],
+        steps.episode[-1] + 1,
+    )
+    for number in range(steps.episode[-1] + 1):
+        for name in ("observations", "actions", "rewards"):
+            file[f"{name}_{number}"] = steps[name][steps.episode == number]
+        file[f"terminated_{number}"] = steps["terminated"][steps.episode == number].any()
+
+
+def as_padded(file, steps) -> None:
+    """Arrays ``[E, T, ...]``."""
+    lengths = np.bincount(steps.episode)
+    for name, values in steps.items():
+        padded = np.zeros((len(lengths), lengths.max(), *values.shape[1:]), values.dtype)
+        padded[steps.episode, steps.step] = values
+        file[name] = padded
+    file["lengths"] = lengths
+
+
+def as_starts(file, steps) -> None:
+    """Flat arrays with the first rows of the episodes."""
+    for name in ("observations", "actions", "rewards", "terminated"):
+        file[name] = steps[name]
+    file["episode_starts"] = steps.step == 0
+
+
+FORMS = {"buffer": as_buffer, "dump": as_dump, "padded": as_padded, "starts": as_starts}
+SIZES = ["maxsize", "_size", "_insertion_idx"]
+
+
+def first_of(file, name: str) -> str:
+    """The path of a field in any layout, such as ``_meta/act`` or ``actions_0``."""
+    short = {"observations": "obs", "actions": "act", "rewards": "rew"}
+    return next(path for path in (f"_meta/{short.get(name, name)}", f"{name}_0", name) if path in file)
+
+
+def put(file, name: str, values) -> None:
+    replaced(file, first_of(file, name), values)
+
+
+FORM_DEFECTS = {
+    "integers": ([*FORMS], lambda f, s: put(f, "actions", f[first_of(f, "actions")][()].astype(int))),
+    "missing": ([*FORMS], lambda f, s: without(f, first_of(f, "rewards"))),
+    "one row less": ([*FORMS], lambda f, s: put(f, "rewards", f[first_of(f, "rewards")][:-1])),
+    "texts": ([*FORMS], lambda f, s: put(f, "observations", [b"x"] * len(f[first_of(f, "actions")]))),
+    "scalar": ([*FORMS], lambda f, s: put(f, "actions", 1.0)),
+    "not finite": ([*FORMS], lambda f, s: put(f, "rewards", f[first_of(f, "rewards")][()] * np.nan)),
+    "group": ([*FORMS], lambda f, s: (without(f, p := first_of(f, "observations")), f.create_group(f"{p}/robot"))),
+    "no flags": ([*FORMS], lambda f, s: put(f, "terminated", f[first_of(f, "terminated")][()] + 2)),
+    "no size": (["buffer"], lambda f, s: f.attrs.pop(s.rng.choice(SIZES))),
+    "other size": (["buffer"], lambda f, s: f.attrs.__setitem__(s.rng.choice(SIZES), len(s["rewards"]) + 1)),
+    "negative size": (["buffer"], lambda f, s: f.attrs.__setitem__(s.rng.choice(SIZES), -1)),
+    "text as size": (["buffer"], lambda f, s: f.attrs.__setitem__(s.rng.choice(SIZES), "all")),
+    "huge size": (["buffer"], lambda f, s: f.attrs.__setitem__(s.rng.choice(SIZES), 2**62)),
+    "stacked": (["buffer"], lambda f, s: f.attrs.__setitem__("stack_num", 4)),
+    "rings": (["buffer"], lambda f, s: f.update({"_offset": [0, 1], "_lengths": [1], "last_index": [0, 0]})),
+    "rings of texts": (["buffer"], lambda f, s: f.update({"_offset": [b"0"], "_lengths": [1], "last_index": [0]})),
+    "no rings": (["buffer"], lambda f, s: f.__setitem__("_offset", [0])),
+    "more episodes": (["dump"], lambda f, s: replaced(f, "num_episodes", 99)),
+    "fewer episodes": (["dump"], lambda f, s: replaced(f, "num_episodes", s.episode[-1])),
+    "text as count": (["dump"], lambda f, s: replaced(f, "num_episodes", "many")),
+    "other columns": (["dump"], lambda f, s: replaced(f, "columns", [b"observations", b"rewards", b"\xff"])),
+    "columns of numbers": (["dump"], lambda f, s: replaced(f, "columns", [1, 2, 3])),
+    "several arrays": (["dump"], lambda f, s: f.move("observations_0", "observations_0_0")),
+    "flags as array": (["dump"], lambda f, s: replaced(f, "terminated_0", [False, True])),
+    "no lengths": (["padded"], lambda f, s: without(f, "lengths")),
+    "lengths of floats": (["padded"], lambda f, s: replaced(f, "lengths", np.bincount(s.episode) * 1.0)),
+    "long": (["padded"], lambda f, s: replaced(f, "lengths", np.bincount(s.episode) + 99)),
+    "negative": (["padded"], lambda f, s: replaced(f, "lengths", np.bincount(s.episode) - 99)),
+    "huge lengths": (["padded"], lambda f, s: replaced(f, "lengths", np.bincount(s.episode) + 2**62)),
+    "more lengths": (["padded"], lambda f, s: replaced(f, "lengths", [*np.bincount(s.episode), 1])),
+    "one length": (["padded"], lambda f, s: replaced(f, "lengths", 3)),
+    "zero lengths": (["padded"], lambda f, s: replaced(f, "lengths", np.bincount(s.episode) * 0)),
+    "odd starts": (["starts"], lambda f, s: replaced(f, "episode_starts", np.full(len(s["rewards"]), 3))),
+    "starts of texts": (["starts"], lambda f, s: replaced(f, "episode_starts", [b"yes"] * len(s["rewards"]))),
+    "short starts": (["starts"], lambda f, s: replaced(f, "episode_starts", (s.step == 0)[1:])),
+    "wide starts": (["starts"], lambda f, s: replaced(f, "episode_starts", np.zeros((len(s["rewards"]), 2)))),
+    "one start": (["starts"], lambda f, s: replaced(f, "episode_starts", True)),
+}
+
+
+@settings(max_examples=400)
+@given(seed=SEEDS, data=st.data(), defect=st.sampled_from(sorted(FORM_DEFECTS)))
+def test_defects_of_other_layouts(ledger, make_steps, seed, data, defect):
+    steps = make_steps(seed)
+    forms, change = FORM_DEFECTS[defect]
+    form = data.draw(st.sampled_from(forms))
+    assume(len(steps["rewards"]) > 2 or defect not in ("odd starts", "starts of texts"))
+    with tempfile.TemporaryDirectory(dir=ledger.folder) as folder:
+        file = Path(folder) / "d.hdf5"
+        with h5py.File(file, "w") as content:
+            FORMS[form](content, steps)
+            change(content, steps)
+        ledger.refuse("other layouts", lambda root=None: load_hdf5(file, root=root))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_good_files_of_other_layouts(tmp_path, make_steps, same, form):
+    for seed in range(10):
+        steps = make_steps(seed)
+        with h5py.File(tmp_path / "d.hdf5", "w") as content:
+            FORMS[form](content, steps)
+        keep = np.ones(len(steps["rewards"]), bool) if form in ("buffer", "padded") else ~steps["truncated"]
+        if not keep.any():
+            continue
+        found, expected = load_hdf5(tmp_path / "d.hdf5"), steps.transitions()[torch.from_numpy(keep)]
+        if form in ("dump", "starts"):  # the next observation of a terminated row is a copy
+            ended = expected["next", "terminated"][:, 0]
+            expected["next", "observation"][ended] = expected["observation"][ended]
+            ends = steps["terminated"] | steps["truncated"]
+            last = torch.from_numpy(np.append(~ends[:-1] & ~keep[1:], False)[keep])  # rows before a dropped row
+            expected["next", "truncated"][last] = expected["next", "done"][last] = True
+        assert same(found, expected)
 
 
 @pytest.mark.parametrize("load", [load_hdf5, load_npz])

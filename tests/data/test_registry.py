@@ -266,7 +266,7 @@ def test_recipe_for_d3rlpy():
     assert td["next", "observation"].flatten().tolist() == [2, 3, 3, 5, 6, 8]
     assert td["next", "reward"].flatten().tolist() == [0.5, 1.5, 2.5, 3.5, 4.5, 7.5]
     assert td["next", "terminated"].flatten().tolist() == [False, False, True, False, False, True]
-    assert not td["next", "truncated"].any()
+    assert td["next", "truncated"].flatten().tolist() == [False, False, False, False, True, False]
     assert td["episode"].tolist() == [0, 0, 0, 1, 1, 3]
 
 
@@ -331,7 +331,7 @@ def test_recipe_for_tianshou():
     assert td["next", "observation"].flatten().tolist() == [2, 3, 6, 7, 10]
     assert td["next", "reward"].flatten().tolist() == [1, 2, 5, 6, 9]
     assert td["next", "terminated"].flatten().tolist() == [False, True, False, False, False]
-    assert td["next", "truncated"].flatten().tolist() == [False, False, False, True, False]
+    assert td["next", "truncated"].flatten().tolist() == [False, False, False, True, True]
     assert td["episode"].tolist() == [0, 0, 1, 1, 2]
 
 
@@ -343,6 +343,6 @@ def test_recipe_for_tianshou_with_several_environments_and_a_full_buffer():
     td = run_tianshou(fill([first, second], capacity=4))
     assert td["observation"].flatten().tolist() == [3, 4, 20, 21, 50, 51, 60]
     assert td["next", "observation"].flatten().tolist() == [4, 5, 21, 22, 51, 52, 61]
-    assert td["next", "truncated"].flatten().tolist() == [False, True, False, True, False, False, False]
+    assert td["next", "truncated"].flatten().tolist() == [False, True, False, True, False, False, True]
     assert td["next", "terminated"].flatten().tolist() == [False, False, False, False, False, True, False]
     assert td["episode"].tolist() == [0, 0, 1, 1, 2, 2, 3]

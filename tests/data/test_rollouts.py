@@ -320,3 +320,14 @@ def test_batches_of_an_environment_collector():
 def test_actions_under_another_name():
     given = rollout(1.0, 3).rename_key_("action", "torque")
     assert rows(from_rollouts(given), "torque") == [-1, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_actions_of_discrete_environments_are_refused(dtype):
+    """TorchRL's CartPole has actions of one bit for each choice, in int64."""
+    choices = torch.nn.functional.one_hot(torch.tensor([0, 1, 1]), 2).to(dtype)
+    message = (
+        f"^actions has dtype {str(dtype)[6:]}, so the actions may be discrete, and discrete actions are not supported"
+    )
+    with pytest.raises(ValueError, match=message):
+        from_rollouts(rollout(1.0, 3, terminated=[2]).set("action", choices))

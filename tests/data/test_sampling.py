@@ -108,7 +108,7 @@ def test_refusals():
             split_episodes(episodes(), fraction=fraction)
     with pytest.raises(ValueError, match=r"lack \('next', 'done'\); they hold \['row'\].*set transitions\['episode'\]"):
         episode_weights(TensorDict({"row": torch.arange(3)}, [3]))
-    with pytest.raises(ValueError, match=r"episode 4 appears again at row 8, after rows of another episode; sort"):
+    with pytest.raises(ValueError, match=r"episode 4 appears again at row 8, after rows of another episode. To join"):
         episode_weights(TensorDict({"episode": torch.tensor([4, 4, 5, 5, 5, 6, 6, 6, 4, 5])}, [10]))
     with pytest.raises(ValueError, match=r"episode has shape \(3, 2\), expected \(3,\)"):
         episode_weights(TensorDict({"episode": torch.zeros(3, 2)}, [3]))

@@ -39,8 +39,8 @@ def test_rows_never_join_two_episodes(caplog):
     assert column(td, "next", "observation") == [11, 12, 12, 21, 31]  # the final state repeats its own
     assert column(td, "next", "reward") == [1, 2, 3, 4, 6]
     assert column(td, "next", "terminated") == [False, False, True, False, False]
-    assert column(td, "next", "truncated") == [False] * 5
-    assert column(td, "next", "done") == [False, False, True, False, False]
+    assert column(td, "next", "truncated") == [False, False, False, True, True]  # rows before the dropped ones
+    assert column(td, "next", "done") == [False, False, True, True, True]
     assert column(td, "episode") == [0, 0, 0, 1, 2]
     assert "dropped 2 rows (first: 4) without a next observation" in caplog.text
 
@@ -51,14 +51,15 @@ def test_given_next_observations_keep_every_row_and_both_flags():
     assert td.batch_size == (7,)
     assert column(td, "next", "observation") == [11, 12, 13, 21, 22, 31, 32]
     assert column(td, "next", "terminated") == TERMINATED.tolist()
-    assert column(td, "next", "truncated") == TRUNCATED.tolist()
-    assert column(td, "next", "done") == (TERMINATED | TRUNCATED).tolist()
+    last = np.arange(7) == 6
+    assert column(td, "next", "truncated") == (TRUNCATED | last).tolist()
+    assert column(td, "next", "done") == (TERMINATED | TRUNCATED | last).tolist()
     assert column(td, "episode") == [0, 0, 0, 1, 1, 2, 2]
 
 
 def test_row_that_is_both_terminated_and_truncated_is_kept():
     td = from_arrays(**arrays(truncated=TERMINATED))
-    assert column(td, "next", "truncated") == [False, False, True, False, False, False]
+    assert column(td, "next", "truncated") == [False, False, True, False, False, True]
     assert column(td, "episode") == [0, 0, 0, 1, 1, 1]
 
 
@@ -121,19 +122,28 @@ BAD = [
     ({"rewards": REWARDS * 0}, "rewards is zero in all 7 rows; check that it was written and read correctly."),
     (
         {"observations": OBSERVATIONS[:, 0]},
-        "observations has shape (7,), expected [N, features]; use observations[:, None] for a single feature.",
+        "observations has shape (7,), expected [N, features]; use np.asarray(observations)[:, None] for a single "
+        "feature.",
     ),
     ({"actions": ACTIONS[:, :, None]}, "actions has shape (7, 1, 1), expected [N, features]."),
     ({"rewards": np.ones((7, 2))}, "rewards has shape (7, 2), expected [N] or [N, 1]."),
     ({"terminated": np.ones((7, 2))}, "terminated has shape (7, 2), expected [N] or [N, 1]."),
     (
         {"actions": np.ones((7, 1), dtype=int)},
-        "actions has dtype int64, expected real numbers. BCQLoss needs continuous actions; if these are, "
-        "cast them to float.",
+        "actions has dtype int64, so the actions may be discrete, and discrete actions are not supported yet. If these "
+        "actions are continuous, store them as floating-point numbers.",
     ),
-    ({"rewards": np.array(["1"] * 7)}, "rewards has dtype <U1, expected real numbers."),
+    (
+        {"rewards": np.array(["1"] * 7)},
+        "rewards has dtype <U1, expected real numbers. Convert rewards to floating-point numbers, in Python with "
+        "np.asarray(rewards, dtype=float).",
+    ),
     ({"observations": OBSERVATIONS + 1j}, "observations has dtype complex128, expected real numbers."),
-    ({"terminated": np.array([None] * 7)}, "terminated has dtype object, expected booleans."),
+    (
+        {"terminated": np.array([None] * 7)},
+        "terminated has dtype object, expected booleans. Convert "
+        "terminated to floating-point numbers, in Python with np.asarray(terminated, dtype=float).",
+    ),
     (
         {"terminated": put(TERMINATED, [3, 4], 2)},
         "terminated has 2 rows (first: 3) that are neither 0 nor 1, such as 2.0; use only 0 (false) and 1 (true).",
@@ -201,9 +211,9 @@ def test_several_defects_give_one_message_with_a_list():
         "4 defects:\n"
         "- observations has 3 rows (first: 2) that are not finite in float32; drop or repair them.\n"
         "- terminated has 1 row (first: 5) that are neither 0 nor 1, such as 3.0; use only 0 (false) and 1 (true).\n"
-        "- rewards is zero in all 7 rows; check that it was written and read correctly.\n"
         "- actions has 2 rows (first: 1) outside the action spec: the actions span [0.10000000149011612] to [1.5], "
-        "the spec spans [-1.0] to [1.0]; clip or rescale the actions."
+        "the spec spans [-1.0] to [1.0]; clip or rescale the actions.\n"
+        "- rewards is zero in all 7 rows; check that it was written and read correctly."
     )
 
 
@@ -212,8 +222,8 @@ def test_without_truncated_an_episode_is_cut_where_observations_do_not_continue(
     td = from_arrays(**arrays(truncated=None, next_observations=OBSERVATIONS + 1))
     assert column(td, "next", "observation") == [11, 12, 13, 21, 22, 31, 32]
     assert column(td, "next", "terminated") == [False, False, True, False, False, False, False]
-    assert column(td, "next", "truncated") == [False, False, False, False, True, False, False]
-    assert column(td, "next", "done") == [False, False, True, False, True, False, False]
+    assert column(td, "next", "truncated") == [False, False, False, False, True, False, True]
+    assert column(td, "next", "done") == [False, False, True, False, True, False, True]
     assert column(td, "episode") == [0, 0, 0, 1, 1, 2, 2]
 
 
@@ -234,7 +244,7 @@ def test_rows_laid_out_in_chunks_are_the_same(size, absent, caplog):
         for start in range(0, 7, size)
     ]
     with caplog.at_level(logging.INFO):
-        parts = list(lay_out(chunks))
+        parts = list(lay_out([chunks]))
     found = torch.cat(parts)
     assert len(found) == len(expected)
     assert (found == expected).all()
@@ -307,3 +317,46 @@ def test_warns_of_steps_that_never_continue(caplog):
     caplog.clear()
     from_arrays(**arrays(truncated=None, next_observations=OBSERVATIONS + 1))
     assert caplog.messages == []
+
+
+class Frame:
+    """Stands for a pandas frame or series, which NumPy turns into an array of objects or of the wanted dtype."""
+
+    def __init__(self, values):
+        self.values = np.array(values, dtype=object)
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values if dtype is None else self.values.astype(dtype)
+
+
+def test_frames_with_columns_of_several_dtypes_are_refused_with_a_remedy_that_works():
+    """Such as nullable columns, or a boolean column among numbers."""
+    numbers, flags = Frame(OBSERVATIONS.tolist()), Frame(TERMINATED.tolist())
+    for name, values, expected in (("observations", numbers, "real numbers"), ("terminated", flags, "booleans")):
+        with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole message is compared below)
+            from_arrays(**arrays(**{name: values}))
+        assert str(error.value) == (
+            f"{name} has dtype object, expected {expected}. Convert {name} to floating-point numbers, in Python with "
+            f"np.asarray({name}, dtype=float)."
+        )
+        converted = {name: np.asarray(values, dtype=float)}
+        assert (from_arrays(**arrays(**converted)) == from_arrays(**arrays())).all()
+    with pytest.raises(
+        ValueError, match=r"observations has dtype bool, expected real numbers. Convert observations to"
+    ):
+        from_arrays(**arrays(observations=OBSERVATIONS > 0))
+
+
+def test_tensors_of_bfloat16():
+    rounded = torch.tensor(OBSERVATIONS, dtype=torch.bfloat16)
+    td = from_arrays(**arrays(observations=rounded))
+    assert (td == from_arrays(**arrays(observations=rounded.float()))).all()
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 1)])
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, bool])
+def test_actions_of_integers_are_refused_in_every_shape(shape, kind):
+    with pytest.raises(
+        ValueError, match=r"^actions has dtype \w+, so the actions may be discrete, and discrete actions"
+    ):
+        from_arrays(**arrays(actions=np.ones(shape, kind)))

@@ -123,6 +123,7 @@ def test_metrics_of_another_objective(transitions):
 def test_episode_numbers_come_before_flags(modules, transitions):
     """By the numbers, rows 0, 4 and 6 begin an episode."""
     transitions["episode"] = torch.tensor([8, 8, 8, 8, 2, 2, 5, 5, 5])
+    transitions["next", "done"].zero_()
     found = DatasetMetrics(with_targets(*modules), Constant(), transitions, interval=10).measure()
     starts = transitions[torch.tensor([0, 4, 6])].select("observation")
     expected = modules[2](Constant()(starts))["state_action_value"][:, 0].mean().item()

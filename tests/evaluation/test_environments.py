@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from torchrl_bcq.errors import RunError
-from torchrl_bcq.evaluation.environments import check_observations, make_env, make_envs, steps_to_compare, time_limit
+from torchrl_bcq.evaluation.environments import check_fits, make_env, make_envs, steps_to_compare, time_limit
 
 
 class Counter(gymnasium.Env):
@@ -84,8 +84,11 @@ def test_what_cannot_be_made_is_refused(env_id, message):
 
 
 def test_observations_of_another_shape_are_refused():
-    env = make_env("Counter-v0")
-    check_observations(env, "Counter-v0", (2,), "the dataset", "choose another")
+    made = make_env("Counter-v0")
+    check_fits(made, "Counter-v0", "choose another", whose="the dataset", observations=(2,), actions=(1,))
     message = r"^Counter-v0 has observations of shape \(2,\), but the dataset has \(3,\); choose another\.$"
     with pytest.raises(RunError, match=message):
-        check_observations(env, "Counter-v0", (3,), "the dataset", "choose another")
+        check_fits(made, "Counter-v0", "choose another", whose="the dataset", observations=(3,))
+    message = r"^Counter-v0 has actions of shape \(1,\), but the run has \(2,\); choose another\.$"
+    with pytest.raises(RunError, match=message):
+        check_fits(made, "Counter-v0", "choose another", whose="the run", observations=(2,), actions=(2,))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -9,6 +11,7 @@ from torchrl.envs import SerialEnv
 
 from torchrl_bcq import BCQLoss, CloningLoss, evaluate, make_cloning_modules
 from torchrl_bcq.evaluation.rollouts import summarize
+from torchrl_bcq.functional import change_reward
 
 from ..conftest import ACTION_SPEC, OBSERVATION_SPEC
 from .conftest import Stairs, Watching, stairs
@@ -127,3 +130,10 @@ def test_summary_by_hand():
     assert summarize(episodes)["discounted_return"] == 1.5
     assert next(iter(summarize(episodes))) == "return"  # the one on the progress bar
     assert summarize(episodes[:1])["return_std"] == 0
+
+
+def test_changed_rewards_count_in_the_discounted_return_only():
+    """Rewards 1, 2 and 1, 2, 3 become 2, 3 and 2, 3, 3; a shift adds nothing after the end of an episode."""
+    found = evaluate(stairs(2, 3), Watching(), gamma=0.5, reward=partial(change_reward, shift=1, clip=3))
+    assert found["return"].tolist() == [3, 6]
+    assert found["discounted_return"].tolist() == [2 + 1.5, 2 + 1.5 + 0.75]

@@ -89,3 +89,15 @@ def test_observations_that_are_not_vectors_are_refused():
         make_bcq_modules(Composite(step_count=Unbounded((1,), dtype=torch.int64)), ACTION_SPEC)
     with pytest.raises(ValueError, match="has dtype torch.float64, but the networks have dtype torch.float32: wrap"):
         make_bcq_modules(Unbounded((3,), dtype=torch.float64), ACTION_SPEC)
+
+
+def test_float64_bounds_are_rounded_inwards():
+    """The float32 number below 0.1 is 0.09999999404; the nearest one, 0.10000000149, is outside."""
+    bounds = (torch.tensor([bound], dtype=torch.float64) for bound in (-0.1, 0.1))
+    spec = Bounded(*bounds, (1,), dtype=torch.float64)
+    (actor,) = make_cloning_modules(Unbounded((3,)), spec, hidden=(4,))
+    vae, perturbation, _ = make_bcq_modules(Unbounded((3,)), spec, hidden=(4,), vae_hidden=(4,))
+    for module in (actor, vae, perturbation):
+        assert (module.low.tolist(), module.high.tolist()) == ([-0.09999999403953552], [0.09999999403953552])
+    actor.network[-1].bias.data.fill_(100)
+    assert actor.act([0.0, 0.0, 0.0]).astype("float64") == 0.09999999403953552

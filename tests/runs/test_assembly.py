@@ -145,8 +145,9 @@ def test_cuda_graphs_need_a_gpu(make_trainer):
     [
         *(
             (f"{name}=0", f"{name} is 0, expected at least 1.")
-            for name in ("steps", "batch_size", "threads", "n_step", "log_interval", "evaluation.episodes")
+            for name in ("steps", "batch_size", "n_step", "log_interval", "evaluation.episodes")
         ),
+        ("threads=0", "threads is 0, expected auto, a number of at least 1, or null for PyTorch's default."),
         ("evaluation.max_rows=0", "evaluation.max_rows is 0, expected at least 1."),
         ("checkpoint.keep=0", "checkpoint.keep is 0, expected at least 1."),
         ("network.vae_hidden=[8,0]", "network.vae_hidden is [8, 0], expected sizes of at least 1."),

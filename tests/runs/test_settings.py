@@ -306,7 +306,7 @@ def test_nothing_in_a_strangers_settings_is_looked_up(make_settings, tmp_path, m
     [
         ({"sed": 1}, "cannot be read: Key 'sed' not in 'Settings'"),
         ({"steps": "many"}, "cannot be read: Value 'many'"),
-        ({"threads": "many"}, "cannot be read: Value 'many'"),
+        ({"threads": 1.5}, "cannot be read: Value '1.5'"),
         ({"algorithm": "bqc"}, "cannot be read: algorithm is 'bqc', expected one of "),
         ({"algorithm": ["bcq"]}, "cannot be read: algorithm is "),
         ({"optim": 3}, "cannot be read: "),

@@ -224,3 +224,32 @@ def test_an_interrupted_run_is_resumed_from_a_checkpoint_of_its_own(make_batch, 
     assert second.collected_frames == 47
     second.train()
     assert_same_run(second, undisturbed)
+
+
+# training again after a stop
+
+
+def test_training_again_after_a_stop_makes_the_remaining_steps(make_batch, tmp_path):
+    """v09, y05: stopped in steps 7 and 47, the third call makes the last 53 of 100 steps."""
+    transitions = make_batch(100)
+    undisturbed = make(transitions)
+    undisturbed.train()
+    trainer = make(transitions, tmp_path / "checkpoint")
+    made = []
+    for step in (7, 47, 100):
+        stop_after(trainer, step)
+        trainer.train()
+        made.append((trainer._optim_count, trainer._stop_reason))
+    assert made == [(7, "a test"), (47, "a test"), (100, "a test")]
+    assert_complete(trainer, tmp_path / "checkpoint")
+    assert_same_run(trainer, undisturbed)
+    assert not trainer.stop_requested
+
+
+def test_an_error_ends_a_request_to_stop(make_batch):
+    """A request to stop before an interrupt does not end the next call."""
+    trainer = make(make_batch(100))
+    trainer.register_op("post_optim", raise_once(lambda: trainer._optim_count == 5 and not trainer.request_stop("a")))
+    assert train_twice(trainer) == 5
+    assert trainer.collected_frames == STEPS
+    assert trainer._stop_reason is None

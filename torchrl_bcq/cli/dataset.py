@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,25 @@ sources:
   FILE.csv FILE.parquet    tables with one step per row; name the columns by --observation, --action, ...
   minari:ID                a Minari dataset, such as minari:mujoco/hopper/medium-v0
   d4rl:ID                  a D4RL dataset, such as d4rl:hopper-medium-v2; it is downloaded once
-  FOLDER                   a memory-mapped copy that torchrl-bcq convert has made
+  FOLDER                   a memory-mapped copy that torchrl-bcq convert has made, or a folder of files of one format
+Several sources are read as one dataset, in which no episode continues from one source to the next.
 
 examples:
   torchrl-bcq describe hopper.hdf5 --env Hopper-v5
   torchrl-bcq describe trips.csv --observation x v --action force --reward r --terminated crashed --episode trip
   torchrl-bcq convert d4rl:hopper-medium-v2 copies
+  torchrl-bcq convert first.hdf5 second.hdf5 copies
 """
 
 
 def add_parsers(commands: argparse._SubParsersAction) -> None:
     """Add the commands ``describe`` and ``convert`` to the parser. ``args.run(args)`` runs the chosen one."""
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("source", metavar="SOURCE", help="dataset: FILE, PREFIX:ID or FOLDER, as explained below")
+    shared.add_argument("source", nargs="+", metavar="SOURCE", help="FILE, PREFIX:ID or FOLDER, as explained below")
     shared.add_argument("--env", metavar="ID", help="environment whose action bounds are compared with the data")
+    for side in ("low", "high"):
+        text = f"{side}er bounds".replace("higher", "upper") + " of the actions, one number for each dimension"
+        shared.add_argument(f"--action-{side}", nargs="+", type=float, metavar="NUMBER", help=text)
     reading = shared.add_argument_group("HDF5 and NPZ")
     names = "says that ENTRY of the file holds FIELD, such as observations=obs"
     reading.add_argument("--names", nargs="+", metavar="FIELD=ENTRY", help=names)
@@ -45,6 +51,8 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
         plural = "s" if several else ""
         text = f"name{plural} of the {name.replace('_', ' ')} column{plural}"
         columns.add_argument(f"--{name.replace('_', '-')}", metavar="COLUMN", help=text, **how)
+    whole = "continuous: whole numbers in the action columns are amounts, not choices"
+    columns.add_argument("--action-type", metavar="TYPE", help=whole)
 
     def add(name: str, run: Any, what: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, parents=[shared], help=what, description=what, epilog=_SOURCES)
@@ -52,7 +60,8 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
         return command
 
     command = add("describe", _describe, "Print and draw the statistics and possible defects of a dataset.")
-    command.add_argument("--out", type=Path, metavar="PNG", help="file of the picture (default: ./SOURCE.png)")
+    picture = "file of the picture (default: ./SOURCE.png, with the name of the first source)"
+    command.add_argument("--out", type=Path, metavar="PNG", help=picture)
     command.add_argument("--root", metavar="FOLDER", help="folder for a memory-mapped copy of data larger than memory")
     command = add("convert", _convert, "Check a dataset and make a memory-mapped copy of it, if no copy exists yet.")
     command.add_argument("folder", metavar="FOLDER", help="folder in which copies are kept")
@@ -63,7 +72,8 @@ def _describe(args: argparse.Namespace) -> None:
     action_spec = _action_spec(args, settings)
     transitions = load_transitions(args.source, root=args.root, strict=False, **settings)
     description = describe(transitions, action_spec=action_spec)
-    out = args.out or Path(f"{Path(args.source.rpartition(':')[2]).name}.png")
+    name = Path(args.source[0].rpartition(":")[2]).name
+    out = args.out or Path(f"{re.sub(r'[*?]+', '_', name)}.png")
     print(description)
     description.plot(out)
     print(f"\nThe pictures are in {out}.")
@@ -77,16 +87,25 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _action_spec(args: argparse.Namespace, settings: dict[str, Any]) -> TensorSpec | None:
-    """Return the action spec of ``--env`` if this option is set, else the dataset's action spec or None."""
+    """Return a spec of the bounds in the options, else in the environment or in the dataset; None without bounds."""
+    from torchrl_bcq.runs.bounds import choose_bounds
+
+    specs = {}
     if args.env is not None:
-        return make_env(args.env, remedy="choose another with --env ID").action_spec
-    source = find_source(args.source, **settings)
-    return None if source is None else source.action_spec
+        specs[args.env] = make_env(args.env, remedy="choose another with --env ID").base_env.action_spec
+    elif (source := find_source(args.source, **settings)) is not None:
+        specs["dataset's spec"] = source.action_spec
+    names = ("--action-low", "--action-high")
+    box = choose_bounds(vars(args), specs, names)
+    if box is None:
+        return None
+    box.check(f"set {' and '.join(names)}")
+    return box.spec
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return a dictionary of the command-line options that are arguments of the dataset's reader."""
-    names = (*_COLUMNS, "max_episode_steps")
+    names = (*_COLUMNS, "action_type", "max_episode_steps")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.names:
         pairs = [pair.partition("=") for pair in args.names]

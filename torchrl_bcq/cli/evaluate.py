@@ -8,9 +8,12 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchrl_bcq.cli.environment import REMEDY, add_options, choose_environment
+from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.files import write_whole
 
@@ -35,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("folder", type=Path, metavar="RUN", help="folder of a run of torchrl-bcq train, or one of its checkpoints")
     add("--baseline", type=Path, metavar="RUN2", help="run to compare with (default: the baseline of RUN)")
     add("--checkpoint", choices=("best", "last"), default="best", help="checkpoint (default: best if kept, else last)")
-    add("--env", metavar="ID", help="Gymnasium environment (default: the environment of the run)")
+    add_options(command, "Gymnasium environment (default: the environment of the run)")
     add("--episodes", type=int, default=100, metavar="N", help="episodes of each policy (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="seed of initial states and actions (default: %(default)s)")
     add("--deterministic", action="store_true", help="always take the same action in the same state")
@@ -52,16 +55,15 @@ def _run(args: argparse.Namespace) -> None:
         raise RunError(f"--episodes is {args.episodes}, expected at least 1.")
     trained = load(args.folder, args.checkpoint, args.device)
     runs = {trained.algorithm.title: trained, **_load_baseline(args, trained)}
-    if args.env:
-        for one in runs.values():
-            _check_env(args.env, one.task)
-        trained = replace(trained, task=replace(trained.task, env_id=args.env))
+    if env := _choose_env(args, trained, runs):
+        facts: dict[str, Any] = {"env_id": env.id, "env_kwargs": env.kwargs, "max_episode_steps": env.max_episode_steps}
+        trained = replace(trained, task=replace(trained.task, **facts))
     for one in runs.values():
         print(f"{one.path}: {one.step:,} gradient steps on {one.settings.dataset}")
     out = args.out or args.folder / "evaluation.json"
     if args.out is None and trained.path == args.folder:  # RUN is a checkpoint: write next to its folder
         out = args.folder.with_name(f"{args.folder.name}-evaluation.json")
-    results = _in_environment(trained, runs, args) if trained.task.env_id else _on_the_dataset(trained, runs)
+    results = _in_environment(trained, runs, args) if env else _on_the_dataset(trained, runs)
     with write_whole(out) as aside:
         numbers = {"checkpoint": str(trained.path), "step": trained.step, **results}
         aside.write_text(json.dumps(numbers, indent=2) + "\n")
@@ -90,16 +92,18 @@ def _load_baseline(args: argparse.Namespace, trained: Any) -> dict[str, Any]:
     return {title if title != trained.algorithm.title else f"{title}, {folder}": baseline}
 
 
-def _check_env(env_id: str, task: Any) -> None:
-    """Raise a RunError if observations or actions of the environment have other shapes than in the run."""
-    from torchrl_bcq.evaluation.environments import check_observations, make_env
+def _choose_env(args: argparse.Namespace, trained: Any, runs: dict[str, Any]) -> Environment | None:
+    """Return the environment in which the runs are evaluated; raises a RunError if it does not fit a run."""
+    from torchrl_bcq.evaluation.environments import check_fits, make_env, with_time_limit
 
-    remedy = "choose another with --env ID"
-    env = make_env(env_id, remedy=remedy)
-    check_observations(env, env_id, (task.observation_size,), "the run", remedy)
-    if env.action_spec.shape != task.action_spec.shape:
-        found, expected = tuple(env.action_spec.shape), tuple(task.action_spec.shape)
-        raise RunError(f"{env_id} has actions of shape {found}, but the run has {expected}; {remedy}.")
+    env = choose_environment(args, trained)
+    if env is None:
+        return None
+    made = make_env(env, remedy=REMEDY)
+    for one in runs.values():
+        shapes = {"observations": (one.task.observation_size,), "actions": tuple(one.task.action_spec.shape)}
+        check_fits(made, env, REMEDY, whose="the run", **shapes)
+    return with_time_limit(env, "set another number with --env-kwargs max_episode_steps=N.")
 
 
 def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -108,26 +112,31 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
 
     from torchrl_bcq.evaluation.environments import make_envs, steps_to_compare, time_limit
     from torchrl_bcq.evaluation.rollouts import evaluate, summarize
+    from torchrl_bcq.functional import change_reward
+    from torchrl_bcq.runs.assembly import reward_formula
 
     task, loss, own, *baselines = trained.task, trained.loss, *runs
     discount = {"gamma": trained.settings.loss.gamma} if loss.has_values else {}
-    steps = steps_to_compare(task.env_id, **discount) if discount else None
-    envs = make_envs(task.env_id, args.episodes, next(loss.parameters()).device, max_steps=steps)
+    steps = steps_to_compare(task.env, **discount) if discount else None
+    envs = make_envs(task.env, args.episodes, next(loss.parameters()).device, max_steps=steps)
     policies: dict[str, Any] = {"random": None}
     policies |= {title: make(*loss.networks) for title, make in trained.algorithm.compared.items()}
     policies |= {title: runs[title].policy for title in (*baselines, own)}
     mode = set_exploration_type(ExplorationType.DETERMINISTIC) if args.deterministic else nullcontext()
-    limit, rows = time_limit(task.env_id), {}
+    limit, rows = time_limit(task.env), {}
+    formula, reward = reward_formula(trained.settings), partial(change_reward, **trained.settings.reward)
     returns: dict[str, Tensor] = {}
     with mode:
         for title, policy in policies.items():
             value = loss.value if title == own else None
-            episodes: Any = evaluate(envs, policy, value=value, seed=args.seed, time_limit=limit, **discount)
+            shared = {"seed": args.seed, "time_limit": limit, "reward": reward, **discount}
+            episodes: Any = evaluate(envs, policy, value=value, **shared)
             rows[title], returns[title] = summarize(episodes, task.reference_scores), episodes["return"]
-    print(f"\n{task.env_id}, {args.episodes} episodes of each policy\n")
+    print(f"\n{task.env}, {args.episodes} episodes of each policy\n")
     _print_returns({"the dataset": {"return": task.behaviour["mean"], "return_std": task.behaviour["std"]}, **rows})
     if "value_estimate" in rows[own]:
         within = "" if steps is None else f" in {steps:,} steps"
+        within += "" if formula is None else f" (both with the rewards of training, {formula})"
         print(
             f"\nAt the initial states the critic estimates a discounted return of {rows[own]['value_estimate']:.4g}; "
             f"the policy obtained {rows[own]['discounted_return']:.4g}{within}."
@@ -136,7 +145,7 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
         differences = {"the dataset": _from_dataset(returns[own], task.behaviour)}
         differences |= {title: _mean_and_error(returns[own] - returns[title]) for title in baselines}
         print(f"\n{_compare(own, differences, args.episodes)}")
-    return {"env": task.env_id, "episodes": args.episodes, "seed": args.seed, "behaviour": task.behaviour, **rows}
+    return {"env": str(task.env), "episodes": args.episodes, "seed": args.seed, "behaviour": task.behaviour, **rows}
 
 
 def _from_dataset(returns: Tensor, behaviour: Mapping[str, float]) -> tuple[float, float]:
@@ -177,12 +186,13 @@ def _print_table(lines: list[list[str]], widths: list[int]) -> None:
 def _on_the_dataset(trained: Any, runs: dict[str, Any]) -> dict[str, Any]:
     """Compute metrics of the run and of its baseline on the dataset; print and return the metrics."""
     from torchrl_bcq.evaluation import DatasetMetrics
-    from torchrl_bcq.runs.assembly import split
+    from torchrl_bcq.runs.assembly import change_rewards, reward_formula, split
     from torchrl_bcq.runs.folder import open_dataset
 
     settings = trained.settings
     transitions, _ = open_dataset(settings)
     learned = split(settings, transitions)
+    transitions = change_rewards(settings, transitions)
     rows = transitions if learned is None else transitions[~learned]
     found = {}
     for title, one in runs.items():
@@ -192,7 +202,9 @@ def _on_the_dataset(trained: Any, runs: dict[str, Any]) -> dict[str, Any]:
         drawn = {"max_rows": settings.evaluation.max_rows, "seed": settings.evaluation.seed}
         metrics = DatasetMetrics(one.loss, one.policy, rows, interval=1, held_out=learned is not None, **drawn)
         found[title] = metrics.measure()
-    print(f"\nThe run has no environment. Metrics on {'the dataset' if learned is None else 'held-out episodes'}:\n")
+    where, formula = "the dataset" if learned is None else "held-out episodes", reward_formula(settings)
+    changed = "" if formula is None else f", with the rewards of training, {formula}"
+    print(f"\nThe run has no environment. Metrics on {where}{changed}:\n")
     names = dict.fromkeys(name for row in found.values() for name in row)
     cells = [[name, *(f"{row[name]:.4g}" if name in row else "-" for row in found.values())] for name in names]
     _print_table([["", *found], *cells], [28, *(max(12, len(title) + 2) for title in found)])

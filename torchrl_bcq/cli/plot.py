@@ -70,11 +70,13 @@ def _plot(args: argparse.Namespace) -> None:
 def _record_video(run: Path, file: Path) -> None:
     from torchrl_bcq.evaluation.environments import make_env
     from torchrl_bcq.reports.video import record_video, render_offscreen
+    from torchrl_bcq.runs.environment import check_trusted
     from torchrl_bcq.runs.folder import load
 
     trained = load(run, "best", "cpu")
-    if trained.task.env_id is None:
+    if (env := trained.task.env) is None:
         raise RunError(f"{run} has no environment to record a video in.")
+    check_trusted(env, trained.path, {})
     render_offscreen()
-    env = make_env(trained.task.env_id, render_mode="rgb_array")
-    print(f"The video is {record_video(env, trained.policy, file)}.")
+    made = make_env(env, render_mode="rgb_array")
+    print(f"The video is {record_video(made, trained.policy, file)}.")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
+from torchrl_bcq.cli.environment import REMEDY, add_options, choose_environment
 from torchrl_bcq.data.episodes import episode_returns
 from torchrl_bcq.data.writers import check_out, write_hdf5, write_minari
 from torchrl_bcq.errors import RunError
+from torchrl_bcq.evaluation.environments import check_continuous, make_env
 from torchrl_bcq.evaluation.recording import DATASET_ENV, DATASET_ID, record, record_default
 
 _STEPS = 10_000
@@ -28,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     description = f"{what}\nWithout --env, record the default dataset: steps of a scripted controller in {DATASET_ENV}."
     command = commands.add_parser("record", help=what, description=description, epilog=_EXAMPLES)
     add = command.add_argument
-    add("--env", metavar="ID", help="Gymnasium environment whose observations and actions are vectors")
+    add_options(command, "Gymnasium environment of vectors (default: that of RUN, if --policy RUN is given)")
     add("--policy", metavar="RUN", help="folder of a run of torchrl-bcq train, or random (default: random)")
     noise = "standard deviation of Gaussian action noise, as a fraction of half the action range (default: 0)"
     add("--noise", type=float, metavar="SIGMA", help=noise)
@@ -40,30 +43,35 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.env is None:
-        given = [f"--{name}" for name in ("policy", "noise", "steps", "seed", "out") if getattr(args, name) is not None]
+    learned = args.policy not in (None, "random")
+    if args.env is None and not learned:
+        names = ("policy", "noise", "steps", "seed", "out", "env_kwargs")
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
         if given:
             raise RunError(f"{', '.join(given)} needs --env; the default dataset is always recorded in the same way.")
         new = record_default(overwrite=args.overwrite)
         exists = f"minari:{DATASET_ID} exists already; use --overwrite to record it again"
         print(f"recorded minari:{DATASET_ID}" if new else exists)
         return
-    out = args.out or f"{args.env.rpartition('/')[2]}.hdf5"
-    check_out(out, args.overwrite)
-    noise, policy, algorithm = args.noise or 0.0, None, "uniform random actions"
-    if args.policy not in (None, "random"):
+    noise, trained, policy, algorithm = args.noise or 0.0, None, None, "uniform random actions"
+    if learned:
         from torchrl_bcq.runs.folder import load
 
         trained = load(Path(args.policy), "best", "cpu")
         policy, algorithm = trained.policy, f"{trained.algorithm.title}, Gaussian noise of {noise} half-ranges"
     elif noise:
         raise RunError("--noise needs --policy RUN; random actions are uniform within their bounds, without noise.")
+    if (env := choose_environment(args, trained)) is None:
+        raise RunError(f"{args.policy} has no environment; name one with --env ID.")
+    out = args.out or f"{re.split('[/:]', env.id)[-1]}.hdf5"
+    check_out(out, args.overwrite)
+    check_continuous(make_env(env, remedy=REMEDY), env, REMEDY)
     steps = _STEPS if args.steps is None else args.steps
-    transitions = record(args.env, policy, steps, noise=noise, seed=args.seed or 0)
+    transitions = record(env, policy, steps, noise=noise, seed=args.seed or 0)
     if out.startswith("minari:"):
-        write_minari(out[7:], transitions, args.env, algorithm=algorithm, overwrite=args.overwrite)
+        write_minari(out[7:], transitions, env, algorithm=algorithm, overwrite=args.overwrite)
     else:
-        write_hdf5(out, transitions, args.env, overwrite=args.overwrite)
+        write_hdf5(out, transitions, env, overwrite=args.overwrite)
     returns = episode_returns(transitions)
     rows, episodes, mean = len(transitions), len(returns), returns.mean().item()
-    print(f"{out}: {rows:,} steps of {args.env} in {episodes:,} episodes, mean return {mean:.1f}")
+    print(f"{out}: {rows:,} steps of {env} in {episodes:,} episodes, mean return {mean:.1f}")

@@ -8,18 +8,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from torch import Tensor
+from torch import Tensor, bfloat16
 from torchrl.data import TensorSpec
 
-from torchrl_bcq.bounds import action_bounds
+from torchrl_bcq.bounds import action_box
 
 Columns = Mapping[str, Any]  # maps argument names of from_arrays to arrays with one row per step
 
 CHUNK_ROWS = 2**16  # number of rows in a chunk; small, because the checks need memory for a copy of the chunk
 CHUNK_VALUES = 2**22  # number of values that check_finite reads at a time
 _NUMBERS = {"observations": 2, "actions": 2, "rewards": 1, "next_observations": 2}  # number of dimensions of each field
-_FLAGS = ("terminated", "truncated")
+# incomplete marks rows without a next observation; readers add it if next_observations lacks only some of them
+_FLAGS = ("terminated", "truncated", "incomplete")
 _OPTIONAL = ("truncated", "next_observations")
+OUTSIDE_REMEDY = "clip or rescale the actions"
 FIELDS = ("observations", "actions", "rewards", "terminated", *_OPTIONAL)  # the arguments of from_arrays
 
 
@@ -31,11 +33,16 @@ class Checks:
     """Checks a dataset chunk by chunk. With an ``action_spec``, also checks the bounds of the actions.
 
     A wrong shape, length or dtype raises a ``DatasetError`` at once. Bad rows are counted, and ``finish`` raises a
-    ``DatasetError`` that reports them.
+    ``DatasetError`` that reports them. If ``refuse_whole`` is a text, actions that are all whole numbers are a defect,
+    and the text says what to do.
     """
 
-    def __init__(self, action_spec: TensorSpec | None = None) -> None:
+    def __init__(self, action_spec: TensorSpec | None = None, refuse_whole: str | None = None) -> None:
         self.rows = 0  # number of rows checked so far
+        self.counts: dict[str, int] = {}  # number of rows of each source that ``add`` added
+        self._found: list[str] = []  # defects of these sources
+        self._odd_flags: list[str] = []
+        self._refuse_whole, self._whole = refuse_whole, refuse_whole is not None
         self._bounds = None if action_spec is None else spec_bounds(action_spec)
         self._widths: dict[str, int] = {}  # number of features of each field in the first chunk
         self._zero: dict[str, bool] = {}  # whether all values of a field are zero so far
@@ -51,6 +58,7 @@ class Checks:
         fields |= {name: self._read_flags(name, given[name]) for name in _FLAGS if name in given}
         check_lengths({name: len(fields[name]) for name in given})
         self._check_widths(fields)
+        self._whole = self._whole and bool((fields["actions"] == fields["actions"].round()).all())
         if "actions" in fields and self._bounds is not None:
             self._check_bounds(fields["actions"], *self._bounds)
         self.rows += len(fields["rewards"])
@@ -68,32 +76,59 @@ class Checks:
         A flag is invalid if it is neither 0 nor 1. If ``strict`` is false, only invalid flags raise the error.
         ``describe`` cannot find invalid flags later, because all flags become booleans.
         """
-        found, odd_flags = [], []
+        found, odd_flags = self._defects()
+        zero = [name for name, is_zero in self._zero.items() if is_zero]
+        hint = "check that it was written and read correctly"
+        found += [f"{name} is zero in all {self.rows} rows; {hint}." for name in zero]
+        if self._whole and self.rows:
+            found.append(f"actions has only whole numbers in all {self.rows} rows{self._refuse_whole}")
+        if refused := found if strict else odd_flags:
+            raise DatasetError(listed(refused))
+
+    def alike(self) -> Checks:
+        """Return new checks with the same bounds, for one of several sources."""
+        checks = Checks(refuse_whole=self._refuse_whole)
+        checks._bounds = self._bounds
+        return checks
+
+    def add(self, name: str, source: Checks) -> None:
+        """Add what the checks of the source ``name`` found. A field may be zero in some sources, but not in all."""
+        found, odd_flags = source._defects()
+        self._found += [f"{name}: {defect}" for defect in found]
+        self._odd_flags += [f"{name}: {defect}" for defect in odd_flags]
+        self._zero |= {field: self._zero.get(field, True) and is_zero for field, is_zero in source._zero.items()}
+        self._whole = self._whole and source._whole
+        self.counts[name] = source.rows
+        self.rows += source.rows
+
+    def _defects(self) -> tuple[list[str], list[str]]:
+        """Return a text for each defect in single rows; and the texts about invalid flags only."""
+        found, odd_flags = [*self._found], [*self._odd_flags]
         for name, rows in self._bad.items():
             if rows.count and name in _FLAGS:
                 defect = f"neither 0 nor 1, such as {rows.example}; use only 0 (false) and 1 (true)."
                 odd_flags.append(f"{name} has {rows} that are {defect}")
+                found.append(odd_flags[-1])
             elif rows.count:
                 found.append(f"{name} has {rows} that are not finite in float32; drop or repair them.")
-        found += odd_flags
-        zero = [name for name, is_zero in self._zero.items() if is_zero]
-        hint = "check that it was written and read correctly"
-        found += [f"{name} is zero in all {self.rows} rows; {hint}." for name in zero]
         if self._outside.count and self._bounds is not None:
             low, high = self._bounds
             found.append(
                 f"actions has {self._outside} outside the action spec: the actions span {self._lowest.tolist()} to "
-                f"{self._highest.tolist()}, the spec spans {low.tolist()} to {high.tolist()}; clip or rescale the "
-                "actions."
+                f"{self._highest.tolist()}, the spec spans {low.tolist()} to {high.tolist()}; {OUTSIDE_REMEDY}."
             )
-        if refused := found if strict else odd_flags:
-            raise DatasetError(listed(refused))
+        return found, odd_flags
 
     def _read_numbers(self, name: str, values: ArrayLike) -> np.ndarray:
-        array = column(name, values, rank=_NUMBERS[name])
-        if array.dtype.kind not in ("f" if name == "actions" else "fiu"):
-            hint = " BCQLoss needs continuous actions; if these are, cast them to float." if name == "actions" else ""
-            raise DatasetError(f"{name} has dtype {array.dtype}, expected real numbers.{hint}")
+        array = as_array(name, values)
+        if name == "actions" and array.dtype.kind in "biu":
+            raise DatasetError(
+                f"actions has dtype {array.dtype}, so the actions may be discrete, and discrete actions are not "
+                "supported yet. If these actions are continuous, store them as floating-point numbers."
+            )
+        array = column(name, array, rank=_NUMBERS[name])
+        if array.dtype.kind not in "fiu":
+            raise DatasetError(f"{name} has dtype {array.dtype}, expected real numbers.{_conversion(name, array)}")
         with np.errstate(over="ignore", invalid="ignore"):  # no warning: rows with overflow or NaN are counted below
             array = array.astype(np.float32)
         self._bad[name].add(~np.isfinite(array).reshape(len(array), -1).all(1), self.rows)
@@ -101,9 +136,9 @@ class Checks:
         return array
 
     def _read_flags(self, name: str, values: ArrayLike) -> np.ndarray:
-        array = column(name, values, rank=1)
+        array = column(name, as_array(name, values), rank=1)
         if array.dtype.kind not in "bfiu":
-            raise DatasetError(f"{name} has dtype {array.dtype}, expected booleans.")
+            raise DatasetError(f"{name} has dtype {array.dtype}, expected booleans.{_conversion(name, array)}")
         odd = (array != 0) & (array != 1)
         rows = self._bad[name]
         if odd.any() and not rows.count:
@@ -165,19 +200,35 @@ def listed(defects: list[str]) -> str:
     return defects[0] if len(defects) == 1 else "\n- ".join([f"{len(defects)} defects:", *defects])
 
 
-def column(name: str, values: ArrayLike, rank: int) -> np.ndarray:
-    """Convert ``values`` to an array with ``rank`` dimensions. With rank 1, ``[N, 1]`` becomes ``[N]``."""
+def as_array(name: str, values: ArrayLike) -> np.ndarray:
+    """Convert ``values`` to a NumPy array. NumPy has no bfloat16, so bfloat16 tensors become float32."""
     try:
-        array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+        if isinstance(values, Tensor):
+            values = values.detach().cpu()
+            array = (values.float() if values.dtype == bfloat16 else values).numpy()
+        else:
+            array = np.asarray(values)
     except Exception as error:  # arrays of other libraries and meta tensors raise various exceptions
         raise DatasetError(f"{name} is not an array ({error}); each of its rows needs the same shape.") from error
     if np.ma.is_masked(values):
         raise DatasetError(f"{name} has {np.ma.count_masked(values)} masked values; fill them in, or drop these rows.")
+    return array
+
+
+def _conversion(name: str, array: np.ndarray) -> str:
+    """Return a hint for arrays of objects, booleans or texts, such as pandas frames with columns of several dtypes."""
+    if array.dtype.kind not in "ObSUT":
+        return ""
+    return f" Convert {name} to floating-point numbers, in Python with np.asarray({name}, dtype=float)."
+
+
+def column(name: str, array: np.ndarray, rank: int) -> np.ndarray:
+    """Check that ``array`` has ``rank`` dimensions. With rank 1, ``[N, 1]`` becomes ``[N]``."""
     if rank == 1 and array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != rank:
         expected = "[N] or [N, 1]" if rank == 1 else "[N, features]"
-        hint = f"; use {name}[:, None] for a single feature" if (array.ndim, rank) == (1, 2) else ""
+        hint = f"; use np.asarray({name})[:, None] for a single feature" if (array.ndim, rank) == (1, 2) else ""
         raise DatasetError(f"{name} has shape {array.shape}, expected {expected}{hint}.")
     if not array.size:
         raise DatasetError(f"{name} is empty (shape {array.shape}); it needs at least one value.")
@@ -205,9 +256,15 @@ def check_finite(name: str, values: Tensor) -> None:
 
 
 def spec_bounds(spec: TensorSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lower and upper bounds of an action spec, or raise ``DatasetError`` if it has no bounds."""
+    """Return the lower and upper bounds of an action spec in float32; a missing bound is infinite.
+
+    The bounds are rounded like the actions of a dataset, so a float64 action at its bound stays within the bounds.
+
+    Raises:
+        DatasetError: if the spec is not a float vector.
+    """
     try:
-        low, high = action_bounds(spec)
+        low, high = action_box(spec)
     except ValueError as error:
         raise DatasetError(str(error)) from error
     return low.cpu().float().numpy(), high.cpu().float().numpy()

@@ -9,6 +9,8 @@ from torch import Tensor
 from torchrl_bcq.data.checks import DatasetError
 
 FLAGS = ("done", "terminated", "truncated")
+STEPS = "steps_to_next_obs"  # entry of n-step transitions: number of steps that a row spans
+_JOIN = "To join datasets, use load_transitions([A, B]) for files or from_rollouts([a, b]), and not torch.cat"
 
 
 def episode_numbers(transitions: TensorDictBase) -> Tensor:
@@ -19,8 +21,8 @@ def episode_numbers(transitions: TensorDictBase) -> Tensor:
             episode. Without this entry, an episode ends where ``("next", "done") [N, 1]`` is true.
 
     Raises:
-        DatasetError: if ``episode`` and ``done`` are both missing, or if the rows of an episode do not directly follow
-            each other.
+        DatasetError: if ``episode`` and ``done`` are both missing, if the rows of an episode do not directly follow
+            each other, or if an episode continues after a row that is ``done``.
     """
     rows = check_rows(transitions)
     episode = transitions.get("episode", None)
@@ -38,10 +40,30 @@ def episode_numbers(transitions: TensorDictBase) -> Tensor:
     if len(repeated):
         row = int(repeated.min())
         raise DatasetError(
-            f"episode {episode[row].item()} appears again at row {row}, after rows of another episode; sort the rows "
-            "by episode and then by time."
+            f"episode {episode[row].item()} appears again at row {row}, after rows of another episode. {_JOIN}, "
+            "because both may have an episode of this number. If the rows of one dataset are in a wrong order, sort "
+            "them by episode and then by time."
         )
+    _check_ends(transitions, starts)
     return starts.cumsum(0) - 1
+
+
+def _check_ends(transitions: TensorDictBase, starts: Tensor) -> None:
+    """Check that no episode continues after a row that is done, as it does where ``torch.cat`` joined two datasets."""
+    done = transitions.get(("next", "done"), None)
+    if done is None or done.shape != (len(starts), 1):
+        return
+    again = done.squeeze(1)[:-1].bool() & ~starts[1:]
+    if STEPS in transitions.keys():  # a row of several steps has the flags of its last step, so it may precede the end
+        again &= transitions[STEPS].reshape(len(starts))[:-1] == 1
+    if again.any():
+        row = int(again.int().argmax())
+        number = transitions["episode"].reshape(-1)[row].item()
+        raise DatasetError(
+            f"row {row} ends episode {number} (done is true), but row {row + 1} has the same episode number. {_JOIN}. "
+            "If these are rows of one dataset, correct the numbers, or delete the entry episode, so that done ends "
+            "episodes."
+        )
 
 
 def episode_returns(transitions: TensorDictBase) -> Tensor:

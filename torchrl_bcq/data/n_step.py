@@ -9,10 +9,9 @@ from tensordict import TensorDict, TensorDictBase, is_leaf_nontensor
 from torch import Tensor
 
 from torchrl_bcq.data.checks import DatasetError
-from torchrl_bcq.data.episodes import episode_numbers, flat_entry
+from torchrl_bcq.data.episodes import STEPS, episode_numbers, flat_entry
 from torchrl_bcq.data.sources.conversion import load_memmap, write_memmap
 
-_STEPS = "steps_to_next_obs"
 _CHUNK = 2**16  # number of rows written at a time
 
 
@@ -41,8 +40,8 @@ def multi_step(
         OSError: if the folder exists (``FileExistsError``) or cannot be written.
         ValueError: if ``num_steps`` or ``gamma`` is out of range.
         DatasetError: if the reward or ``done`` is missing or has a wrong shape or dtype, if the rows of an episode do
-            not directly follow each other, if the transitions already span several steps, or if an entry is not a
-            tensor.
+            not directly follow each other or continue after ``done``, if the transitions already span several steps, or
+            if an entry is not a tensor.
 
     Source: Sutton, 1988. TorchRL's ``MultiStep`` differs: it keeps the flags of row ``i``. If only a later one of the
     ``h`` rows is terminated, the loss then bootstraps from a state after the end of the episode. ``MultiStep`` also
@@ -50,8 +49,8 @@ def multi_step(
     """
     if num_steps < 1 or not 0 <= gamma <= 1:
         raise ValueError(f"num_steps is {num_steps}, expected at least 1; gamma is {gamma}, expected between 0 and 1.")
-    if _STEPS in transitions.keys():
-        raise DatasetError(f"the transitions hold {_STEPS}, so they already span several steps; pass single-step data.")
+    if STEPS in transitions.keys():
+        raise DatasetError(f"the transitions hold {STEPS}, so they already span several steps; pass single-step data.")
     folder = None if folder is None else Path(folder).expanduser()
     if folder is not None and folder.exists():
         raise FileExistsError(f"{folder} already exists; choose a new folder, or load this folder with load_memmap.")
@@ -64,7 +63,7 @@ def multi_step(
     def part(rows: slice) -> TensorDict:
         ends = last[rows]
         later = following.apply(lambda entry: entry[ends], batch_size=ends.shape).set("reward", reward[rows, None])
-        return now[rows].copy().update({"next": later, _STEPS: steps[rows, None]})
+        return now[rows].copy().update({"next": later, STEPS: steps[rows, None]})
 
     if folder is None:
         return part(slice(None))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from glob import glob, has_magic
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from torchrl_bcq.data.rollouts import from_rollouts
 from torchrl_bcq.data.sources.array_files import hdf5, load_hdf5, load_npz, npz
 from torchrl_bcq.data.sources.conversion import load_memmap
 from torchrl_bcq.data.sources.hubs import d4rl, load_d4rl, load_minari, minari
+from torchrl_bcq.data.sources.joined import join
 from torchrl_bcq.data.sources.source import Source
 from torchrl_bcq.data.sources.tables import load_table, table
 
@@ -29,38 +34,53 @@ _SOURCES: dict[str, tuple[Any, Any]] = {  # prefix: (function that makes the Sou
 }
 _ENDINGS = {f".{kind}": kind for kind in ("hdf5", "npz", "csv", "parquet")}
 _ENDINGS |= {".h5": "hdf5", ".gz": "csv", ".pq": "parquet"}
+Name = str | os.PathLike[str]
 
 
 def load_transitions(
-    name: str,
+    name: Name | Sequence[Name],
     *,
     action_spec: TensorSpec | None = None,
     root: str | Path | None = None,
     strict: bool = True,
     **settings: Any,
 ) -> TensorDictBase:
-    """Read a dataset by its name.
+    """Read a dataset by its name, or several datasets as one.
+
+    The last row of each file ends an episode: it is marked as truncated, unless it is terminated. So no episode
+    continues in another file, even if the files use the same episode numbers.
 
     Args:
         name: ``"hdf5:FILE"``, ``"npz:FILE"``, ``"csv:FILE"``, ``"parquet:FILE"``, ``"minari:ID"``, ``"d4rl:ID"`` or
             ``"memmap:FOLDER"``. The prefix can be left out for folders and for files with a known ending, such as
             ``.npz``. Names that were registered with TorchRL's ``torchrl.data.datasets.register_dataset`` also work.
-        action_spec, root: as for ``load_hdf5``.
+            To read several files or ids as one dataset, pass a list of names, a pattern such as ``"data/*.parquet"`` or
+            ``"data/**/*.hdf5"``, or a folder of files of one format. Files are read in alphabetical order.
+        action_spec, root: as for ``load_hdf5``. With several files, ``root`` holds one copy of all of them.
         strict: if true, bad rows raise a ``DatasetError``. If false, bad rows are kept, so that ``describe`` can report
             the bad rows.
         **settings: further arguments of the function that reads the source, such as ``names`` of ``load_hdf5``.
 
     Raises:
         FileNotFoundError: if the file or folder does not exist.
-        DatasetError: if the name matches no source, or the source has a defect.
+        DatasetError: if the name matches no source, a source has a defect, or several sources do not fit together.
+
+    Example:
+        >>> import numpy as np
+        >>> ones = np.ones((3, 1))
+        >>> for name in ("one.npz", "two.npz"):
+        ...     np.savez(name, obs=ones, actions=ones, rewards=ones, terminals=[0, 0, 1], timeouts=np.zeros(3))
+        >>> load_transitions(["one.npz", "two.npz"])["episode"].tolist()
+        [0, 0, 0, 1, 1, 1]
     """
     if source := find_source(name, **settings):
         return source.read(action_spec=action_spec, root=root, strict=strict)
+    (name,) = _single_names(name)  # several names always have a source
     prefix, rest = _split(name)
     if prefix == "memmap":
+        transitions = load_memmap(rest)
         if root is not None or settings:
             raise DatasetError(f"{name} is already a memory-mapped copy; leave out {[*settings] or 'root'}.")
-        transitions = load_memmap(rest)
         if strict and action_spec is not None:
             _check_actions(rest, transitions, action_spec)
         return transitions
@@ -85,8 +105,51 @@ def _check_actions(name: str, transitions: TensorDictBase, action_spec: TensorSp
         raise DatasetError(f"{name}: {error}") from None
 
 
-def find_source(name: str, **settings: Any) -> Source | None:
-    """Return the ``Source`` of a dataset, or ``None`` for a memory-mapped copy or an unknown prefix."""
+def find_source(name: Name | Sequence[Name], **settings: Any) -> Source | None:
+    """Return the ``Source`` of one or several datasets, or ``None`` for a memory-mapped copy or an unknown prefix."""
+    names = _single_names(name)
+    if len(names) == 1:
+        return _find_one(names[0], settings)
+    sources = [(name, _find_one(name, settings)) for name in names]
+    if odd := [name for name, source in sources if source is None]:
+        raise DatasetError(
+            f"{odd[0]} cannot be joined with other datasets: only files and the sources {[*_SOURCES]} can be. Instead "
+            "of a memory-mapped copy, name the files from which the copy was made."
+        )
+    return join([replace(source, name=name) for name, source in sources if source is not None])
+
+
+def _single_names(names: Name | Sequence[Name]) -> list[str]:
+    """Return the names of the single datasets, after lists, patterns and folders of files are expanded."""
+    if isinstance(names, (str, os.PathLike)):
+        return _expanded(os.fspath(names))
+    if not isinstance(names, Sequence) or not all(isinstance(name, (str, os.PathLike)) for name in names):
+        raise DatasetError(f"the dataset is {names!r}, expected a name or a list of names.")
+    if not names:
+        raise DatasetError("the list of datasets is empty; name at least one.")
+    return [single for name in names for single in _expanded(os.fspath(name))]
+
+
+def _expanded(name: str) -> list[str]:
+    """Return the files that match a pattern, the files in a folder, or the name itself."""
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "meta.json").is_file():
+        files = [file for file in sorted(path.glob("[!.]*")) if file.suffix.lower() in _ENDINGS and file.is_file()]
+        if len(kinds := sorted({file.suffix for file in files})) > 1:
+            choice = f"choose one of them, such as '{path / '*'}{kinds[0]}'"
+            raise DatasetError(f"{name} holds files with the endings {kinds}; {choice}.")
+        return [str(file) for file in files] or [name]  # without files, load_memmap reports the contents of the folder
+    kind, colon, pattern = name.rpartition(":")
+    if path.exists() or not has_magic(pattern) or (colon and _SOURCES.get(kind, (None,))[0] in (None, minari, d4rl)):
+        return [name]
+    found = sorted(glob(str(Path(pattern).expanduser()), recursive=True))
+    if not found:
+        raise FileNotFoundError(f"no file matches {pattern}.")
+    return [f"{kind}{colon}{file}" for file in found]
+
+
+def _find_one(name: str, settings: dict[str, Any]) -> Source | None:
+    """Return the ``Source`` of one dataset, or ``None``."""
     prefix, rest = _split(name)
     if prefix not in _SOURCES:
         return None

@@ -32,12 +32,14 @@ def from_arrays(
     """Check arrays of ``N`` steps and convert them to TorchRL transitions in float32.
 
     The rows of an episode must follow each other in order of time. An episode ends where ``terminated`` or
-    ``truncated`` is set. Without ``truncated``, an episode also ends where the ``next_observations`` of a row differ
-    from the ``observations`` of the following row.
+    ``truncated`` is set, and at the last row, which is marked as truncated unless it is terminated. Without
+    ``truncated``, an episode also ends where the ``next_observations`` of a row differ from the ``observations`` of the
+    following row.
 
     Without ``next_observations``, the next observation of a row is the observation of the next row. Truncated rows then
-    have no next observation and are dropped. The last row is also dropped, unless it is terminated. In a terminated
-    row, the next observation is a copy of the observation; the loss does not use this copy.
+    have no next observation and are dropped; the row before a dropped row is the new last row of the episode and is
+    marked as truncated. In a terminated row, the next observation is a copy of the observation; the loss does not use
+    this copy. In the result, the last row of each episode has ``done``.
 
     Args:
         observations: observation before each step, ``[N, D]``.
@@ -76,24 +78,35 @@ def from_arrays(
     given = (observations, actions, rewards, terminated, truncated, next_observations)
     checked = checks(dict(zip(FIELDS, given, strict=True)))
     checks.finish()
-    parts = list(lay_out([checked]))
+    parts = list(lay_out([[checked]]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def lay_out(chunks: Iterable[dict[str, np.ndarray]], *, report: bool = True) -> Iterator[TensorDict]:
-    """Convert chunks of checked arrays to transitions. If ``report`` is true, log which rows were dropped."""
+def lay_out(recordings: Iterable[Iterable[dict[str, np.ndarray]]], *, report: bool = True) -> Iterator[TensorDict]:
+    """Convert recordings to transitions; each recording consists of chunks of checked arrays.
+
+    An episode ends at the last row of its recording. If ``report`` is true, log which rows were dropped.
+    """
     episode = rows = guessed = 0  # guessed: number of episode ends found by comparing observations
     dropped, lost, kept = Rows(), 0.0, 0.0
-    for fields, is_last in with_successors(chunks):
-        part, keep = _part(fields, episode, is_last)
-        guessed += 0 if "truncated" in fields else int(part["next", "truncated"].sum())
-        episode += int(part["next", "done"].sum())
-        dropped.add(~keep, rows)
-        reward = np.abs(fields["rewards"][:-1].astype(np.float64))
-        lost, kept = lost + reward[~keep].sum(), kept + reward[keep].sum()
-        rows += len(part)
-        if keep.any():
-            yield part if keep.all() else part[torch.from_numpy(keep)]
+    for chunks in recordings:
+        held: TensorDict | None = None  # kept back until it is known whether it holds the last row of the recording
+        for fields, is_last in with_successors(chunks):
+            part, keep, ends = _part(fields, episode, is_last)
+            guessed += 0 if "truncated" in fields or is_last else int(part["next", "truncated"].sum())
+            episode += ends
+            dropped.add(~keep, rows)
+            reward = np.abs(fields["rewards"][:-1].astype(np.float64))
+            lost, kept = lost + reward[~keep].sum(), kept + reward[keep].sum()
+            rows += len(part)
+            if keep.any():
+                if held is not None:
+                    yield held
+                held = part if keep.all() else part[torch.from_numpy(keep)]
+        if held is not None:
+            held["next", "truncated"][-1] |= ~held["next", "done"][-1]
+            held["next", "done"][-1] = True
+            yield held
     if not rows:
         raise DatasetError("the data has no rows; at least one row is needed.")
     if dropped.count == rows:
@@ -153,8 +166,8 @@ def _report_dropped(dropped: Rows, lost: float, kept: float) -> None:
         _logger.info(what)
 
 
-def _part(fields: dict[str, np.ndarray], episode: int, is_last: bool) -> tuple[TensorDict, np.ndarray]:
-    """Convert all rows except the last; also return a mask of the rows to keep."""
+def _part(fields: dict[str, np.ndarray], episode: int, is_last: bool) -> tuple[TensorDict, np.ndarray, int]:
+    """Convert all rows except the last. Also return a mask of the rows to keep, and the number of ended episodes."""
     observation, following = fields["observations"][:-1], fields["observations"][1:]
     terminated = fields["terminated"][:-1]
     given = fields.get("next_observations")
@@ -164,16 +177,23 @@ def _part(fields: dict[str, np.ndarray], episode: int, is_last: bool) -> tuple[T
         truncated = np.zeros_like(terminated)
     else:
         truncated = ~terminated & (given[:-1] != following).any(1)
-    done = terminated | truncated
+    if is_last:
+        truncated = truncated | ~terminated
+    ends = terminated | truncated
     if given is None:
         next_observation = np.where(terminated[:, None], observation, following)
-        keep = terminated | ~(truncated | is_last)
+        keep = terminated | ~truncated
+        # a row before a dropped row is the last row of its episode
+        truncated = truncated | (~ends & (fields["truncated"] & ~fields["terminated"])[1:])
     else:
-        next_observation, keep = given[:-1], np.ones_like(done)
+        next_observation = given[:-1]
+        short = fields.get("incomplete", np.zeros(len(given), bool))  # the last row of an episode, to be dropped
+        keep, truncated = ~short[:-1], truncated | (~ends & short[1:])
+    done = terminated | truncated
     columns = {
         "observation": observation,
         "action": fields["actions"][:-1],
-        "episode": episode + np.cumsum(done) - done,  # - done, because the last row still belongs to its episode
+        "episode": episode + np.cumsum(ends) - ends,  # - ends, because the last row still belongs to its episode
         "next": {
             "observation": next_observation,
             "reward": fields["rewards"][:-1, None],
@@ -182,4 +202,4 @@ def _part(fields: dict[str, np.ndarray], episode: int, is_last: bool) -> tuple[T
             "truncated": truncated[:, None],
         },
     }
-    return TensorDict(columns, batch_size=[len(done)]), keep
+    return TensorDict(columns, batch_size=[len(done)]), keep, int(ends.sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import warnings
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from tensordict import TensorDictBase
 
+from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.files import write_whole
 
@@ -20,13 +22,16 @@ if TYPE_CHECKING:
     from minari.data_collector import EpisodeBuffer
 
 
-def write_hdf5(path: str | Path, transitions: TensorDictBase, env_id: str, *, overwrite: bool = False) -> None:
+def write_hdf5(
+    path: str | Path, transitions: TensorDictBase, env: str | Environment, *, overwrite: bool = False
+) -> None:
     """Write transitions to an HDF5 file in D4RL's layout; if this fails, no partial file is left.
 
     Args:
         path: path of the file, ending in ``.hdf5`` or ``.h5``. Missing folders are created.
         transitions: TensorDict of batch size ``[N]``, as ``torchrl_bcq.evaluation.recording.record`` returns it.
-        env_id: Gymnasium id of the environment for evaluation, stored in the file's attribute ``env_id``.
+        env: environment for evaluation, or its Gymnasium id. The file stores the id, the arguments (as JSON) and the
+            time limit in its attributes ``env_id``, ``env_kwargs`` and ``max_episode_steps``.
         overwrite: whether to replace an existing file.
 
     Raises:
@@ -37,6 +42,7 @@ def write_hdf5(path: str | Path, transitions: TensorDictBase, env_id: str, *, ov
     """
     import h5py
 
+    env = Environment.of(env)
     check_out(str(path), overwrite)
     after = transitions["next"]
     fields = {
@@ -50,17 +56,21 @@ def write_hdf5(path: str | Path, transitions: TensorDictBase, env_id: str, *, ov
     with write_whole(Path(path).expanduser()) as aside, h5py.File(aside, "w") as file:
         for name, values in fields.items():
             file.create_dataset(name, data=values.cpu().numpy(), compression="gzip", shuffle=True)
-        file.attrs["env_id"] = env_id
+        file.attrs["env_id"] = env.id
+        if env.kwargs:
+            file.attrs["env_kwargs"] = json.dumps(env.kwargs)
+        if env.max_episode_steps is not None:
+            file.attrs["max_episode_steps"] = env.max_episode_steps
 
 
 def write_minari(
-    dataset_id: str, transitions: TensorDictBase, env_id: str, *, algorithm: str, overwrite: bool = False
+    dataset_id: str, transitions: TensorDictBase, env: str | Environment, *, algorithm: str, overwrite: bool = False
 ) -> None:
     """Write transitions into Minari's local store (``$MINARI_DATASETS_PATH``, by default ``~/.minari/datasets``).
 
     Args:
         dataset_id: id of the new dataset, such as ``"mine/hopper/noisy-v0"``.
-        transitions, env_id, overwrite: as for ``write_hdf5``.
+        transitions, env, overwrite: as for ``write_hdf5``.
         algorithm: description of how the actions were chosen.
 
     Raises:
@@ -68,22 +78,26 @@ def write_minari(
             environment.
         OSError: if the dataset cannot be written.
     """
+    import gymnasium
     import minari
     from minari.storage import get_dataset_path
 
+    env = Environment.of(env)
     check_out(f"minari:{dataset_id}", overwrite)
     with _replacing(get_dataset_path(dataset_id)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="minari")  # no warning that the author's e-mail address is missing
         try:
+            made = gymnasium.make(env.id, **{"max_episode_steps": env.max_episode_steps, **env.kwargs})
+            made.close()
             minari.create_dataset_from_buffers(
                 dataset_id,
                 buffer=_minari_episodes(transitions),
-                env=env_id,
-                eval_env=env_id,
+                env=made.spec,
+                eval_env=made.spec,
                 algorithm_name=algorithm,
                 author="torchrl_bcq",
                 code_permalink="torchrl_bcq/evaluation/recording.py",
-                description=f"{len(transitions)} steps of {env_id}, recorded by torchrl-bcq.",
+                description=f"{len(transitions)} steps of {env}, recorded by torchrl-bcq.",
             )
         except ValueError as error:  # for example if the environment cannot be described in JSON
             raise RunError(f"Minari cannot store {dataset_id} ({error}); record into an HDF5 file.") from error

@@ -2,45 +2,80 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
+import sys
+from dataclasses import replace
 from typing import Any
 
+from torchrl.data import Composite
+from torchrl.data.tensor_specs import ContinuousBox
 from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, SerialEnv, TransformedEnv
 
+from torchrl_bcq.bounds import round_inwards
+from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.errors import RunError
 
 _REST = 0.005  # episodes should continue until the weight gamma**t of a reward is at most this number
 _LONGEST = 1_000  # steps_to_compare raises a time limit to at most this many steps; more steps take too long
+_DEFAULT_LIMIT = 1_000  # time limit in steps of an environment that has none
+_logger = logging.getLogger(__name__)
 
 
-def make_env(env_id: str, *, remedy: str = "choose another environment", **settings: Any) -> EnvBase:
-    """Make a Gymnasium environment with observations and rewards in float32.
+class _ToFloat(DoubleToFloat):
+    """TorchRL's ``DoubleToFloat``, but float32 action bounds lie within the environment's float64 bounds.
+
+    Rounded to nearest, 0.1 becomes 0.10000000149 in float32, which an environment with the bound 0.1 may refuse.
+    """
+
+    def transform_input_spec(self, input_spec: Composite) -> Composite:
+        """Convert the spec to float32, and round its action bounds inwards."""
+        input_spec = super().transform_input_spec(input_spec)
+        for key, exact in self.parent.full_action_spec_unbatched.items(True, True):
+            space = input_spec["full_action_spec", key].space
+            if isinstance(space, ContinuousBox):
+                low, high = round_inwards(exact.space.low, exact.space.high, space.low.dtype)
+                space.low, space.high = low.expand_as(space.low), high.expand_as(space.high)
+        return input_spec
+
+
+def make_env(env: str | Environment, *, remedy: str = "choose another environment", **settings: Any) -> EnvBase:
+    """Make a Gymnasium environment with observations, rewards and actions in float32.
+
+    The action bounds of ``made.action_spec`` are rounded inwards; ``made.base_env.action_spec`` holds the exact bounds.
 
     Args:
-        env_id: Gymnasium id of the environment.
+        env: the environment or its Gymnasium id. If the id is ``MODULE:ID``, Gymnasium imports the module, from the
+            current folder if the module is not installed.
         remedy: advice to the user at the end of the error message.
-        settings: further arguments of ``gymnasium.make``.
+        settings: further arguments of ``gymnasium.make``, which replace those of ``env``.
 
     Raises:
         RunError: if the environment cannot be made; the error's ``__cause__`` is the original error.
     """
     import gymnasium
 
+    env = Environment.of(env)
+    if ":" in env.id and (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    arguments = {"max_episode_steps": env.max_episode_steps, **env.kwargs, **settings}
     try:
-        return TransformedEnv(GymWrapper(gymnasium.make(env_id, **settings)), DoubleToFloat())
-    except (gymnasium.error.Error, ImportError, KeyError) as error:  # KeyError: TorchRL cannot convert a space
-        raise RunError(f"environment {env_id!r} cannot be made: {error}; {remedy}.") from error
+        return TransformedEnv(GymWrapper(gymnasium.make(env.id, **arguments)), _ToFloat())
+    except Exception as error:  # the code of an environment raises any exception, TorchRL a KeyError for a space
+        raise RunError(f"environment {str(env)!r} cannot be made: {error or repr(error)}; {remedy}.") from error
 
 
-def make_envs(env_id: str, episodes: int, device: Any = None, *, max_steps: int | None = None) -> EnvBase:
+def make_envs(env: str | Environment, episodes: int, device: Any = None, *, max_steps: int | None = None) -> EnvBase:
     """Return a ``SerialEnv`` of environments from ``make_env``, one for each episode.
 
     ``max_steps`` replaces the time limit of the environment.
     """
-    return SerialEnv(episodes, lambda: make_env(env_id, max_episode_steps=max_steps), device=device)
+    limit: dict[str, Any] = {} if max_steps is None else {"max_episode_steps": max_steps}
+    return SerialEnv(episodes, lambda: make_env(env, **limit), device=device)
 
 
-def steps_to_compare(env_id: str, gamma: float) -> int | None:
+def steps_to_compare(env: str | Environment, gamma: float) -> int | None:
     """Return how long episodes must be, so that their discounted return can be compared with a critic's estimate.
 
     A critic estimates the return without a time limit, but a short episode leaves out the rewards of later steps. So a
@@ -48,24 +83,65 @@ def steps_to_compare(env_id: str, gamma: float) -> int | None:
     number of steps, the weight of a reward, ``gamma^t``, is below 0.5 %. The result is None if the environment has no
     time limit.
     """
-    limit = time_limit(env_id)
+    limit = time_limit(env)
     if limit is None or not 0 < gamma < 1:
         return limit
     return max(limit, min(_LONGEST, math.ceil(math.log(_REST) / math.log(gamma))))
 
 
-def time_limit(env_id: str) -> int | None:
+def time_limit(env: str | Environment) -> int | None:
     """Return the number of steps after which Gymnasium ends an episode, or None without a time limit."""
+    made = make_env(env)
+    made.close()
+    return made.spec.max_episode_steps
+
+
+def with_time_limit(env: Environment, remedy: str) -> Environment:
+    """Return ``env``, with a time limit of 1,000 steps if ``env`` has none, because its episodes might never end.
+
+    If the time limit of ``env`` is the one that is registered for its id, the result has ``max_episode_steps=None``.
+    """
     import gymnasium
 
-    return gymnasium.spec(env_id).max_episode_steps
+    if (limit := time_limit(env)) is not None:
+        spec = gymnasium.registry.get(env.id.rpartition(":")[2])
+        return env if spec is None or spec.max_episode_steps != limit else replace(env, max_episode_steps=None)
+    message = "%s has no time limit, so evaluation ends its episodes after %d steps; %s"
+    _logger.warning(message, env, _DEFAULT_LIMIT, remedy)
+    return replace(env, max_episode_steps=_DEFAULT_LIMIT)
 
 
-def check_observations(env: EnvBase, env_id: str, shape: tuple[int, ...], whose: str, remedy: str) -> None:
-    """Raise a RunError if the observations of ``env`` do not have the shape ``shape``."""
-    leaves = sorted(env.observation_spec.items(True, True), key=str)  # for a fixed order in the message
+def check_fits(
+    made: EnvBase,
+    env: str | Environment,
+    remedy: str,
+    *,
+    whose: str,
+    observations: tuple[int, ...],
+    actions: tuple[int, ...] | None = None,
+) -> None:
+    """Raise a RunError if the environment does not fit a dataset or a run.
+
+    Args:
+        made: the environment, made by ``make_env(env)``.
+        env, remedy: as for ``make_env``; used in the message.
+        whose: whose observations and actions the environment must have, such as "the dataset".
+        observations, actions: their shapes; None if the shape of the actions is not checked.
+    """
+    leaves = sorted(made.observation_spec.items(True, True), key=str)  # for a fixed order in the message
     found = {key: tuple(spec.shape) for key, spec in leaves}
-    if found.get("observation") != shape:
-        raise RunError(
-            f"{env_id} has observations of shape {found.get('observation', found)}, but {whose} has {shape}; {remedy}."
-        )
+    if found.get("observation") != observations:
+        shapes = found.get("observation", found)
+        raise RunError(f"{env} has observations of shape {shapes}, but {whose} has {observations}; {remedy}.")
+    check_continuous(made, env, remedy)
+    if actions is not None and (shape := tuple(made.action_spec.shape)) != actions:
+        raise RunError(f"{env} has actions of shape {shape}, but {whose} has {actions}; {remedy}.")
+
+
+def check_continuous(made: EnvBase, env: str | Environment, remedy: str) -> None:
+    """Raise a RunError if the actions of the environment are not continuous."""
+    from gymnasium.spaces import Box
+
+    if not isinstance(made.action_space, Box):
+        found = f"{env} has the action space {made.action_space}"
+        raise RunError(f"{found}, but continuous actions (a Box) are needed; {remedy}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -86,6 +86,8 @@ class EnvironmentMetrics(_PeriodicMetrics):
         seed: random seed of the environments and the policy.
         time_limit: number of steps. If an episode is longer, ``return`` and ``episode_length`` leave out the later
             steps.
+        reward: function that changes rewards as in training. ``discounted_return`` is the sum of the changed rewards,
+            because ``value_estimate`` estimates this sum. ``return`` is the sum of the environment's rewards.
         reference_scores: mean returns of a random policy (score 0) and of an expert (score 100).
 
     Usage: ``EnvironmentMetrics(envs, policy, interval=5000, value=loss.value).register(trainer)``.
@@ -105,11 +107,13 @@ class EnvironmentMetrics(_PeriodicMetrics):
         gamma: float = 0.99,
         seed: int = 0,
         time_limit: int | None = None,
+        reward: Callable[[torch.Tensor], torch.Tensor] | None = None,
         reference_scores: Sequence[float] | None = None,
     ) -> None:
         super().__init__(interval)
         self.reference_scores = reference_scores
         settings: dict[str, Any] = {"value": value, "gamma": gamma, "seed": seed, "time_limit": time_limit}
+        settings["reward"] = reward
         self._evaluate = partial(evaluate, envs, policy, should_stop=self._should_stop, **settings)
 
     def measure(self) -> dict[str, float] | None:

@@ -12,6 +12,7 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequ
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
 
+from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.data.writers import write_minari
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation.environments import make_env
@@ -38,12 +39,12 @@ def swing_up(observation: torch.Tensor, noise: float) -> torch.Tensor:
 
 
 def record(
-    env_id: str, policy: TensorDictModuleBase | None, steps: int, *, noise: float = 0.0, seed: int = 0
+    env_id: str | Environment, policy: TensorDictModuleBase | None, steps: int, *, noise: float = 0.0, seed: int = 0
 ) -> TensorDictBase:
     """Record the transitions of a policy, one episode after another.
 
     Args:
-        env_id: Gymnasium id of the environment. Its observation and action spaces must be one-dimensional ``Box``
+        env_id: the environment or its Gymnasium id. Its observation and action spaces must be one-dimensional ``Box``
             spaces, and its actions must be bounded.
         policy: reads ``observation [D]`` in float32 and writes ``action [A]``. If None, actions are uniformly random.
         steps: number of transitions; the last one is marked as truncated if it does not end an episode.
@@ -83,7 +84,7 @@ def record(
             return (action + noise * (high - low) / 2 * torch.randn_like(action)).clamp(low, high)
 
         policy = TensorDictSequential(policy, TensorDictModule(disturb, ["action"], ["action"]))
-    return _collect([(env, policy)], steps, seed, env_id)
+    return _collect([(env, policy)], steps, seed, str(env_id))
 
 
 def record_swing_up(steps: int = 30_000, seed: int = 0) -> TensorDictBase:
@@ -104,7 +105,7 @@ def record_default(*, overwrite: bool = False) -> bool:
     return True
 
 
-def _check_policy(policy: TensorDictModuleBase, env: EnvBase, env_id: str) -> None:
+def _check_policy(policy: TensorDictModuleBase, env: EnvBase, env_id: str | Environment) -> None:
     """Raise a RunError if the policy does not fit the observation shape or action shape of ``env``."""
     try:
         with torch.random.fork_rng(devices=[]):

@@ -30,6 +30,7 @@ def evaluate(
     gamma: float = 0.99,
     seed: int = 0,
     time_limit: int | None = None,
+    reward: Callable[[Tensor], Tensor] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TensorDict | None:
     """Run one episode in each environment and compute its return; then restore PyTorch's random state.
@@ -43,6 +44,9 @@ def evaluate(
         gamma: discount factor of ``discounted_return``.
         seed: random seed of the environments and the policy.
         time_limit: number of steps. If an episode is longer, ``return`` and ``length`` leave out the later steps.
+        reward: function that changes rewards ``[E, T]`` as in training, such as ``partial(change_reward, scale=0.1)``.
+            The discounted return is the sum of the changed rewards, because ``value`` estimates this sum. ``return``
+            is the sum of the environment's rewards.
         should_stop: function that is called before each step; if it returns True, the evaluation stops.
 
     Returns:
@@ -65,8 +69,9 @@ def evaluate(
             return None
         done = steps["next", "done"].squeeze(-1).long()
         running = done.cumsum(1) == done  # True up to the first done; later steps do not count
-        rewards = steps["next", "reward"].squeeze(-1).double() * running
-        discounted = discounted_sum(rewards, gamma)
+        given = steps["next", "reward"].squeeze(-1).double()
+        rewards = given * running
+        discounted = discounted_sum(rewards if reward is None else reward(given) * running, gamma)
         counted, counted_steps = rewards[:, :time_limit].sum(1), running[:, :time_limit].sum(1)
         out = {"return": counted, "length": counted_steps, "discounted_return": discounted}
         estimate = None if value is None else value(steps[:, 0])

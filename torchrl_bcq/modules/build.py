@@ -9,7 +9,7 @@ import torch
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torchrl.data import TensorSpec
+from torchrl.data import Bounded, TensorSpec
 from torchrl.modules import MLP
 
 from torchrl_bcq.bounds import action_bounds
@@ -75,6 +75,7 @@ def make_bcq_modules(
     Source: arXiv:1812.02900, appendix D.1, with the layer sizes of the author's code.
     """
     networks = _Networks(observation_spec, normalization, device, dtype)
+    action_spec = networks.bounded(action_spec)
     low, high = (bound.double() for bound in action_bounds(action_spec))
     actions = len(low)
     latents = 2 * actions if latent_dim is None else latent_dim
@@ -128,7 +129,8 @@ def make_cloning_modules(
         TypeError, ValueError: in the same cases as ``make_bcq_modules``.
     """
     networks = _Networks(observation_spec, normalization, device, dtype)
-    network = networks.mlp(len(action_bounds(action_spec)[0]), hidden)
+    action_spec = networks.bounded(action_spec)
+    network = networks.mlp(action_spec.shape[0], hidden)
     keys = {"observation_keys": networks.keys, "action_key": action_key}
     return networks.place(DeterministicActor(network, action_spec, **keys, observation_specs=networks.specs))
 
@@ -163,6 +165,11 @@ class _Networks:
         self.keys = list(sizes)
         self.width = sum(sizes.values())
         self.statistics = None if normalization is None else normalization.columns(sizes)
+
+    def bounded(self, action_spec: TensorSpec) -> Bounded:
+        """Return the action spec in ``self.dtype``; its bounds are rounded inwards."""
+        low, high = action_bounds(action_spec, self.dtype)
+        return Bounded(low, high, low.shape, dtype=self.dtype)
 
     def mlp(self, out_features: int, num_cells: Sequence[int], *other: Tensor) -> MLP:
         """Build an MLP of the observations. ``other``: mean ``[K]`` and scale ``[K]`` of a second input."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torchrl_bcq.data import episode_weights, make_replay_buffer, multi_step, re
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation import DatasetMetrics, EnvironmentMetrics
 from torchrl_bcq.evaluation.environments import make_envs, steps_to_compare, time_limit
+from torchrl_bcq.functional import change_reward
 from torchrl_bcq.runs import processes
 from torchrl_bcq.runs.algorithms import find_algorithm
 from torchrl_bcq.runs.build import make_objective, make_policy
@@ -31,16 +34,25 @@ from torchrl_bcq.runs.settings import to_plain
 from torchrl_bcq.trainers import KeepBest, OfflineTrainer
 from torchrl_bcq.trainers.execution import PRECISIONS
 
-_FROM_ONE = ("steps", "batch_size", "threads", "n_step", "log_interval", "evaluation.episodes", "evaluation.max_rows",
-             "checkpoint.keep")  # fmt: skip
+_FROM_ONE = ("steps", "batch_size", "n_step", "log_interval", "evaluation.episodes", "evaluation.max_rows",
+             "evaluation.max_episode_steps", "checkpoint.keep")  # fmt: skip
 _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     *((name, lambda value: value >= 1, "at least 1") for name in _FROM_ONE),
     *((f"loss.{name}", lambda value: 0 <= value <= 1, "a number between 0 and 1") for name in ("gamma", "tau")),
     ("held_out", lambda value: 0 <= value < 1, "a fraction of the episodes, at least 0 and below 1"),
     ("loss.reduction", lambda value: value != "none", "mean or sum, because a gradient step needs one number"),
+    (
+        "threads",
+        lambda value: value == "auto" or (isinstance(value, int) and value >= 1),
+        "auto, a number of at least 1, or null for PyTorch's default",
+    ),
+    ("reward.shift", math.isfinite, "a finite number"),
+    ("reward.scale", lambda value: 0 < value < math.inf, "a positive number"),
+    ("reward.clip", lambda value: value > 0, "a positive number, or null for no clipping"),
     ("optim.clip_norm", lambda value: value > 0, "more than 0, or null for no clipping"),
     ("precision", lambda value: value in PRECISIONS, f"null or one of {[*PRECISIONS]}"),
 ]
+CHANGED = "values, TD errors and discounted returns are of the changed rewards, but return is the environment's"
 
 
 class _EarlyStopping(EarlyStopping):
@@ -55,8 +67,9 @@ def assemble(settings: DictConfig, transitions: TensorDictBase, task: Task) -> O
     """Build the trainer of a run and its hooks; ``transitions [N]`` and ``task`` come from ``open_dataset``."""
     plain: Any = OmegaConf.to_container(settings, resolve=True)
     out, device = Path(settings.out), choose_device(settings.device)
-    learned = split(settings, transitions)
-    buffer, held_out = _make_buffer(settings, transitions, learned, device)
+    learned, weights = split(settings, transitions), _row_weights(settings, transitions)
+    transitions = change_rewards(settings, transitions)
+    buffer, held_out = _make_buffer(settings, transitions, learned, weights, device)
     random.seed(settings.seed)
     torch.manual_seed(settings.seed)
     loss, updater = make_objective(
@@ -94,14 +107,39 @@ def split(settings: DictConfig, transitions: TensorDictBase) -> Tensor | None:
     return split_episodes(transitions, settings.held_out, seed=settings.seed)[0] if settings.held_out else None
 
 
-def _make_buffer(
-    settings: DictConfig, transitions: TensorDictBase, learned: Tensor | None, device: torch.device
-) -> tuple[TensorDictReplayBuffer, TensorDictBase | None]:
-    """Return a replay buffer of the training rows, and the held-out rows (None if there are none)."""
+def change_rewards(settings: DictConfig, transitions: TensorDictBase) -> TensorDictBase:
+    """Return the transitions with the rewards that ``settings.reward`` describes."""
+    reward = transitions["next", "reward"]
+    changed = change_reward(reward, **settings.reward)
+    return transitions if torch.equal(changed, reward) else transitions.copy().set(("next", "reward"), changed)
+
+
+def reward_formula(settings: DictConfig) -> str | None:
+    """Return the formula of the changed rewards as text, or None if the rewards do not change."""
+    shift, scale, clip = (settings.reward[name] for name in ("shift", "scale", "clip"))
+    if (shift, scale, clip) == (0, 1, None):
+        return None
+    formula = f"(reward + {shift:g}) * {scale:g}"
+    return formula if clip is None else f"clip({formula}, {-clip:g}, {clip:g})"
+
+
+def _row_weights(settings: DictConfig, transitions: TensorDictBase) -> Tensor | None:
+    """Return the weights ``[N]`` with which rows are drawn, or None if all rows are equally likely."""
     kinds: dict[str | None, Callable] = {None: lambda rows: None, "episode": episode_weights, "return": return_weights}
     if settings.weights not in kinds:
         raise RunError(f"weights is {settings.weights!r}, expected null or one of {[kind for kind in kinds if kind]}.")
-    weights, held_out = kinds[settings.weights](transitions), None
+    return kinds[settings.weights](transitions)
+
+
+def _make_buffer(
+    settings: DictConfig,
+    transitions: TensorDictBase,
+    learned: Tensor | None,
+    weights: Tensor | None,
+    device: torch.device,
+) -> tuple[TensorDictReplayBuffer, TensorDictBase | None]:
+    """Return a replay buffer of the training rows, and the held-out rows (None if there are none)."""
+    held_out = None
     if learned is not None:
         held_out = transitions[~learned]
         if settings.sampler == "uniform" and settings.n_step == 1:  # held-out rows get weight 0, so no data is copied
@@ -125,12 +163,12 @@ def _add_metrics(
     shared: dict[str, Any] = {"interval": evaluation.interval, "seed": evaluation.seed}
     metrics = DatasetMetrics(loss, policy, transitions, held_out=held_out, max_rows=evaluation.max_rows, **shared)
     known = [*metrics.names, *loss.out_keys]
-    if task.env_id is not None:
+    if task.env is not None:
         discount = {"gamma": settings.loss.gamma} if "gamma" in settings.loss else {}
-        steps = steps_to_compare(task.env_id, **discount) if discount else None
-        envs = make_envs(task.env_id, evaluation.episodes, choose_device(settings.device), max_steps=steps)
+        steps = steps_to_compare(task.env, **discount) if discount else None
+        envs = make_envs(task.env, evaluation.episodes, choose_device(settings.device), max_steps=steps)
         shared |= {"value": loss.value, "reference_scores": task.reference_scores, **discount}
-        shared |= {"time_limit": time_limit(task.env_id)}
+        shared |= {"time_limit": time_limit(task.env), "reward": partial(change_reward, **settings.reward)}
         EnvironmentMetrics(envs, policy, **shared).register(trainer)
         known += ["return", "return_std", "episode_length"]
         known += ["value_estimate", "discounted_return"] if loss.has_values else []

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,26 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation
 from torchrl.data import Bounded, TensorSpec, Unbounded
 
-from torchrl_bcq.bounds import action_bounds
-from torchrl_bcq.data import load_transitions
+from torchrl_bcq.bounds import round_inwards
+from torchrl_bcq.data import DatasetError, load_transitions
+from torchrl_bcq.data.checks import OUTSIDE_REMEDY
 from torchrl_bcq.data.episodes import episode_returns
 from torchrl_bcq.data.registry import find_source
-from torchrl_bcq.data.sources.source import env_id_or_none, scores_or_none
+from torchrl_bcq.data.sources.environment import Environment
+from torchrl_bcq.data.sources.source import scores_or_none
 from torchrl_bcq.errors import RunError
-from torchrl_bcq.evaluation.environments import check_observations, make_env
+from torchrl_bcq.evaluation.environments import check_continuous, check_fits
 from torchrl_bcq.objectives import OfflineLoss
+from torchrl_bcq.runs import processes
 from torchrl_bcq.runs.algorithms import Algorithm, find_algorithm
+from torchrl_bcq.runs.bounds import DATA, Box, check_actions, choose_bounds, clip_actions
 from torchrl_bcq.runs.build import make_objective, make_policy
+from torchrl_bcq.runs.environment import REMEDY, choose_environment
 from torchrl_bcq.runs.settings import to_settings
 from torchrl_bcq.trainers import make_checkpoint
 from torchrl_bcq.trainers.best import best_checkpoint
 
 CHECKPOINTS, BEST, BASELINE = "checkpoints", "best", "baseline"  # subfolders of a run's folder
-_REMEDY = "choose another with evaluation.env=ID, or none with evaluation.env=null"
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,13 @@ class Task:
     env_id: str | None  # Gymnasium id of the environment in which the policy is evaluated
     reference_scores: Sequence[float] | None  # mean returns of a random policy and of an expert
     behaviour: dict[str, float]  # mean and std of the dataset's returns, and the number of the dataset's episodes
+    env_kwargs: dict[str, Any] = field(default_factory=dict)  # older checkpoints lack this field and the next one
+    max_episode_steps: int | None = None  # None: the time limit that is registered for env_id
+
+    @property
+    def env(self) -> Environment | None:
+        """The environment in which the policy is evaluated."""
+        return None if self.env_id is None else Environment(self.env_id, self.env_kwargs, self.max_episode_steps)
 
     @property
     def observation_spec(self) -> TensorSpec:
@@ -52,49 +62,76 @@ class Task:
 
     @property
     def action_spec(self) -> TensorSpec:
-        """Spec of one action."""
-        return Bounded(torch.tensor(self.action_low), torch.tensor(self.action_high), (len(self.action_low),))
+        """Spec of one action in float32; its bounds are rounded inwards."""
+        low, high = (torch.tensor(bound, dtype=torch.float64) for bound in (self.action_low, self.action_high))
+        return Bounded(*round_inwards(low, high, torch.float32), low.shape)
 
 
 def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
     """Read the dataset of a run; returns the transitions and a ``Task``.
 
     Raises:
-        RunError: if the environment cannot be made or does not fit the dataset, or the reference scores are invalid.
+        RunError: if the environment cannot be made or does not fit the dataset, or if the action bounds or the
+            reference scores are invalid.
         DatasetError: if the dataset cannot be read or has defects.
     """
     reader: Any = OmegaConf.to_container(settings.reader, resolve=True)
     source = find_source(settings.dataset, **reader)
-    is_auto = settings.evaluation.env == "auto"
-    env_id = getattr(source, "env_id", None) if is_auto else settings.evaluation.env
-    try:
-        env = None if env_id is None else make_env(env_id, remedy=_REMEDY)
-    except RunError as error:
-        if not is_auto:
-            raise
-        env, reason = None, error.__cause__
-        message = "the dataset names the environment %s, which cannot be made (%s); no policy is evaluated in it."
-        _logger.warning(message, env_id, reason)
-    spec = env.action_spec if env is not None else getattr(source, "action_spec", None)
-    transitions = load_transitions(settings.dataset, action_spec=spec, root=settings.root, **reader)
-    if env is not None:
-        check_observations(env, str(env_id), tuple(transitions["observation"].shape[1:]), "the dataset", _REMEDY)
-    if spec is None:  # the networks need bounds: use the range of the dataset's actions
-        spec = Bounded(transitions["action"].amin(0), transitions["action"].amax(0), transitions["action"].shape[1:])
+    env, made = choose_environment(settings.evaluation, getattr(source, "env", None))
+    specs = {f"environment {env}": None, "dataset's spec": getattr(source, "action_spec", None)}
+    if made is not None:
+        check_continuous(made, str(env), REMEDY)
+        specs[f"environment {env}"] = made.base_env.action_spec  # bounds that are not rounded
+    transitions, box = _read_in_bounds(settings, specs, reader)
+    if made is not None:
+        shape = tuple(transitions["observation"].shape[1:])
+        check_fits(made, str(env), REMEDY, whose="the dataset", observations=shape)
     scores = settings.evaluation.reference_scores
     scores = getattr(source, "reference_scores", None) if scores == "auto" else scores
     references = scores_or_none(scores)
     if scores is not None and references is None:
         raise RunError(f"evaluation.reference_scores is {scores}, expected [random, expert], where expert is higher.")
-    (low, high), returns = action_bounds(spec), episode_returns(transitions)
+    returns = episode_returns(transitions)
+    if processes.is_first():
+        box.report()
     return transitions, Task(
         observation_size=transitions["observation"].shape[-1],
-        action_low=low.tolist(),
-        action_high=high.tolist(),
-        env_id=None if env is None else env_id,
+        action_low=box.low.tolist(),
+        action_high=box.high.tolist(),
+        env_id=None if env is None else env.id,
         reference_scores=references,
         behaviour={"mean": returns.mean().item(), "std": returns.std(correction=0).item(), "episodes": len(returns)},
+        env_kwargs={} if env is None else dict(env.kwargs),
+        max_episode_steps=None if env is None else env.max_episode_steps,
     )
+
+
+def _read_in_bounds(
+    settings: DictConfig, specs: dict[str, TensorSpec | None], reader: dict[str, Any]
+) -> tuple[TensorDictBase, Box]:
+    """Read the transitions; check or clip their actions. Bounds that no source has are the range of the data."""
+    box, spec = choose_bounds(settings, specs), None
+    chosen = box
+    if box is not None:
+        box.check()
+        spec = Unbounded(box.low.shape) if settings.action_clip else box.spec
+    try:
+        transitions = load_transitions(settings.dataset, action_spec=spec, root=settings.root, **reader)
+        low, high = transitions["action"].aminmax(dim=0)
+        chosen = choose_bounds(settings, {**specs, DATA: Bounded(low, high, low.shape)})
+        assert chosen is not None
+        chosen.check()
+        if settings.action_clip:
+            transitions = clip_actions(transitions, chosen)
+        elif box is None:
+            check_actions(transitions, chosen)
+    except DatasetError as error:
+        message = str(error).replace(OUTSIDE_REMEDY, "set action_clip=true, or action_low and action_high")
+        if chosen is not None and "action spec" in message:
+            origins = " and ".join(dict.fromkeys(source for side in chosen.origins for source in side))
+            message += f" The action spec comes from: {origins}."
+        raise DatasetError(message) from error.__cause__
+    return transitions, chosen
 
 
 def choose_device(name: str) -> torch.device:
@@ -153,11 +190,12 @@ def read_metadata(path: Path) -> tuple[DictConfig, Task, int]:
     try:
         metadata = Checkpoint.manifest(path)["metadata"]
         settings, facts, step = metadata["config"], metadata["task"], int(metadata["optim_steps"])
-        task = Task(**{field.name: facts[field.name] for field in fields(Task)})
+        task = Task(**{fact.name: facts[fact.name] for fact in fields(Task) if fact.name in facts})
+        if task.env is not None and not re.fullmatch(r"([\w.]+:)?[\w./-]+", str(task.env_id)):
+            raise ValueError(f"{task.env_id!r} is not the id of an environment")
     except Exception as error:
         raise RunError(f"{path} is not a checkpoint of torchrl-bcq train, or it is damaged: {error!r}") from error
-    # for safety, drop an environment id such as module:Name-v0: Gymnasium would import the module
-    return to_settings(settings, path), replace(task, env_id=env_id_or_none(task.env_id)), step
+    return to_settings(settings, path), task, step
 
 
 def load(run: Path, which: str = "best", device: str = "auto") -> Trained:

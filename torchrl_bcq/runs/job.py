@@ -18,18 +18,20 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.files import write_whole
 from torchrl_bcq.runs import processes
-from torchrl_bcq.runs.assembly import assemble, check_numbers
+from torchrl_bcq.runs.assembly import CHANGED, assemble, check_numbers, reward_formula
 from torchrl_bcq.runs.folder import BASELINE, BEST, CHECKPOINTS, Task, open_dataset, read_metadata
 from torchrl_bcq.runs.loggers import trim_log
 from torchrl_bcq.runs.settings import check_resumable, default_settings, save_settings, to_plain, to_settings
+from torchrl_bcq.runs.threads import choose_threads, use_threads
 from torchrl_bcq.trainers import OfflineTrainer
 from torchrl_bcq.trainers.best import best_checkpoint
 from torchrl_bcq.trainers.checkpoints import tidy_rotation
 
 RESULTS = "results.json"
 _SAME_IN_BASELINE = (
-    "dataset", "reader", "root", "sampler", "weights", "normalize", "held_out", "steps", "batch_size", "seed", "device",
-    "threads", "log_interval", "logger", "logger_kwargs", "progress_bar", "evaluation",
+    "dataset", "reader", "root", "action_low", "action_high", "action_clip", "reward", "sampler", "weights",
+    "normalize", "held_out", "steps", "batch_size", "seed", "device", "threads", "log_interval", "logger",
+    "logger_kwargs", "progress_bar", "evaluation",
 )  # fmt: skip
 _logger = logging.getLogger(__name__)
 
@@ -80,11 +82,19 @@ def _make_run(settings: DictConfig) -> dict[str, Any]:
 
 def _train(settings: DictConfig, start: Path | None) -> dict[str, Any]:
     """Train from the checkpoint ``start`` (None: from the beginning), and return the results."""
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    if start is not None and settings.threads == "auto":  # an exact resume needs the number of the run
+        settings.threads = read_metadata(start)[0].threads
+    if isinstance(settings.threads, int):
+        use_threads(settings.threads)
     with processes.first_goes_first():
         transitions, task = open_dataset(settings)
+    if start is not None:
+        _check_bounds(task, read_metadata(start)[1], start)
     out, trainer = Path(settings.out), assemble(settings, transitions, task)
+    if settings.threads == "auto":
+        chosen = choose_threads(trainer.loss_module, transitions[: settings.batch_size])
+        settings.threads = processes.from_first(lambda: chosen)  # all processes have timed at the same time
+        use_threads(settings.threads)
     if start is not None:
         try:
             trainer.load_from_file(start)
@@ -103,6 +113,15 @@ def _train(settings: DictConfig, start: Path | None) -> dict[str, Any]:
             trainer.logger.close()
     stopped = processes.stopped_by(trainer)
     return _conclude(trainer, task, out, stopped) if processes.is_first() else {"stopped": stopped}
+
+
+def _check_bounds(task: Task, saved: Task, start: Path) -> None:
+    """Raise a RunError if the bounds of the actions differ from the bounds in the checkpoint ``start``."""
+    before, now = ([one.action_low, one.action_high] for one in (saved, task))
+    if not torch.equal(torch.tensor(before), torch.tensor(now)):  # float32: a few digits of a file may differ
+        remedy = f"set action_low={before[0]} action_high={before[1]}".replace(", ", ",")  # words without spaces
+        found = f"{start} was trained with actions from {before[0]} to {before[1]}"
+        raise RunError(f"{found}, but the bounds are now {now[0]} to {now[1]}; {remedy}.")
 
 
 @contextmanager
@@ -133,11 +152,13 @@ def _find_start(settings: DictConfig) -> Path | None:
 
 
 def _announce(settings: DictConfig, task: Task, trainer: OfflineTrainer) -> None:
-    where = f"evaluated in {task.env_id}" if task.env_id else "without an environment"
+    where = f"evaluated in {task.env}" if task.env else "without an environment"
     span = f"steps {trainer.collected_frames:,} to {settings.steps:,}"
     device = next(trainer.loss_module.parameters()).device
     what = f"{settings.algorithm} on {settings.dataset}"
     _logger.info("%s: %s, %s, %s on %s", settings.out, what, where, span, device)
+    if (formula := reward_formula(settings)) is not None:
+        _logger.info("%s: rewards are changed to %s; %s", settings.out, formula, CHANGED)
     if trainer.logger is not None and not trainer.collected_frames:
         trainer.logger.log_hparams(to_plain(settings))
 

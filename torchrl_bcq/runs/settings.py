@@ -18,6 +18,7 @@ from torchrl_bcq.data import make_replay_buffer
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation import DatasetMetrics
 from torchrl_bcq.files import write_whole
+from torchrl_bcq.functional import change_reward
 from torchrl_bcq.runs.algorithms import find_algorithm
 from torchrl_bcq.runs.optimizers import make_optimizer, make_scheduler, optim_settings
 from torchrl_bcq.runs.signatures import Settings, make_section, settings_of
@@ -26,10 +27,10 @@ from torchrl_bcq.version import __version__
 
 FILE = "config.yaml"  # name of the settings file in the folder of a run
 # A resumed run may change these settings. The path of the dataset may change, but not its contents: checkpoints hold a
-# digest of the contents.
+# digest of the contents. The settings of the action bounds may change, but not the bounds.
 FREE = {"steps", "out", "resume", "progress_bar", "threads", "device", "root", "dataset", "reader", "compile",
         "precision", "cudagraph", "baseline", "evaluation", "checkpoint", "early_stopping", "logger", "logger_kwargs",
-        "policy"}  # fmt: skip
+        "policy", "action_low", "action_high"}  # fmt: skip
 
 
 def default_settings(algorithm: str = "bcq") -> DictConfig:
@@ -42,11 +43,15 @@ def default_settings(algorithm: str = "bcq") -> DictConfig:
     settings: Settings = {
         "algorithm": (str, algorithm),
         "baseline": (str | None, None),
-        "dataset": (str, MISSING),
+        "dataset": (Any, MISSING),  # a name or a list of names
         "reader": (dict[str, Any], {}),
         "root": (str | None, None),
+        "action_low": (Any, None),
+        "action_high": (Any, None),
+        "action_clip": (bool, False),
         "sampler": (str, "uniform"),
         "weights": (str | None, None),
+        "reward": settings_of(change_reward),
         "n_step": (int, 1),
         "normalize": (bool, False),
         "held_out": (float, 0.0),
@@ -54,7 +59,7 @@ def default_settings(algorithm: str = "bcq") -> DictConfig:
         **settings_of(make_replay_buffer, "batch_size"),
         "seed": (int, 0),
         "device": (str, "auto"),
-        "threads": (int | None, None),
+        "threads": (int | str | None, "auto"),
         "compile": (bool, False),
         **settings_of(OfflineTrainer, "precision", "cudagraph"),
         "network": settings_of(record.make_modules),
@@ -71,6 +76,8 @@ def default_settings(algorithm: str = "bcq") -> DictConfig:
         "evaluation": {
             "interval": (int, 5_000),
             "env": (str | None, "auto"),
+            "env_kwargs": (dict[str, Any], {}),
+            "max_episode_steps": (int | None, None),
             "episodes": (int, 10),
             "seed": (int, 1_000),
             "reference_scores": (Any, "auto"),

@@ -88,8 +88,8 @@ class OfflineTrainer(ReplicatedTrainer):
     process computes its random states from the first process's random states, its own rank and the step.
 
     ``trainer.request_stop(reason)`` ends ``train`` after the current gradient step and saves a checkpoint. A signal
-    handler may call this method. With several processes, all processes stop at the end of the log interval. After a
-    ``KeyboardInterrupt``, call ``train()`` again to make the remaining steps, including the interrupted step.
+    handler may call this method. With several processes, all processes stop at the end of the log interval. After such
+    a stop or a ``KeyboardInterrupt``, ``train()`` makes the remaining steps, including the interrupted step.
 
     Raises:
         TypeError: if ``compile`` is neither a bool nor a mapping.
@@ -209,11 +209,13 @@ class OfflineTrainer(ReplicatedTrainer):
         """Make the remaining gradient steps, or stop earlier if a stop is requested."""
         self.collected_frames = self._optim_count  # correct TorchRL's counter, which is too high after an interrupt
         self.collector.load_state_dict({"steps": self._optim_count})
+        self._stop_reason = next(iter(self._stop_reasons), None)  # forgets the stop of an earlier call
         try:
             super().train()
             if self._saved_at != self.collected_frames:  # an interrupt prevented this checkpoint; write it now
                 self.save_trainer(force_save=True)
         finally:
+            self.forget_stop()
             if self.progress_bar:
                 self._pbar.n = self.collected_frames
                 self._pbar.close()

@@ -46,6 +46,11 @@ class ReplicatedTrainer(Trainer):
         if self.processes.world_size == 1:
             self._stop_together()
 
+    def forget_stop(self) -> None:
+        """Remove all requests to stop, so that the next call of ``train`` continues; the stop's reason remains."""
+        self._stop_training = False
+        self._stop_reasons.clear()
+
     @property
     def stop_requested(self) -> bool:
         """Whether this process has a request to stop, even if the other processes do not know the request yet."""

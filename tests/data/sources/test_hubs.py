@@ -87,8 +87,17 @@ def test_minari_refusals(store):
         load_minari("test/wild-v0")
     discrete = dataclasses.replace(episode(1, 3, True, False), actions=np.array([0, 1, 0]))
     create("test/discrete-v0", [discrete], action_space=gymnasium.spaces.Discrete(2))
-    with pytest.raises(ValueError, match=r"test/discrete-v0 has action space Discrete\(2\); only Box can be read"):
+    message = (
+        r"test/discrete-v0 has action space Discrete\(2\); only Box can be read; discrete actions are not supported"
+    )
+    with pytest.raises(ValueError, match=message):
         load_minari("test/discrete-v0")
+    whole = dataclasses.replace(episode(1, 3, True, False), actions=np.array([[0], [1], [0]]))
+    create("test/whole-v0", [whole], action_space=gymnasium.spaces.Box(0, 2, (1,), np.int64))
+    with pytest.raises(
+        ValueError, match=r"test/whole-v0: actions has dtype int64, so the actions may be discrete, and"
+    ):
+        load_minari("test/whole-v0")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:minari")
@@ -124,7 +133,7 @@ def test_minari_knows_its_environment_and_scores(store, tmp_path):
     scores = {"ref_min_score": -1186.5, "ref_max_score": -139.75, "num_episodes_average_score": 50}
     create("test/known-v0", [episode(1, 3, True, False)], env="Pendulum-v1", **scores)
     source = hubs.minari("test/known-v0")
-    assert (source.env_id, source.reference_scores) == ("Pendulum-v1", (-1186.5, -139.75))
+    assert (str(source.env), source.reference_scores) == ("Pendulum-v1 (at most 200 steps)", (-1186.5, -139.75))
     file = tmp_path / "test/known-v0/data/metadata.json"
     metadata = json.loads(file.read_text())
     spec = json.loads(metadata["env_spec"])
@@ -132,7 +141,7 @@ def test_minari_knows_its_environment_and_scores(store, tmp_path):
         spec |= {"id": env_id, "entry_point": "antigravity:Pendulum"}
         file.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec), "ref_min_score": low}))
         source = hubs.minari("test/known-v0")
-        assert source.env_id == (None if ":" in env_id else env_id)
+        assert (source.env.id, source.env.module) == (env_id.rpartition(":")[2], "antigravity")
         assert source.reference_scores is None
     assert "antigravity" not in sys.modules
 
@@ -142,20 +151,24 @@ def test_minari_knows_its_environment_and_scores(store, tmp_path):
 def test_minari_without_an_environment(store):
     create("test/spaces-v0", [episode(1, 3, True, False)])
     source = hubs.minari("test/spaces-v0")
-    assert (source.env_id, source.reference_scores) == (None, None)
+    assert (source.env, source.reference_scores) == (None, None)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:minari")
 @pytest.mark.filterwarnings("ignore::UserWarning:gymnasium")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(("low", "high"), [(-np.inf, np.inf), (0, np.inf), (-1, [1, -1])])
-def test_minari_action_spaces_that_are_no_finite_box_give_no_bounds(store, low, high):
+@pytest.mark.parametrize(("low", "high"), [(-np.inf, np.inf), (-1, np.inf), (-1, [1, -1])])
+def test_minari_action_spaces_that_are_no_finite_box_keep_their_finite_bounds(store, low, high):
     actions = np.array([[0.5, -1]] * 3, dtype=np.float32)
     recorded = dataclasses.replace(episode(1, 3, True, False), actions=actions)
     space = gymnasium.spaces.Box(np.full(2, low, np.float32), np.full(2, high, np.float32))
     create("test/wide-v0", [recorded], action_space=space)
-    assert hubs.minari("test/wide-v0").action_spec is None
+    spec = hubs.minari("test/wide-v0").action_spec
+    assert spec.space.low.tolist() == np.full(2, low).tolist()
+    assert spec.space.high.tolist() == np.full(2, high).tolist()
     assert load_minari("test/wide-v0")["action"].tolist() == [[0.5, -1]] * 3
+    with pytest.raises(ValueError, match=r"actions has 3 rows \(first: 0\) outside the action spec"):
+        load_minari("test/wide-v0", action_spec=Bounded(torch.tensor([0.6, -np.inf]), torch.tensor(np.inf), (2,)))
 
 
 @pytest.fixture
@@ -192,7 +205,7 @@ def test_d4rl_file_without_time_outs(shelf):
     assert td["next", "observation"][299].item() == 300  # repeats its own
     assert td["next", "observation"][300:].flatten().tolist() == [s + 1 for s in range(301, 2511) if s not in cut]
     assert td["episode"].bincount().tolist() == [300, 999, 999, 209]
-    assert not td["next", "truncated"].any()
+    assert td["observation"][td["next", "truncated"]].tolist() == [1299, 2299, 2509]
 
 
 def test_d4rl_time_limit_may_be_given(shelf):
@@ -221,7 +234,7 @@ def test_d4rl_file_with_everything(shelf):
     path = write(shelf / file_of("hopper-medium-v2"), 1100, [9], timeouts=timeouts, next_observations=after)
     td = load_d4rl("hopper-medium-v2")
     assert len(td) == 1100
-    assert td["next", "truncated"].flatten().nonzero().flatten().tolist() == [49, 1049]
+    assert td["next", "truncated"].flatten().nonzero().flatten().tolist() == [49, 1049, 1099]
     assert td["next", "terminated"].flatten().nonzero().flatten().tolist() == [9]
     assert td["next", "observation"].flatten().tolist() == after.flatten().tolist()
     assert (td == load_hdf5(path)).all()
@@ -241,14 +254,14 @@ def test_d4rl_knows_its_environment_and_scores(shelf, task, env_id, middle):
     write(shelf / file_of(f"{task}-medium-v2"), 30, [9])
     source = hubs.d4rl(f"{task}-medium-v2")
     low, high = source.reference_scores
-    assert source.env_id == env_id
+    assert (source.env and source.env.id) == env_id
     assert 100 * (middle - low) / (high - low) == pytest.approx(50)
 
 
 def test_d4rl_of_other_tasks_knows_neither(shelf):
     write(shelf / file_of("antmaze-umaze-v0"), 30, [9])
     source = hubs.d4rl("antmaze-umaze-v0")
-    assert (source.env_id, source.reference_scores) == (None, None)
+    assert (source.env, source.reference_scores) == (None, None)
 
 
 @pytest.fixture

@@ -367,3 +367,76 @@ def test_column_of_the_episode_is_no_number_of_a_step(write):
     assert refusal(write(), episode="pulse") == (
         "column 'pulse' names the episode, so it cannot also hold another field."
     )
+
+
+DISCRETE = [0, 1, 2, 24, 3, 4, 5, 6, 7]
+REMEDY = (
+    ", so the actions may be discrete, and discrete actions are not supported yet. If these actions are continuous, "
+    "such as doses in whole units, set action_type='continuous' (torchrl-bcq train: reader.action_type=continuous; "
+    "torchrl-bcq describe and convert: --action-type continuous)."
+)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("cell", [int, float, "{:.2f}".format])
+def test_whole_numbers_in_a_csv_may_be_choices(tmp_path, cell):
+    """Sepsis data with actions 0 to 24; one number with a fraction makes the actions continuous."""
+    path = write_csv(tmp_path / "d.csv", COLUMNS | {"dose": [cell(value) for value in DISCRETE]})
+    roles = {**ROLES, "episode": "episode"}
+    assert refusal(path, episode="episode") == f"d.csv: actions has only whole numbers in all 9 rows{REMEDY}"
+    td = load_table(path, **roles, action_type="continuous")
+    assert td["action"].flatten().tolist() == [0, 1, 2, 24, 3, 4, 6]  # the last rows of bob and cy are cut off
+    assert load_table(path, **{**roles, "action": ["dose", "pressure"]})["action"][3].tolist() == [24, 6.5]
+    path = write_csv(tmp_path / "d.csv", COLUMNS | {"dose": [*DISCRETE[:-1], 7.5]})
+    assert len(load_table(path, **roles)) == 7
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.uint8(), pa.list_(pa.int32()), pa.list_(pa.int8(), 1), pa.bool_()])
+def test_integers_in_parquet_may_be_choices(tmp_path, kind):
+    values = [value % 2 == 1 for value in DISCRETE] if kind == pa.bool_() else DISCRETE
+    cells = pa.array([[value] for value in values] if hasattr(kind, "value_type") else values, kind)
+    path = write_parquet(tmp_path / "d.parquet", COLUMNS | {"choice": cells})
+    for columns in (["choice"], ["dose", "choice"]):
+        assert refusal(path, action=columns, truncated="cut") == (
+            f"d.parquet: column 'choice' of the actions holds {getattr(kind, 'value_type', kind)}{REMEDY}"
+        )
+    td = load_table(path, **{**ROLES, "action": ["choice"]}, truncated="cut", action_type="continuous")
+    assert td["action"].flatten().tolist() == [*values[:6], values[7]]
+
+
+def test_the_kind_of_the_actions_is_continuous_or_not_given(write):
+    assert refusal(write(), truncated="cut", action_type="discrete") == (
+        "action_type is 'discrete', but only 'continuous' actions are supported."
+    )
+
+
+def test_a_copy_of_whole_actions_needs_the_setting_again(tmp_path):
+    path = write_csv(tmp_path / "d.csv", COLUMNS | {"dose": DISCRETE})
+    roles = {**ROLES, "truncated": "cut", "root": tmp_path / "copies"}
+    load_table(path, **roles, action_type="continuous")
+    with pytest.raises(ValueError, match="actions has only whole numbers"):
+        load_table(path, **roles)
+
+
+def check_true_and_false(path):
+    td = load_table(path, **{**ROLES, "observation": ["on", "pulse"]}, truncated="cut")
+    assert td["observation"].tolist() == [[0, 60], [1, 61], [0, 62], [1, 70], [0, 71], [1, 72], [1, 80]]
+
+
+def test_features_that_are_true_or_false(write):
+    check_true_and_false(write(on=[row % 2 == 1 for row in range(9)]))
+
+
+@pytest.mark.parametrize("words", [("true", "false"), ("TRUE", "FALSE")])
+def test_other_words_for_true_and_false(tmp_path, words):
+    on = [words[row % 2 == 0] for row in range(9)]
+    check_true_and_false(write_csv(tmp_path / "d.csv", COLUMNS | {"on": on}))
+
+
+@pytest.mark.parametrize("roles", [ROLES, {**ROLES, "observation": ["60.0"], "action": ["0.1"]}])
+def test_a_csv_without_names_of_columns(tmp_path, roles):
+    path = write_csv(tmp_path / "d.csv", COLUMNS)
+    path.write_bytes(path.read_bytes().split(b"\n", 1)[1])
+    message = refusal(path, **roles, truncated="cut")
+    assert message.startswith("d.csv: the table lacks the columns [")
+    assert message.endswith(" If these are numbers of the first step, add a first line with the column names.")

@@ -175,6 +175,13 @@ def test_episodes_come_from_flags_where_they_have_no_number():
     assert "1 terminated  0 truncated  1 without a flag" in str(describe(td))
 
 
+def test_the_row_before_a_dropped_row_is_truncated():
+    """The third of 6 steps is cut off, and the last step is unfinished: neither has a next observation."""
+    ones = np.arange(1, 7)[:, None] * 1.0
+    td = from_arrays(ones, ones, ones, np.zeros(6), [0, 0, 1, 0, 0, 0])
+    assert str(describe(td)).splitlines()[4] == "ends            0 terminated  2 truncated  0 without a flag"
+
+
 def test_own_keys_nested_observations_and_images():
     td = small()
     td["robot", "speed"] = td.pop("observation")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchrl.data import Bounded, Unbounded
 
-from torchrl_bcq import DatasetError, describe, multi_step
+from torchrl_bcq import DatasetError, describe, from_arrays, multi_step
 
 from .conftest import LAST, LENGTHS, ROWS, SPEC, healthy, messages
 
@@ -69,7 +69,8 @@ def test_done_without_a_reason(data):
 def test_done_inside_an_episode(data):
     data["next", "done"][5] = data["next", "truncated"][5] = True
     assert messages(data) == [
-        "done is set in 1 row (first: 5) although the next row has the same episode number; correct the flags or "
+        "done is set in 1 row (first: 5) although the next row has the same episode number; if torch.cat joined "
+        "datasets, use load_transitions([A, B]) or from_rollouts([a, b]) instead; otherwise correct the flags or "
         "numbers."
     ]
 
@@ -77,7 +78,8 @@ def test_done_inside_an_episode(data):
 def test_an_episode_that_comes_back(data):
     data["episode"][LAST[1] + 1 : LAST[2] + 1] = 0  # the third, of 94 rows from row 182
     assert messages(data) == [
-        "episode has 94 rows (first: 182) with the number of an earlier episode; store all rows of an episode together."
+        "episode has 94 rows (first: 182) with the number of an earlier episode; if torch.cat joined datasets, use "
+        "load_transitions([A, B]) or from_rollouts([a, b]) instead; otherwise store all rows of an episode together."
     ]
 
 
@@ -85,8 +87,8 @@ def test_an_episode_that_comes_back_last_without_a_flag(data):
     data["episode"][LAST[10] + 1 :] = 0  # the twelfth, of 112 rows from row 1100
     data["next", "done"][-1] = data["next", "terminated"][-1] = False
     assert messages(data) == [
-        "episode has 112 rows (first: 1100) with the number of an earlier episode; store all rows of an episode "
-        "together."
+        "episode has 112 rows (first: 1100) with the number of an earlier episode; if torch.cat joined datasets, use "
+        "load_transitions([A, B]) or from_rollouts([a, b]) instead; otherwise store all rows of an episode together."
     ]
 
 
@@ -134,6 +136,62 @@ def test_next_observations_beyond_a_reset(data):
     ]
 
 
+def walks(shift: int, *, episodes: int = 40, steps: int = 50, width: int = 3, noise: float = 0.0):
+    """Random walks from random states without next observations; time-outs are recorded ``shift`` rows late."""
+    random = torch.Generator().manual_seed(1)
+    start = 10 * torch.randn(episodes, 1, width, generator=random)
+    walk = start + torch.randn(episodes, steps, width, generator=random).cumsum(1) / 10
+    walk += noise * torch.randn(walk.shape, generator=random)
+    n = episodes * steps
+    cut = (torch.arange(n) - shift) % steps == steps - 1
+    cut[0] = False
+    return from_arrays(
+        walk.flatten(0, 1),
+        torch.rand(n, 2, generator=random) * 1.8 - 0.9,
+        torch.randn(n, generator=random),
+        terminated=torch.arange(n) == n - 1,
+        truncated=cut & (torch.arange(n) < n - 1),
+    )
+
+
+def test_ends_of_episodes_that_are_one_row_too_late():
+    """The row after each of the first 39 ends is dropped, so row 49 is followed by an observation of the next walk."""
+    assert messages(walks(1)) == [
+        "next_observations jumps in 39 rows (first: 49) that end an episode without terminated: the next observation "
+        "is close to the next row and far from its own row, so the episodes probably end one row too late; set "
+        "truncated one row earlier."
+    ]
+
+
+def test_ends_of_episodes_that_are_one_row_too_early():
+    """Row 48 of 50 is dropped, so row 48 of the rest is the last one of the first walk."""
+    assert messages(walks(-1)) == [
+        "next_observations jumps in 39 rows (first: 48) that start an episode: the observation is close to the row "
+        "before and far from its next observation, so the episodes probably end one row too early; set truncated one "
+        "row later."
+    ]
+
+
+@pytest.mark.parametrize("width", [1, 3, 60])
+@pytest.mark.parametrize("noise", [0, 1, 100])
+def test_resets_and_noise_are_no_jumps(width, noise):
+    assert messages(walks(0, width=width, noise=noise)) == []
+    assert len(messages(walks(1, width=width))) == 1
+
+
+def test_constant_goals_in_an_episode():
+    """A goal changes only between episodes; of 40 walks, 39 are followed by another goal."""
+    for shift, count in ((0, 0), (1, 1), (-1, 1)):
+        data = walks(shift)
+        goal = torch.randn(40, generator=torch.Generator().manual_seed(2)).repeat_interleave(50)
+        rows = torch.arange(2000)
+        cut = ((rows - shift) % 50 == 49) & (rows > 0) & (rows < 1999)
+        following = torch.where(rows < 1999, goal.roll(-1), goal)
+        for entry, column in ((data, goal), (data["next"], following)):
+            entry["observation"] = torch.cat([entry["observation"], column[~cut, None]], 1)
+        assert len(messages(data)) == count
+
+
 def test_repeated_rows(data):
     data = torch.cat([data, data[: LAST[0] + 1]])
     data["episode"][ROWS:] = 12
@@ -151,8 +209,8 @@ def test_few_rows():
 
 
 def test_what_cannot_be_described(data):
-    with pytest.raises(ValueError, match=r"action_spec is unbounded in dimensions \[0, 1\]"):
-        describe(data, action_spec=Unbounded((2,)))
+    with pytest.raises(ValueError, match=r"action_spec has shape \(1, 2\), expected \[A\]"):
+        describe(data, action_spec=Unbounded((1, 2)))
     with pytest.raises(ValueError, match="actions have 2 columns, but the action spec has shape"):
         describe(data, action_spec=Bounded(-1, 1, (3,)))
     message = (

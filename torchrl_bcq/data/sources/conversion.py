@@ -20,7 +20,7 @@ from tensordict.utils import _encode_key_for_filesystem
 from torchrl_bcq.data.checks import DatasetError
 from torchrl_bcq.files import UNFINISHED, write_whole
 
-_FORMAT = 1  # increase this number when the conversion changes, so that old copies are not reused
+_FORMAT = 2  # increase this number when the conversion changes, so that old copies are not reused
 
 
 def fingerprint(files: Iterable[Path], settings: Mapping[str, Any]) -> str:

@@ -14,12 +14,19 @@ from tensordict import TensorDict
 from torchrl.data import Bounded, TensorSpec
 
 from torchrl_bcq.data.checks import Columns, DatasetError
-from torchrl_bcq.data.sources.array_files import check_hdf5, hdf5, joined
-from torchrl_bcq.data.sources.source import Source, env_id_or_none, scores_or_none
+from torchrl_bcq.data.sources.array_files import hdf5
+from torchrl_bcq.data.sources.environment import recorded_environment, recorded_in_minari
+from torchrl_bcq.data.sources.hdf5_storage import check_hdf5
+from torchrl_bcq.data.sources.layouts import joined
+from torchrl_bcq.data.sources.source import Source, scores_or_none
 from torchrl_bcq.files import write_whole
 
 _MINARI_NAMES = {name: name for name in ("observations", "actions", "rewards")}
 _MINARI_NAMES |= {"terminated": "terminations", "truncated": "truncations"}
+_BOXES = {
+    "observation": "only Box can be read; pass vectors to from_arrays.",
+    "action": "only Box can be read; discrete actions are not supported yet.",
+}
 # D4RL's Gym tasks: environment id, and mean returns of a random and an expert policy (arXiv:2004.07219, d4rl/infos.py).
 # The ids are of -v5 environments: D4RL's need mujoco-py, which Gymnasium no longer supports. Returns in Gymnasium's -v5
 # environments are close, but not equal, to D4RL's returns. Ant has no environment id, because observations have 105
@@ -103,17 +110,17 @@ def minari(dataset_id: str) -> Source:
         )
 
     box, spec = dataset.action_space, None
-    if box.is_bounded() and len(box.shape) == 1 and (box.low < box.high).all():
-        spec = Bounded(torch.tensor(box.low), torch.tensor(box.high), box.shape, dtype=torch.float32)
+    if len(box.shape) == 1 and box.dtype.kind == "f":
+        low, high = torch.tensor(box.low), torch.tensor(box.high)
+        spec = Bounded(low, high, box.shape, dtype=low.dtype)
     files = sorted(path for path in Path(dataset.storage.data_path).rglob("*") if path.is_file())
-    metadata, made = dataset.storage.metadata, dataset.env_spec
+    metadata = dataset.storage.metadata
     return Source(
         dataset_id,
         chunks,
         files,
         action_spec=spec,
-        # keep only the id, because the dataset's env_spec may name an entry point that runs any code
-        env_id=env_id_or_none(made and made.id),
+        env=recorded_in_minari(metadata),
         reference_scores=scores_or_none(metadata.get(name) for name in ("ref_min_score", "ref_max_score")),
     )
 
@@ -131,9 +138,7 @@ def _open_minari(dataset_id: str) -> Any:
         ) from error
     for name, space in (("observation", dataset.observation_space), ("action", dataset.action_space)):
         if not isinstance(space, Box):
-            raise DatasetError(
-                f"{dataset_id} has {name} space {space}; only Box can be read; pass vectors to from_arrays."
-            )
+            raise DatasetError(f"{dataset_id} has {name} space {space}; {_BOXES[name]}")
     if not dataset.total_episodes:
         raise DatasetError(f"{dataset_id} holds no episodes; choose another dataset.")
     return dataset
@@ -155,7 +160,8 @@ def d4rl(dataset_id: str, *, max_episode_steps: int | None = None) -> Source:
     env_id, scores = _D4RL_TASKS.get(task, (None, None))
     if max_episode_steps is None and scores is not None:
         max_episode_steps = _D4RL_TIME_LIMIT
-    return replace(hdf5(file, max_episode_steps=max_episode_steps), env_id=env_id, reference_scores=scores)
+    env = recorded_environment(env_id)
+    return replace(hdf5(file, max_episode_steps=max_episode_steps), env=env, reference_scores=scores)
 
 
 def _download(url: str, file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, nullcontext
@@ -19,21 +20,12 @@ from torchrl.data import TensorSpec
 
 from torchrl_bcq.data.checks import Checks, Columns, DatasetError, spec_bounds
 from torchrl_bcq.data.sources.conversion import fingerprint, load_memmap, remove_unfinished, write_memmap
+from torchrl_bcq.data.sources.environment import RecordedEnvironment
 from torchrl_bcq.data.transitions import lay_out
 
 _logger = logging.getLogger(__name__)
 _Parts = Generator[TensorDict, None, None]
-_Chunks = Generator[dict[str, np.ndarray], None, None]
-
-
-def env_id_or_none(name: object) -> str | None:
-    """Return ``name`` if it is safe as a Gymnasium id, else ``None``.
-
-    An id with a colon is not safe, because Gymnasium imports the module that is named before the colon.
-    """
-    if isinstance(name, bytes):
-        name = name.decode(errors="replace")
-    return str(name) if isinstance(name, str) and re.fullmatch(r"[\w./-]+", name) else None
+Chunks = Generator[dict[str, np.ndarray], None, None]
 
 
 def scores_or_none(scores: Any) -> tuple[float, float] | None:
@@ -43,6 +35,16 @@ def scores_or_none(scores: Any) -> tuple[float, float] | None:
     except (TypeError, ValueError, OverflowError):  # ``scores`` does not hold two numbers
         return None
     return (low, high) if -math.inf < low < high < math.inf else None
+
+
+def existing_file(path: str | Path) -> Path:
+    """Return the path if the file exists, else raise a ``FileNotFoundError``."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise DatasetError(f"the path is {path!r}, expected one file; to read several, use load_transitions([A, B]).")
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    return path
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ class Source:
     files: list[Path]
     settings: Mapping[str, Any] = field(default_factory=dict)  # reader arguments that affect which steps are read
     action_spec: TensorSpec | None = None
-    env_id: str | None = None  # Gymnasium id of the recorded environment
+    env: RecordedEnvironment | None = None  # the environment for evaluation, as the dataset names it
     reference_scores: tuple[float, float] | None = None  # mean returns of a random and of an expert policy
+    refuse_whole: str | None = None  # as for Checks; for formats without data types
 
     def read(
         self, *, action_spec: TensorSpec | None = None, root: str | Path | None = None, strict: bool = True
@@ -69,7 +72,7 @@ class Source:
         try:
             if root is not None:
                 return self._convert(Path(root).expanduser(), action_spec, strict)
-            return torch.cat(list(self._parts(Checks(action_spec), "reading", strict=strict)))
+            return torch.cat(list(self._parts(Checks(action_spec, self.refuse_whole), "reading", strict=strict)))
         except DatasetError as error:
             raise DatasetError(f"{self.name}: {error}") from error.__cause__
 
@@ -89,37 +92,43 @@ class Source:
             with FileLock(root / f".{folder.name}.lock"):  # other processes wait until this copy is complete
                 if not folder.exists():
                     remove_unfinished(folder)
-                    checks = Checks(action_spec)
+                    checks = Checks(action_spec, self.refuse_whole)
                     rows = sum(len(part) for part in self._parts(checks, "checking", strict=strict))
-                    with closing(self._unchanged_parts(checks.rows, digest, settings)) as parts:
+                    with closing(self._unchanged_parts(rows, digest, settings)) as parts:
                         write_memmap(parts, rows, folder)
-        _logger.info("%s is memory-mapped from %s", self.name, folder)
+        _logger.info("%s: memory-mapped from %s", self.name, folder)
         return load_memmap(folder)
 
-    def _unchanged_parts(self, steps: int, digest: str, settings: Mapping[str, Any]) -> _Parts:
-        yield from self._parts(Checks(), "converting", steps=steps, strict=False)
+    def _unchanged_parts(self, rows: int, digest: str, settings: Mapping[str, Any]) -> _Parts:
+        yield from self._parts(Checks(), "converting", rows=rows, strict=False)
         if fingerprint(self.files, settings) != digest:
             raise DatasetError("it changed during the conversion; try again when no program writes to it.")
 
-    def _parts(self, checks: Checks, verb: str, steps: int | None = None, strict: bool = True) -> _Parts:
-        with closing(self._checked_chunks(checks, verb, steps)) as chunks:  # closes the file if a check fails
-            yield from lay_out(chunks, report=steps is None)  # only the first pass (steps is None) logs dropped rows
+    def _parts(self, checks: Checks, verb: str, rows: int | None = None, strict: bool = True) -> _Parts:
+        is_first = rows is None  # only the first pass logs its rows
+        with closing(self._recordings(checks)) as recordings, _progress_bar(f"{verb} {self.name}", rows) as bar:
+            for part in lay_out(recordings, report=is_first):
+                yield part
+                if bar is not None:
+                    bar.update(len(part))
+        for name, count in checks.counts.items() if is_first else ():
+            _logger.info("%s: %d rows", name, count)
         checks.finish(strict=strict)
 
-    def _checked_chunks(self, checks: Checks, verb: str, steps: int | None) -> _Chunks:
-        with _progress_bar(f"{verb} {self.name}", steps) as bar:
-            try:
-                for chunk in self.chunks():
-                    fields = checks(chunk)
-                    yield fields
-                    if bar is not None:
-                        bar.update(len(fields["actions"]))
-            except (DatasetError, ImportError, MemoryError):
-                raise
-            except Exception as error:  # libraries raise various exceptions for damaged files
-                raise DatasetError(
-                    f"the source cannot be read ({error}) and may be damaged: copy or create the source again."
-                ) from error
+    def _recordings(self, checks: Checks) -> Generator[Chunks, None, None]:
+        """Yield the checked chunks of each recording; an episode does not continue in another recording."""
+        with closing(self._checked_chunks(checks)) as chunks:  # closes the file if a check fails
+            yield chunks
+
+    def _checked_chunks(self, checks: Checks) -> Chunks:
+        try:
+            yield from map(checks, self.chunks())
+        except (DatasetError, ImportError, MemoryError):
+            raise
+        except Exception as error:  # libraries raise various exceptions for damaged files
+            raise DatasetError(
+                f"the source cannot be read ({error}) and may be damaged: copy or create the source again."
+            ) from error
 
 
 def _progress_bar(description: str, rows: int | None) -> Any:

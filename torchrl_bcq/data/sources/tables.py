@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ from tensordict import TensorDict
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.data.checks import FIELDS, Columns, DatasetError, Rows, listed
-from torchrl_bcq.data.sources.array_files import existing_file
-from torchrl_bcq.data.sources.source import Source
+from torchrl_bcq.data.sources.source import Source, existing_file
 from torchrl_bcq.data.transitions import with_successors
 
 _ROWS, _CHUNK_BYTES = 65_536, 8 << 20  # largest number of rows, and approximate size in bytes, of one Parquet batch
 _TRUE, _FALSE = ("1", "1.0", "true", "True", "TRUE"), ("0", "0.0", "false", "False", "FALSE")
 # arguments of load_table, in the same order as FIELDS, the arguments of from_arrays
 _ARGUMENTS = ("observation", "action", "reward", "terminated", "truncated", "next_observation")
+_WHOLE = (
+    ", so the actions may be discrete, and discrete actions are not supported yet. If these actions are continuous, "
+    "such as doses in whole units, set action_type='continuous' (torchrl-bcq train: reader.action_type=continuous; "
+    "torchrl-bcq describe and convert: --action-type continuous)."
+)
 # messages about rows in a wrong order, or with a wrong episode name, step number or flag
 _NAMELESS = "the episode column has {} without a name or number; fill in the cells, or drop these rows."
 _TORN = "episode has {} where an earlier episode continues; sort the table by episode and step."
@@ -44,6 +49,7 @@ def load_table(
     next_observation: Sequence[str] | None = None,
     episode: str | None = None,
     step: str | None = None,
+    action_type: str | None = None,
     delimiter: str = ",",
     decimal_point: str = ".",
     action_spec: TensorSpec | None = None,
@@ -66,6 +72,9 @@ def load_table(
         episode: name of the column with the number or name of the episode.
         step: name of the column with the step number in the episode. If given, missing rows and rows out of order raise
             a ``DatasetError``.
+        action_type: ``"continuous"`` if whole numbers in the action columns are amounts, such as doses, and not
+            choices. If not given, a Parquet file with an action column of integers, or a CSV file whose action columns
+            hold only whole numbers, raises a ``DatasetError``.
         delimiter, decimal_point: column separator and decimal separator of a CSV file, such as ``";"`` and ``","``.
         action_spec, root: as for ``load_hdf5``.
 
@@ -86,12 +95,17 @@ def load_table(
     """
     given = (observation, action, reward, terminated, truncated, next_observation)
     columns = {**dict(zip(_ARGUMENTS, given, strict=True)), "episode": episode, "step": step}
-    source = table(path, delimiter=delimiter, decimal_point=decimal_point, **columns)
+    source = table(path, action_type=action_type, delimiter=delimiter, decimal_point=decimal_point, **columns)
     return source.read(action_spec=action_spec, root=root)
 
 
 def table(
-    path: str | Path, *, delimiter: str = ",", decimal_point: str = ".", **columns: Sequence[str] | str | None
+    path: str | Path,
+    *,
+    action_type: str | None = None,
+    delimiter: str = ",",
+    decimal_point: str = ".",
+    **columns: Sequence[str] | str | None,
 ) -> Source:
     """Return the table at ``path`` as a ``Source``. The arguments are the same as in ``load_table``."""
     path, fields = existing_file(path), dict(zip(_ARGUMENTS, FIELDS, strict=True))
@@ -100,6 +114,8 @@ def table(
         for name, names in columns.items()
         if names is not None and len(names)  # use len(), because a pandas index has no truth value
     }
+    if action_type not in (None, "continuous"):
+        raise DatasetError(f"action_type is {action_type!r}, but only 'continuous' actions are supported.")
     if missing := [field for field in FIELDS[:4] if field not in named]:
         raise DatasetError(f"no columns are given for {missing}; pass the names of these columns.")
     if not named.keys() & {"truncated", "next_observations", "episode"}:
@@ -116,42 +132,43 @@ def table(
     if repeated := [name for field, names in named.items() for name in names if field != "episode" and name in episode]:
         raise DatasetError(f"column {repeated[0]!r} names the episode, so it cannot also hold another field.")
 
+    typed = [] if action_type else named["actions"]  # action columns that must not hold integers
+    is_csv = path.name.lower().endswith((".csv", ".csv.gz"))
+
     def chunks() -> Iterator[Columns]:
-        steps = (_fields(batch, named) for batch in _batches(path, named, delimiter, decimal_point))
+        if is_csv:
+            batches = _csv_batches(path, named, delimiter, decimal_point)
+        else:
+            batches = _parquet_batches(path, named, typed)
+        steps = (_fields(batch, named) for batch in batches)
         return _in_order(steps) if named.keys() & {"episode", "step"} else steps
 
-    return Source(path.name, chunks, [path], {**named, "delimiter": delimiter, "decimal_point": decimal_point})
+    settings = {**named, "action_type": action_type, "delimiter": delimiter, "decimal_point": decimal_point}
+    return Source(path.name, chunks, [path], settings, refuse_whole=_WHOLE if is_csv and typed else None)
 
 
-def _batches(path: Path, named: Mapping[str, list[str]], delimiter: str, decimal_point: str) -> Iterator[Any]:
-    from pyarrow import ArrowInvalid, parquet
+def _parquet_batches(path: Path, named: Mapping[str, list[str]], typed: list[str]) -> Iterator[Any]:
+    """Yield parts of a Parquet file. Integers in the columns ``typed`` raise a ``DatasetError``."""
+    from pyarrow import parquet
 
-    wanted = list(dict.fromkeys(name for names in named.values() for name in names))
-    name = path.name.lower()
-    if name.endswith((".parquet", ".pq")):
-        # stop pyarrow from keeping a whole row group in memory, because it may be as large as the file
-        flat = {"pre_buffer": False, "buffer_size": 1 << 20}
-        with parquet.ParquetFile(path, page_checksum_verification=True, **flat) as file:
-            _check_columns(file.schema_arrow.names, wanted)
-            size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-            rows = _CHUNK_BYTES * file.metadata.num_rows // max(1, size)
-            yield from file.iter_batches(min(max(1, rows), _ROWS), columns=wanted)
-    elif name.endswith((".csv", ".csv.gz")):
-        try:
-            yield from _csv_batches(path, wanted, named, delimiter, decimal_point)
-        except ArrowInvalid as error:
-            raise DatasetError(
-                f"it cannot be read ({error}). Cells must be numbers, or 0 and 1 for flags; the delimiter is "
-                f"{delimiter!r} and the decimal point is {decimal_point!r}. Correct the file, or pass delimiter= and "
-                "decimal_point=."
-            ) from error
-    else:
+    if not path.name.lower().endswith((".parquet", ".pq")):
         raise DatasetError("only .csv, .csv.gz, .parquet and .pq files can be read as tables.")
+    wanted = _wanted(named)
+    # stop pyarrow from keeping a whole row group in memory, because it may be as large as the file
+    flat = {"pre_buffer": False, "buffer_size": 1 << 20}
+    with parquet.ParquetFile(path, page_checksum_verification=True, **flat) as file:
+        _check_columns(file.schema_arrow.names, wanted)
+        for name in typed:
+            kind = file.schema_arrow.field(name).type
+            kind = getattr(kind, "value_type", kind)  # of the numbers in lists
+            if _holds(kind, "integer", "boolean"):
+                raise DatasetError(f"column {name!r} of the actions holds {kind}{_WHOLE}")
+        size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+        rows = _CHUNK_BYTES * file.metadata.num_rows // max(1, size)
+        yield from file.iter_batches(min(max(1, rows), _ROWS), columns=wanted)
 
 
-def _csv_batches(
-    path: Path, wanted: list[str], named: Mapping[str, list[str]], delimiter: str, decimal_point: str
-) -> Iterator[Any]:
+def _csv_batches(path: Path, named: Mapping[str, list[str]], delimiter: str, decimal_point: str) -> Iterator[Any]:
     import pyarrow
     from pyarrow import csv
 
@@ -159,26 +176,49 @@ def _csv_batches(
         stream = pyarrow.input_stream(path, "gzip" if path.name.lower().endswith(".gz") else None)
         return csv.open_csv(stream, parse_options=csv.ParseOptions(delimiter=delimiter), **options)
 
-    with open_csv() as reader:
-        _check_columns(reader.schema.names, wanted)
-    numbers = {name: pyarrow.float64() for field, names in named.items() if field != "episode" for name in names}
-    flags = {name: pyarrow.bool_() for field in ("terminated", "truncated") for name in named.get(field, ())}
-    texts = {name: pyarrow.string() for name in named.get("episode", ())}
-    convert = csv.ConvertOptions(
-        include_columns=wanted,
-        column_types={**numbers, **flags, **texts},
-        strings_can_be_null=True,
-        true_values=_TRUE,
-        false_values=_FALSE,
-        decimal_point=decimal_point,
-    )
-    with open_csv(convert_options=convert) as reader:
-        yield from reader
+    try:
+        with open_csv() as reader:
+            _check_columns(reader.schema.names, _wanted(named))
+            guessed = {field.name: field.type for field in reader.schema}
+        numbers = {name: pyarrow.float64() for field, names in named.items() if field != "episode" for name in names}
+        # cells such as True and False become 1 and 0, as in Parquet
+        flags = {name: pyarrow.bool_() for name in numbers if _holds(guessed[name], "boolean")}
+        flags |= {name: pyarrow.bool_() for field in ("terminated", "truncated") for name in named.get(field, ())}
+        texts = {name: pyarrow.string() for name in named.get("episode", ())}
+        convert = csv.ConvertOptions(
+            include_columns=_wanted(named),
+            column_types={**numbers, **flags, **texts},
+            strings_can_be_null=True,
+            true_values=_TRUE,
+            false_values=_FALSE,
+            decimal_point=decimal_point,
+        )
+        with open_csv(convert_options=convert) as reader:
+            yield from reader
+    except pyarrow.ArrowInvalid as error:
+        raise DatasetError(
+            f"it cannot be read ({error}). Cells must be numbers, or 0 and 1 for flags; the delimiter is "
+            f"{delimiter!r} and the decimal point is {decimal_point!r}. Correct the file, or pass delimiter= and "
+            "decimal_point=."
+        ) from error
+
+
+def _wanted(named: Mapping[str, list[str]]) -> list[str]:
+    return list(dict.fromkeys(name for names in named.values() for name in names))
+
+
+def _holds(kind: Any, *families: str) -> bool:
+    """Return whether a data type of pyarrow belongs to one of the families, such as ``"integer"``."""
+    from pyarrow import types
+
+    return any(getattr(types, f"is_{family}")(kind) for family in families)
 
 
 def _check_columns(found: Sequence[str], wanted: Sequence[str]) -> None:
     if missing := [name for name in wanted if name not in found]:
-        raise DatasetError(f"the table lacks the columns {missing}; the table has {list(found)}.")
+        is_data = any(re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", name, re.IGNORECASE) for name in found)
+        hint = " If these are numbers of the first step, add a first line with the column names." if is_data else ""
+        raise DatasetError(f"the table lacks the columns {missing}; the table has {list(found)}.{hint}")
     if repeated := [name for name in wanted if list(found).count(name) > 1]:
         raise DatasetError(f"the table has the columns {repeated} more than once; rename these columns.")
 
@@ -194,15 +234,15 @@ def _fields(batch: Any, named: Mapping[str, list[str]]) -> dict[str, np.ndarray]
 
 def _numbers(column: Any, name: str) -> np.ndarray:
     """Convert a column to floats ``[n, 1]``, or ``[n, D]`` if cells are lists. Empty cells become NaN."""
-    from pyarrow import compute, float64, types
+    from pyarrow import compute, float64
 
     width = 1
-    if types.is_list(column.type) or types.is_fixed_size_list(column.type) or types.is_large_list(column.type):
+    if _holds(column.type, "list", "fixed_size_list", "large_list"):
         lengths = set(compute.list_value_length(column).to_pylist())
         if len(lengths) != 1 or not (width := lengths.pop()):
             raise DatasetError(f"column {name!r} holds lists that are empty or differ in length; use one length.")
         column = compute.list_flatten(column)
-    if not (types.is_integer(column.type) or types.is_floating(column.type) or types.is_boolean(column.type)):
+    if not _holds(column.type, "integer", "floating", "boolean"):
         raise DatasetError(f"column {name!r} holds {column.type}, expected numbers.")
     return column.cast(float64(), safe=False).to_numpy(zero_copy_only=False).reshape(-1, width)
 

@@ -30,8 +30,8 @@ TEXTS = {  # a message for each kind of defect; the most certain kinds come firs
         "ended in a final state, and truncated where a time limit ended it."
     ),
     "no flags": (
-        "terminated and truncated are set in none of {rows}, {episodes}; this is right if only time limits ended the "
-        "episodes, otherwise set terminated where an episode ended in a final state."
+        "terminated and truncated are set in none of {rows}{but}, {episodes}; this is right if only time limits ended "
+        "the episodes, otherwise set terminated where an episode ended in a final state."
     ),
     "both flags": (
         "terminated and truncated are both set in {rows}; clear terminated where a time limit ended the episode."
@@ -40,8 +40,14 @@ TEXTS = {  # a message for each kind of defect; the most certain kinds come firs
         "done is set in {rows} where neither terminated nor truncated is set, so targets use the value of the next "
         "observation; set terminated where the state was final, and truncated where a time limit ended the episode."
     ),
-    "inside": "done is set in {rows} although the next row has the same episode number; correct the flags or numbers.",
-    "comes back": "episode has {rows} with the number of an earlier episode; store all rows of an episode together.",
+    "inside": (
+        "done is set in {rows} although the next row has the same episode number; if torch.cat joined datasets, use "
+        "load_transitions([A, B]) or from_rollouts([a, b]) instead; otherwise correct the flags or numbers."
+    ),
+    "comes back": (
+        "episode has {rows} with the number of an earlier episode; if torch.cat joined datasets, use load_transitions("
+        "[A, B]) or from_rollouts([a, b]) instead; otherwise store all rows of an episode together."
+    ),
     "single rows": "each of {rows} is an episode of its own; check the flags or the entry episode.",
     "time limit": (
         "terminated is set in {rows} that end episodes after {longest} steps, the greatest length, so a time limit may "
@@ -58,6 +64,14 @@ TEXTS = {  # a message for each kind of defect; the most certain kinds come firs
     "joined": (
         "{field} holds the first observation of the next episode in {rows} where an episode ends, but terminated is "
         "not set; if the environment was reset there, drop these rows, or store the last observation before the reset."
+    ),
+    "late": (
+        "{field} jumps in {rows} that end an episode without terminated: the next observation is close to the next "
+        "row and far from its own row, so the episodes probably end one row too late; set truncated one row earlier."
+    ),
+    "early": (
+        "{field} jumps in {rows} that start an episode: the observation is close to the row before and far from its "
+        "next observation, so the episodes probably end one row too early; set truncated one row later."
     ),
     "repeated": "transitions has {rows} that repeat earlier rows; drop them, unless there are few states and actions.",
     "constant rewards": "rewards is {value:g} in all {rows}, so no action is better than another; check the recording.",
@@ -136,10 +150,11 @@ def _counted(survey: Survey) -> Iterator[Finding]:
 
 def _flags(survey: Survey) -> Iterator[Finding]:
     """Find flags that are set in all rows or in none, and episode lengths that suggest wrong flags."""
-    if not survey.terminated_rows and not survey.truncated_rows:
+    if not survey.terminated_rows and survey.truncated_rows == int(survey.truncated[-1]):
+        but = " except the last" if survey.truncated_rows else ""  # the readers mark the last row of the data
         count = len(survey.lengths)
         episodes = f"although there are {count} episodes" if count > 1 else "so all rows are one endless episode"
-        yield from _report("no flags", "terminated", survey.all_rows, episodes=episodes)
+        yield from _report("no flags", "terminated", survey.all_rows, episodes=episodes, but=but)
     longest = int(survey.lengths.max())
     limited = survey.terminated & (survey.lengths == longest)
     count = int(limited.sum())

@@ -20,6 +20,8 @@ SAME = 1e-4  # smaller relative differences count as rounding errors
 AT_BOUND = 1e-5  # an action is at a bound if their distance is below this fraction of the range (float32 tanh rounds)
 OUTLIER = 1000.0  # a reward is an outlier if abs(reward) exceeds this many times the 99th percentile of abs(rewards)
 FAR = 10.0  # a value, such as -9999, is far if its distance to all others exceeds this many times their range
+JUMP = 1.5  # a change of an observation is a jump if it exceeds 99% of all changes by this factor
+FEW_ENDS = 3  # do not search for jumps at fewer ends of episodes
 
 
 class Survey:
@@ -49,6 +51,8 @@ class Survey:
         self._read_bounds(reader)
         if not self.counts["huge", "rewards"].count:
             self._read_outliers(reader, stops=flags[1])
+        for key in reader.successors:
+            self._count_jumps(reader, key)
         for key in reader.vectors:
             if not self.counts["huge", name_of(key)].count:
                 _count_far(reader, key, fields[key], self.counts["far", name_of(key)])
@@ -130,6 +134,38 @@ class Survey:
         apart = differs & ~is_last & ~stops
         apart[apart.clone()] = _differ(after[apart], observed[apart])
         self.counts["not continued", name].add(apart, start)
+
+    def _count_jumps(self, reader: Reader, key: Key) -> None:
+        """Count jumps that suggest that ends of episodes are one row too late or too early.
+
+        If an end is too late, the observation jumps in the last row of the episode: the next observation already
+        belongs to the next episode, which goes on from there. If an end is too early, the observation jumps in the
+        first row of the next episode, and this row still continues the episode before.
+        """
+        after = reader.successors[key]
+        ends = self.last[:-1][~self.terminated[:-1]][:SAMPLE_ROWS]
+        if len(ends) < FEW_ENDS or reader.leaves[key].shape != reader.leaves[after].shape:
+            return
+        edges, inside = torch.cat([self.last, self.last + 1, torch.tensor([0])]), _sampled_rows(reader)
+        inside = inside[~torch.isin(inside, edges)]  # the ends of episodes are compared with these rows
+        usual = reader.matrix(after, inside).double() - reader.matrix(key, inside)
+        scale = usual.square().mean(0).sqrt()
+
+        def size(before: Tensor, following: Tensor) -> Tensor:
+            # 0 / 0 becomes 0: a column that never changes inside episodes did not change here either
+            return ((following.double() - before) / scale).nan_to_num(0.0).square().mean(1).sqrt()
+
+        if not len(inside):
+            return
+        limit = size(reader.matrix(key, inside), reader.matrix(after, inside)).quantile(0.99)
+        last, following, first, second = (
+            reader.matrix(entry, rows) for rows in (ends, ends + 1) for entry in (key, after)
+        )
+        gap = size(following, first)
+        for kind, row, step in (("late", ends, size(last, following)), ("early", ends + 1, size(first, second))):
+            jumps = step > JUMP * limit
+            if 2 * int((jumps & (gap <= limit) & (gap > 0)).sum()) > len(ends):
+                self.counts[kind, name_of(after)] = Rows(int(jumps.sum()), int(row[jumps][0]))
 
     def _read_bounds(self, reader: Reader) -> None:
         """For each action column, count the rows at a bound of the spec (without a spec: at min or max)."""

@@ -1,0 +1,147 @@
+"""Describes environments by plain values: the environment that a dataset names, and changes that a user makes to it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The arguments of ``gymnasium.make`` for one environment.
+
+    Args:
+        id: Gymnasium id, or ``MODULE:ID`` if a Python module must be imported first.
+        kwargs: arguments of the environment.
+        max_episode_steps: time limit in steps; None for the time limit that is registered for the id.
+
+    Example:
+        >>> str(Environment("Pendulum-v1", {"g": 9.8}, max_episode_steps=100))
+        'Pendulum-v1 (g=9.8, at most 100 steps)'
+    """
+
+    id: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    max_episode_steps: int | None = None
+
+    def __str__(self) -> str:
+        """Return the id, followed by the arguments and the time limit in brackets."""
+        facts = [f"{name}={value!r}" for name, value in self.kwargs.items()]
+        facts += [] if self.max_episode_steps is None else [f"at most {self.max_episode_steps} steps"]
+        return f"{self.id} ({', '.join(facts)})" if facts else self.id
+
+    @classmethod
+    def of(cls, env: str | Environment) -> Environment:
+        """Return ``env``, or the environment with the id ``env``."""
+        return cls(env) if isinstance(env, str) else env
+
+    @property
+    def named_code(self) -> dict[str, Any]:
+        """The id and the arguments that can make Gymnasium import a module: those that contain a colon."""
+        named = {"id": self.id} if ":" in self.id else {}
+        return named | {name: value for name, value in self.kwargs.items() if _has_colon(value)}
+
+
+@dataclass(frozen=True)
+class RecordedEnvironment(Environment):
+    """The environment that a dataset names for evaluation. Its id names no module.
+
+    Args:
+        module: package that contains the code of the environment, according to the dataset; it is never imported.
+        notes: sentences about differences between this environment and the recorded one.
+    """
+
+    module: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def recorded_environment(
+    env_id: object, kwargs: object = None, max_episode_steps: object = None, *, entry_point: object = None,
+    wrappers: Iterable[Any] = (),
+) -> RecordedEnvironment | None:  # fmt: skip
+    """Read the description of an environment in a file; returns None if the file contains no valid id.
+
+    Nothing that the file names is imported: neither a module in the id, nor ``entry_point``, nor ``wrappers``.
+    """
+    name = env_id.decode(errors="replace") if isinstance(env_id, bytes) else env_id
+    if not isinstance(name, str) or not (parts := re.fullmatch(r"(?:([\w.]+):)?([\w./-]+)", name)):
+        return None
+    module, notes = parts[1], []
+    if module is None and isinstance(entry_point, str):
+        module = re.split(r"[.:]", entry_point)[0]
+    try:
+        found: Any = json.loads(kwargs) if isinstance(kwargs, (str, bytes)) else kwargs or {}
+        arguments = {str(name): value for name, value in found.items() if name != "render_mode"}
+    except (ValueError, AttributeError):  # no JSON, or no dictionary
+        arguments, notes = {}, ["its arguments cannot be read"]
+    if unsafe := [name for name, value in arguments.items() if _has_colon(value)]:
+        notes.append(f"its arguments {unsafe} are not used, because a text with a colon can name code")
+        arguments = {name: value for name, value in arguments.items() if name not in unsafe}
+    if names := [str(wrapper.get("name", wrapper)) for wrapper in wrappers]:
+        notes.append(f"its wrappers {names} are not used, because code that a dataset names is not loaded")
+    try:
+        limit = int(max_episode_steps)  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError):
+        limit = 0
+    return RecordedEnvironment(parts[2], arguments, limit if limit > 0 else None, module, tuple(notes))
+
+
+def change_environment(
+    known: Environment | None, env_id: str | None, kwargs: Mapping[str, Any], max_episode_steps: int | None = None
+) -> Environment | None:
+    """Return the environment that a user chose.
+
+    Args:
+        known: the environment of the dataset or of the run.
+        env_id: id that the user named; None for the id of ``known``. The arguments and the time limit of ``known``
+            remain if the user named the same id, with or without a module.
+        kwargs: arguments that the user changes. ``max_episode_steps`` among them changes the time limit.
+        max_episode_steps: time limit, if the user changes the time limit.
+
+    Returns:
+        The environment, or None if there is neither a known environment nor an ``env_id``.
+    """
+    if env_id is not None and (known is None or env_id.rpartition(":")[2] != known.id.rpartition(":")[2]):
+        known = Environment(env_id)
+    if known is None:
+        return None
+    changed = {**known.kwargs, **kwargs}
+    limit = changed.pop("max_episode_steps", None) or max_episode_steps or known.max_episode_steps
+    return Environment(env_id or known.id, changed, limit)
+
+
+def recorded_in_hdf5(attributes: Mapping[str, Any]) -> RecordedEnvironment | None:
+    """Read the environment from the attributes of an HDF5 file, as ``write_hdf5`` writes them."""
+    return recorded_environment(*(attributes.get(name) for name in ("env_id", "env_kwargs", "max_episode_steps")))
+
+
+def recorded_in_minari(metadata: Mapping[str, Any]) -> RecordedEnvironment | None:
+    """Read the environment for evaluation of a Minari dataset, by default the recorded one, from its metadata."""
+    recorded, evaluated = (_from_spec(metadata.get(name)) for name in ("env_spec", "eval_env_spec"))
+    if evaluated is None or recorded is None:
+        return evaluated or recorded
+    if str(evaluated) == str(recorded):
+        return evaluated
+    note = f"the dataset was recorded in another environment, {recorded}"
+    return replace(evaluated, notes=(*evaluated.notes, note))
+
+
+def _from_spec(text: Any) -> RecordedEnvironment | None:
+    """Read the JSON form of Gymnasium's ``EnvSpec``."""
+    try:
+        spec = json.loads(text)
+        facts = (spec.get(name) for name in ("id", "kwargs", "max_episode_steps"))
+        wrappers = spec.get("additional_wrappers") or ()
+        return recorded_environment(*facts, entry_point=spec.get("entry_point"), wrappers=wrappers)
+    except (TypeError, ValueError, AttributeError):  # no text, no JSON, or no dictionary
+        return None
+
+
+def _has_colon(value: Any) -> bool:
+    """Return whether a text in ``value``, also in lists and dictionaries, contains a colon."""
+    if isinstance(value, Mapping):
+        return any(_has_colon(item) for pair in value.items() for item in pair)
+    return any(map(_has_colon, value)) if isinstance(value, (list, tuple)) else isinstance(value, str) and ":" in value

@@ -1,0 +1,105 @@
+"""Joins several sources into one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tensordict import TensorDict
+from torchrl.data import TensorSpec
+
+from torchrl_bcq.data.checks import Checks, DatasetError, spec_bounds
+from torchrl_bcq.data.sources.source import Chunks, Source
+
+# facts that are unknown for the joined source if its parts disagree, and the settings of torchrl-bcq train for them
+_FACTS = {"env": "evaluation.env", "reference_scores": "evaluation.reference_scores"}
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class JoinedSource(Source):
+    """Several sources, one after the other. No episode continues from one source to the next. Make it with ``join``."""
+
+    sources: tuple[Source, ...] = ()
+
+    def read(
+        self, *, action_spec: TensorSpec | None = None, root: str | Path | None = None, strict: bool = True
+    ) -> TensorDict:
+        """Read and check the steps of all sources; log a warning if facts about the sources differ."""
+        for fact, setting in _FACTS.items():
+            if isinstance(pair := _agreed(self.sources, fact), list):
+                (one, value), (other, another) = pair
+                message = "%s names %s, but %s names %s, so torchrl-bcq train uses neither, unless %s is set."
+                _logger.warning(message, one, value, other, another, setting)
+        return super().read(action_spec=action_spec, root=root, strict=strict)
+
+    def _recordings(self, checks: Checks) -> Generator[Chunks, None, None]:
+        widths: dict[str, tuple[str, int]] = {}  # for each field: name of the first source, and number of features
+        for source in self.sources:
+            own = checks.alike()
+            with closing(_checked(source, own, widths)) as chunks:
+                yield chunks
+            checks.add(source.name, own)
+
+
+def _checked(source: Source, checks: Checks, widths: dict[str, tuple[str, int]]) -> Chunks:
+    """Yield the checked chunks of one source; its name is added to each error."""
+    try:
+        for fields in source._checked_chunks(checks):
+            for name in ("observations", "actions"):
+                width = fields[name].shape[1]
+                first, expected = widths.setdefault(name, (source.name, width))
+                if width != expected:
+                    found = f"{name} has {width} features, but {expected} in {first}"
+                    raise DatasetError(f"{found}; join only datasets of the same task.")
+            yield fields
+        if not checks.rows:
+            raise DatasetError("the data has no rows; leave this source out.")
+    except DatasetError as error:
+        raise DatasetError(f"{source.name}: {error}") from error.__cause__
+
+
+def join(sources: Sequence[Source]) -> Source:
+    """Return one source that reads all ``sources`` in their order.
+
+    Raises:
+        DatasetError: if a source occurs twice, or the action bounds of two sources differ.
+    """
+    names: dict[Path, str] = {}
+    for source in sources:
+        for file in source.files:
+            if (path := file.resolve()) in names:
+                raise DatasetError(f"{names[path]} and {source.name} are the same data; name it only once.")
+        names |= {file.resolve(): source.name for file in source.files}
+    known = [source for source in sources if source.action_spec is not None]
+    for source in known[1:]:
+        bounds = [[bound.tolist() for bound in spec_bounds(each.action_spec)] for each in (known[0], source)]
+        if bounds[0] != bounds[1]:
+            raise DatasetError(
+                f"the action bounds are {bounds[1]} in {source.name}, but {bounds[0]} in {known[0].name}; join only "
+                "datasets of the same task."
+            )
+    facts = {fact: _agreed(sources, fact) for fact in _FACTS}
+    return JoinedSource(
+        f"{len(sources)} sources",
+        lambda: (chunk for source in sources for chunk in source.chunks()),
+        [file for source in sources for file in source.files],
+        {"sources": [[len(source.files), source.settings] for source in sources]},
+        known[0].action_spec if known else None,
+        **{fact: None if isinstance(value, list) else value for fact, value in facts.items()},
+        refuse_whole=sources[0].refuse_whole if all(source.refuse_whole for source in sources) else None,
+        sources=tuple(sources),
+    )
+
+
+def _agreed(sources: Sequence[Source], fact: str) -> Any:
+    """Return the value of a fact, from the sources that know it; if two differ, return a list of both with names."""
+    known = [(source.name, getattr(source, fact)) for source in sources if getattr(source, fact) is not None]
+    for pair in known[1:]:
+        if pair[1] != known[0][1]:
+            return [known[0], pair]
+    return known[0][1] if known else None

@@ -1,0 +1,276 @@
+"""Recognises the layout of recorded steps in HDF5 and NPZ files, and reads the steps in chunks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from torchrl_bcq.data.checks import FIELDS, Columns, DatasetError, Rows, check_lengths
+from torchrl_bcq.data.sources.hdf5_storage import check_stored
+
+CHUNK_BYTES = 16 << 20  # limit in bytes for the largest field of a chunk, or for a chunk of whole episodes
+
+# common names of each field in D4RL, Gymnasium, Minari, TorchRL, Tianshou, d3rlpy and others
+_NAMES = {
+    "observations": ("observations", "observation", "obs", "states", "state"),
+    "actions": ("actions", "action", "act"),
+    "rewards": ("rewards", "reward", "rew"),
+    "terminated": ("terminals", "terminal", "terminations", "terminated"),
+    "truncated": ("timeouts", "timeout", "truncations", "truncated"),
+    "next_observations": ("next_observations", "next_observation", "obs_next", "next_obs", "next_states", "next_state"),
+    # fields that replace truncated: flags of the last row or of the first row of each episode, or numbers of steps
+    "episode_terminals": ("episode_terminals",),
+    "episode_starts": ("episode_starts",),
+    "lengths": ("lengths", "episode_lengths", "traj_lengths"),
+}
+_REQUIRED = FIELDS[:4]
+_WAYS = ("truncated", "episode_terminals", "episode_starts")
+_NO_KIND = ("dones", "done", "episode_starts")  # entries that people take for terminated
+
+
+def find_fields(found: list[str], names: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Find the entry of each field among ``found``. A missing or ambiguous field raises ``DatasetError``."""
+    names = dict(names or {})
+    if unknown := sorted(names.keys() - _NAMES.keys()):
+        raise DatasetError(f"names has the unknown fields {unknown}; the known fields are {list(_NAMES)}.")
+    if absent := sorted(set(names.values()) - set(found)):
+        raise DatasetError(f"names refers to the entries {absent}, but the file holds only {sorted(found)}.")
+    entries = {}
+    for field, known in _NAMES.items():
+        matches = [names[field]] if field in names else [name for name in known if name in found]
+        if len(matches) > 1:
+            raise DatasetError(f"{matches} could all be {field}; choose one with names={{{field!r}: {matches[0]!r}}}.")
+        if matches:
+            entries[field] = matches[0]
+    if missing := [field for field in _REQUIRED if field not in entries]:
+        unclear = next((name for name in _NO_KIND if name in found), None)
+        hint = f" {unclear} does not say whether an episode was terminated or truncated." if unclear else ""
+        raise DatasetError(
+            f"it lacks {missing}; it holds {sorted(found)}.{hint} Name the entries with names={{{missing[0]!r}: ...}}."
+        )
+    # a file may show in several ways where episodes end: read the way in names, or the first one
+    ways = sorted((field for field in _WAYS if field in entries), key=lambda field: field not in names)
+    if len(ways) > 1 and ways[1] in names:
+        raise DatasetError(f"names has {ways}, which all show where episodes end; name only one of them.")
+    for way in ways[1:]:
+        del entries[way]
+    return entries
+
+
+def read_steps(file: Any, names: Mapping[str, str] | None) -> Iterator[Columns]:
+    """Yield the steps of an HDF5 or NPZ file in chunks of arguments of ``from_arrays``, and ``incomplete``."""
+    if hasattr(file, "attrs"):  # only HDF5 files hold attributes and groups
+        if _is_group(file.get("_meta")) and "maxsize" in file.attrs:
+            return _tianshou_buffer(file, names)
+        if "columns" in file and ("observations_0" in file or "observations_0_0" in file):
+            return joined(_d3rlpy_episodes(file, names))
+        if groups := _episode_groups(file):
+            parts = (_fields(group, names) for group in groups)
+            return joined({name: field[()] for name, field in part.items()} for part in parts)
+    fields = _fields(file, names)
+    shape, is_padded = fields["actions"].shape, len(fields["actions"].shape) == 3
+    if is_padded and "lengths" not in fields:
+        raise DatasetError(
+            f"actions has shape {shape}. If this is [episode, step, feature], add an entry lengths with the number of "
+            "steps of each episode."
+        )
+    lengths = fields.pop("lengths", None)
+    if is_padded or (lengths is not None and not fields.keys() & set(_WAYS)):
+        return joined(_episodes_of_lengths(fields, np.asarray(lengths[()])))
+    return _slices(fields, range(shape[0] if shape else 0))
+
+
+def _is_group(item: Any) -> bool:
+    return hasattr(item, "values")
+
+
+def _fields(group: Any, names: Mapping[str, str] | None) -> dict[str, Any]:
+    """Return the field of each name, without reading it. A group in place of a field raises ``DatasetError``."""
+    found = dict.fromkeys([*group, *(entry for entry in (names or {}).values() if entry in group)])
+    fields = {name: group[key] for name, key in find_fields(list(found), names).items()}
+    for name, field in fields.items():
+        if not hasattr(field, "shape"):
+            raise DatasetError(f"{name} is a group of {sorted(field)}; choose one with names={{{name!r}: ...}}.")
+        if hasattr(field, "is_virtual"):
+            check_stored(name, field)
+    return fields
+
+
+def _slices(fields: Mapping[str, Any], rows: range) -> Iterator[Columns]:
+    """Yield ``rows`` of the fields in chunks. If there are no rows, yield one empty chunk."""
+    check_lengths({name: field.shape[0] if field.shape else 0 for name, field in fields.items()})
+    widest = max(field.dtype.itemsize * prod(field.shape[1:]) for field in fields.values())
+    step = max(1, CHUNK_BYTES // max(1, widest))
+    for start in range(rows.start, max(rows.stop, rows.start + 1), step):
+        stop = min(start + step, rows.stop)
+        chunk = {name: field[start:stop] if field.shape else field[()] for name, field in fields.items()}
+        ends = chunk.pop("episode_terminals", None)
+        if chunk.pop("episode_starts", None) is not None and rows:
+            ends = fields["episode_starts"][start + 1 : stop + 1]  # a row is the last if the next row is the first
+            ends = np.concatenate([ends, np.zeros((stop - start - len(ends), *ends.shape[1:]), ends.dtype)])
+        if ends is not None:
+            ended = np.asarray(chunk["terminated"]) == 1
+            # a row that terminated is not cut off; if the shapes do not fit together, the checks refuse the chunk
+            chunk["truncated"] = np.where(ended.reshape(ends.shape), 0, ends) if ended.size == ends.size else ends
+        yield chunk
+
+
+def _tianshou_buffer(file: Any, names: Mapping[str, str] | None) -> Iterator[Columns]:
+    """Yield the steps of Tianshou's ``ReplayBuffer.save_hdf5``: the rows of each ring, oldest row first.
+
+    A ``VectorReplayBuffer`` has one ring for each environment. Slots that were never written are not read.
+    """
+    fields = _fields(file["_meta"], {field: entry.removeprefix("_meta/") for field, entry in (names or {}).items()})
+    if "truncated" not in fields:
+        raise DatasetError("it lacks ['truncated'] in _meta, so it is unknown where episodes were cut off.")
+    if int(file.attrs.get("stack_num", 1)) > 1:
+        raise DatasetError(
+            f"the buffer stacks {file.attrs['stack_num']} observations; stack the observations before they are added "
+            "to a buffer with stack_num=1."
+        )
+    for start, stop, count, newest in _rings(file, len(fields["actions"])):
+        oldest = newest + 1 if count == stop - start else start
+        read = 0
+        for rows in (range(oldest, start + count), range(start, oldest)):
+            for chunk in _slices(fields, rows) if rows else ():
+                read += len(chunk["actions"])
+                yield chunk if read < count else {**chunk, "truncated": _cut_off(chunk)}
+
+
+def _rings(file: Any, rows: int) -> list[tuple[int, int, int, int]]:
+    """Return first slot, stop, number of written slots and newest slot of each ring of a Tianshou buffer."""
+    size = int(file.attrs["maxsize"])
+    if "_offset" in file:
+        starts, counts, newest = (file[name][()].tolist() for name in ("_offset", "_lengths", "last_index"))
+    else:
+        inserted = int(file.attrs["_insertion_idx" if "_insertion_idx" in file.attrs else "_index"])
+        starts, counts = [0], [int(file.attrs["_size"])]
+        newest = [(inserted - 1) % size]
+    rings = list(zip(starts, [*starts[1:], size], counts, newest, strict=True))
+    for start, stop, count, last in rings:
+        written = 0 <= count <= stop - start and start <= last < stop
+        # in a ring with free slots, the newest step is in the last written slot
+        if size != rows or not written or (0 < count < stop - start and last != start + count - 1):
+            raise DatasetError(
+                f"the buffer has {count} steps in its slots {start} to {stop - 1} of {rows}, with the newest step in "
+                f"slot {last}, but maxsize {size}. These numbers do not fit together; save the buffer again."
+            )
+    return rings
+
+
+def _d3rlpy_episodes(file: Any, names: Mapping[str, str] | None) -> Iterator[Columns]:
+    """Yield the episodes of d3rlpy's ``ReplayBuffer.dump``, which stores ``terminated`` once for each episode."""
+    columns = [name.decode() for name in file["columns"][()]]
+    numbers = {int(match[1]) for name in file if (match := re.fullmatch(r"\D+_(\d+)(_\d+)?", name))}
+    held = {name for name in file if re.fullmatch(r"\D+_\d+(_\d+)?", name)}
+    expected = {f"{column}_{number}" for column in columns for number in range(len(numbers))}
+    counted = next((int(file[name][()]) for name in ("num_episodes", "total_size") if name in file), len(numbers))
+    if counted != len(numbers) or held != expected:
+        raise DatasetError(
+            f"it holds {counted} episodes with {columns}, but the entries {sorted(held ^ expected)[:5]} are missing or "
+            "left over. Only observations, actions and rewards of one array each can be read; save the dataset again."
+        )
+    for number in range(len(numbers)):
+        episode = {column: file[f"{column}_{number}"] for column in columns}
+        part = {name: field[()] for name, field in _fields(episode, names).items()}
+        terminated = np.zeros(len(part["actions"]))
+        terminated[-1:] = part["terminated"]
+        yield {**part, "terminated": terminated}
+
+
+def _episodes_of_lengths(fields: Mapping[str, Any], lengths: np.ndarray) -> Iterator[Columns]:
+    """Yield episodes of ``lengths [E]`` steps, stored one after another, or in padded arrays ``[E, T, ...]``."""
+    shapes = {name: field.shape for name, field in fields.items()}
+    padded = len(shapes["actions"]) == 3
+    if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
+        found = f"shape {lengths.shape} and dtype {lengths.dtype}"
+        raise DatasetError(f"lengths has {found}, expected one integer for each episode.")
+    if padded:
+        steps = shapes["actions"][1]
+        stored = (len(lengths), steps)
+        # observations may also hold the observation after the last step
+        last = {"observations": (len(lengths), steps + 1)}
+        if any(shape[:2] not in (stored, last.get(name)) for name, shape in shapes.items()):
+            raise DatasetError(f"lengths has {len(lengths)} episodes, but the fields have the shapes {shapes}.")
+    else:
+        check_lengths({name: shape[0] if shape else 0 for name, shape in shapes.items()})
+        steps = shapes["actions"][0] if shapes["actions"] else 0
+    odd = Rows()
+    odd.add((lengths < 0) | (lengths > steps))
+    if odd.count:
+        raise DatasetError(f"lengths has {odd} outside 0 to {steps}, the number of stored steps; correct lengths.")
+    if not padded and int(lengths.sum()) != steps:
+        raise DatasetError(
+            f"lengths adds up to {lengths.sum()} steps, but there are {steps} rows; correct lengths, or add timeouts."
+        )
+    stops = lengths.cumsum().tolist()
+    for episode, length in enumerate(lengths.tolist()):
+        if padded and length:  # an episode without steps is an unused slot
+            rows = {name: length + (shape[1] > steps) for name, shape in shapes.items()}
+            yield {name: field[episode, : rows[name]] for name, field in fields.items()}
+        elif length:
+            yield {name: field[stops[episode] - length : stops[episode]] for name, field in fields.items()}
+
+
+def _episode_groups(file: Any) -> list[Any]:
+    """Return the HDF5 groups of the episodes, sorted by the number in the group's name, or ``[]``."""
+    if not all(map(_is_group, file.values())):
+        return []
+    for group in [file, *file.values()]:
+        numbers = {name: int(match[1]) for name in group if (match := re.search(r"(\d+)$", name))}
+        if numbers and len(numbers) == len(group) and all(map(_is_group, group.values())):
+            return [group[name] for name in sorted(numbers, key=numbers.__getitem__)]
+    return []
+
+
+def _cut_off(steps: Columns) -> np.ndarray:
+    """Return ``truncated``. The last row becomes truncated if it has no flag."""
+    truncated = np.array(steps.get("truncated", np.zeros(len(steps["actions"]), dtype=bool)))
+    if not np.any(steps["terminated"][-1:]) and not np.any(truncated[-1:]):
+        truncated[-1:] = True
+    return truncated
+
+
+def _end_episode(episode: Columns, number: int) -> Columns:
+    """Return the episode with one observation per step, and whether each step has no next observation."""
+    fields = {name: values for name, values in episode.items() if name not in _WAYS[1:] and name != "lengths"}
+    observations, steps = fields["observations"], len(fields["actions"])
+    is_short = "next_observations" not in fields
+    if is_short and len(observations) == steps + 1:
+        is_short, fields["observations"], fields["next_observations"] = False, observations[:-1], observations[1:]
+    lengths = {name: len(values) for name, values in fields.items()}
+    if not steps:
+        raise DatasetError(f"episode {number} (counted from 0) has no steps; leave it out.")
+    if len(set(lengths.values())) > 1:
+        raise DatasetError(
+            f"episode {number} (counted from 0) has fields of different lengths: {lengths}; each field needs one row "
+            "per step, and observations may have one more."
+        )
+    fields["truncated"] = _cut_off(fields)
+    fields["incomplete"] = np.zeros(steps, dtype=bool)
+    if is_short:
+        fields["next_observations"] = np.concatenate([observations[1:], observations[-1:]])
+        ended, cut = (np.reshape(fields[name], -1) == 1 for name in ("terminated", "truncated"))
+        fields["incomplete"] = cut & ~ended if cut.shape == ended.shape else cut
+    return fields
+
+
+def joined(episodes: Iterable[Columns]) -> Iterator[Columns]:
+    """Join consecutive episodes with the same widths and dtypes into chunks."""
+    held: list[Columns] = []
+    kind: object = None
+    size = 0
+    for number, episode in enumerate(episodes):
+        fields = _end_episode(episode, number)
+        own = {name: (values.shape[1:], values.dtype) for name, values in fields.items()}
+        if held and (own != kind or size > CHUNK_BYTES):
+            yield {name: np.concatenate([part[name] for part in held]) for name in held[0]}
+            held, size = [], 0
+        held.append(fields)
+        kind, size = own, size + sum(values.nbytes for values in fields.values())
+    if held:
+        yield {name: np.concatenate([part[name] for part in held]) for name in held[0]}
