@@ -13,7 +13,7 @@ from ..runs.conftest import TINY, _environments, file, make_file, make_settings 
 
 
 @pytest.fixture
-def words(file, tmp_path):  # noqa: F811
+def words(file, tmp_path):  # noqa: F811 (file is the imported fixture)
     """Overrides of a small run of an algorithm in ``tmp_path / "run"``."""
 
     def make(*overrides: str, algorithm: str = "bcq") -> list[str]:

@@ -242,6 +242,21 @@ def test_environment_and_scores_that_differ_are_unknown(folder, caplog):
     ]
 
 
+@pytest.mark.parametrize("root", [None, "copies"])
+def test_whole_numbers_are_refused_only_if_all_files_hold_nothing_else(folder, root):
+    """In a CSV file, whole numbers may be discrete actions; one file with 0.5 shows that they are amounts."""
+    for name, actions in (("one.csv", "12"), ("two.csv", "30"), ("half.csv", ["1", "0.5"])):
+        rows = [f"{row},{action},{row},0,t" for row, action in enumerate(actions, 1)]
+        Path(name).write_text("\n".join(["x,a,r,end,trip", *rows]))
+    with pytest.raises(DatasetError, match=r"actions has only whole numbers in all 4 rows, so the actions may be disc"):
+        load_transitions(["one.csv", "two.csv"], root=root, **TABLE)
+    whole = load_transitions(["one.csv", "two.csv"], root=root, action_type="continuous", **TABLE)
+    # each file has two rows; the second one is cut off, and its next observation is unknown
+    assert flat(whole, "action") == [1, 3]
+    for names in (["two.csv", "half.csv"], ["half.csv", "two.csv"]):
+        assert sorted(flat(load_transitions(names, root=root, **TABLE), "action")) == [1, 3]
+
+
 def test_copy_is_that_of_all_files(folder):
     """One copy for all files, which is used again until one of the files, or their order, changes."""
     names = ["a.hdf5", "b.hdf5"]
