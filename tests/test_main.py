@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -68,19 +69,19 @@ def test_whole_actions_of_a_csv_are_described_but_not_used(file, capsys):
     assert refusal.startswith(
         "torchrl-bcq: doses.csv: actions has only whole numbers in all 200 rows, so the actions may"
     )
-    assert "describe and convert: --action-type continuous" in refusal
+    assert refusal.endswith("such as doses in whole units, set reader.action_type=continuous.\n")
     assert main(["convert", "doses.csv", "copies", *columns, "--action-type", "continuous"]) == 0
     reader = "reader={observation: [state], action: [dose], reward: reward, terminated: died, episode: stay}"
     assert main(["train", "dataset=doses.csv", reader, "evaluation.env=null", "out=run"]) == 1
-    assert "torchrl-bcq train: reader.action_type=continuous" in capsys.readouterr().err
+    assert "set reader.action_type=continuous" in capsys.readouterr().err
 
 
 def test_convert_prints_how_to_open_the_copy(file, capsys):
     for _ in range(2):
         assert main(["convert", "swings.hdf5", "copies"]) == 0
         out = capsys.readouterr().out
-        assert out.startswith("1,194 transitions, 0.1 MB: load_memmap('")
-    copy = eval(out.partition(": ")[2], {"load_memmap": load_memmap})
+        assert out.startswith("1,194 transitions, 0.1 MB, in ")
+    copy = eval(out.partition("or with ")[2].partition(" in Python")[0], {"load_memmap": load_memmap})
     assert (copy == load_hdf5(file)).all()
     assert copy.is_memmap()
 
@@ -93,8 +94,8 @@ def test_tables_take_their_columns_from_the_command_line(file, capsys):
     assert capsys.readouterr().out.startswith("990 transitions in 10 episodes")
     assert main(["describe", "trips.csv"]) == 1
     assert capsys.readouterr().err == (
-        "torchrl-bcq: trips.csv is a csv source, which also needs the arguments ['observation', 'action', 'reward', "
-        "'terminated'].\n"
+        "torchrl-bcq: trips.csv is a csv source, which also needs the names of columns: reader.observation=COLUMN "
+        "reader.action=COLUMN reader.reward=COLUMN reader.terminated=COLUMN.\n"
     )
 
 
@@ -170,7 +171,7 @@ def test_columns_may_be_named_in_several_places(file, capsys):
     )
     rest = ["--action", "u", "--reward", "r", "--terminated", "end", "--truncated", "end"]
     assert main(["describe", "trips.csv", "--observation", "x", "--observation", "y", *rest]) == 0
-    assert "observations 1" in capsys.readouterr().out
+    assert "observations y" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -221,6 +222,24 @@ def test_several_files_are_described_and_converted_as_one(file, capsys):
     assert out.endswith("The pictures are in _.hdf5.png.\n")
     assert main(["convert", "swings.hdf5", "other.hdf5", "copies"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("2,388 transitions, 0.1 MB: load_memmap('")
+    assert out.startswith(f"2,388 transitions, 0.1 MB, in {Path('copies').resolve()}")
     assert main(["convert", "*.npz", "copies"]) == 1
     assert capsys.readouterr().err == "torchrl-bcq: no file matches *.npz.\n"
+
+
+def test_columns_of_a_table_are_called_by_their_names(file, capsys):
+    rows = "\n".join(f"{i // 100},{i * 0.37 % 2},5,{i * 0.11 % 1 - 0.5},0.25,{i % 7},0" for i in range(1000))
+    (file.parent / "trips.csv").write_text(f"trip,x,mass,force,brake,r,crashed\n{rows}\n")
+    words = [
+        "reader.observation=[x, mass]",
+        "reader.action=[force,brake]",
+        "reader.reward=r",
+        "reader.terminated=crashed",
+    ]
+    assert main(["describe", "trips.csv", *words, "reader.episode=trip"]) == 0
+    shown = capsys.readouterr().out
+    assert "actions is constant in column brake, in all " in shown
+    assert "observations is constant in column mass, in all " in shown
+    assert [line.split()[1] for line in shown.splitlines() if line.startswith(("observations ", "actions "))] == [
+        *("x", "mass", "force", "brake")
+    ]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torchrl_bcq.cli import dataset, evaluate, plot, record
 from torchrl_bcq.data import DatasetError
-from torchrl_bcq.errors import RunError
+from torchrl_bcq.errors import RunError, on_command_line
 from torchrl_bcq.version import __version__
 
 _EXAMPLES = """\
@@ -28,12 +28,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 on success, 1 for an invalid input or setting, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     logging.getLogger("torchrl").setLevel("WARNING")
+    with on_command_line():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     try:
         if arguments[:1] == ["train"]:  # cli.train parses the NAME=VALUE settings of this command
             from torchrl_bcq.cli.train import main as train
 
             return train(arguments[1:])
-        args = _parser().parse_args(arguments)
+        reader = dataset.reader_words(arguments)
+        args = _parser().parse_args([word for word in arguments if word not in reader])
+        args.reader = reader
         args.run(args)
     except (DatasetError, RunError, OSError, ImportError) as error:
         remedy = "; install what is missing: pip install 'torchrl-bcq[train]'" if isinstance(error, ImportError) else ""

@@ -1,5 +1,28 @@
-"""Errors that a user can fix."""
+"""Errors that a user can fix, and advice in the words of the place where the user stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_on_command_line: ContextVar[bool] = ContextVar("on_command_line", default=False)
 
 
 class RunError(ValueError):
     """Raised if a training run or its settings cannot be used. The message says why and what to do."""
+
+
+@contextmanager
+def on_command_line() -> Iterator[None]:
+    """While the context is open, ``remedy`` returns the advice for the command line."""
+    token = _on_command_line.set(True)
+    try:
+        yield
+    finally:
+        _on_command_line.reset(token)
+
+
+def remedy(python: str, command: str) -> str:
+    """Return the advice for a user of the Python functions, or for a user of the command line."""
+    return command if _on_command_line.get() else python

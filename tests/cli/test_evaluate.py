@@ -14,7 +14,10 @@ import torch
 
 from torchrl_bcq.__main__ import main
 from torchrl_bcq.cli.evaluate import _compare, _from_dataset, _mean_and_error
+from torchrl_bcq.data import split_episodes
+from torchrl_bcq.runs.folder import open_dataset
 from torchrl_bcq.runs.job import train
+from torchrl_bcq.runs.settings import load_settings
 
 
 @pytest.fixture
@@ -246,14 +249,30 @@ def test_without_an_environment_the_dataset_is_measured(make_run, capsys, held_o
     own = logged(run, *(HELD_OUT if held_out else of_both), "action_distance", "initial_value")
     assert found["BCQ"] == own
     assert found["cloning"] == logged(run / "baseline", *of_both)
-    assert list(found) == ["checkpoint", "step", "BCQ", "cloning"]
+    assert list(found) == ["checkpoint", "step", "behaviour", "BCQ", "cloning"]
     for name, value in own.items():
         other = f"{found['cloning'][name]:.4g}" if name in of_both else "-"
-        assert f"\n{name:<28}{value:>12.4g}{other:>12}\n" in shown
+        assert f"\n{name:<28}{value:>12.4g}{other:>12}{'-':>13}\n" in shown
+    transitions, _ = open_dataset(load_settings(run))
+    rewards = transitions["next", "reward"].double().reshape(10, 20)  # episodes of 20 steps
+    if held_out:
+        rewards = rewards[~split_episodes(transitions, 0.3, seed=0)[0].reshape(10, 20)[:, 0]]
+    discounted = sum(rewards[:, t] * 0.5**t for t in range(20))
+    numbers = {"return": rewards.sum(1).mean().item(), "discounted_return": discounted.mean().item()}
+    assert found["behaviour"] == pytest.approx(numbers)
+    for name, value in numbers.items():
+        assert f"\n{name:<28}{'-':>12}{'-':>12}{value:>13.4g}\n" in shown
+    explained = [line.partition(":")[0] for line in shown.partition("\n\n")[2].partition("\n\n")[2].splitlines()]
+    expected = ["held_out_loss", "held_out_td_error"] if held_out else []
+    expected += ["action_distance", "initial_value", "return", "discounted_return"]
+    assert [name for name in explained if " " not in name and name] == expected
     assert f"The run has no environment. Metrics on {'held-out episodes' if held_out else 'the dataset'}:\n\n" in shown
-    assert f"\n{'':<28}{'BCQ':>12}{'cloning':>12}\n" in shown
+    assert f"\n{'':<28}{'BCQ':>12}{'cloning':>12}{'the dataset':>13}\n" in shown
     assert main(["evaluate", str(run), "--env", "Swing-v0", "--episodes", "2"]) == 0
-    assert list(json.loads((run / "evaluation.json").read_text()))[-3:] == ["VAE-BC", "cloning", "BCQ"]
+    assert json.loads((run / "evaluation.json").read_text()) == found  # earlier results are kept
+    assert list(json.loads((run / "evaluation-2.json").read_text()))[-3:] == ["VAE-BC", "cloning", "BCQ"]
+    assert main(["evaluate", str(run)]) == 0
+    assert json.loads((run / "evaluation-3.json").read_text()) == found
 
 
 def test_a_baseline_that_learned_from_the_held_out_episodes_is_refused(make_run, capsys):
@@ -265,6 +284,39 @@ def test_a_baseline_that_learned_from_the_held_out_episodes_is_refused(make_run,
     assert error.startswith(f"torchrl-bcq: {other}/")
     assert f" held out other episodes than {run}/" in error
     assert not (run / "evaluation.json").exists()
+
+
+# sweeps
+
+
+def test_the_runs_of_a_sweep_are_listed(make_settings, tmp_path, capsys):
+    sweep = tmp_path / "sweep"
+    for number, seed in enumerate((0, 1)):
+        train(make_settings("steps=20", f"seed={seed}", "checkpoint.keep=3", f"out={sweep / str(number)}"))
+    for number, returns in enumerate(([5.0, 2.5], [-1.0, 3.0])):  # at steps 10 and 20
+        lines = [f"{step},{value}" for step, value in zip((10, 20), returns, strict=True)]
+        (sweep / str(number) / "log/scalars/return.csv").write_text("\n".join(lines) + "\n")
+    capsys.readouterr()
+    assert main(["evaluate", str(sweep)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[0] == f"{sweep} contains 2 runs:"
+    cells = [line.split() for line in shown.splitlines()[2:5]]
+    assert cells[0] == ["run", "seed", "steps", "last", "return", "best", "return"]
+    assert cells[1:] == [["0", "0", "20", "2.5", "5"], ["1", "1", "20", "3", "3"]]
+    assert f"The best return is 5, in {sweep / '0'} after 10 gradient steps.\n" in shown
+    assert shown.endswith(f"torchrl-bcq evaluate {sweep / '0'}\n")
+    assert not list(sweep.glob("**/evaluation*.json"))
+
+
+def test_runs_without_an_environment_are_listed_and_none_is_best(make_settings, tmp_path, capsys):
+    for phi in (0, 0.1):
+        words = [f"network.phi={phi}", "evaluation.env=null", f"out={tmp_path / 'sweep' / str(phi)}"]
+        train(make_settings("steps=10", "held_out=0.3", *words))
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "sweep")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[2].split() == ["run", "network.phi", "steps", "last", "held_out_td_error"]
+    assert "No run was evaluated in an environment. The held_out_td_error does not show which policy is best." in shown
 
 
 # refusals

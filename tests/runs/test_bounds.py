@@ -144,8 +144,8 @@ def test_actions_beyond_the_bounds_are_refused_or_clipped(make_settings, make_fi
     with pytest.raises(DatasetError) as error:
         open_dataset(make_settings(*overrides))
     assert "actions has 80 rows (first: 0) outside the action spec" in str(error.value)
-    remedy = "set action_clip=true, or action_low and action_high. The action spec comes from: setting."
-    assert str(error.value).endswith(f"the spec spans [-1.0] to [1.0]; {remedy}")
+    remedy = "set action_clip=true, or action_low and action_high, in torchrl-bcq train."
+    assert str(error.value).endswith(f"the spec spans [-1.0] to [1.0]; {remedy} The action spec comes from: setting.")
     caplog.clear()
     transitions, task = open_dataset(make_settings(*overrides, "action_clip=true"))
     assert transitions["action"][:5, 0].tolist() == [-1, -1, 0.5, 1, 1]

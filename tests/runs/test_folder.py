@@ -67,7 +67,7 @@ def test_several_files(make_settings, file, tmp_path):
     assert torch.equal(both["observation"][len(one) :], one["observation"])
     settings = make_settings(f"dataset={file.parent}/*.hdf5")
     assert (open_dataset(settings)[0]["observation"] == open_dataset(settings)[0]["observation"]).all()
-    for wrong in ("3", "null", "[]", "{a: b}"):
+    for wrong in ("null", "[]", "{a: b}"):
         with pytest.raises(DatasetError, match=r"^the (dataset is|list of datasets is empty)"):
             open_dataset(make_settings(f"dataset={wrong}"))
 
@@ -155,8 +155,8 @@ def test_reference_scores_that_are_none_are_refused(make_settings, scores):
 
 def test_the_readers_settings_reach_it(make_settings, make_file):
     make_file(bonus=np.full(200, 3.0))
-    with pytest.raises(DatasetError, match=r"does not take the arguments \['columns'\]"):
-        open_dataset(make_settings("reader.columns=1"))
+    with pytest.raises(RunError, match="there is no setting reader.columns for .*swings.hdf5"):
+        make_settings("reader.columns=1")
     transitions, task = open_dataset(make_settings("reader.names.rewards=bonus"))
     assert (transitions["next", "reward"] == 3).all()
     assert task.behaviour == {"mean": 60.0, "std": 0.0, "episodes": 10}

@@ -93,7 +93,7 @@ def test_held_out_metrics_are_of_changed_rewards(make_settings, make_file, tmp_p
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
     assert "Metrics on held-out episodes, with the rewards of training, (reward + 0) * 1000:" in out
-    (line,) = (line for line in out.splitlines() if line.startswith("held_out_td_error"))
+    line = next(line for line in out.splitlines() if line.startswith("held_out_td_error "))
     assert float(line.split()[1]) == pytest.approx(error, rel=1e-3)
 
 

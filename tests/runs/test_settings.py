@@ -149,12 +149,12 @@ def test_a_setting_of_a_new_objective_is_found_nowhere_but_in_its_constructor(mo
 
 
 def test_overrides_are_read_as_hydra_reads_them():
-    words = ["optim.vae.lr=3e-4", "network.hidden=[8,7]", "reader={columns: {a: [x, y]}}", "optim.kwargs.eps=1e-3"]
+    words = ["optim.vae.lr=3e-4", "network.hidden=[8,7]", "reader={names: {actions: x}}", "optim.kwargs.eps=1e-3"]
     words += ["logger_kwargs.wandb.project=bcq", "threads=null", "dataset='my file.hdf5'", "loss.reduction=sum"]
     (settings,) = compose([*words, "+reader.names.rewards=r", "loss.use_prioritized_weights=false", "seed=1", "seed=2"])
     assert settings.optim.vae.lr == 3e-4
     assert OmegaConf.to_container(settings.optim.kwargs) == {"eps": 1e-3}
-    assert OmegaConf.to_container(settings.reader) == {"columns": {"a": ["x", "y"]}, "names": {"rewards": "r"}}
+    assert OmegaConf.to_container(settings.reader) == {"names": {"actions": "x", "rewards": "r"}}
     assert (settings.network.hidden, settings.dataset, settings.loss.reduction) == ([8, 7], "my file.hdf5", "sum")
     assert (settings.loss.use_prioritized_weights, settings.seed, settings.threads) == (False, 2, None)
     assert settings.logger_kwargs.wandb.project == "bcq"
@@ -182,11 +182,11 @@ def test_a_sweep_makes_all_combinations_in_numbered_folders():
         (["network.normalization=true"], "there is no setting network.normalization"),
         (
             ["seed=0,1"],
-            "['seed=0', 'seed=1'] needs several runs; add -m to train them all, or write a list as NAME=[A,B].",
+            "seed=0,1 has 2 values; add -m to make a run for each value, or write a list as seed=[0,1].",
         ),
         (["steps=many"], "steps cannot be 'many': Value 'many' of type 'str' could not be converted to Integer"),
         (["network.hidden=[a]"], "network.hidden cannot be ['a']: "),
-        (["reader=[1"], "the settings cannot be read: "),
+        (["reader=[1"], "the value of reader cannot be read: "),
         (["~seed"], "~seed is not a setting; write a setting as NAME=VALUE."),
         (["_target_=os.system"], "there is no setting _target_"),
         (
@@ -386,7 +386,7 @@ def test_all_that_differs_is_named_and_nothing_else(make_settings):
     assert str(error.value) == (
         "run cannot be resumed with changed settings: seed was 0 and is now 1; network.hidden was [8] and is now [9]; "
         "optim.vae.lr was None and is now 0.5. Use the old values, or start a new run in another folder with "
-        "out=FOLDER."
+        "out=FOLDER. Add init_from=run to start with its networks."
     )
 
 

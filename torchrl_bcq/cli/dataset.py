@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ sources:
   d4rl:ID                  a D4RL dataset, such as d4rl:hopper-medium-v2; it is downloaded once
   FOLDER                   a memory-mapped copy that torchrl-bcq convert has made, or a folder of files of one format
 Several sources are read as one dataset, in which no episode continues from one source to the next.
+
+settings of the reader:
+  reader.NAME=VALUE        any argument of the reader, as in torchrl-bcq train: reader.delimiter=';'
+                           reader.names.observations=obs  reader.max_episode_steps=200  'reader.observation=[x, v]'
 
 examples:
   torchrl-bcq describe hopper.hdf5 --env Hopper-v5
@@ -67,11 +72,18 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     command.add_argument("folder", metavar="FOLDER", help="folder in which copies are kept")
 
 
+def reader_words(arguments: Sequence[str]) -> list[str]:
+    """Return the words ``reader.NAME=VALUE`` of these commands; argparse cannot read them between options."""
+    own = arguments[:1] in (["describe"], ["convert"])
+    return [word for word in arguments if re.match(r"\+{0,2}reader[\w.]*=", word)] if own else []
+
+
 def _describe(args: argparse.Namespace) -> None:
     settings = _settings(args)
     action_spec = _action_spec(args, settings)
     transitions = load_transitions(args.source, root=args.root, strict=False, **settings)
-    description = describe(transitions, action_spec=action_spec)
+    names = {f"{name}s": settings[name] for name in ("action", "observation") if name in settings}
+    description = describe(transitions, action_spec=action_spec, column_names=names)
     name = Path(args.source[0].rpartition(":")[2]).name
     out = args.out or Path(f"{re.sub(r'[*?]+', '_', name)}.png")
     print(description)
@@ -83,7 +95,8 @@ def _convert(args: argparse.Namespace) -> None:
     settings = _settings(args)
     transitions = load_transitions(args.source, action_spec=_action_spec(args, settings), root=args.folder, **settings)
     folder = Path(transitions["action"].filename).parent
-    print(f"{len(transitions):,} transitions, {transitions.bytes() / 1e6:.1f} MB: load_memmap({str(folder)!r})")
+    print(f"{len(transitions):,} transitions, {transitions.bytes() / 1e6:.1f} MB, in {folder}")
+    print(f"Use the copy with dataset={folder}, or with load_memmap({str(folder)!r}) in Python.")
 
 
 def _action_spec(args: argparse.Namespace, settings: dict[str, Any]) -> TensorSpec | None:
@@ -112,4 +125,14 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         if odd := [f"{field}{sign}{entry}" for field, sign, entry in pairs if not (field and entry)]:
             raise DatasetError(f"--names has {odd}, expected FIELD=ENTRY, such as observations=obs.")
         settings["names"] = {field: entry for field, _, entry in pairs}
-    return settings
+    if not args.reader:
+        return settings
+    from omegaconf import OmegaConf
+
+    from torchrl_bcq.runs.overrides import check_reader, read_words
+
+    chosen = OmegaConf.create({"reader": settings})
+    for name, value in read_words(args.reader, ())[0].items():
+        OmegaConf.update(chosen, name, value)
+    reader: Any = OmegaConf.to_container(chosen)["reader"]  # type: ignore[index, call-overload]
+    return check_reader(args.source, reader)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +27,29 @@ examples:
   torchrl-bcq evaluate runs/hopper --baseline runs/hopper-cloning
   torchrl-bcq evaluate runs/hopper --checkpoint last --deterministic
   torchrl-bcq evaluate runs/hopper/checkpoints/checkpoint-000000005000
+  torchrl-bcq evaluate runs/sweep                  the runs of torchrl-bcq train -m out=runs/sweep ...
 """
+# what each number on a dataset can and cannot tell, by the start of its name
+_MEANINGS = {
+    "held_out_loss": "if it rises during training, the network overfits; it cannot be compared between algorithms.",
+    "held_out_td_error": "shows how well the values fit other data; a low error does not mean a good policy.",
+    "action_distance": "shows how much the policy differs from the recorded actions, not which of them are better.",
+    "initial_value": "the critics' estimate of the policy's discounted return; it is not measured, and may be wrong.",
+    "return": "mean return of the recorded episodes; without an environment, a policy's return is unknown.",
+    "discounted_return": "the same with discount; if initial_value is far above it, the critics may overestimate.",
+}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command ``evaluate`` to the parser. ``args.run(args)`` then runs this command."""
     what = "Run episodes with the policy of a run and with its baselines."
-    description = f"{what} A run without an environment is evaluated on its dataset."
+    description = (
+        f"{what} A run without an environment is evaluated on its dataset. For the folder of a sweep (train -m), print "
+        "a table of its runs."
+    )
     command = commands.add_parser("evaluate", help=what, description=description, epilog=_EXAMPLES)
     add = command.add_argument
-    add("folder", type=Path, metavar="RUN", help="folder of a run of torchrl-bcq train, or one of its checkpoints")
+    add("folder", type=Path, metavar="RUN", help="folder of a run, one of its checkpoints, or a sweep")
     add("--baseline", type=Path, metavar="RUN2", help="run to compare with (default: the baseline of RUN)")
     add("--checkpoint", choices=("best", "last"), default="best", help="checkpoint (default: best if kept, else last)")
     add_options(command, "Gymnasium environment (default: the environment of the run)")
@@ -43,16 +57,19 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--seed", type=int, default=0, metavar="N", help="seed of initial states and actions (default: %(default)s)")
     add("--deterministic", action="store_true", help="always take the same action in the same state")
     add("--device", default="auto", help="any torch device (default: cuda if it is available)")
-    out = "file for the numbers (default: evaluation.json in RUN, or a file beside the checkpoint)"
+    out = "file for the numbers (default: evaluation.json, evaluation-2.json, ... in RUN, or beside the checkpoint)"
     add("--out", type=Path, metavar="JSON", help=out)
     command.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
-    from torchrl_bcq.runs.folder import load
+    from torchrl_bcq.cli.sweep import is_sweep, print_runs
+    from torchrl_bcq.runs.folder import CHECKPOINTS, load
 
     if args.episodes < 1:
         raise RunError(f"--episodes is {args.episodes}, expected at least 1.")
+    if is_sweep(args.folder) and not (args.folder / CHECKPOINTS).is_dir():
+        return print_runs(args.folder)
     trained = load(args.folder, args.checkpoint, args.device)
     runs = {trained.algorithm.title: trained, **_load_baseline(args, trained)}
     if env := _choose_env(args, trained, runs):
@@ -63,11 +80,18 @@ def _run(args: argparse.Namespace) -> None:
     out = args.out or args.folder / "evaluation.json"
     if args.out is None and trained.path == args.folder:  # RUN is a checkpoint: write next to its folder
         out = args.folder.with_name(f"{args.folder.name}-evaluation.json")
+    out = _unused(out) if args.out is None else out
     results = _in_environment(trained, runs, args) if env else _on_the_dataset(trained, runs)
     with write_whole(out) as aside:
         numbers = {"checkpoint": str(trained.path), "step": trained.step, **results}
         aside.write_text(json.dumps(numbers, indent=2) + "\n")
     print(f"\nThe numbers are in {out}.")
+
+
+def _unused(file: Path) -> Path:
+    """Return ``file``, or a name with a number if earlier results are in ``file``."""
+    names = chain([file], (file.with_stem(f"{file.stem}-{number}") for number in count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def _load_baseline(args: argparse.Namespace, trained: Any) -> dict[str, Any]:
@@ -185,6 +209,7 @@ def _print_table(lines: list[list[str]], widths: list[int]) -> None:
 
 def _on_the_dataset(trained: Any, runs: dict[str, Any]) -> dict[str, Any]:
     """Compute metrics of the run and of its baseline on the dataset; print and return the metrics."""
+    from torchrl_bcq.data.episodes import episode_returns
     from torchrl_bcq.evaluation import DatasetMetrics
     from torchrl_bcq.runs.assembly import change_rewards, reward_formula, split
     from torchrl_bcq.runs.folder import open_dataset
@@ -202,10 +227,18 @@ def _on_the_dataset(trained: Any, runs: dict[str, Any]) -> dict[str, Any]:
         drawn = {"max_rows": settings.evaluation.max_rows, "seed": settings.evaluation.seed}
         metrics = DatasetMetrics(one.loss, one.policy, rows, interval=1, held_out=learned is not None, **drawn)
         found[title] = metrics.measure()
+    gamma = {"gamma": settings.loss.gamma} if trained.loss.has_values else {}
+    behaviour = {"return": episode_returns(rows).mean().item()}
+    behaviour |= {"discounted_return": episode_returns(rows, **gamma).mean().item()} if gamma else {}
     where, formula = "the dataset" if learned is None else "held-out episodes", reward_formula(settings)
     changed = "" if formula is None else f", with the rewards of training, {formula}"
     print(f"\nThe run has no environment. Metrics on {where}{changed}:\n")
-    names = dict.fromkeys(name for row in found.values() for name in row)
-    cells = [[name, *(f"{row[name]:.4g}" if name in row else "-" for row in found.values())] for name in names]
-    _print_table([["", *found], *cells], [28, *(max(12, len(title) + 2) for title in found)])
-    return found
+    table = {**found, "the dataset": behaviour}
+    names = dict.fromkeys(name for row in table.values() for name in row)
+    cells = [[name, *(f"{row[name]:.4g}" if name in row else "-" for row in table.values())] for name in names]
+    _print_table([["", *table], *cells], [28, *(max(12, len(title) + 2) for title in table)])
+    print()
+    for name, meaning in _MEANINGS.items():
+        if any(other.startswith(name) for other in names):
+            print(f"{name}: {meaning}")
+    return {"behaviour": behaviour, **found}

@@ -75,7 +75,8 @@ def main(arguments: Sequence[str]) -> int:
     overrides = [word for word in arguments if not word.startswith("-")]
     flags = {_FLAGS.get(word, word) for word in arguments if word.startswith("-")}
     if unknown := flags - {*_FLAGS.values()}:
-        raise RunError(f"there is no flag {', '.join(sorted(unknown))}; see torchrl-bcq train --help.")
+        found = f"there is no flag {', '.join(sorted(unknown))}"
+        raise RunError(f"{found}; write a setting as NAME=VALUE without dashes; see torchrl-bcq train --help.")
     runs = compose([*_defaults(overrides), *overrides], sweep="sweep" in flags)
     if "show" in flags:
         for settings in runs:
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _defaults(overrides: Sequence[str]) -> list[str]:
     """Return the settings of a run without ``dataset=``. With a dataset or a folder to resume, return []."""
-    given = dict(word.partition("=")[::2] for word in overrides)
+    given = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
     if "dataset" in given or given.get("resume", "false").lower() not in ("true", "false"):
         return []
     name = given.get("algorithm", "bcq")

@@ -12,6 +12,7 @@ from torch import Tensor, bfloat16
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.bounds import action_box
+from torchrl_bcq.errors import remedy
 
 Columns = Mapping[str, Any]  # maps argument names of from_arrays to arrays with one row per step
 
@@ -21,7 +22,6 @@ _NUMBERS = {"observations": 2, "actions": 2, "rewards": 1, "next_observations": 
 # incomplete marks rows without a next observation; readers add it if next_observations lacks only some of them
 _FLAGS = ("terminated", "truncated", "incomplete")
 _OPTIONAL = ("truncated", "next_observations")
-OUTSIDE_REMEDY = "clip or rescale the actions"
 FIELDS = ("observations", "actions", "rewards", "terminated", *_OPTIONAL)  # the arguments of from_arrays
 
 
@@ -115,7 +115,11 @@ class Checks:
             low, high = self._bounds
             found.append(
                 f"actions has {self._outside} outside the action spec: the actions span {self._lowest.tolist()} to "
-                f"{self._highest.tolist()}, the spec spans {low.tolist()} to {high.tolist()}; {OUTSIDE_REMEDY}."
+                f"{self._highest.tolist()}, the spec spans {low.tolist()} to {high.tolist()}; "
+                + remedy(
+                    "clip or rescale the actions.",
+                    "set action_clip=true, or action_low and action_high, in torchrl-bcq train.",
+                )
             )
         return found, odd_flags
 

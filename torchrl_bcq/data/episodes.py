@@ -66,17 +66,21 @@ def _check_ends(transitions: TensorDictBase, starts: Tensor) -> None:
         )
 
 
-def episode_returns(transitions: TensorDictBase) -> Tensor:
-    """Return the undiscounted sum of the rewards of each episode in float64, ``[E]``.
+def episode_returns(transitions: TensorDictBase, gamma: float = 1.0) -> Tensor:
+    """Return the sum of ``gamma^t`` times the reward of step ``t`` of each episode in float64, ``[E]``.
 
     Args:
         transitions: TensorDict as in ``episode_numbers``; it must also contain ``("next", "reward") [N, 1]``.
+        gamma: discount factor.
 
     Raises:
         DatasetError: as in ``episode_numbers``, or if the reward is missing or not ``[N, 1]``.
     """
     numbers = episode_numbers(transitions)
     reward = flat_entry(transitions, ("next", "reward"), "add the rewards").double()
+    if gamma != 1:
+        first = numbers.diff(prepend=numbers.new_tensor([-1])).nonzero().squeeze(1)  # [E]
+        reward = reward * gamma ** (torch.arange(len(numbers), device=numbers.device) - first[numbers]).double()
     return reward.new_zeros(int(numbers[-1]) + 1).index_add_(0, numbers, reward)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from glob import glob, has_magic
 from inspect import Parameter, signature
@@ -23,6 +23,7 @@ from torchrl_bcq.data.sources.hubs import d4rl, load_d4rl, load_minari, minari
 from torchrl_bcq.data.sources.joined import join
 from torchrl_bcq.data.sources.source import Source
 from torchrl_bcq.data.sources.tables import load_table, table
+from torchrl_bcq.errors import remedy
 
 _SOURCES: dict[str, tuple[Any, Any]] = {  # prefix: (function that makes the Source, reader that users call)
     "hdf5": (hdf5, load_hdf5),
@@ -132,7 +133,7 @@ def _single_names(names: Name | Sequence[Name]) -> list[str]:
 
 def _expanded(name: str) -> list[str]:
     """Return the files that match a pattern, the files in a folder, or the name itself."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser, raises no error for an unknown user
     if path.is_dir() and not (path / "meta.json").is_file():
         files = [file for file in sorted(path.glob("[!.]*")) if file.suffix.lower() in _ENDINGS and file.is_file()]
         if len(kinds := sorted({file.suffix for file in files})) > 1:
@@ -142,7 +143,7 @@ def _expanded(name: str) -> list[str]:
     kind, colon, pattern = name.rpartition(":")
     if path.exists() or not has_magic(pattern) or (colon and _SOURCES.get(kind, (None,))[0] in (None, minari, d4rl)):
         return [name]
-    found = sorted(glob(str(Path(pattern).expanduser()), recursive=True))
+    found = sorted(glob(os.path.expanduser(pattern), recursive=True))
     if not found:
         raise FileNotFoundError(f"no file matches {pattern}.")
     return [f"{kind}{colon}{file}" for file in found]
@@ -157,15 +158,24 @@ def _find_one(name: str, settings: dict[str, Any]) -> Source | None:
     _, *parameters = signature(read).parameters.values()  # the first parameter is the path or id
     taken = {parameter.name: parameter for parameter in parameters if parameter.name not in ("action_spec", "root")}
     if missing := [key for key in taken if taken[key].default is Parameter.empty and key not in settings]:
-        raise DatasetError(f"{name} is a {prefix} source, which also needs the arguments {missing}.")
+        columns = " ".join(f"reader.{key}=COLUMN" for key in missing)
+        also = remedy(f"the arguments {missing}", f"the names of columns: {columns}")
+        raise DatasetError(f"{name} is a {prefix} source, which also needs {also}.")
     if unused := sorted(settings.keys() - taken.keys()):
-        raise DatasetError(f"{name} is a {prefix} source, which does not take the arguments {unused}.")
+        raise DatasetError(
+            f"{name} is a {prefix} source, which does not take the {remedy('arguments', 'settings')} {unused}."
+        )
     return open_source(rest, **settings)
+
+
+def find_reader(name: Name | Sequence[Name]) -> Callable | None:
+    """Return the function that reads the first dataset, such as ``load_hdf5``, or ``None`` as ``find_source`` does."""
+    return _SOURCES.get(_split(_single_names(name)[0])[0], (None, None))[1]
 
 
 def _split(name: str) -> tuple[str, str]:
     """Split a name into prefix and rest. A path without a prefix gets the prefix of its file type."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return "memmap", name
     prefix, colon, rest = name.partition(":")

@@ -17,12 +17,11 @@ from torchrl.data import Bounded, TensorSpec, Unbounded
 
 from torchrl_bcq.bounds import round_inwards
 from torchrl_bcq.data import DatasetError, load_transitions
-from torchrl_bcq.data.checks import OUTSIDE_REMEDY
 from torchrl_bcq.data.episodes import episode_returns
 from torchrl_bcq.data.registry import find_source
 from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.data.sources.source import scores_or_none
-from torchrl_bcq.errors import RunError
+from torchrl_bcq.errors import RunError, on_command_line
 from torchrl_bcq.evaluation.environments import check_continuous, check_fits
 from torchrl_bcq.objectives import OfflineLoss
 from torchrl_bcq.runs import processes
@@ -67,6 +66,7 @@ class Task:
         return Bounded(*round_inwards(low, high, torch.float32), low.shape)
 
 
+@on_command_line()  # the user writes settings
 def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
     """Read the dataset of a run; returns the transitions and a ``Task``.
 
@@ -79,6 +79,8 @@ def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
     source = find_source(settings.dataset, **reader)
     env, made = choose_environment(settings.evaluation, getattr(source, "env", None))
     specs = {f"environment {env}": None, "dataset's spec": getattr(source, "action_spec", None)}
+    if settings.init_from is not None:
+        specs["run of init_from"] = _earlier_bounds(settings.out, settings.init_from)
     if made is not None:
         check_continuous(made, str(env), REMEDY)
         specs[f"environment {env}"] = made.base_env.action_spec  # bounds that are not rounded
@@ -126,12 +128,22 @@ def _read_in_bounds(
         elif box is None:
             check_actions(transitions, chosen)
     except DatasetError as error:
-        message = str(error).replace(OUTSIDE_REMEDY, "set action_clip=true, or action_low and action_high")
+        message = str(error)
         if chosen is not None and "action spec" in message:
             origins = " and ".join(dict.fromkeys(source for side in chosen.origins for source in side))
             message += f" The action spec comes from: {origins}."
         raise DatasetError(message) from error.__cause__
     return transitions, chosen
+
+
+def _earlier_bounds(*runs: str) -> TensorSpec | None:
+    """Return the action spec of the first run that has a checkpoint, or None."""
+    for run in runs:
+        try:
+            return read_metadata(find_checkpoint(Path(run), "last"))[1].action_spec
+        except RunError:
+            continue  # load_networks raises this error if the checkpoint is needed
+    return None
 
 
 def choose_device(name: str) -> torch.device:

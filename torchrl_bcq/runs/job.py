@@ -20,6 +20,7 @@ from torchrl_bcq.files import write_whole
 from torchrl_bcq.runs import processes
 from torchrl_bcq.runs.assembly import CHANGED, assemble, check_numbers, reward_formula
 from torchrl_bcq.runs.folder import BASELINE, BEST, CHECKPOINTS, Task, open_dataset, read_metadata
+from torchrl_bcq.runs.initial import load_networks
 from torchrl_bcq.runs.loggers import trim_log
 from torchrl_bcq.runs.settings import check_resumable, default_settings, save_settings, to_plain, to_settings
 from torchrl_bcq.runs.threads import choose_threads, use_threads
@@ -100,6 +101,8 @@ def _train(settings: DictConfig, start: Path | None) -> dict[str, Any]:
             trainer.load_from_file(start)
         except CheckpointError as error:
             raise RunError(f"{start} cannot be loaded: {error}") from error
+    elif settings.init_from is not None:
+        load_networks(trainer.loss_module, settings, task)
     if processes.is_first():
         trim_log(out, -1 if start is None else trainer.collected_frames)
         save_settings(settings, out)

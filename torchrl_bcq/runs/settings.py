@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import is_dataclass
-from difflib import get_close_matches
-from itertools import product
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation import DatasetMetrics
 from torchrl_bcq.files import write_whole
 from torchrl_bcq.functional import change_reward
-from torchrl_bcq.runs.algorithms import find_algorithm
+from torchrl_bcq.runs.algorithms import ALGORITHMS, find_algorithm
 from torchrl_bcq.runs.optimizers import make_optimizer, make_scheduler, optim_settings
+from torchrl_bcq.runs.overrides import check_name, check_reader, read_words
 from torchrl_bcq.runs.signatures import Settings, make_section, settings_of
 from torchrl_bcq.trainers import KeepBest, OfflineTrainer
 from torchrl_bcq.version import __version__
@@ -99,6 +99,7 @@ def default_settings(algorithm: str = "bcq") -> DictConfig:
             **settings_of(KeepBest, "wait_for"),
         },
         "out": (str, "runs/${now:%Y%m%d-%H%M%S}"),
+        "init_from": (str | None, None),
         "resume": (bool, False),
     }
     return OmegaConf.structured(make_section("Settings", settings))
@@ -114,30 +115,12 @@ def compose(overrides: Sequence[str], *, sweep: bool = False) -> list[DictConfig
         RunError: if a setting is unknown or has the wrong type, or if a setting has several values and ``sweep`` is
             False.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.utils import setup_globals
-    from hydra.errors import HydraException
-
-    setup_globals()  # defines ${now:...}
-    if unfit := [word for word in overrides if "=" not in word or word.startswith("~")]:
-        raise RunError(f"{unfit[0]} is not a setting; write a setting as NAME=VALUE.")
-    try:
-        parse = OverridesParser.create().parse_overrides
-        choices = [
-            [f"{part.key_or_group}={value}" for value in part.sweep_string_iterator()]
-            if part.is_sweep_override()
-            else [f"{part.key_or_group}={part.get_value_element_as_str()}"]
-            for part in parse(list(overrides))
-        ]
-        several = [values for values in choices if len(values) > 1]
-        if several and not sweep:
-            raise RunError(f"{several[0]} needs several runs; add -m to train them all, or write a list as NAME=[A,B].")
-        chosen = [{part.key_or_group: part.value() for part in parse(list(words))} for words in product(*choices)]
-    except HydraException as error:
-        raise RunError(f"the settings cannot be read: {error}") from error
+    chosen = read_words(overrides, _texts(tuple(ALGORITHMS)), sweep=sweep)
     runs = [_override(values) for values in chosen]
     if sweep:
         out = Path(runs[0].out)
+        if len({values.get("out") for values in chosen}) > 1:
+            raise RunError(f"out has several values; a sweep needs one folder, such as out={out}.")
         for number, run in enumerate(runs):
             run.out = str(out / str(number))
     return runs
@@ -152,17 +135,39 @@ def _override(values: dict[str, Any]) -> DictConfig:
         settings = load_settings(Path(str(resumed)))
         if (asked := values.get("algorithm", settings.algorithm)) != settings.algorithm:
             raise RunError(f"{resumed} is a run of algorithm {settings.algorithm}, not {asked}; start a new run.")
+        if values.get("init_from", settings.init_from) != settings.init_from:
+            raise RunError(f"init_from starts a new run, but resume={resumed} continues a run; set only one of them.")
         values = {"out": str(resumed), **values, "resume": True}
+    known = flat(settings)
+    free = tuple(f"{name}." for name, value in known.items() if isinstance(value, dict))  # these accept any name
     for name, value in values.items():
+        if not (isinstance(value, dict) or name.startswith(free)):
+            check_name(name, [*known])
         try:
             OmegaConf.update(settings, name, value)
         except (ConfigAttributeError, ConfigKeyError) as error:
-            close = get_close_matches(name, flat(settings), 1)
-            raise RunError(f"there is no setting {name}{f'; did you mean {close[0]}?' if close else '.'}") from error
+            check_name(str(error.full_key or name), [*known])
+            raise
         except OmegaConfBaseException as error:
             raise RunError(f"{name} cannot be {value!r}: {str(error).splitlines()[0]}") from error
     _as_text(OmegaConf.to_container(settings))  # raises a RunError if the settings contain `_target_`
+    if not OmegaConf.is_missing(settings, "dataset"):
+        settings.reader = check_reader(settings.dataset, OmegaConf.to_container(settings.reader))  # type: ignore[arg-type]
     return settings
+
+
+@cache
+def _texts(algorithms: tuple[str, ...]) -> set[str]:
+    """Return the names of the algorithms' settings that are text, or text or null."""
+
+    def names(section: Any, at: str) -> Iterator[str]:
+        for field in fields(section):
+            if is_dataclass(field.type):
+                yield from names(field.type, f"{at}{field.name}.")
+            elif field.type in (str, str | None):
+                yield f"{at}{field.name}"
+
+    return {"dataset", "resume"}.union(*(names(OmegaConf.get_type(default_settings(name)), "") for name in algorithms))
 
 
 def load_settings(run: Path) -> DictConfig:
@@ -243,9 +248,9 @@ def flat(settings: DictConfig) -> dict[str, Any]:
 
 def check_resumable(now: DictConfig, saved: DictConfig, run: Path) -> None:
     """Raise a RunError that lists the changed settings, if a resumed run must not change them."""
-    remedy = "start a new run in another folder with out=FOLDER."
+    remedy = "start a new run in another folder with out=FOLDER"
     if now.algorithm != saved.algorithm:
-        raise RunError(f"{run} is a run of algorithm {saved.algorithm}, not {now.algorithm}; {remedy}")
+        raise RunError(f"{run} is a run of algorithm {saved.algorithm}, not {now.algorithm}; {remedy}.")
     then, asked = flat(saved), flat(now)
     differing = [
         f"{name} was {then[name]!r} and is now {asked[name]!r}"
@@ -254,4 +259,4 @@ def check_resumable(now: DictConfig, saved: DictConfig, run: Path) -> None:
     ]
     if differing:
         found = f"{run} cannot be resumed with changed settings: {'; '.join(differing)}"
-        raise RunError(f"{found}. Use the old values, or {remedy}")
+        raise RunError(f"{found}. Use the old values, or {remedy}. Add init_from={run} to start with its networks.")

@@ -20,6 +20,8 @@ from torchrl.data import PrioritizedSampler, ReplayBuffer, SamplerWithoutReplace
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.record.loggers import Logger
 
+from torchrl_bcq.errors import remedy
+
 _DIGEST_BYTES = 1 << 24  # number of bytes that are hashed at a time
 
 
@@ -153,12 +155,16 @@ class SamplerState:
             raise ValueError(f"{before} used a {saved['class']}, but this one uses a {kind}; use the same sampler.")
         if saved["rows"] != rows:
             found = f"{before} had {saved['rows']} transitions, but this one has {rows}"
-            raise ValueError(f"{found}; resume with the same dataset.")
+            new = remedy("", ", or start a new run with the networks of this run: init_from=RUN out=FOLDER")
+            raise ValueError(f"{found}; resume with the same dataset{new}.")
         if saved["dataset"] != self._digest:
             raise ValueError(
                 "the dataset has changed since the checkpoint: it has the same number of transitions, but other "
-                "values. Resume with the same dataset, or load only the networks: "
-                "Checkpoint(loss_module=loss).load(path)."
+                "values. Resume with the same dataset, or "
+                + remedy(
+                    "load only the networks: Checkpoint(loss_module=loss).load(path).",
+                    "start a new run with the networks of this run: init_from=RUN out=FOLDER.",
+                )
             )
         if seeded != (self._buffer._rng is not None):
             made, other = ("with", "without") if seeded else ("without", "with")

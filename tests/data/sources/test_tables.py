@@ -372,8 +372,7 @@ def test_column_of_the_episode_is_no_number_of_a_step(write):
 DISCRETE = [0, 1, 2, 24, 3, 4, 5, 6, 7]
 REMEDY = (
     ", so the actions may be discrete, and discrete actions are not supported yet. If these actions are continuous, "
-    "such as doses in whole units, set action_type='continuous' (torchrl-bcq train: reader.action_type=continuous; "
-    "torchrl-bcq describe and convert: --action-type continuous)."
+    "such as doses in whole units, set action_type='continuous'."
 )
 
 

@@ -18,6 +18,7 @@ from torchrl_bcq.data.sources.environment import recorded_in_hdf5
 from torchrl_bcq.data.sources.hdf5_storage import open_hdf5
 from torchrl_bcq.data.sources.layouts import read_steps
 from torchrl_bcq.data.sources.source import Source, existing_file, scores_or_none
+from torchrl_bcq.errors import remedy
 
 
 def load_hdf5(
@@ -138,8 +139,12 @@ def _with_ends(chunks: Iterator[Columns], max_episode_steps: int | None) -> Iter
             continue
         if max_episode_steps is None:
             raise DatasetError(
-                "it has neither timeouts nor next_observations, so it is unknown where episodes were cut off. Pass "
-                "max_episode_steps=, add timeouts, or use from_arrays if no episode was cut off."
+                "it has neither timeouts nor next_observations, so it is unknown where episodes were cut off. "
+                + remedy(
+                    "Pass max_episode_steps=, add timeouts, or use from_arrays if no episode was cut off.",
+                    "Set reader.max_episode_steps=N to the time limit, or add timeouts, which are all 0 if no episode "
+                    "was cut off.",
+                )
             )
         ends = np.asarray(chunk["terminated"]).reshape(-1) == 1
         row = np.arange(len(ends))

@@ -11,6 +11,7 @@ import numpy as np
 
 from torchrl_bcq.data.checks import FIELDS, Columns, DatasetError, Rows, check_lengths
 from torchrl_bcq.data.sources.hdf5_storage import check_stored
+from torchrl_bcq.errors import remedy
 
 CHUNK_BYTES = 16 << 20  # limit in bytes for the largest field of a chunk, or for a chunk of whole episodes
 
@@ -43,14 +44,14 @@ def find_fields(found: list[str], names: Mapping[str, str] | None = None) -> dic
     for field, known in _NAMES.items():
         matches = [names[field]] if field in names else [name for name in known if name in found]
         if len(matches) > 1:
-            raise DatasetError(f"{matches} could all be {field}; choose one with names={{{field!r}: {matches[0]!r}}}.")
+            raise DatasetError(f"{matches} could all be {field}; choose one with {_naming(field, matches[0])}.")
         if matches:
             entries[field] = matches[0]
     if missing := [field for field in _REQUIRED if field not in entries]:
         unclear = next((name for name in _NO_KIND if name in found), None)
         hint = f" {unclear} does not say whether an episode was terminated or truncated." if unclear else ""
         raise DatasetError(
-            f"it lacks {missing}; it holds {sorted(found)}.{hint} Name the entries with names={{{missing[0]!r}: ...}}."
+            f"it lacks {missing}; it holds {sorted(found)}.{hint} Name the entries with {_naming(missing[0])}."
         )
     # a file may show in several ways where episodes end: read the way in names, or the first one
     ways = sorted((field for field in _WAYS if field in entries), key=lambda field: field not in names)
@@ -59,6 +60,12 @@ def find_fields(found: list[str], names: Mapping[str, str] | None = None) -> dic
     for way in ways[1:]:
         del entries[way]
     return entries
+
+
+def _naming(field: str, entry: str | None = None) -> str:
+    """Return the argument, or the setting, that says which entry of the file holds a field."""
+    shown = "..." if entry is None else repr(entry)
+    return remedy(f"names={{{field!r}: {shown}}}", f"reader.names.{field}={entry or 'ENTRY'}")
 
 
 def read_steps(file: Any, names: Mapping[str, str] | None) -> Iterator[Columns]:
@@ -94,7 +101,7 @@ def _fields(group: Any, names: Mapping[str, str] | None) -> dict[str, Any]:
     fields = {name: group[key] for name, key in find_fields(list(found), names).items()}
     for name, field in fields.items():
         if not hasattr(field, "shape"):
-            raise DatasetError(f"{name} is a group of {sorted(field)}; choose one with names={{{name!r}: ...}}.")
+            raise DatasetError(f"{name} is a group of {sorted(field)}; choose one with {_naming(name)}.")
         if hasattr(field, "is_virtual"):
             check_stored(name, field)
     return fields

@@ -41,7 +41,7 @@ def existing_file(path: str | Path) -> Path:
     """Return the path if the file exists, else raise a ``FileNotFoundError``."""
     if not isinstance(path, (str, os.PathLike)):
         raise DatasetError(f"the path is {path!r}, expected one file; to read several, use load_transitions([A, B]).")
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))  # unlike Path.expanduser, raises no error for an unknown user
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
     return path

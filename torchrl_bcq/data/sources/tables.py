@@ -14,16 +14,12 @@ from torchrl.data import TensorSpec
 from torchrl_bcq.data.checks import FIELDS, Columns, DatasetError, Rows, listed
 from torchrl_bcq.data.sources.source import Source, existing_file
 from torchrl_bcq.data.transitions import with_successors
+from torchrl_bcq.errors import remedy
 
 _ROWS, _CHUNK_BYTES = 65_536, 8 << 20  # largest number of rows, and approximate size in bytes, of one Parquet batch
 _TRUE, _FALSE = ("1", "1.0", "true", "True", "TRUE"), ("0", "0.0", "false", "False", "FALSE")
 # arguments of load_table, in the same order as FIELDS, the arguments of from_arrays
 _ARGUMENTS = ("observation", "action", "reward", "terminated", "truncated", "next_observation")
-_WHOLE = (
-    ", so the actions may be discrete, and discrete actions are not supported yet. If these actions are continuous, "
-    "such as doses in whole units, set action_type='continuous' (torchrl-bcq train: reader.action_type=continuous; "
-    "torchrl-bcq describe and convert: --action-type continuous)."
-)
 # messages about rows in a wrong order, or with a wrong episode name, step number or flag
 _NAMELESS = "the episode column has {} without a name or number; fill in the cells, or drop these rows."
 _TORN = "episode has {} where an earlier episode continues; sort the table by episode and step."
@@ -117,7 +113,9 @@ def table(
     if action_type not in (None, "continuous"):
         raise DatasetError(f"action_type is {action_type!r}, but only 'continuous' actions are supported.")
     if missing := [field for field in FIELDS[:4] if field not in named]:
-        raise DatasetError(f"no columns are given for {missing}; pass the names of these columns.")
+        raise DatasetError(
+            f"no columns are given for {missing}; {remedy('pass', 'set in reader')} the names of these columns."
+        )
     if not named.keys() & {"truncated", "next_observations", "episode"}:
         raise DatasetError(
             "it is not known where episodes were cut off: set episode, truncated or next_observation to the name of "
@@ -144,7 +142,7 @@ def table(
         return _in_order(steps) if named.keys() & {"episode", "step"} else steps
 
     settings = {**named, "action_type": action_type, "delimiter": delimiter, "decimal_point": decimal_point}
-    return Source(path.name, chunks, [path], settings, refuse_whole=_WHOLE if is_csv and typed else None)
+    return Source(path.name, chunks, [path], settings, refuse_whole=_whole() if is_csv and typed else None)
 
 
 def _parquet_batches(path: Path, named: Mapping[str, list[str]], typed: list[str]) -> Iterator[Any]:
@@ -162,7 +160,7 @@ def _parquet_batches(path: Path, named: Mapping[str, list[str]], typed: list[str
             kind = file.schema_arrow.field(name).type
             kind = getattr(kind, "value_type", kind)  # of the numbers in lists
             if _holds(kind, "integer", "boolean"):
-                raise DatasetError(f"column {name!r} of the actions holds {kind}{_WHOLE}")
+                raise DatasetError(f"column {name!r} of the actions holds {kind}{_whole()}")
         size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
         rows = _CHUNK_BYTES * file.metadata.num_rows // max(1, size)
         yield from file.iter_batches(min(max(1, rows), _ROWS), columns=wanted)
@@ -198,9 +196,18 @@ def _csv_batches(path: Path, named: Mapping[str, list[str]], delimiter: str, dec
     except pyarrow.ArrowInvalid as error:
         raise DatasetError(
             f"it cannot be read ({error}). Cells must be numbers, or 0 and 1 for flags; the delimiter is "
-            f"{delimiter!r} and the decimal point is {decimal_point!r}. Correct the file, or pass delimiter= and "
-            "decimal_point=."
+            f"{delimiter!r} and the decimal point is {decimal_point!r}. Correct the file, or "
+            + remedy("pass delimiter= and decimal_point=.", "set reader.delimiter=';' or reader.decimal_point=','.")
         ) from error
+
+
+def _whole() -> str:
+    """Return the end of the messages about actions that are whole numbers."""
+    return (
+        ", so the actions may be discrete, and discrete actions are not supported yet. If these actions are "
+        "continuous, such as doses in whole units, set "
+        + remedy("action_type='continuous'.", "reader.action_type=continuous.")
+    )
 
 
 def _wanted(named: Mapping[str, list[str]]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,12 @@ SHOWN = 20  # largest number of columns that the table shows for one entry of th
 NAME = 32  # length to which the table cuts an entry's name, in characters
 
 
-def describe(transitions: TensorDictBase, *, action_spec: TensorSpec | None = None) -> Description:
+def describe(
+    transitions: TensorDictBase,
+    *,
+    action_spec: TensorSpec | None = None,
+    column_names: Mapping[str, Sequence[str]] | None = None,
+) -> Description:
     """Return a description of a dataset: ``print`` it as a table, ``plot`` it, or read its ``findings``.
 
     Statistics are exact and leave out values that are not finite. Rows are read in chunks, so the transitions may be
@@ -34,6 +39,8 @@ def describe(transitions: TensorDictBase, *, action_spec: TensorSpec | None = No
             also exist under ``"next"``; if no such entry exists, all other entries are observations. The entry
             ``episode`` holds the episode number of each row; without this entry, the flags show where episodes end.
         action_spec: spec whose bounds are compared with the actions.
+        column_names: names of the columns of ``actions`` or ``observations``, such as ``{"actions": ["force"]}``, for
+            the table and the findings. By default, columns have numbers.
 
     Raises:
         DatasetError: if there are no rows, an entry is missing, a row is a multi-step transition, ``action_spec`` is
@@ -49,6 +56,10 @@ def describe(transitions: TensorDictBase, *, action_spec: TensorSpec | None = No
         ['few rows']
     """
     survey = Survey(transitions, action_spec)
+    for field in (survey.actions, *survey.observations):
+        names = (column_names or {}).get(field.name, ())
+        if len(names) == len(field.labels):  # one column of a table may hold several numbers
+            field.labels = [*names]
     return Description(survey, findings(survey))
 
 
@@ -97,14 +108,15 @@ def _summary(survey: Survey) -> Iterator[str]:
 def _table(survey: Survey) -> Iterator[str]:
     """Yield a header, then a line of statistics for each column of the observations and actions."""
     fields = *survey.observations, survey.actions
-    width = min(max(len(field.name) for field in fields), NAME) + 4
+    longest = max(len(label) for field in fields for label in field.labels[:SHOWN])
+    width = min(max(len(field.name) for field in fields), NAME) + 2 + max(longest, 2)
     yield f"{'column':<{width}}{'min':>11}{'mean':>11}{'std':>11}{'max':>11}   {'spec':<15}{'at bounds':>10}"
     for field in fields:
         for at in range(min(len(field.low), SHOWN)):
             values = [float(value[at]) for value in (field.low, field.mean, field.std, field.high)]
             numbers = "".join(f"{value if field.count[at] else math.nan:>11.4g}" for value in values)
             bound = _bound(survey, at) if field is survey.actions else ""
-            yield f"{f'{field.name[:NAME]} {at}':<{width}}{numbers}   {bound}".rstrip()
+            yield f"{f'{field.name[:NAME]} {field.labels[at]}':<{width}}{numbers}   {bound}".rstrip()
         if len(field.low) > SHOWN:
             yield f"... {len(field.low) - SHOWN} more columns"
 

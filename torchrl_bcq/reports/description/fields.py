@@ -118,6 +118,7 @@ class ColumnStats:
         # square is the sum of squared deviations
         self.count, self.mean, self.square = torch.zeros(3, width, dtype=torch.float64)
         self.checksums = [0] * width  # one for each column, to find equal columns
+        self.labels = [str(at) for at in range(width)]  # names of the columns, or their numbers
         self.whole = True  # whether all values are whole numbers
 
     @property

@@ -191,7 +191,7 @@ def _columns(survey: Survey) -> Iterator[Finding]:
         yield from _report("constant rewards", "rewards", survey.all_rows, value=float(reward))
     for field in (survey.actions, *survey.observations):
         if constant := field.constant.nonzero().flatten().tolist():
-            yield from _report("constant", field.name, survey.all_rows, columns=_listed(constant))
+            yield from _report("constant", field.name, survey.all_rows, columns=_listed(field, constant))
         if pairs := _pairs(field):
             yield from _report("same", field.name, survey.all_rows, columns=pairs)
 
@@ -206,14 +206,14 @@ def _actions(survey: Survey) -> Iterator[Finding]:
     if often:
         rows = max((survey.at_bound[at] for at in often), key=lambda rows: rows.count)
         bound = "a bound of the action spec" if spec else "the smallest or largest value"
-        yield from _report("at bounds", "actions", rows, bound=bound, columns=_listed(often))
+        yield from _report("at bounds", "actions", rows, bound=bound, columns=_listed(actions, often))
     if spec is None:
         return
     share = (high - low) / (spec[1] - spec[0])
     if narrow := ((share > 0) & (share < TINY_RANGE)).nonzero().flatten().tolist():
         at = narrow[0]
         spans = {"low": low[at], "high": high[at], "spec_low": spec[0][at], "spec_high": spec[1][at]}
-        yield from _report("narrow", "actions", survey.all_rows, columns=_listed(narrow), **spans)
+        yield from _report("narrow", "actions", survey.all_rows, columns=_listed(actions, narrow), **spans)
 
 
 def _scales(survey: Survey) -> Iterator[Finding]:
@@ -224,7 +224,7 @@ def _scales(survey: Survey) -> Iterator[Finding]:
         explained = survey.counts["huge", field.name].count or survey.counts["far", field.name].count
         if len(varying) and std.max() > SCALES * std.min() and not explained:
             small, large = int(std.argmin()), int(std.argmax())
-            columns = {"small_column": varying[small], "large_column": varying[large]}
+            columns = {"small_column": field.labels[varying[small]], "large_column": field.labels[varying[large]]}
             yield from _report("scales", field.name, survey.all_rows, small=std[small], large=std[large], **columns)
 
 
@@ -236,11 +236,12 @@ def _pairs(field: ColumnStats) -> str:
     if not pairs:
         return ""
     more = f" (and {len(pairs) - 1} more {'pair' if len(pairs) == 2 else 'pairs'})" if len(pairs) > 1 else ""
-    return f"columns {pairs[0][0]} and {pairs[0][1]}{more}"
+    return f"columns {field.labels[pairs[0][0]]} and {field.labels[pairs[0][1]]}{more}"
 
 
-def _listed(columns: list[int]) -> str:
+def _listed(field: ColumnStats, columns: list[int]) -> str:
     """Return a text that names at most four columns, such as ``columns 27, 28, 29 and 81 more``."""
-    if len(columns) > 4:
-        return f"columns {', '.join(map(str, columns[:3]))} and {len(columns) - 3} more"
-    return f"column{'s' * (len(columns) > 1)} {', '.join(map(str, columns))}"
+    names = [field.labels[at] for at in columns]
+    if len(names) > 4:
+        return f"columns {', '.join(names[:3])} and {len(names) - 3} more"
+    return f"column{'s' * (len(names) > 1)} {', '.join(names)}"

@@ -1,0 +1,111 @@
+"""A run that starts from the networks of another run: ``init_from``."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from torchrl_bcq.errors import RunError
+from torchrl_bcq.runs.assembly import assemble
+from torchrl_bcq.runs.folder import find_checkpoint, load, open_dataset
+from torchrl_bcq.runs.initial import load_networks
+from torchrl_bcq.runs.job import train
+from torchrl_bcq.runs.settings import compose, load_settings
+
+from .folders import state
+
+
+@pytest.fixture
+def old(make_settings, tmp_path):
+    train(make_settings(f"out={tmp_path / 'old'}", "steps=10", "normalize=true"))
+    return tmp_path / "old"
+
+
+def start(settings):
+    """The trainer of a run before its first step."""
+    transitions, task = open_dataset(settings)
+    trainer = assemble(settings, transitions, task)
+    load_networks(trainer.loss_module, settings, task)
+    return trainer
+
+
+def networks(state):
+    return {name: value for name, value in state.items() if "_params." in name}
+
+
+@pytest.mark.parametrize("of", ["run", "checkpoint"])
+def test_networks_and_targets_are_those_of_the_run_and_nothing_else_is(make_settings, make_file, old, of, tmp_path):
+    new = make_file("new.hdf5", seed=1)
+    path = old if of == "run" else find_checkpoint(old, "last")
+    changed = ["normalize=true", "optim.lr=1e-4", "loss.gamma=0.5", "policy.num_action_samples=3", "network.phi=0.1"]
+    trainer = start(make_settings(f"dataset={new}", f"init_from={path}", *changed))
+    there, here = networks(state(old)), networks(trainer.loss_module.state_dict())
+    assert there.keys() == here.keys()
+    assert any(name.startswith("target_qvalue") for name in here)
+    assert all(torch.equal(there[name], here[name]) for name in here)
+    assert [name for name in here if name.endswith("loc")]  # the scales belong to the networks
+    assert trainer.loss_module.state_dict()["_value_estimator.gamma"] == 0.5
+    assert trainer.collected_frames == 0
+    for optimizer in trainer.optimization_stepper.optimizers.values():
+        assert not optimizer.state
+        assert optimizer.param_groups[0]["lr"] == 1e-4
+
+
+def test_a_run_keeps_the_path_and_resumes_from_its_own_checkpoint(make_settings, old, tmp_path):
+    own = [f"init_from={old}", "normalize=true", "seed=5"]
+    train(make_settings(*own, f"out={tmp_path / 'whole'}", "steps=20"))
+    train(make_settings(*own, f"out={tmp_path / 'parts'}", "steps=10"))
+    assert load_settings(tmp_path / "parts").init_from == str(old)
+    assert load(tmp_path / "parts", "last").step == 10
+    old.rename(tmp_path / "away")  # a resumed run does not need it
+    (settings,) = compose([f"resume={tmp_path / 'parts'}", "steps=20"])
+    train(settings)
+    whole, parts = (state(tmp_path / name) for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_the_bounds_are_those_of_the_run_if_the_data_have_none(make_settings, make_file, tmp_path):
+    one = make_file("one.hdf5", None)
+    train(make_settings(f"dataset={one}", f"out={tmp_path / 'old'}", "steps=10"))
+    inside = make_file("inside.hdf5", None, actions=np.random.default_rng(1).uniform(-1, 1, (200, 1)))
+    settings = make_settings(f"dataset={inside}", f"init_from={tmp_path / 'old'}")
+    assert open_dataset(settings)[1].action_high == load(tmp_path / "old").task.action_high
+    start(settings)
+    beyond = make_file("beyond.hdf5", None, actions=np.random.default_rng(1).uniform(-3, 3, (200, 1)))
+    with pytest.raises(ValueError, match="outside the action spec"):
+        start(make_settings(f"dataset={beyond}", f"init_from={tmp_path / 'old'}"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["network.hidden=[8,8]"], r"of another structure, such as .*; set normalize=true network\.hidden=\[8\]\.$"),
+        (
+            ["normalize=true", "network.num_critics=3"],
+            r"such as qvalue.*\.critics\.2\..*; set network\.num_critics=2\.$",
+        ),
+        (["algorithm=cloning"], r"is of algorithm bcq, not cloning; set another init_from\.$"),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused_with_the_settings_that_fit(make_settings, old, words, message):
+    with pytest.raises(RunError, match=message):
+        start(make_settings(f"init_from={old}", *words))
+
+
+def test_data_that_do_not_fit_are_refused(make_settings, make_file, old, tmp_path):
+    values = np.random.default_rng(0).uniform(-1, 1, (200, 4))
+    other = make_file("other.hdf5", None, observations=values, next_observations=values)
+    with pytest.raises(RunError, match="has 3 observation and 1 action dimensions, but the dataset has 4 and 1;"):
+        start(make_settings(f"dataset={other}", f"init_from={old}", "normalize=true"))
+    narrow = make_file("narrow.hdf5", None, actions=np.random.default_rng(0).uniform(-1, 1, (200, 1)))
+    train(make_settings(f"dataset={narrow}", f"out={tmp_path / 'narrow'}", "steps=10"))
+    with pytest.raises(RunError, match=r"but this run has actions from \[-2\.0\] to \[2\.0\]; set action_low="):
+        start(make_settings(f"init_from={tmp_path / 'narrow'}"))
+    with pytest.raises(RunError, match="none contains no checkpoint"):
+        start(make_settings(f"init_from={tmp_path / 'none'}"))
+
+
+def test_a_run_is_not_resumed_from_other_networks(old, tmp_path):
+    with pytest.raises(RunError, match=f"init_from starts a new run, but resume={old} continues a run; set only one"):
+        compose([f"resume={old}", f"init_from={tmp_path}"])
