@@ -53,12 +53,13 @@ def main() -> None:
     args = parser.parse_args()
     render_offscreen()
     policy, env = bcq.load_policy(args.run), gymnasium.make("Pendulum-v1", render_mode="rgb_array")
+    history = bcq.History(policy.stack)
     observations, actions = usual_episode(load_settings(args.run).dataset)
     first = observations[0]
     state, steps = np.array([np.arctan2(first[1], first[0]), first[2]]), len(actions)
     panels = {
         "recorded behaviour": play(env, state, lambda step, observation: actions[step], steps),
-        "BCQ": play(env, state, lambda step, observation: policy.act(observation), steps),
+        "BCQ": play(env, state, lambda step, observation: policy.act(history(observation)), steps),
     }
     pictures = []
     for number in range(len(panels["BCQ"][0])):

@@ -29,6 +29,7 @@ WITH_AN_EXAMPLE = [
     "BCQTrainer",
     "CloningLoss",
     "DeterministicActor",
+    "History",
     "OfflineLoss",
     "OfflineTrainer",
     "PerturbationActor",
@@ -44,6 +45,7 @@ WITH_AN_EXAMPLE = [
     "load_table",
     "make_bcq_modules",
     "make_replay_buffer",
+    "stack_observations",
 ]
 FAST = ["steps=2", "log_interval=1", "evaluation.interval=2", "checkpoint.interval=2", "evaluation.env=null"]
 SMALL = ["network.hidden=[8]", "network.vae_hidden=[8]", "progress_bar=false"]

@@ -67,7 +67,7 @@ def test_whole_actions_of_a_csv_are_described_but_not_used(file, capsys):
     assert main(["convert", "doses.csv", "copies", *columns]) == 1
     refusal = capsys.readouterr().err
     assert refusal.startswith(
-        "torchrl-bcq: doses.csv: actions has only whole numbers in all 200 rows, so the actions may"
+        "torchrl-bcq: doses.csv: actions has only whole numbers in all 200 rows, in column dose, so the"
     )
     assert refusal.endswith("such as doses in whole units, set reader.action_type=continuous.\n")
     assert main(["convert", "doses.csv", "copies", *columns, "--action-type", "continuous"]) == 0
@@ -95,7 +95,8 @@ def test_tables_take_their_columns_from_the_command_line(file, capsys):
     assert main(["describe", "trips.csv"]) == 1
     assert capsys.readouterr().err == (
         "torchrl-bcq: trips.csv is a csv source, which also needs the names of columns: reader.observation=COLUMN "
-        "reader.action=COLUMN reader.reward=COLUMN reader.terminated=COLUMN.\n"
+        "reader.action=COLUMN reader.reward=COLUMN reader.terminated=COLUMN, and one of reader.episode=COLUMN "
+        "reader.truncated=COLUMN reader.next_observation=COLUMN.\n"
     )
 
 
@@ -172,6 +173,24 @@ def test_columns_may_be_named_in_several_places(file, capsys):
     rest = ["--action", "u", "--reward", "r", "--terminated", "end", "--truncated", "end"]
     assert main(["describe", "trips.csv", "--observation", "x", "--observation", "y", *rest]) == 0
     assert "observations y" in capsys.readouterr().out
+
+
+def test_groups_are_named_on_the_command_line(file, capsys):
+    """Ten episodes of nine steps of three users; the last step of each episode is dropped."""
+    rows = [f"{i * 0.7 % 2},{i % 3 / 4},1,{i // 9},{i // 9 % 3}" for i in range(90)]
+    columns = ["--observation", "x", "--action", "u", "--reward", "r", "--terminated", "end", "--episode", "trip"]
+    (file.parent / "trips.csv").write_text("\n".join(["x,u,r,trip,user,end", *(f"{row},0" for row in rows)]))
+    for group in (["--group", "user"], ["reader.group=user"]):
+        assert main(["describe", "trips.csv", *columns, *group]) == 0
+        assert capsys.readouterr().out.startswith("80 transitions in 10 episodes of 3 groups")
+    assert main(["convert", "trips.csv", "copies", *columns, "--group", "user"]) == 0
+    (copy,) = [path for path in (file.parent / "copies").iterdir() if path.is_dir()]
+    assert load_memmap(copy)["group"].tolist() == [trip % 3 for trip in range(10) for _ in range(8)]
+    capsys.readouterr()
+    assert main(["convert", "trips.csv", "copies", *columns, "--group", "x"]) == 1
+    assert "column 'x' names the group, so it cannot also hold another field" in capsys.readouterr().err
+    assert main(["convert", "trips.csv", "copies", *columns, "--group", "usr"]) == 1
+    assert "the table lacks the columns ['usr']; the table has" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

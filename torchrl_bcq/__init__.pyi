@@ -28,6 +28,7 @@ from .data import (
     multi_step,
     return_weights,
     split_episodes,
+    stack_observations,
 )
 from .evaluation import DatasetMetrics, EnvironmentMetrics, evaluate
 from .modules import (
@@ -35,6 +36,7 @@ from .modules import (
     BCQPolicy,
     BehaviorCloningPolicy,
     DeterministicActor,
+    History,
     Normalization,
     PerturbationActor,
     Policy,
@@ -76,6 +78,7 @@ __all__ = [
     "DeterministicActor",
     "EnvironmentMetrics",
     "GenerativeModel",
+    "History",
     "KeepBest",
     "NetworkLRScheduler",
     "Normalization",
@@ -110,4 +113,5 @@ __all__ = [
     "multi_step",
     "return_weights",
     "split_episodes",
+    "stack_observations",
 ]

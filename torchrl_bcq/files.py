@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,20 @@ from pathlib import Path
 from uuid import uuid4
 
 UNFINISHED = ".part-"  # start of the names of unfinished files and folders
+
+
+def home(path: str | os.PathLike[str]) -> Path:
+    """Return the path with ``~`` expanded.
+
+    Raises:
+        FileNotFoundError: if the path starts with ``~`` and the name of an unknown user, and does not exist.
+    """
+    expanded = Path(os.path.expanduser(path))
+    if not expanded.parts or not expanded.parts[0].startswith("~"):
+        return expanded
+    if not expanded.exists():
+        raise FileNotFoundError(f"{path} starts with the home folder of an unknown user; write the whole path.")
+    return Path.cwd() / expanded  # a name such as ~file, which must not be expanded again
 
 
 @contextmanager
@@ -22,6 +37,8 @@ def write_whole(path: Path) -> Iterator[Path]:
     Raises:
         OSError: if the file or folder cannot be written.
     """
+    if not path.name:
+        raise IsADirectoryError(f"{str(path)!r} is a folder; write the name of a file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{UNFINISHED}{uuid4().hex[:8]}.{path.name}")
     try:

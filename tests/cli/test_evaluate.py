@@ -68,9 +68,9 @@ def test_policies_are_compared_with_the_dataset(run, capsys):
     assert list(rows) == ["the dataset", *names]
     behaviour = json.loads((run / "results.json").read_text())["behaviour"]
     assert found["behaviour"] == behaviour
-    assert rows["the dataset"] == [f"{behaviour['mean']:.1f}", f"{behaviour['std']:.1f}", "-", "-"]
+    assert rows["the dataset"] == [f"{behaviour['mean']:.1f}", f"{behaviour['std']:.1f}", "-"]
     for name in names:
-        assert rows[name] == [f"{found[name]['return']:.1f}", f"{found[name]['return_std']:.1f}", "-", "5.0"]
+        assert rows[name] == [f"{found[name]['return']:.1f}", f"{found[name]['return_std']:.1f}", "5.0"]
     assert [name for name in rows if "value_estimate" in found.get(name, {})] == ["BCQ"]
     estimate, obtained = (f"{found['BCQ'][name]:.4g}" for name in ("value_estimate", "discounted_return"))
     sentence = f"the critic estimates a discounted return of {estimate}; the policy obtained {obtained}"
@@ -263,10 +263,11 @@ def test_without_an_environment_the_dataset_is_measured(make_run, capsys, held_o
     for name, value in numbers.items():
         assert f"\n{name:<28}{'-':>12}{'-':>12}{value:>13.4g}\n" in shown
     explained = [line.partition(":")[0] for line in shown.partition("\n\n")[2].partition("\n\n")[2].splitlines()]
-    expected = ["held_out_loss", "held_out_td_error"] if held_out else []
+    expected = ["held_out_loss_vae", "held_out_vae_kl", "held_out_loss", "held_out_td_error"] if held_out else []
     expected += ["action_distance", "initial_value", "return", "discounted_return"]
     assert [name for name in explained if " " not in name and name] == expected
-    assert f"The run has no environment. Metrics on {'held-out episodes' if held_out else 'the dataset'}:\n\n" in shown
+    where = "held-out episodes" if held_out else "the dataset"
+    assert f"The run has no environment; --env ID names one. Metrics on {where}:\n\n" in shown
     assert f"\n{'':<28}{'BCQ':>12}{'cloning':>12}{'the dataset':>13}\n" in shown
     assert main(["evaluate", str(run), "--env", "Swing-v0", "--episodes", "2"]) == 0
     assert json.loads((run / "evaluation.json").read_text()) == found  # earlier results are kept
@@ -315,8 +316,12 @@ def test_runs_without_an_environment_are_listed_and_none_is_best(make_settings, 
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "sweep")]) == 0
     shown = capsys.readouterr().out
-    assert shown.splitlines()[2].split() == ["run", "network.phi", "steps", "last", "held_out_td_error"]
-    assert "No run was evaluated in an environment. The held_out_td_error does not show which policy is best." in shown
+    columns = ["last", "held_out_td_error", "last", "initial_value", "last", "action_distance"]
+    assert shown.splitlines()[2].split() == ["run", "network.phi", "steps", *columns]
+    for line, phi in zip(shown.splitlines()[3:5], (0, 0.1), strict=True):
+        last = logged(tmp_path / "sweep" / str(phi), *columns[1::2])
+        assert line.split()[3:] == [f"{value:.4g}" for value in last.values()]
+    assert "No run was evaluated in an environment. These numbers do not show which policy is best." in shown
 
 
 # refusals
@@ -330,7 +335,7 @@ def test_runs_without_an_environment_are_listed_and_none_is_best(make_settings, 
         (["--env", "Nonsense-v0"], "torchrl-bcq: environment 'Nonsense-v0' cannot be made: "),
         (
             ["--env", "Goal-v0"],
-            "torchrl-bcq: Goal-v0 has observations of shape {'goal': (3,), 'place': (3,)}, but the run ",
+            "torchrl-bcq: the observation of Goal-v0 has the entries ['place', 'goal']; name those that the run ",
         ),
         (
             ["--env", "CartPole-v1"],

@@ -11,6 +11,7 @@ import minari
 import pytest
 import torch
 from tensordict.nn import TensorDictModule
+from torchrl.data import Bounded
 
 from torchrl_bcq import load_hdf5, load_minari
 from torchrl_bcq.cli.record import add_parser
@@ -75,7 +76,10 @@ def learned(monkeypatch):
 
     def load(run, which, device):
         asked.append((str(run), which, device))
-        task, policy = SimpleNamespace(env=None), push(2 if run.name == "wide" else 1)
+        actions = 2 if run.name == "wide" else 1
+        spec = Bounded(-torch.ones(actions), torch.ones(actions), (actions,))
+        task = SimpleNamespace(env=None, observation=None, observation_size=3, stack=1, action_spec=spec)
+        policy = push(actions)
         return SimpleNamespace(policy=policy, algorithm=SimpleNamespace(title="Cloning"), task=task, path=run)
 
     monkeypatch.setitem(sys.modules, "torchrl_bcq.runs.folder", SimpleNamespace(load=load))
@@ -103,7 +107,10 @@ def test_a_learned_policy(store, learned):
             "--env Pendulum-v1 --noise 0.1",
             "--noise needs --policy RUN; random actions are uniform within their bounds, without noise.",
         ),
-        ("--env Pendulum-v1 --policy runs/wide", "the policy returns actions of shape [2], but Pendulum-v1 takes [1]."),
+        (
+            "--env Pendulum-v1 --policy runs/wide",
+            "Pendulum-v1 has actions of shape (1,), but the run has (2,); choose another with --env ID",
+        ),
         (
             "--env Pendulum-v1 --out swings.npz",
             "swings.npz is neither FILE.hdf5 nor minari:NAMESPACE/DATASET-v0; use one of these",

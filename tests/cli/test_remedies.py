@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from inspect import signature
+
 import h5py
 import numpy as np
 import pytest
 
 from torchrl_bcq.__main__ import main
-from torchrl_bcq.data import DatasetError, load_hdf5
+from torchrl_bcq.data import DatasetError, load_hdf5, load_memmap
+from torchrl_bcq.data.registry import _SOURCES
 from torchrl_bcq.runs.folder import open_dataset
 from torchrl_bcq.runs.settings import load_settings
 
@@ -123,3 +127,21 @@ def test_files_with_any_name_are_trained_on(words, tmp_path, make_file, monkeypa
         assert main(["train", *words(f"dataset={name}", f"out=läufe (x), y=/{number}", "steps=10")]) == 0
         assert main(["train", f"resume=läufe (x), y=/{number}", "steps=20"]) == 0
         assert open_dataset(load_settings(tmp_path / f"läufe (x), y=/{number}"))[0].batch_size == (200,)
+
+
+@pytest.mark.parametrize("command", ["describe", "convert"])
+def test_each_argument_of_a_reader_is_an_option(command, capsys):
+    names = {name for _, read in _SOURCES.values() for name in [*signature(read).parameters][1:]}
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    options = re.findall(r"--([\w-]+)", capsys.readouterr().out)
+    assert names - {name.replace("-", "_") for name in options} <= {"action_spec", "root"}
+
+
+def test_a_table_is_read_with_options(shown, tmp_path):
+    lines = ["t;place;force;r;end", *(f"{i // 4};{i},5;0,{i}5;1;{int(i % 4 == 3)}" for i in range(8))]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    words = "--delimiter ; --decimal-point , --observation place --action force --reward r --terminated end --episode t"
+    shown("convert", str(tmp_path / "a.csv"), str(tmp_path / "copies"), *words.split(), rc=0)
+    (copy,) = (tmp_path / "copies").glob("a-*")
+    assert load_memmap(copy)["observation"].squeeze(1).tolist() == [i + 0.5 for i in range(8)]

@@ -18,6 +18,7 @@ from tensordict import TensorDict
 
 import torchrl_bcq
 from torchrl_bcq import DatasetError, from_arrays
+from torchrl_bcq.errors import RunError
 
 settings.register_profile("reproducible", deadline=None, derandomize=True, database=None)
 settings.load_profile("reproducible")
@@ -85,10 +86,13 @@ class Ledger:
     def _outcome(self, load: Callable[..., TensorDict]) -> TensorDict | None:
         try:
             return load()
-        except (DatasetError, OSError) as error:
+        except (ValueError, OSError) as error:
             refusal = error
-        origin = traceback.extract_tb(refusal.__traceback__)[-1].filename
-        assert OURS in Path(origin).parents, f"raised by {origin}: {refusal!r}"
+        origin = traceback.extract_tb(refusal.__traceback__)[-1]
+        assert OURS in Path(origin.filename).parents, f"raised by {origin.filename}: {refusal!r}"
+        if not isinstance(refusal, (DatasetError, OSError)):
+            assert type(refusal) in (ValueError, RunError), repr(refusal)
+            assert origin.line.startswith("raise "), f"not a message of this package: {refusal!r}"
         assert len(str(refusal)) > 15
         return None
 

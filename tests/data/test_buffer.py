@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from torchrl.data import PrioritizedSampler, RandomSampler, SamplerWithoutReplacement
 
 from torchrl_bcq import make_replay_buffer
-from torchrl_bcq.data import buffer as module, checks
+from torchrl_bcq.data import buffer as module, episodes
 
 from ..conftest import skip_without_extension
 
@@ -151,7 +151,7 @@ def test_rows_cannot_be_added_or_dropped():
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("key", ["observation", ("nested", "pose"), ("next", "reward")])
 def test_values_that_are_not_finite_are_refused(tmp_path, monkeypatch, key, mapped):
-    monkeypatch.setattr(checks, "CHUNK_VALUES", 7)
+    monkeypatch.setattr(episodes, "CHUNK_VALUES", 7)
     source = full()
     source["nested", "pose"] = torch.zeros(50, 2)
     source[key][12] = torch.inf

@@ -244,7 +244,7 @@ def test_rows_laid_out_in_chunks_are_the_same(size, absent, caplog):
         for start in range(0, 7, size)
     ]
     with caplog.at_level(logging.INFO):
-        parts = list(lay_out([chunks]))
+        parts = list(lay_out([("", chunks)]))
     found = torch.cat(parts)
     assert len(found) == len(expected)
     assert (found == expected).all()

@@ -7,7 +7,7 @@ import pytest
 
 from torchrl_bcq.reports.curves import Estimate, make_curve
 from torchrl_bcq.reports.logs import group_runs
-from torchrl_bcq.reports.pictures import Style, draw_losses, draw_metric, draw_values, metric_label
+from torchrl_bcq.reports.pictures import Style, draw_losses, draw_metric, draw_runs, draw_values, metric_label
 
 from .conftest import RETURNS, curve_of, find, legend_of
 
@@ -48,6 +48,22 @@ def test_values_that_diverge_do_not_hide_the_returns(make_run):
         "phi=0: critic's value (1 seed)", "phi=1: critic's value (1 seed)",
         "phi=0: discounted return obtained (1 seed)", "phi=1: discounted return obtained (1 seed)",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed"), [({}, False), ({"reward.scale": 0.1}, True), ({"reward.clip": 5}, True)]
+)
+def test_values_of_changed_rewards_say_so(make_run, settings, changed):
+    run = make_run(
+        "run", settings, **{"return": {1: 3.0}}, value_estimate={1: 3.0}, discounted_return={1: 2.0}, td_error={1: 1.0}
+    )
+    note = "\n(with the changed rewards of training)" * changed
+    figures = draw_runs(find([run]), "return", Estimate())
+    assert figures["learning_curve.png"].axes[0].get_ylabel() == "return per episode (undiscounted)"
+    value = figures["value_estimates.png"].axes[0].get_ylabel()
+    assert value == f"discounted value at the start of an episode{note}"
+    figures = draw_runs(find([run]), "td_error", Estimate())
+    assert figures["learning_curve.png"].axes[0].get_ylabel() == f"absolute TD error{note}"
 
 
 def test_losses_are_logarithmic_where_positive(make_run):

@@ -55,6 +55,10 @@ class Goal(Swing):
         state, info = super().reset(seed=seed)
         return {"place": state, "goal": state}, info
 
+    def step(self, action):
+        state, *outcome = super().step(action)
+        return {"place": state, "goal": state}, *outcome
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _environments():

@@ -150,7 +150,7 @@ def test_actions_beyond_the_bounds_are_refused_or_clipped(make_settings, make_fi
     transitions, task = open_dataset(make_settings(*overrides, "action_clip=true"))
     assert transitions["action"][:5, 0].tolist() == [-1, -1, 0.5, 1, 1]
     assert (task.action_low, task.action_high) == ([-1], [1])
-    assert caplog.messages == ["action_clip: clipped the actions of 80 of 200 rows (first: 0)"]
+    assert caplog.messages == ["action_clip: clipped the actions of 80 of 200 transitions (first: 0)"]
 
 
 def test_a_clipped_run_trains_on_a_copy_and_on_disk(make_settings, make_file, tmp_path):

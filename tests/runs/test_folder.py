@@ -113,7 +113,7 @@ def test_an_environment_of_the_file_that_cannot_be_made_is_done_without_and_told
         (
             "Goal-v0",
             RunError,
-            "Goal-v0 has observations of shape {'goal': (3,), 'place': (3,)}, but the dataset has (3,);",
+            "the observation of Goal-v0 has the entries ['place', 'goal']; name those that the dataset has",
         ),
         ("MountainCarContinuous-v0", DatasetError, "outside the action spec: "),
         (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +106,27 @@ def test_data_that_do_not_fit_are_refused(make_settings, make_file, old, tmp_pat
         start(make_settings(f"init_from={tmp_path / 'narrow'}"))
     with pytest.raises(RunError, match="none contains no checkpoint"):
         start(make_settings(f"init_from={tmp_path / 'none'}"))
+
+
+def test_settings_that_differ_are_logged(make_settings, file, tmp_path, caplog):
+    first = tmp_path / "first"
+    train(make_settings(f"out={first}", "held_out=0.3", "loss.gamma=0.5"))
+
+    def messages(*overrides):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            start(make_settings(f"init_from={first}", *overrides))
+        return caplog.messages
+
+    same = messages("held_out=0.3", "loss.gamma=0.5", "steps=30", "evaluation.episodes=3")
+    assert not [text for text in same if "only the networks are copied" in text or "held-out" in text]
+    assert "only the networks are copied, not the settings: loss.gamma was 0.5 and is now 0.9" in messages(
+        "held_out=0.3"
+    )
+    leak = "held-out metrics may look too good; to hold out the same episodes, set held_out=0.3 seed=0."
+    for changed in (["held_out=0.2"], ["held_out=0.3", "seed=1"]):
+        assert [text for text in messages(*changed) if text.endswith(leak)]
+    assert not [text for text in messages("held_out=0") if text.endswith(leak)]
 
 
 def test_a_run_is_not_resumed_from_other_networks(old, tmp_path):

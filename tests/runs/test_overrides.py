@@ -54,7 +54,11 @@ def test_a_name_that_resembles_nothing_is_refused_with_the_place_of_the_list():
         ),
         ("a.csv", "+reader={rewards: r}", "there is no setting reader.rewards for a.csv; did you mean reader.reward?"),
         ("a.npz", "reader.reward=r", "there is no setting reader.reward for a.npz; expected one of ['names', 'max_epi"),
-        ("minari:x", "reader.names.a=b", "there is no setting reader.names for minari:x; expected one of []."),
+        (
+            "minari:x",
+            "reader.names.a=b",
+            "there is no setting reader.names for minari:x; expected one of ['observation'].",
+        ),
         ("a.h5", "reader.max_episode_steps=many", "reader.max_episode_steps cannot be 'many': Value 'many' of type"),
         ("a.csv", "reader.names.a=b", "there is no setting reader.names for a.csv; expected one of ['observation', "),
     ],
@@ -122,9 +126,11 @@ def test_a_comma_that_may_mean_several_runs_is_refused_with_the_quotes_that_help
 
 def test_home_is_found_and_nothing_is_no_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (settings,) = compose(["dataset=~/x (1).hdf5", "out=~/läufe", "root=~nobody-at-all/x"])
+    (settings,) = compose(["dataset=~/x (1).hdf5", "out=~/läufe"])
     assert (settings.dataset, settings.out) == (f"{tmp_path}/x (1).hdf5", f"{tmp_path}/läufe")
-    assert settings.root == "~nobody-at-all/x"
+    unknown = "~nobody-at-all/x starts with the home folder of an unknown user; write the whole path."
+    for name in ("dataset", "out", "root", "resume", "init_from"):
+        assert refusal(f"{name}=~nobody-at-all/x") == f"{name}: {unknown}"
     for name in ("dataset", "out", "root", "resume"):
         assert refusal(f"{name}=") == f"{name} has no value; write a setting as NAME=VALUE."
 
@@ -153,3 +159,22 @@ def test_hydras_syntax_is_kept():
     assert (settings.evaluation.env, settings.optim.optimizer, settings.weights) == ("x, y", "Adam,W", None)
     assert [one.seed for one in compose(["seed=range(0,3)"], sweep=True)] == [0, 1, 2]
     assert [one.sampler for one in compose(["sampler=choice(a,b)"], sweep=True)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["seed=${foo}"],
+            "seed cannot be read: Interpolation key 'foo' not found; write $ as \\$ if the text has one.",
+        ),
+        (["evaluation.env_kwargs.g=${x}"], "evaluation.env_kwargs.g cannot be read: Interpolation key 'x' not found;"),
+        (["seed=${oc.env:HOME}"], "seed cannot be read: While dereferencing interpolation '${oc.env:HOME}': Value '"),
+        (
+            ["dataset=a.csv", "reader.observation=[x]", "reader.observation.a=1"],
+            "reader.observation.a=1 cannot be set: it names a part of a list; set the whole list.",
+        ),
+    ],
+)
+def test_references_and_parts_that_do_not_exist(words, message):
+    assert refusal(*words).startswith(message)

@@ -11,11 +11,18 @@ from typing import Any
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.data import DatasetError, load_transitions
+from torchrl_bcq.data.origins import Origins
 from torchrl_bcq.data.registry import find_source
 from torchrl_bcq.evaluation.environments import make_env
 from torchrl_bcq.reports.description import describe
 
-_COLUMNS = ("observation", "action", "next_observation", "reward", "terminated", "truncated", "episode", "step")
+_SEVERAL = ("observation", "action", "next_observation")
+_COLUMNS = (*_SEVERAL, "reward", "terminated", "truncated", "episode", "group", "step")
+_FORMAT = {
+    "action_type": ("TYPE", "continuous: whole numbers in the action columns are amounts, not choices"),
+    "delimiter": ("SIGN", "sign between the columns of a CSV file, such as ';' (default: a comma)"),
+    "decimal_point": ("SIGN", "decimal point in a CSV file, such as ',' (default: a point)"),
+}
 _SOURCES = """\
 sources:
   FILE.hdf5 FILE.npz       files with the field names of D4RL, or other common names
@@ -46,18 +53,18 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
         text = f"{side}er bounds".replace("higher", "upper") + " of the actions, one number for each dimension"
         shared.add_argument(f"--action-{side}", nargs="+", type=float, metavar="NUMBER", help=text)
     reading = shared.add_argument_group("HDF5 and NPZ")
-    names = "says that ENTRY of the file holds FIELD, such as observations=obs"
+    names = "says that ENTRY of the file holds FIELD, such as observations=obs; several entries of a FIELD are joined"
     reading.add_argument("--names", nargs="+", metavar="FIELD=ENTRY", help=names)
     reading.add_argument("--max-episode-steps", type=int, metavar="N", help="time limit, if the file has no time-outs")
     columns = shared.add_argument_group("tables")
     for name in _COLUMNS:
-        several = name in ("observation", "action", "next_observation")
+        several = name in _SEVERAL
         how: dict[str, Any] = {"nargs": "+", "action": "extend"} if several else {}
         plural = "s" if several else ""
         text = f"name{plural} of the {name.replace('_', ' ')} column{plural}"
         columns.add_argument(f"--{name.replace('_', '-')}", metavar="COLUMN", help=text, **how)
-    whole = "continuous: whole numbers in the action columns are amounts, not choices"
-    columns.add_argument("--action-type", metavar="TYPE", help=whole)
+    for name, (metavar, text) in _FORMAT.items():
+        columns.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=text)
 
     def add(name: str, run: Any, what: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, parents=[shared], help=what, description=what, epilog=_SOURCES)
@@ -79,11 +86,14 @@ def reader_words(arguments: Sequence[str]) -> list[str]:
 
 
 def _describe(args: argparse.Namespace) -> None:
+    if args.out is not None and args.out.suffix.lower() != ".png":  # the file of a dataset must not be replaced
+        raise DatasetError(f"--out is {str(args.out)!r}, expected the name of a picture, such as dataset.png.")
     settings = _settings(args)
     action_spec = _action_spec(args, settings)
-    transitions = load_transitions(args.source, root=args.root, strict=False, **settings)
+    origins = Origins()
+    transitions = load_transitions(args.source, root=args.root, strict=False, origins=origins, **settings)
     names = {f"{name}s": settings[name] for name in ("action", "observation") if name in settings}
-    description = describe(transitions, action_spec=action_spec, column_names=names)
+    description = describe(transitions, action_spec=action_spec, column_names=names, origins=origins)
     name = Path(args.source[0].rpartition(":")[2]).name
     out = args.out or Path(f"{re.sub(r'[*?]+', '_', name)}.png")
     print(description)
@@ -118,21 +128,24 @@ def _action_spec(args: argparse.Namespace, settings: dict[str, Any]) -> TensorSp
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return a dictionary of the command-line options that are arguments of the dataset's reader."""
-    names = (*_COLUMNS, "action_type", "max_episode_steps")
+    names = (*_COLUMNS, *_FORMAT, "max_episode_steps")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.names:
         pairs = [pair.partition("=") for pair in args.names]
         if odd := [f"{field}{sign}{entry}" for field, sign, entry in pairs if not (field and entry)]:
             raise DatasetError(f"--names has {odd}, expected FIELD=ENTRY, such as observations=obs.")
-        settings["names"] = {field: entry for field, _, entry in pairs}
+        named: dict[str, list[str]] = {}
+        for field, _, entry in pairs:
+            named.setdefault(field, []).append(entry)
+        settings["names"] = named
     if not args.reader:
         return settings
     from omegaconf import OmegaConf
 
-    from torchrl_bcq.runs.overrides import check_reader, read_words
+    from torchrl_bcq.runs.overrides import check_reader, read_words, set_value
 
     chosen = OmegaConf.create({"reader": settings})
     for name, value in read_words(args.reader, ())[0].items():
-        OmegaConf.update(chosen, name, value)
+        set_value(chosen, name, value)
     reader: Any = OmegaConf.to_container(chosen)["reader"]  # type: ignore[index, call-overload]
     return check_reader(args.source, reader)

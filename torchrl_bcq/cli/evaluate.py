@@ -31,7 +31,7 @@ examples:
 """
 # what each number on a dataset can and cannot tell, by the start of its name
 _MEANINGS = {
-    "held_out_loss": "if it rises during training, the network overfits; it cannot be compared between algorithms.",
+    "held_out_loss": "a loss on data that was not used for training; it cannot be compared between algorithms.",
     "held_out_td_error": "shows how well the values fit other data; a low error does not mean a good policy.",
     "action_distance": "shows how much the policy differs from the recorded actions, not which of them are better.",
     "initial_value": "the critics' estimate of the policy's discounted return; it is not measured, and may be wrong.",
@@ -68,6 +68,10 @@ def _run(args: argparse.Namespace) -> None:
 
     if args.episodes < 1:
         raise RunError(f"--episodes is {args.episodes}, expected at least 1.")
+    if not 0 <= args.seed < 2**32:
+        raise RunError(f"--seed is {args.seed}, expected a number from 0 to {2**32 - 1}.")
+    if args.out is not None and args.out.suffix.lower() != ".json":  # no other file of a run must be replaced
+        raise RunError(f"--out is {str(args.out)!r}, expected the name of a JSON file, such as numbers.json.")
     if is_sweep(args.folder) and not (args.folder / CHECKPOINTS).is_dir():
         return print_runs(args.folder)
     trained = load(args.folder, args.checkpoint, args.device)
@@ -109,6 +113,9 @@ def _load_baseline(args: argparse.Namespace, trained: Any) -> dict[str, Any]:
         except RunError:
             return {}
     baseline = load(folder, args.checkpoint, args.device)
+    if baseline.task.stack != trained.task.stack:
+        stacks = f"stack={baseline.task.stack}, but {args.folder} with stack={trained.task.stack}"
+        raise RunError(f"{folder} was trained with {stacks}; compare runs with the same stack.")
     for what in ("observation", "action"):
         if getattr(trained.task, f"{what}_spec") != getattr(baseline.task, f"{what}_spec"):
             raise RunError(f"{folder} has other {what}s than {args.folder}; compare runs of the same dataset.")
@@ -126,7 +133,10 @@ def _choose_env(args: argparse.Namespace, trained: Any, runs: dict[str, Any]) ->
     made = make_env(env, remedy=REMEDY)
     for one in runs.values():
         shapes = {"observations": (one.task.observation_size,), "actions": tuple(one.task.action_spec.shape)}
-        check_fits(made, env, REMEDY, whose="the run", **shapes)
+        check_fits(made, env, REMEDY, whose="the run", setting="--observation ENTRY ...", **shapes)
+        if one.task.observation != trained.task.observation:
+            pair = f"{trained.task.observation} in {trained.path}, but {one.task.observation} in {one.path}"
+            raise RunError(f"the entries of the observation are {pair}; compare runs with the same entries.")
     return with_time_limit(env, "set another number with --env-kwargs max_episode_steps=N.")
 
 
@@ -196,10 +206,11 @@ def _compare(own: str, differences: Mapping[str, tuple[float, float]], episodes:
 
 
 def _print_returns(rows: dict[str, dict[str, float]]) -> None:
-    columns = {"return": 12, "return_std": 10, "normalized_score": 12, "episode_length": 10}
+    columns = {"return": "return", "return_std": "std", "normalized_score": "normalized", "episode_length": "steps"}
+    columns = {name: title for name, title in columns.items() if any(name in row for row in rows.values())}
     cells = [[title, *(f"{row[name]:.1f}" if name in row else "-" for name in columns)] for title, row in rows.items()]
     width = max(20, *(len(title) + 2 for title in rows))
-    _print_table([["policy", "return", "std", "normalized", "steps"], *cells], [width, *columns.values()])
+    _print_table([["policy", *columns.values()], *cells], [width, *[12] * len(columns)])
 
 
 def _print_table(lines: list[list[str]], widths: list[int]) -> None:
@@ -232,13 +243,13 @@ def _on_the_dataset(trained: Any, runs: dict[str, Any]) -> dict[str, Any]:
     behaviour |= {"discounted_return": episode_returns(rows, **gamma).mean().item()} if gamma else {}
     where, formula = "the dataset" if learned is None else "held-out episodes", reward_formula(settings)
     changed = "" if formula is None else f", with the rewards of training, {formula}"
-    print(f"\nThe run has no environment. Metrics on {where}{changed}:\n")
+    print(f"\nThe run has no environment; --env ID names one. Metrics on {where}{changed}:\n")
     table = {**found, "the dataset": behaviour}
     names = dict.fromkeys(name for row in table.values() for name in row)
     cells = [[name, *(f"{row[name]:.4g}" if name in row else "-" for row in table.values())] for name in names]
     _print_table([["", *table], *cells], [28, *(max(12, len(title) + 2) for title in table)])
     print()
-    for name, meaning in _MEANINGS.items():
+    for name, meaning in {**trained.algorithm.meanings, **_MEANINGS}.items():
         if any(other.startswith(name) for other in names):
             print(f"{name}: {meaning}")
     return {"behaviour": behaviour, **found}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from torchrl_bcq.cli.environment import REMEDY, add_options, choose_environment
 from torchrl_bcq.data.episodes import episode_returns
+from torchrl_bcq.data.sources.dict_spaces import check_entries
 from torchrl_bcq.data.writers import check_out, write_hdf5, write_minari
 from torchrl_bcq.errors import RunError
-from torchrl_bcq.evaluation.environments import check_continuous, make_env
+from torchrl_bcq.evaluation.environments import check_continuous, check_fits, make_env
 from torchrl_bcq.evaluation.recording import DATASET_ENV, DATASET_ID, record, record_default
 
 _STEPS = 10_000
@@ -45,7 +47,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def _run(args: argparse.Namespace) -> None:
     learned = args.policy not in (None, "random")
     if args.env is None and not learned:
-        names = ("policy", "noise", "steps", "seed", "out", "env_kwargs")
+        names = ("policy", "noise", "steps", "seed", "out", "env_kwargs", "observation")
         given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
         if given:
             raise RunError(f"{', '.join(given)} needs --env; the default dataset is always recorded in the same way.")
@@ -53,6 +55,8 @@ def _run(args: argparse.Namespace) -> None:
         exists = f"minari:{DATASET_ID} exists already; use --overwrite to record it again"
         print(f"recorded minari:{DATASET_ID}" if new else exists)
         return
+    from gymnasium.spaces import Dict
+
     noise, trained, policy, algorithm = args.noise or 0.0, None, None, "uniform random actions"
     if learned:
         from torchrl_bcq.runs.folder import load
@@ -64,10 +68,19 @@ def _run(args: argparse.Namespace) -> None:
     if (env := choose_environment(args, trained)) is None:
         raise RunError(f"{args.policy} has no environment; name one with --env ID.")
     out = args.out or f"{re.split('[/:]', env.id)[-1]}.hdf5"
-    check_out(out, args.overwrite)
-    check_continuous(make_env(env, remedy=REMEDY), env, REMEDY)
+    made = make_env(env, remedy=REMEDY)
+    if trained is not None:
+        shapes = {"observations": (trained.task.observation_size,), "actions": tuple(trained.task.action_spec.shape)}
+        check_fits(made, env, REMEDY, whose="the run", setting="--observation ENTRY ...", **shapes)
+    check_continuous(made, env, REMEDY)
+    if isinstance(made.observation_space, Dict):
+        env = replace(env, observation=check_entries(made.observation_space, env.observation))
+    elif args.observation is not None:
+        raise RunError(f"the observation of {env.id} is one vector, without entries; leave --observation out.")
+    check_out(out, args.overwrite, env)
     steps = _STEPS if args.steps is None else args.steps
     transitions = record(env, policy, steps, noise=noise, seed=args.seed or 0)
+    env = replace(env, stack=1)  # the dataset holds single observations
     if out.startswith("minari:"):
         write_minari(out[7:], transitions, env, algorithm=algorithm, overwrite=args.overwrite)
     else:

@@ -118,7 +118,7 @@ def _run(settings: DictConfig) -> int:
     out = Path(settings.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(out / "train.log")
+        file = logging.FileHandler(out / "train.log", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         message = f"{settings.out} cannot be the folder of a run: {error}; choose another folder with out=FOLDER"
         print(f"torchrl-bcq: {message}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from torchrl_bcq.data.buffer import make_replay_buffer as make_replay_buffer
 from torchrl_bcq.data.checks import DatasetError as DatasetError
+from torchrl_bcq.data.frames import stack_observations as stack_observations
 from torchrl_bcq.data.n_step import multi_step as multi_step
 from torchrl_bcq.data.registry import load_transitions as load_transitions
 from torchrl_bcq.data.rollouts import from_rollouts as from_rollouts

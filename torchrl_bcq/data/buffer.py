@@ -15,8 +15,7 @@ from torchrl.data import (
 )
 from torchrl.data.replay_buffers.samplers import Sampler
 
-from torchrl_bcq.data.checks import check_finite
-from torchrl_bcq.data.episodes import check_outcomes, check_rows
+from torchrl_bcq.data.episodes import check_finite, check_outcomes, check_rows
 from torchrl_bcq.data.sampling import WeightedSampler
 
 PRIORITY_ALPHA, PRIORITY_BETA = 0.6, 0.4  # as in arXiv:1511.05952 (proportional variant), but beta stays constant

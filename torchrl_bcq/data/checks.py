@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,11 @@ from torchrl_bcq.errors import remedy
 Columns = Mapping[str, Any]  # maps argument names of from_arrays to arrays with one row per step
 
 CHUNK_ROWS = 2**16  # number of rows in a chunk; small, because the checks need memory for a copy of the chunk
-CHUNK_VALUES = 2**22  # number of values that check_finite reads at a time
 _NUMBERS = {"observations": 2, "actions": 2, "rewards": 1, "next_observations": 2}  # number of dimensions of each field
 # incomplete marks rows without a next observation; readers add it if next_observations lacks only some of them
 _FLAGS = ("terminated", "truncated", "incomplete")
-_OPTIONAL = ("truncated", "next_observations")
-FIELDS = ("observations", "actions", "rewards", "terminated", *_OPTIONAL)  # the arguments of from_arrays
+FIELDS = ("observations", "actions", "rewards", "terminated", "truncated", "next_observations", "groups")
+_OPTIONAL = FIELDS[4:]  # FIELDS are the arguments of from_arrays
 
 
 class DatasetError(ValueError):
@@ -34,15 +33,21 @@ class Checks:
 
     A wrong shape, length or dtype raises a ``DatasetError`` at once. Bad rows are counted, and ``finish`` raises a
     ``DatasetError`` that reports them. If ``refuse_whole`` is a text, actions that are all whole numbers are a defect,
-    and the text says what to do.
+    and the text says what to do. ``columns`` holds the names of the columns of each field, for the messages.
     """
 
-    def __init__(self, action_spec: TensorSpec | None = None, refuse_whole: str | None = None) -> None:
+    def __init__(
+        self,
+        action_spec: TensorSpec | None = None,
+        refuse_whole: str | None = None,
+        columns: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         self.rows = 0  # number of rows checked so far
         self.counts: dict[str, int] = {}  # number of rows of each source that ``add`` added
         self._found: list[str] = []  # defects of these sources
         self._odd_flags: list[str] = []
         self._refuse_whole, self._whole = refuse_whole, refuse_whole is not None
+        self._columns = columns or {}
         self._bounds = None if action_spec is None else spec_bounds(action_spec)
         self._widths: dict[str, int] = {}  # number of features of each field in the first chunk
         self._zero: dict[str, bool] = {}  # whether all values of a field are zero so far
@@ -56,8 +61,12 @@ class Checks:
         self._check_names(given)
         fields = {name: self._read_numbers(name, given[name]) for name in _NUMBERS if name in given}
         fields |= {name: self._read_flags(name, given[name]) for name in _FLAGS if name in given}
+        if "groups" in given:  # names or numbers; the class Groups checks them
+            fields["groups"] = column("groups", as_array("groups", given["groups"]), rank=1)
         check_lengths({name: len(fields[name]) for name in given})
         self._check_widths(fields)
+        for name in _NUMBERS.keys() & fields.keys():
+            self._bad[name].add(~np.isfinite(fields[name]), self.rows)
         self._whole = self._whole and bool((fields["actions"] == fields["actions"].round()).all())
         if "actions" in fields and self._bounds is not None:
             self._check_bounds(fields["actions"], *self._bounds)
@@ -79,15 +88,16 @@ class Checks:
         found, odd_flags = self._defects()
         zero = [name for name, is_zero in self._zero.items() if is_zero]
         hint = "check that it was written and read correctly"
-        found += [f"{name} is zero in all {self.rows} rows; {hint}." for name in zero]
+        found += [f"{name} is zero in all {self.rows} rows{self._in_columns(name)}; {hint}." for name in zero]
         if self._whole and self.rows:
-            found.append(f"actions has only whole numbers in all {self.rows} rows{self._refuse_whole}")
+            where = f"in all {self.rows} rows{self._in_columns('actions')}"
+            found.append(f"actions has only whole numbers {where}{self._refuse_whole}")
         if refused := found if strict else odd_flags:
             raise DatasetError(listed(refused))
 
     def alike(self) -> Checks:
         """Return new checks with the same bounds, for one of several sources."""
-        checks = Checks(refuse_whole=self._refuse_whole)
+        checks = Checks(refuse_whole=self._refuse_whole, columns=self._columns)
         checks._bounds = self._bounds
         return checks
 
@@ -105,23 +115,35 @@ class Checks:
         """Return a text for each defect in single rows; and the texts about invalid flags only."""
         found, odd_flags = [*self._found], [*self._odd_flags]
         for name, rows in self._bad.items():
+            where = self._in_columns(name, rows.columns)
             if rows.count and name in _FLAGS:
-                defect = f"neither 0 nor 1, such as {rows.example}; use only 0 (false) and 1 (true)."
+                defect = f"neither 0 nor 1, such as {rows.example}{where}; use only 0 (false) and 1 (true)."
                 odd_flags.append(f"{name} has {rows} that are {defect}")
                 found.append(odd_flags[-1])
             elif rows.count:
-                found.append(f"{name} has {rows} that are not finite in float32; drop or repair them.")
+                found.append(f"{name} has {rows} that are not finite in float32{where}; drop or repair them.")
         if self._outside.count and self._bounds is not None:
             low, high = self._bounds
+            where = self._in_columns("actions", self._outside.columns)
+            spans = f"{self._lowest.tolist()} to {self._highest.tolist()}"
             found.append(
-                f"actions has {self._outside} outside the action spec: the actions span {self._lowest.tolist()} to "
-                f"{self._highest.tolist()}, the spec spans {low.tolist()} to {high.tolist()}; "
+                f"actions has {self._outside} outside the action spec{where}: the actions span {spans}, the spec spans "
+                f"{low.tolist()} to {high.tolist()}; "
                 + remedy(
                     "clip or rescale the actions.",
                     "set action_clip=true, or action_low and action_high, in torchrl-bcq train.",
                 )
             )
         return found, odd_flags
+
+    def _in_columns(self, name: str, bad: np.ndarray | None = None) -> str:
+        """Return a text with the names of the columns of a field, or of those that ``bad [D]`` marks."""
+        names = self._columns.get(name, ())
+        if bad is not None and len(names) == len(bad) > 1:  # a single column may hold all numbers of a field
+            names = [name for name, is_bad in zip(names, bad, strict=True) if is_bad]
+        elif bad is not None and len(names) > 1:  # columns of lists: it is unknown which column holds the number
+            names = ()
+        return f", in {listed_columns(names)}" if names else ""
 
     def _read_numbers(self, name: str, values: ArrayLike) -> np.ndarray:
         array = as_array(name, values)
@@ -135,7 +157,6 @@ class Checks:
             raise DatasetError(f"{name} has dtype {array.dtype}, expected real numbers.{_conversion(name, array)}")
         with np.errstate(over="ignore", invalid="ignore"):  # no warning: rows with overflow or NaN are counted below
             array = array.astype(np.float32)
-        self._bad[name].add(~np.isfinite(array).reshape(len(array), -1).all(1), self.rows)
         self._zero[name] = self._zero.get(name, True) and not array.any()
         return array
 
@@ -163,7 +184,7 @@ class Checks:
                 "both need the same shape."
             )
         for name, values in fields.items():
-            width = values[0].size
+            width = np.size(values[0])
             if width != self._widths.setdefault(name, width):
                 raise DatasetError(
                     f"{name} has {width} features from row {self.rows} on, but {self._widths[name]} before; every row "
@@ -176,7 +197,7 @@ class Checks:
         finite = np.isfinite(actions).all(1)  # skip rows that are not finite; _read_numbers counts them
         self._lowest = np.minimum(self._lowest, actions[finite].min(0, initial=np.inf))
         self._highest = np.maximum(self._highest, actions[finite].max(0, initial=-np.inf))
-        self._outside.add(finite & ((actions < low) | (actions > high)).any(1), self.rows)
+        self._outside.add(finite[:, None] & ((actions < low) | (actions > high)), self.rows)
 
 
 @dataclass
@@ -186,22 +207,34 @@ class Rows:
     count: int = 0
     first: int = 0
     example: str = ""
+    where: str = ""  # the source of the first row, if there are several sources
+    columns: np.ndarray | None = field(default=None, compare=False)  # mask [D] of the columns with a defect, if known
 
     def add(self, mask: np.ndarray | Tensor, start: int = 0) -> None:
-        """Count the rows where ``mask [n]`` is true. Row 0 of ``mask`` is row ``start`` of the dataset."""
-        mask = np.asarray(mask)
-        if not self.count and mask.any():
-            self.first = start + int(mask.argmax())
-        self.count += int(mask.sum())
+        """Count the rows where ``mask [n]``, or a column of ``mask [n, D]``, is true. Row 0 of it is row ``start``."""
+        values = np.asarray(mask)
+        if values.ndim == 2:
+            self.columns = np.logical_or(values.any(0), False if self.columns is None else self.columns)
+            values = np.asarray(values.any(1))
+        if not self.count and values.any():
+            self.first = start + int(values.argmax())
+        self.count += int(values.sum())
 
     def __str__(self) -> str:
         """Return a text with the number of bad rows and the index of the first bad row."""
-        return f"{self.count} {'row' if self.count == 1 else 'rows'} (first: {self.first})"
+        return f"{self.count} {'row' if self.count == 1 else 'rows'} (first: {self.first}{self.where})"
 
 
 def listed(defects: list[str]) -> str:
     """Join all defects into one message."""
     return defects[0] if len(defects) == 1 else "\n- ".join([f"{len(defects)} defects:", *defects])
+
+
+def listed_columns(names: Sequence[str]) -> str:
+    """Return a text that names at most four columns, such as ``columns 27, 28, 29 and 81 more``."""
+    if len(names) > 4:
+        return f"columns {', '.join(names[:3])} and {len(names) - 3} more"
+    return f"column{'s' * (len(names) > 1)} {', '.join(names)}"
 
 
 def as_array(name: str, values: ArrayLike) -> np.ndarray:
@@ -246,17 +279,6 @@ def check_lengths(lengths: Mapping[str, int]) -> None:
             f"fields differ in length: {dict(lengths)}; each field needs one row per step. Put the last observation of "
             "an episode into next_observations."
         )
-
-
-def check_finite(name: str, values: Tensor) -> None:
-    """Raise a ``DatasetError`` if ``values`` contain NaN or infinity. Integer tensors are not checked."""
-    rows, step = Rows(), max(CHUNK_VALUES * len(values) // max(values.numel(), 1), 1)
-    for start in range(0, len(values), step) if values.is_floating_point() else ():
-        finite = values[start : start + step].isfinite()
-        if not finite.all():
-            rows.add(~finite.reshape(len(finite), -1).all(1).cpu(), start)
-    if rows.count:
-        raise DatasetError(f"{name} has {rows} that are not finite; drop or repair them.")
 
 
 def spec_bounds(spec: TensorSpec) -> tuple[np.ndarray, np.ndarray]:

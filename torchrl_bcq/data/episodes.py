@@ -6,9 +6,10 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from torchrl_bcq.data.checks import DatasetError
+from torchrl_bcq.data.checks import DatasetError, Rows
 
 FLAGS = ("done", "terminated", "truncated")
+CHUNK_VALUES = 2**22  # number of values that check_finite reads at a time
 STEPS = "steps_to_next_obs"  # entry of n-step transitions: number of steps that a row spans
 _JOIN = "To join datasets, use load_transitions([A, B]) for files or from_rollouts([a, b]), and not torch.cat"
 
@@ -27,8 +28,14 @@ def episode_numbers(transitions: TensorDictBase) -> Tensor:
     rows = check_rows(transitions)
     episode = transitions.get("episode", None)
     if episode is None:
-        done = flat_entry(transitions, ("next", "done"), "set transitions['episode'] to a number per row").long()
+        done = flat_entry(transitions, ("next", "done"), "set transitions['episode'] to a number per row")
+        if not ((done == 0) | (done == 1)).all():
+            raise DatasetError("('next', 'done') has values other than 0 and 1; use 1 where an episode ends, else 0.")
+        done = done.long()
         return done.cumsum(0) - done  # subtract done: a row with done=True belongs to the episode that it ends
+    if not isinstance(episode, Tensor) or episode.is_complex() or (episode != episode).any():
+        found = str(episode.dtype) if isinstance(episode, Tensor) else type(episode).__name__
+        raise DatasetError(f"episode ({found}) has values that are no numbers; set one number for each row.")
     if episode.shape not in ((rows,), (rows, 1)):
         raise DatasetError(f"episode has shape {tuple(episode.shape)}, expected ({rows},), one number for each row.")
     episode = episode.reshape(rows)
@@ -46,6 +53,28 @@ def episode_numbers(transitions: TensorDictBase) -> Tensor:
         )
     _check_ends(transitions, starts)
     return starts.cumsum(0) - 1
+
+
+def group_numbers(transitions: TensorDictBase) -> Tensor | None:
+    """Return the group number of each row, ``[N]``, counted from 0. Without the entry ``group [N]``, return None.
+
+    Raises:
+        DatasetError: as in ``episode_numbers``; if ``group`` has another shape or holds no integers; or if the rows of
+            an episode have several groups.
+    """
+    group = transitions.get("group", None)
+    if group is None:
+        return None
+    rows = check_rows(transitions)
+    if group.shape not in ((rows,), (rows, 1)) or group.is_floating_point() or group.is_complex():
+        found = f"shape {tuple(group.shape)} and dtype {group.dtype}"
+        raise DatasetError(f"group has {found}, expected ({rows},), one integer for each row.")
+    group, numbers = group.reshape(rows), episode_numbers(transitions)
+    mixed = Rows()
+    mixed.add(((group[1:] != group[:-1]) & (numbers[1:] == numbers[:-1])).cpu(), 1)
+    if mixed.count:
+        raise DatasetError(f"group differs from the row before, in the same episode, in {mixed}; correct the groups.")
+    return group.unique(return_inverse=True)[1]
 
 
 def _check_ends(transitions: TensorDictBase, starts: Tensor) -> None:
@@ -115,3 +144,14 @@ def check_outcomes(transitions: TensorDictBase) -> None:
             raise DatasetError(f"('next', {name!r}) has shape {tuple(value.shape)}, expected ({rows}, 1).{hint}")
         if value is not None and name in FLAGS and value.dtype != torch.bool:
             raise DatasetError(f"('next', {name!r}) has dtype {value.dtype}, expected torch.bool; use .bool().")
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Raise a ``DatasetError`` if ``values`` contain NaN or infinity. Integer tensors are not checked."""
+    rows, step = Rows(), max(CHUNK_VALUES * len(values) // max(values.numel(), 1), 1)
+    for start in range(0, len(values), step) if values.is_floating_point() else ():
+        finite = values[start : start + step].isfinite()
+        if not finite.all():
+            rows.add(~finite.reshape(len(finite), -1).all(1).cpu(), start)
+    if rows.count:
+        raise DatasetError(f"{name} has {rows} that are not finite; drop or repair them.")

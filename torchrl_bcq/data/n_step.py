@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tensordict import TensorDict, TensorDictBase, is_leaf_nontensor
+from tensordict import TensorDict, TensorDictBase, is_leaf_nontensor, is_tensor_collection
 from torch import Tensor
 
 from torchrl_bcq.data.checks import DatasetError
 from torchrl_bcq.data.episodes import STEPS, episode_numbers, flat_entry
 from torchrl_bcq.data.sources.conversion import load_memmap, write_memmap
+from torchrl_bcq.files import home
 
 _CHUNK = 2**16  # number of rows written at a time
 
@@ -49,12 +50,12 @@ def multi_step(
     """
     if num_steps < 1 or not 0 <= gamma <= 1:
         raise ValueError(f"num_steps is {num_steps}, expected at least 1; gamma is {gamma}, expected between 0 and 1.")
-    if STEPS in transitions.keys():
-        raise DatasetError(f"the transitions hold {STEPS}, so they already span several steps; pass single-step data.")
-    folder = None if folder is None else Path(folder).expanduser()
+    folder = None if folder is None else home(folder)
     if folder is not None and folder.exists():
         raise FileExistsError(f"{folder} already exists; choose a new folder, or load this folder with load_memmap.")
-    _check_tensors(transitions, written=folder is not None)
+    check_tensors(transitions, written=folder is not None)
+    if STEPS in transitions.keys():
+        raise DatasetError(f"the transitions hold {STEPS}, so they already span several steps; pass single-step data.")
     steps = _steps_left(transitions).clamp_max(num_steps)
     last = torch.arange(len(steps), device=steps.device) + steps - 1
     reward = _discounted_sum(flat_entry(transitions, ("next", "reward"), "add it"), steps, num_steps, gamma)
@@ -71,8 +72,12 @@ def multi_step(
     return load_memmap(folder)
 
 
-def _check_tensors(transitions: TensorDictBase, written: bool) -> None:
+def check_tensors(transitions: TensorDictBase, written: bool) -> None:
     """Check that the entries under "next" are tensors. If ``written``, also check all other entries."""
+    if not is_tensor_collection(transitions):
+        raise DatasetError(f"the transitions are {transitions!r:.60}, expected a TensorDict, as from_arrays returns.")
+    if not is_tensor_collection(after := transitions.get("next", transitions)):
+        raise DatasetError(f"the entry next is a {type(after).__name__}, expected a TensorDict of what follows a step.")
     tensors = set(transitions.keys(True, True))
     entries = transitions.keys(True, True, is_leaf=is_leaf_nontensor)
     if odd := [key for key in entries if key not in tensors and (written or key[0] == "next")]:

@@ -16,6 +16,7 @@ from torchrl.data.datasets import load_dataset, register_dataset
 
 from torchrl_bcq.data.buffer import make_replay_buffer
 from torchrl_bcq.data.checks import Checks, DatasetError
+from torchrl_bcq.data.origins import Origins
 from torchrl_bcq.data.rollouts import from_rollouts
 from torchrl_bcq.data.sources.array_files import hdf5, load_hdf5, load_npz, npz
 from torchrl_bcq.data.sources.conversion import load_memmap
@@ -24,6 +25,7 @@ from torchrl_bcq.data.sources.joined import join
 from torchrl_bcq.data.sources.source import Source
 from torchrl_bcq.data.sources.tables import load_table, table
 from torchrl_bcq.errors import remedy
+from torchrl_bcq.files import home
 
 _SOURCES: dict[str, tuple[Any, Any]] = {  # prefix: (function that makes the Source, reader that users call)
     "hdf5": (hdf5, load_hdf5),
@@ -44,6 +46,7 @@ def load_transitions(
     action_spec: TensorSpec | None = None,
     root: str | Path | None = None,
     strict: bool = True,
+    origins: Origins | None = None,
     **settings: Any,
 ) -> TensorDictBase:
     """Read a dataset by its name, or several datasets as one.
@@ -60,6 +63,7 @@ def load_transitions(
         action_spec, root: as for ``load_hdf5``. With several files, ``root`` holds one copy of all of them.
         strict: if true, bad rows raise a ``DatasetError``. If false, bad rows are kept, so that ``describe`` can report
             the bad rows.
+        origins: if given, gets the row numbers of the files, so that ``describe`` can report them. See ``Origins``.
         **settings: further arguments of the function that reads the source, such as ``names`` of ``load_hdf5``.
 
     Raises:
@@ -75,7 +79,7 @@ def load_transitions(
         [0, 0, 0, 1, 1, 1]
     """
     if source := find_source(name, **settings):
-        return source.read(action_spec=action_spec, root=root, strict=strict)
+        return source.read(action_spec=action_spec, root=root, strict=strict, origins=origins)
     (name,) = _single_names(name)  # several names always have a source
     prefix, rest = _split(name)
     if prefix == "memmap":
@@ -123,17 +127,20 @@ def find_source(name: Name | Sequence[Name], **settings: Any) -> Source | None:
 def _single_names(names: Name | Sequence[Name]) -> list[str]:
     """Return the names of the single datasets, after lists, patterns and folders of files are expanded."""
     if isinstance(names, (str, os.PathLike)):
-        return _expanded(os.fspath(names))
+        names = [names]
     if not isinstance(names, Sequence) or not all(isinstance(name, (str, os.PathLike)) for name in names):
         raise DatasetError(f"the dataset is {names!r}, expected a name or a list of names.")
     if not names:
         raise DatasetError("the list of datasets is empty; name at least one.")
-    return [single for name in names for single in _expanded(os.fspath(name))]
+    texts = [os.fspath(name) for name in names]
+    if not all(texts):
+        raise DatasetError(f"a name in {texts} is empty; name a file, or '.' for this folder.")
+    return [single for name in texts for single in _expanded(name)]
 
 
 def _expanded(name: str) -> list[str]:
     """Return the files that match a pattern, the files in a folder, or the name itself."""
-    path = Path(os.path.expanduser(name))  # unlike Path.expanduser, raises no error for an unknown user
+    path = home(name)
     if path.is_dir() and not (path / "meta.json").is_file():
         files = [file for file in sorted(path.glob("[!.]*")) if file.suffix.lower() in _ENDINGS and file.is_file()]
         if len(kinds := sorted({file.suffix for file in files})) > 1:
@@ -159,6 +166,8 @@ def _find_one(name: str, settings: dict[str, Any]) -> Source | None:
     taken = {parameter.name: parameter for parameter in parameters if parameter.name not in ("action_spec", "root")}
     if missing := [key for key in taken if taken[key].default is Parameter.empty and key not in settings]:
         columns = " ".join(f"reader.{key}=COLUMN" for key in missing)
+        if "episode" in taken and not settings.keys() & {"episode", "truncated", "next_observation"}:
+            columns += ", and one of reader.episode=COLUMN reader.truncated=COLUMN reader.next_observation=COLUMN"
         also = remedy(f"the arguments {missing}", f"the names of columns: {columns}")
         raise DatasetError(f"{name} is a {prefix} source, which also needs {also}.")
     if unused := sorted(settings.keys() - taken.keys()):
@@ -175,7 +184,7 @@ def find_reader(name: Name | Sequence[Name]) -> Callable | None:
 
 def _split(name: str) -> tuple[str, str]:
     """Split a name into prefix and rest. A path without a prefix gets the prefix of its file type."""
-    path = Path(os.path.expanduser(name))
+    path = home(name)
     if path.is_dir():
         return "memmap", name
     prefix, colon, rest = name.partition(":")

@@ -8,8 +8,8 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.data import TensorSpec
 
-from torchrl_bcq.data.checks import Checks, DatasetError, check_finite
-from torchrl_bcq.data.episodes import FLAGS, check_outcomes
+from torchrl_bcq.data.checks import Checks, DatasetError
+from torchrl_bcq.data.episodes import FLAGS, check_finite, check_outcomes
 from torchrl_bcq.data.transitions import report_cuts
 
 

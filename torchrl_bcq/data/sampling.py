@@ -12,8 +12,9 @@ from torch import Tensor
 from torchrl.data import Storage
 from torchrl.data.replay_buffers.samplers import Sampler
 
-from torchrl_bcq.data.checks import Rows, check_finite
-from torchrl_bcq.data.episodes import episode_numbers, episode_returns
+from torchrl_bcq.data.checks import Rows
+from torchrl_bcq.data.episodes import check_finite, episode_numbers, episode_returns, group_numbers
+from torchrl_bcq.errors import remedy
 
 
 class WeightedSampler(Sampler):
@@ -119,31 +120,35 @@ def return_weights(transitions: TensorDictBase, temperature: float = 0.1) -> Ten
 def split_episodes(transitions: TensorDictBase, fraction: float = 0.1, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Split the episodes into training and held-out episodes; return one row mask for each of the two.
 
+    If the transitions have an entry ``group [N]``, all episodes of a group, such as a patient, are on the same side.
     To draw only training rows, pass the first mask as ``weights`` to ``make_replay_buffer``. The transitions are not
     copied. To combine a mask with other weights, multiply the mask by these weights.
 
     Args:
         transitions: as for ``episode_weights``.
-        fraction: fraction of the episodes to hold out. The number of held-out episodes is rounded. At least one episode
-            is held out, and at least one is kept for training.
-        seed: seed for the random choice of the held-out episodes.
+        fraction: fraction of the episodes, or of the groups, to hold out. The number of held-out episodes or groups is
+            rounded. At least one is held out, and at least one is kept for training.
+        seed: seed for the random choice of the held-out episodes or groups.
 
     Returns:
         Two boolean masks ``[N]``: the training rows and the held-out rows.
 
     Raises:
-        ValueError: if there are fewer than two episodes, or ``fraction`` is not between 0 and 1.
-        DatasetError: as in ``episode_weights``.
+        ValueError: if there are fewer than two episodes or groups, or ``fraction`` is not between 0 and 1.
+        DatasetError: as in ``episode_weights``, or if the rows of an episode have several groups.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction is {fraction}, expected a number between 0 and 1.")
-    numbers = episode_numbers(transitions)
-    episodes = int(numbers[-1]) + 1
-    if episodes < 2:
-        raise ValueError("the transitions are one episode; a split by episode needs at least two episodes.")
-    count = min(max(round(fraction * episodes), 1), episodes - 1)
-    chosen = torch.zeros(episodes, dtype=torch.bool)
-    chosen[torch.randperm(episodes, generator=torch.Generator().manual_seed(seed))[:count]] = True
+    numbers, what = group_numbers(transitions), "group"
+    if numbers is None:
+        numbers, what = episode_numbers(transitions), "episode"
+    total = int(numbers.max()) + 1
+    if total < 2:
+        found = f"the transitions are one {what}; a split by {what} needs at least two {what}s"
+        raise ValueError(found + remedy(".", "; set held_out=0, so that the run holds out no episodes."))
+    count = min(max(round(fraction * total), 1), total - 1)
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]] = True
     held_out = chosen.to(numbers.device)[numbers]
     return ~held_out, held_out
 

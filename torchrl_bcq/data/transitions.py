@@ -12,6 +12,8 @@ from tensordict import TensorDict
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.data.checks import FIELDS, Checks, DatasetError, Rows
+from torchrl_bcq.data.groups import Groups
+from torchrl_bcq.data.origins import Origins
 
 _logger = logging.getLogger(__name__)
 # A warning is logged if the mean absolute reward of the dropped rows is more than 10 times the mean absolute reward of
@@ -26,6 +28,7 @@ def from_arrays(
     terminated: ArrayLike,
     truncated: ArrayLike | None = None,
     next_observations: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
     *,
     action_spec: TensorSpec | None = None,
 ) -> TensorDict:
@@ -49,17 +52,20 @@ def from_arrays(
         truncated: whether the episode was cut off after the step, for example by a time limit, ``[N]`` or ``[N, 1]``.
             The next state still has a value.
         next_observations: observation after each step, ``[N, D]``.
+        groups: number or name of the group of each row, such as a patient or a user, ``[N]`` or ``[N, 1]``. All rows of
+            an episode have the same group. ``split_episodes`` never splits a group. 7, 7.0 and "7" are the same group.
         action_spec: bounded spec of one action. If given, all actions must lie within its bounds.
 
     Returns:
         Transitions of batch size ``[M]`` with ``M <= N``: ``observation [M, D]``, ``action [M, A]``, the episode number
         ``episode [M]``, and under ``"next"``: ``observation [M, D]``, and ``reward``, ``done``, ``terminated`` and
-        ``truncated``, each ``[M, 1]``.
+        ``truncated``, each ``[M, 1]``. With ``groups``, also the group number ``group [M]``: the first group has number
+        0, the next one 1, etc.
 
     Raises:
         DatasetError: if ``truncated`` and ``next_observations`` are both missing; if a field has a wrong shape, dtype
-            or length, or is empty; if a field other than the flags has only zeros; if a value is not finite; or if an
-            action is out of bounds.
+            or length, or is empty; if a field other than the flags has only zeros; if a value is not finite; if an
+            action is out of bounds; or if a group is missing or changes within an episode.
 
     Example:
         >>> import numpy as np
@@ -75,40 +81,52 @@ def from_arrays(
             "of them, or truncated=np.zeros(N) if no episode was cut off."
         )
     checks = Checks(action_spec)
-    given = (observations, actions, rewards, terminated, truncated, next_observations)
+    given = (observations, actions, rewards, terminated, truncated, next_observations, groups)
     checked = checks(dict(zip(FIELDS, given, strict=True)))
     checks.finish()
-    parts = list(lay_out([[checked]]))
+    parts = list(lay_out([("", [checked])]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def lay_out(recordings: Iterable[Iterable[dict[str, np.ndarray]]], *, report: bool = True) -> Iterator[TensorDict]:
-    """Convert recordings to transitions; each recording consists of chunks of checked arrays.
+def lay_out(
+    recordings: Iterable[tuple[str, Iterable[dict[str, np.ndarray]]]],
+    *,
+    report: bool = True,
+    origins: Origins | None = None,
+) -> Iterator[TensorDict]:
+    """Convert recordings to transitions; each recording has a name and consists of chunks of checked arrays.
 
-    An episode ends at the last row of its recording. If ``report`` is true, log which rows were dropped.
+    An episode ends at the last row of its recording. If ``report`` is true, log which rows were dropped. ``origins``
+    gets the rows that were read and dropped.
     """
-    episode = rows = guessed = 0  # guessed: number of episode ends found by comparing observations
-    dropped, lost, kept = Rows(), 0.0, 0.0
-    for chunks in recordings:
+    origins, groups = Origins() if origins is None else origins, Groups()
+    episode = guessed = 0  # guessed: number of episode ends found by comparing observations
+    lost = kept = 0.0
+    for name, chunks in recordings:
+        origins.begin(name)
         held: TensorDict | None = None  # kept back until it is known whether it holds the last row of the recording
         for fields, is_last in with_successors(chunks):
             part, keep, ends = _part(fields, episode, is_last)
             guessed += 0 if "truncated" in fields or is_last else int(part["next", "truncated"].sum())
-            episode += ends
-            dropped.add(~keep, rows)
+            episode += int(ends.sum())
             reward = np.abs(fields["rewards"][:-1].astype(np.float64))
             lost, kept = lost + reward[~keep].sum(), kept + reward[keep].sum()
-            rows += len(part)
+            names = groups.names(fields["groups"], ends, origins.rows) if "groups" in fields else None
+            origins.add(keep, fields)
             if keep.any():
                 if held is not None:
                     yield held
                 held = part if keep.all() else part[torch.from_numpy(keep)]
+                if names is not None:
+                    held["group"] = groups.numbers(names[keep])
         if held is not None:
             held["next", "truncated"][-1] |= ~held["next", "done"][-1]
             held["next", "done"][-1] = True
             yield held
+    rows, dropped = origins.rows, origins.dropped
     if not rows:
         raise DatasetError("the data has no rows; at least one row is needed.")
+    groups.finish(origins)
     if dropped.count == rows:
         raise DatasetError(
             f"all {rows} rows are truncated and next_observations is not given, so no row has a next observation; "
@@ -166,8 +184,8 @@ def _report_dropped(dropped: Rows, lost: float, kept: float) -> None:
         _logger.info(what)
 
 
-def _part(fields: dict[str, np.ndarray], episode: int, is_last: bool) -> tuple[TensorDict, np.ndarray, int]:
-    """Convert all rows except the last. Also return a mask of the rows to keep, and the number of ended episodes."""
+def _part(fields: dict[str, np.ndarray], episode: int, is_last: bool) -> tuple[TensorDict, np.ndarray, np.ndarray]:
+    """Convert all rows except the last. Also return masks of the rows to keep, and of the rows that end an episode."""
     observation, following = fields["observations"][:-1], fields["observations"][1:]
     terminated = fields["terminated"][:-1]
     given = fields.get("next_observations")
@@ -202,4 +220,4 @@ def _part(fields: dict[str, np.ndarray], episode: int, is_last: bool) -> tuple[T
             "truncated": truncated[:, None],
         },
     }
-    return TensorDict(columns, batch_size=[len(done)]), keep, int(ends.sum())
+    return TensorDict(columns, batch_size=[len(done)]), keep, ends

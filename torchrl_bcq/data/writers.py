@@ -16,7 +16,7 @@ from tensordict import TensorDictBase
 
 from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.errors import RunError
-from torchrl_bcq.files import write_whole
+from torchrl_bcq.files import home, write_whole
 
 if TYPE_CHECKING:
     from minari.data_collector import EpisodeBuffer
@@ -31,7 +31,8 @@ def write_hdf5(
         path: path of the file, ending in ``.hdf5`` or ``.h5``. Missing folders are created.
         transitions: TensorDict of batch size ``[N]``, as ``torchrl_bcq.evaluation.recording.record`` returns it.
         env: environment for evaluation, or its Gymnasium id. The file stores the id, the arguments (as JSON) and the
-            time limit in its attributes ``env_id``, ``env_kwargs`` and ``max_episode_steps``.
+            time limit in its attributes ``env_id``, ``env_kwargs`` and ``max_episode_steps``, and the entries of a Dict
+            observation (as JSON) in ``observation_entries``.
         overwrite: whether to replace an existing file.
 
     Raises:
@@ -53,7 +54,7 @@ def write_hdf5(
         "terminals": after["terminated"].squeeze(-1),
         "timeouts": after["truncated"].squeeze(-1),
     }
-    with write_whole(Path(path).expanduser()) as aside, h5py.File(aside, "w") as file:
+    with write_whole(home(path)) as aside, h5py.File(aside, "w") as file:
         for name, values in fields.items():
             file.create_dataset(name, data=values.cpu().numpy(), compression="gzip", shuffle=True)
         file.attrs["env_id"] = env.id
@@ -61,6 +62,8 @@ def write_hdf5(
             file.attrs["env_kwargs"] = json.dumps(env.kwargs)
         if env.max_episode_steps is not None:
             file.attrs["max_episode_steps"] = env.max_episode_steps
+        if env.observation is not None:
+            file.attrs["observation_entries"] = json.dumps(list(env.observation))
 
 
 def write_minari(
@@ -83,7 +86,7 @@ def write_minari(
     from minari.storage import get_dataset_path
 
     env = Environment.of(env)
-    check_out(f"minari:{dataset_id}", overwrite)
+    check_out(f"minari:{dataset_id}", overwrite, env)
     with _replacing(get_dataset_path(dataset_id)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="minari")  # no warning that the author's e-mail address is missing
         try:
@@ -103,9 +106,11 @@ def write_minari(
             raise RunError(f"Minari cannot store {dataset_id} ({error}); record into an HDF5 file.") from error
 
 
-def check_out(out: str, overwrite: bool) -> None:
-    """Raise a ``RunError`` if ``out`` is an invalid file name or id, or exists and ``overwrite`` is False."""
+def check_out(out: str, overwrite: bool, env: Environment | None = None) -> None:
+    """Raise a ``RunError`` if ``out`` is invalid, cannot hold steps of ``env``, or exists and is not overwritten."""
     if out.startswith("minari:"):
+        if env is not None and env.observation is not None:
+            raise RunError(f"{env} has joined observations, which Minari cannot store; record into an HDF5 file.")
         from minari.dataset.minari_dataset import parse_dataset_id
         from minari.storage import get_dataset_path
 
@@ -116,7 +121,7 @@ def check_out(out: str, overwrite: bool) -> None:
             raise RunError(f"{dataset_id!r} is not a Minari id; use one such as 'mine/hopper/noisy-v0'.") from error
         path = get_dataset_path(dataset_id)
     else:
-        path = Path(out).expanduser()
+        path = home(out)
         if path.suffix not in (".hdf5", ".h5"):
             raise RunError(f"{out} is neither FILE.hdf5 nor minari:NAMESPACE/DATASET-v0; use one of these forms.")
         if path.is_dir():

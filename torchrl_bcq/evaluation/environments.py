@@ -9,11 +9,23 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+from tensordict import unravel_key
 from torchrl.data import Composite
 from torchrl.data.tensor_specs import ContinuousBox
-from torchrl.envs import DoubleToFloat, EnvBase, GymWrapper, SerialEnv, TransformedEnv
+from torchrl.envs import (
+    CatFrames,
+    CatTensors,
+    DoubleToFloat,
+    EnvBase,
+    GymWrapper,
+    RemoveEmptySpecs,
+    SelectTransform,
+    SerialEnv,
+    TransformedEnv,
+)
 
 from torchrl_bcq.bounds import round_inwards
+from torchrl_bcq.data.sources.dict_spaces import check_entries, entries_of
 from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.errors import RunError
 
@@ -44,6 +56,8 @@ def make_env(env: str | Environment, *, remedy: str = "choose another environmen
     """Make a Gymnasium environment with observations, rewards and actions in float32.
 
     The action bounds of ``made.action_spec`` are rounded inwards; ``made.base_env.action_spec`` holds the exact bounds.
+    If the observation is a ``Dict``, its entries are joined to one vector, as ``env.observation`` says. If
+    ``env.stack`` is above 1, TorchRL's ``CatFrames`` joins the last observations of the episode.
 
     Args:
         env: the environment or its Gymnasium id. If the id is ``MODULE:ID``, Gymnasium imports the module, from the
@@ -61,9 +75,25 @@ def make_env(env: str | Environment, *, remedy: str = "choose another environmen
         sys.path.append(here)
     arguments = {"max_episode_steps": env.max_episode_steps, **env.kwargs, **settings}
     try:
-        return TransformedEnv(GymWrapper(gymnasium.make(env.id, **arguments)), _ToFloat())
+        made = TransformedEnv(GymWrapper(gymnasium.make(env.id, **arguments)), _ToFloat())
     except Exception as error:  # the code of an environment raises any exception, TorchRL a KeyError for a space
         raise RunError(f"environment {str(env)!r} cannot be made: {error or repr(error)}; {remedy}.") from error
+    if isinstance(made.observation_space, gymnasium.spaces.Dict):
+        try:
+            names = check_entries(made.observation_space, env.observation)
+        except ValueError as error:
+            how = "evaluation.observation=[...] in torchrl-bcq train, --observation in other commands"
+            raise RunError(f"environment {env.id}: {error}; name them with {how}.") from error
+        keys = [unravel_key(tuple(name.split("/"))) for name in names]
+        for transform in (
+            CatTensors(keys, "observation", sort=False),
+            SelectTransform("observation"),
+            RemoveEmptySpecs(),
+        ):
+            made.append_transform(transform)
+    if env.stack > 1:
+        made.append_transform(CatFrames(env.stack, dim=-1, in_keys=["observation"]))
+    return made
 
 
 def make_envs(env: str | Environment, episodes: int, device: Any = None, *, max_steps: int | None = None) -> EnvBase:
@@ -119,6 +149,7 @@ def check_fits(
     whose: str,
     observations: tuple[int, ...],
     actions: tuple[int, ...] | None = None,
+    setting: str = "evaluation.observation=[...]",
 ) -> None:
     """Raise a RunError if the environment does not fit a dataset or a run.
 
@@ -127,21 +158,33 @@ def check_fits(
         env, remedy: as for ``make_env``; used in the message.
         whose: whose observations and actions the environment must have, such as "the dataset".
         observations, actions: their shapes; None if the shape of the actions is not checked.
+        setting: how the user names the entries of a Dict observation; used in the message.
     """
-    leaves = sorted(made.observation_spec.items(True, True), key=str)  # for a fixed order in the message
-    found = {key: tuple(spec.shape) for key, spec in leaves}
-    if found.get("observation") != observations:
-        shapes = found.get("observation", found)
-        raise RunError(f"{env} has observations of shape {shapes}, but {whose} has {observations}; {remedy}.")
+    from gymnasium.spaces import Dict
+
+    if isinstance(made.observation_space, Dict) and Environment.of(env).observation is None:
+        entries = f"the observation of {env} has the entries {list(entries_of(made.observation_space))}"
+        raise RunError(f"{entries}; name those that {whose} has, in the same order, with {setting}, or {remedy}.")
+    if not isinstance(made.observation_space, Dict) and (joined := Environment.of(env).observation) is not None:
+        message = "the observation of %s is one vector; its numbers must be those of the entries %s, in this order"
+        _logger.warning(message, Environment.of(env).id, list(joined))
+    if (shape := tuple(made.observation_spec["observation"].shape)) != observations:
+        raise RunError(f"{env} has observations of shape {shape}, but {whose} has {observations}; {remedy}.")
     check_continuous(made, env, remedy)
     if actions is not None and (shape := tuple(made.action_spec.shape)) != actions:
         raise RunError(f"{env} has actions of shape {shape}, but {whose} has {actions}; {remedy}.")
 
 
 def check_continuous(made: EnvBase, env: str | Environment, remedy: str) -> None:
-    """Raise a RunError if the actions of the environment are not continuous."""
+    """Raise a RunError if the actions of the environment are not continuous, or if its first step fails."""
     from gymnasium.spaces import Box
 
     if not isinstance(made.action_space, Box):
         found = f"{env} has the action space {made.action_space}"
         raise RunError(f"{found}, but continuous actions (a Box) are needed; {remedy}.")
+    try:
+        made.step(made.reset().set("action", made.action_spec.project(made.action_spec.zero())))
+    except (
+        Exception
+    ) as error:  # the code of an environment raises any exception, such as for an argument of a wrong type
+        raise RunError(f"{env} fails in its first step: {error or repr(error)}; {remedy}.") from error

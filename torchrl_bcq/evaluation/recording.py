@@ -45,8 +45,9 @@ def record(
 
     Args:
         env_id: the environment or its Gymnasium id. Its observation and action spaces must be one-dimensional ``Box``
-            spaces, and its actions must be bounded.
+            spaces, and its actions must be bounded. The entries of a ``Dict`` observation are joined to one vector.
         policy: reads ``observation [D]`` in float32 and writes ``action [A]``. If None, actions are uniformly random.
+            With ``env_id.stack`` above 1, the policy reads the last observations, ``[stack * D]``.
         steps: number of transitions; the last one is marked as truncated if it does not end an episode.
         noise: standard deviation of Gaussian noise that is added to the actions, as a multiple of half the action
             range. Actions with noise are clipped to the action bounds.
@@ -71,7 +72,8 @@ def record(
         raise RunError(f"seed is {seed}, expected at least 0.")
     env = make_env(env_id)
     for name, space in (("observation", env.observation_space), ("action", env.action_space)):
-        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+        is_joined = name == "observation" and isinstance(space, gymnasium.spaces.Dict)  # make_env joins its entries
+        if not is_joined and (not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1):
             raise RunError(f"{env_id} has {name} space {space}, but only one-dimensional Box spaces can be recorded.")
     if not env.action_space.is_bounded():
         raise RunError(f"{env_id} has action space {env.action_space}, but only bounded actions can be recorded.")
@@ -84,7 +86,11 @@ def record(
             return (action + noise * (high - low) / 2 * torch.randn_like(action)).clamp(low, high)
 
         policy = TensorDictSequential(policy, TensorDictModule(disturb, ["action"], ["action"]))
-    return _collect([(env, policy)], steps, seed, str(env_id))
+    transitions = _collect([(env, policy)], steps, seed, str(env_id))
+    size = transitions["observation"].shape[-1] // Environment.of(env_id).stack
+    for part in (transitions, transitions["next"]):  # single observations: the last one of each state
+        part["observation"] = part["observation"][:, -size:]
+    return transitions
 
 
 def record_swing_up(steps: int = 30_000, seed: int = 0) -> TensorDictBase:

@@ -3,6 +3,7 @@
 from torchrl_bcq.modules.acting import Policy
 from torchrl_bcq.modules.actors import DeterministicActor, PerturbationActor
 from torchrl_bcq.modules.build import make_bcq_modules, make_cloning_modules
+from torchrl_bcq.modules.history import History
 from torchrl_bcq.modules.normalization import Normalization, Standardize
 from torchrl_bcq.modules.policy import BCQPolicy, BehaviorCloningPolicy
 from torchrl_bcq.modules.q_ensemble import QEnsemble
@@ -13,6 +14,7 @@ __all__ = [
     "BCQPolicy",
     "BehaviorCloningPolicy",
     "DeterministicActor",
+    "History",
     "Normalization",
     "PerturbationActor",
     "Policy",

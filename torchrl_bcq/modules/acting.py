@@ -22,6 +22,8 @@ class Policy(TensorDictModuleBase):
         observation_specs: spec of one observation for each key; if given, ``act`` checks the shape of its input.
     """
 
+    stack: int = 1  # number of observations that a state joins; load_policy sets the number of the run
+
     def __init__(self, observation_specs: Mapping[NestedKey, TensorSpec] | None = None) -> None:
         """Store the specs."""
         super().__init__()
@@ -31,7 +33,8 @@ class Policy(TensorDictModuleBase):
         """Choose an action for each state, in the units of the environment.
 
         Args:
-            observation: array or tensor of one state, ``[D]``, or of several states, ``[B, D]``. If the policy reads
+            observation: array or tensor of one state, ``[D]``, or of several states, ``[B, D]``. If ``self.stack`` is
+                above 1, a state joins the last observations; ``History`` makes such states. If the policy reads
                 several entries, pass a mapping from the keys of the entries to arrays. Numbers are converted to the
                 networks' dtype.
             deterministic: if True, the same state always gets the same action; if False, a policy that uses latents
@@ -63,7 +66,7 @@ class Policy(TensorDictModuleBase):
         like = tensor_like(self, default=torch.empty(0))
         specs = self.observation_specs or {}
         entries = {key: _to_tensor(key, _find(given, key), specs.get(key), like) for key in self.in_keys}
-        batches = {key: _batch_of(key, value, specs.get(key)) for key, value in entries.items()}
+        batches = {key: _batch_of(key, value, specs.get(key), self.stack) for key, value in entries.items()}
         if len(set(batches.values())) > 1:
             raise ValueError(f"the entries hold different numbers of states: {batches}; make the numbers equal.")
         return TensorDict(entries, next(iter(batches.values())))
@@ -119,7 +122,7 @@ def _to_tensor(key: NestedKey, value: Any, spec: TensorSpec | None, like: Tensor
     return tensor if tensor.dtype == like.dtype and tensor.device == like.device else tensor.to(like)
 
 
-def _batch_of(key: NestedKey, value: Tensor, spec: TensorSpec | None) -> tuple[int, ...]:
+def _batch_of(key: NestedKey, value: Tensor, spec: TensorSpec | None, stack: int) -> tuple[int, ...]:
     """Return the batch size of ``value``, ``()`` or ``(B,)``. Raise a ValueError if its shape is wrong."""
     shape = tuple(value.shape)
     features = shape[-1:] if spec is None else tuple(spec.shape)
@@ -127,5 +130,8 @@ def _batch_of(key: NestedKey, value: Tensor, spec: TensorSpec | None) -> tuple[i
     if not features or len(batch) > 1 or shape[len(batch) :] != features:
         sizes = "D" if spec is None else ", ".join(map(str, features))
         expected = f"[{sizes}] or [B, {sizes}]"
-        raise ValueError(f"{key!r} has shape {shape}, expected {expected}: one state or several.")
+        hint = f" The policy was trained with stack={stack}: join the last {stack} observations with History({stack})."
+        raise ValueError(
+            f"{key!r} has shape {shape}, expected {expected}: one state or several.{hint if stack > 1 else ''}"
+        )
     return batch

@@ -79,6 +79,8 @@ def make_bcq_modules(
     low, high = (bound.double() for bound in action_bounds(action_spec))
     actions = len(low)
     latents = 2 * actions if latent_dim is None else latent_dim
+    if latents < 1:
+        raise ValueError(f"latent_dim is {latents}, expected at least 1.")
     action_input = (high + low) / 2, (high - low) / 2
     latent_input = torch.zeros(latents), torch.ones(latents)
     keys = {"observation_keys": networks.keys, "action_key": action_key}

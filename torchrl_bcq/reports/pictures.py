@@ -34,6 +34,7 @@ LABELS = {
     "td_error": "absolute TD error",
 }
 ESTIMATED, OBTAINED = "value_estimate", "discounted_return"
+_OF_REWARDS = (ESTIMATED, OBTAINED, "td_error", "held_out_td_error", "initial_value")
 _DIVERGED = 50  # if the critic's values exceed the returns by this factor, a logarithmic axis shows both
 _LOGARITHMIC = 3  # make the axis logarithmic if the largest loss is at least this many times the smallest
 _LEGEND_CHARACTERS = 85  # length of a row in the legend
@@ -47,6 +48,7 @@ class Style:
     title: str
     labels: list[str]  # labels of all groups; each group has one colour in all pictures
     estimate: Estimate
+    rewards: str = ""  # end of the labels of values: whether the rewards were changed
 
     def color(self, label: str) -> Any:
         """Return the colour of a group; if there are more groups than ``COLORS``, take it from a colormap."""
@@ -64,6 +66,13 @@ class Style:
         line = {"mean": "mean", "iqm": "interquartile mean"}[self.estimate.statistic]
         text = f"line: {line} over seeds, band: its {100 * self.estimate.confidence:g} % confidence interval"
         return f"{text}, thin lines: single seeds" if thin else text
+
+
+def _reward_note(runs: Sequence[Run]) -> str:
+    """Return the end of the labels of values if runs were trained with changed rewards."""
+    kept = {"reward.shift": 0.0, "reward.scale": 1.0, "reward.clip": None}
+    changed = any(run.settings.get(name, value) != value for run in runs for name, value in kept.items())
+    return "\n(with the changed rewards of training)" if changed else ""
 
 
 def metric_label(metric: str) -> str:
@@ -89,7 +98,7 @@ def draw_runs(runs: Sequence[Run], metric: str, estimate: Estimate) -> dict[str,
     if not curves[metric]:
         raise RunError(f"the runs have no complete line of {metric} in their logs yet; plot the runs later.")
     warn(groups, [curve for each in curves.values() for curve in each])
-    style = Style(shared_title(runs), [group.label for group in groups], estimate)
+    style = Style(shared_title(runs), [group.label for group in groups], estimate, _reward_note(runs))
     figures = {"learning_curve.png": draw_metric(curves[metric], dataset_returns(groups), style)}
     if curves[ESTIMATED] and curves[OBTAINED]:
         figures["value_estimates.png"] = draw_values(curves[ESTIMATED], curves[OBTAINED], style)
@@ -115,7 +124,7 @@ def draw_metric(curves: Sequence[Curve], behaviours: Mapping[float, str], style:
         for mean, label in behaviours.items():
             color = GREY if len(behaviours) == 1 else style.color(label)
             axes.axhline(mean, color=color, linestyle=DASHED, linewidth=1.3, label="mean return of the dataset")
-    axes.set_ylabel(metric_label(curves[0].metric))
+    axes.set_ylabel(metric_label(curves[0].metric) + (style.rewards if curves[0].metric in _OF_REWARDS else ""))
     _legend(figure, style, curves, thin=True)
     return figure
 
@@ -135,7 +144,7 @@ def draw_values(estimated: Sequence[Curve], obtained: Sequence[Curve], style: St
     promised, true = (max(abs(c.center[c.finite]).max(initial=0) for c in cs) for cs in (estimated, obtained))
     if promised > _DIVERGED * true > 0:
         axes.set_yscale("symlog", linthresh=true)
-    axes.set_ylabel("discounted value at the start of an episode")
+    axes.set_ylabel(f"discounted value at the start of an episode{style.rewards}")
     _legend(figure, style, [*estimated, *obtained])
     return figure
 

@@ -36,6 +36,7 @@ class Algorithm:
         discrete: whether the actions are discrete.
         compared: more policies for ``torchrl-bcq evaluate``: dict from a title to a function ``(*networks)`` that
             returns the policy.
+        meanings: explanations of logged metrics for ``torchrl-bcq evaluate``, by the start of their names.
     """
 
     title: str
@@ -46,6 +47,7 @@ class Algorithm:
     baseline: str | None = None
     discrete: bool = False
     compared: Mapping[str, Callable[..., TensorDictModuleBase]] = field(default_factory=dict)
+    meanings: Mapping[str, str] = field(default_factory=dict)
 
 
 def soft_update(loss: OfflineLoss, *, tau: float = 0.005) -> SoftUpdate:
@@ -62,6 +64,13 @@ ALGORITHMS: dict[str, Algorithm] = {
         make_updater=soft_update,
         baseline="cloning",
         compared={"VAE-BC": lambda vae, actor, critics: BehaviorCloningPolicy(vae)},
+        meanings={
+            "held_out_loss_vae": "if it rises during training, the VAE overfits.",
+            "held_out_vae_kl": (
+                "near 0, the VAE ignores its latent, so the candidate actions in a state are almost equal; a smaller "
+                "network.kl_weight, such as 0.01, varies them."
+            ),
+        },
     ),
     "cloning": Algorithm(
         title="cloning",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import sys
@@ -20,6 +21,7 @@ from torchrl.data import TensorDictReplayBuffer
 from torchrl.trainers import EarlyStopping
 
 from torchrl_bcq.data import episode_weights, make_replay_buffer, multi_step, return_weights, split_episodes
+from torchrl_bcq.data.episodes import episode_numbers, group_numbers
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation import DatasetMetrics, EnvironmentMetrics
 from torchrl_bcq.evaluation.environments import make_envs, steps_to_compare, time_limit
@@ -34,12 +36,15 @@ from torchrl_bcq.runs.settings import to_plain
 from torchrl_bcq.trainers import KeepBest, OfflineTrainer
 from torchrl_bcq.trainers.execution import PRECISIONS
 
-_FROM_ONE = ("steps", "batch_size", "n_step", "log_interval", "evaluation.episodes", "evaluation.max_rows",
+_logger = logging.getLogger(__name__)
+_FROM_ONE = ("steps", "batch_size", "stack", "n_step", "log_interval", "evaluation.episodes", "evaluation.max_rows",
              "evaluation.max_episode_steps", "checkpoint.keep")  # fmt: skip
+_SEEDS = ("seed", "evaluation.seed", "policy.seed")
 _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     *((name, lambda value: value >= 1, "at least 1") for name in _FROM_ONE),
+    *((name, lambda value: 0 <= value < 2**32, f"a number from 0 to {2**32 - 1}") for name in _SEEDS),
     *((f"loss.{name}", lambda value: 0 <= value <= 1, "a number between 0 and 1") for name in ("gamma", "tau")),
-    ("held_out", lambda value: 0 <= value < 1, "a fraction of the episodes, at least 0 and below 1"),
+    ("held_out", lambda value: 0 <= value < 1, "a fraction of the episodes or groups, at least 0 and below 1"),
     ("loss.reduction", lambda value: value != "none", "mean or sum, because a gradient step needs one number"),
     (
         "threads",
@@ -68,6 +73,8 @@ def assemble(settings: DictConfig, transitions: TensorDictBase, task: Task) -> O
     plain: Any = OmegaConf.to_container(settings, resolve=True)
     out, device = Path(settings.out), choose_device(settings.device)
     learned, weights = split(settings, transitions), _row_weights(settings, transitions)
+    if learned is not None and processes.is_first():
+        _report_split(transitions, learned)
     transitions = change_rewards(settings, transitions)
     buffer, held_out = _make_buffer(settings, transitions, learned, weights, device)
     random.seed(settings.seed)
@@ -105,6 +112,18 @@ def assemble(settings: DictConfig, transitions: TensorDictBase, task: Task) -> O
 def split(settings: DictConfig, transitions: TensorDictBase) -> Tensor | None:
     """Return a mask ``[N]`` of the training rows, or None if the run holds out no episodes."""
     return split_episodes(transitions, settings.held_out, seed=settings.seed)[0] if settings.held_out else None
+
+
+def _report_split(transitions: TensorDictBase, learned: Tensor) -> None:
+    """Log how many episodes, and how many groups, are held out."""
+    kinds = {"episodes": episode_numbers(transitions), "groups": group_numbers(transitions)}
+    episodes, *groups = (
+        f"{len(numbers[~learned].unique())} of {len(numbers.unique())} {what}"
+        for what, numbers in kinds.items()
+        if numbers is not None
+    )
+    shown = f"{episodes} ({groups[0]})" if groups else episodes
+    _logger.info("held_out: %s are used for metrics and not for training", shown)
 
 
 def change_rewards(settings: DictConfig, transitions: TensorDictBase) -> TensorDictBase:
@@ -194,7 +213,7 @@ def check_numbers(settings: DictConfig) -> None:
         if (value := OmegaConf.select(settings, name)) is not None and not fits(value):
             raise RunError(f"{name} is {value!r}, expected {expected}.")
     for name, sizes in settings.network.items():
-        if OmegaConf.is_list(sizes) and any(isinstance(size, int) and size < 1 for size in sizes):
+        if OmegaConf.is_list(sizes) and any(OmegaConf.is_list(size) or size < 1 for size in sizes):
             raise RunError(f"network.{name} is {list(sizes)}, expected sizes of at least 1.")
     every = settings.log_interval
     for section in ("evaluation", "checkpoint"):

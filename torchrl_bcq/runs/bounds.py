@@ -118,7 +118,7 @@ def clip_actions(transitions: TensorDictBase, box: Box) -> TensorDictBase:
     if not beyond.any():
         return transitions
     rows, first = int(beyond.sum()), int(beyond.long().argmax())
-    _logger.warning("action_clip: clipped the actions of %d of %d rows (first: %d)", rows, len(beyond), first)
+    _logger.warning("action_clip: clipped the actions of %d of %d transitions (first: %d)", rows, len(beyond), first)
     return transitions.copy().set("action", action.clamp(low, high))
 
 

@@ -39,7 +39,10 @@ def choose_environment(
     named = None if evaluation.env == "auto" else evaluation.env
     if evaluation.env is None:
         return None, None
-    env = change_environment(recorded, named, kwargs, evaluation.max_episode_steps)
+    entries, known = evaluation.observation and list(evaluation.observation), recorded and recorded.observation
+    if entries and known and entries != list(known):
+        raise RunError(f"evaluation.observation is {entries}, but the dataset joins {list(known)}; leave it out.")
+    env = change_environment(recorded, named, kwargs, evaluation.max_episode_steps, entries)
     if env is None:
         if kwargs:
             raise RunError("evaluation.env_kwargs is set, but the dataset names no environment; set evaluation.env=ID.")

@@ -16,13 +16,15 @@ from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation
 from torchrl.data import Bounded, TensorSpec, Unbounded
 
 from torchrl_bcq.bounds import round_inwards
-from torchrl_bcq.data import DatasetError, load_transitions
+from torchrl_bcq.data import DatasetError, load_transitions, stack_observations
 from torchrl_bcq.data.episodes import episode_returns
+from torchrl_bcq.data.frames import stack_in_folder
 from torchrl_bcq.data.registry import find_source
 from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.data.sources.source import scores_or_none
 from torchrl_bcq.errors import RunError, on_command_line
 from torchrl_bcq.evaluation.environments import check_continuous, check_fits
+from torchrl_bcq.files import home
 from torchrl_bcq.objectives import OfflineLoss
 from torchrl_bcq.runs import processes
 from torchrl_bcq.runs.algorithms import Algorithm, find_algorithm
@@ -40,23 +42,28 @@ CHECKPOINTS, BEST, BASELINE = "checkpoints", "best", "baseline"  # subfolders of
 class Task:
     """Facts about the dataset of a run. Each checkpoint of the run contains these facts."""
 
-    observation_size: int
+    observation_size: int  # of a state, which joins ``stack`` observations
     action_low: list[float]  # lower bound of each action dimension
     action_high: list[float]  # upper bound of each action dimension
     env_id: str | None  # Gymnasium id of the environment in which the policy is evaluated
     reference_scores: Sequence[float] | None  # mean returns of a random policy and of an expert
     behaviour: dict[str, float]  # mean and std of the dataset's returns, and the number of the dataset's episodes
-    env_kwargs: dict[str, Any] = field(default_factory=dict)  # older checkpoints lack this field and the next one
+    env_kwargs: dict[str, Any] = field(default_factory=dict)  # older checkpoints lack this field and the next ones
     max_episode_steps: int | None = None  # None: the time limit that is registered for env_id
+    observation: list[str] | None = None  # entries of a Dict observation that are joined, in this order
+    stack: int = 1  # number of observations in a state
 
     @property
     def env(self) -> Environment | None:
         """The environment in which the policy is evaluated."""
-        return None if self.env_id is None else Environment(self.env_id, self.env_kwargs, self.max_episode_steps)
+        if self.env_id is None:
+            return None
+        seen: dict[str, Any] = {"observation": self.observation, "stack": self.stack}
+        return Environment(self.env_id, self.env_kwargs, self.max_episode_steps, **seen)
 
     @property
     def observation_spec(self) -> TensorSpec:
-        """Spec of one observation."""
+        """Spec of one state."""
         return Unbounded((self.observation_size,))
 
     @property
@@ -77,7 +84,8 @@ def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
     """
     reader: Any = OmegaConf.to_container(settings.reader, resolve=True)
     source = find_source(settings.dataset, **reader)
-    env, made = choose_environment(settings.evaluation, getattr(source, "env", None))
+    recorded = getattr(source, "env", None)
+    env, made = choose_environment(settings.evaluation, recorded)
     specs = {f"environment {env}": None, "dataset's spec": getattr(source, "action_spec", None)}
     if settings.init_from is not None:
         specs["run of init_from"] = _earlier_bounds(settings.out, settings.init_from)
@@ -85,15 +93,17 @@ def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
         check_continuous(made, str(env), REMEDY)
         specs[f"environment {env}"] = made.base_env.action_spec  # bounds that are not rounded
     transitions, box = _read_in_bounds(settings, specs, reader)
-    if made is not None:
-        shape = tuple(transitions["observation"].shape[1:])
-        check_fits(made, str(env), REMEDY, whose="the dataset", observations=shape)
+    if env is not None and made is not None:
+        states = transitions["observation"]
+        shape = tuple(states[..., : states.shape[-1] // settings.stack].shape[1:])  # of one observation
+        check_fits(made, env, REMEDY, whose="the dataset", observations=shape)
     scores = settings.evaluation.reference_scores
     scores = getattr(source, "reference_scores", None) if scores == "auto" else scores
     references = scores_or_none(scores)
     if scores is not None and references is None:
         raise RunError(f"evaluation.reference_scores is {scores}, expected [random, expert], where expert is higher.")
     returns = episode_returns(transitions)
+    entries = settings.evaluation.observation or getattr(env or recorded, "observation", None)
     if processes.is_first():
         box.report()
     return transitions, Task(
@@ -105,6 +115,8 @@ def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
         behaviour={"mean": returns.mean().item(), "std": returns.std(correction=0).item(), "episodes": len(returns)},
         env_kwargs={} if env is None else dict(env.kwargs),
         max_episode_steps=None if env is None else env.max_episode_steps,
+        observation=None if entries is None else list(entries),
+        stack=settings.stack,
     )
 
 
@@ -119,6 +131,10 @@ def _read_in_bounds(
         spec = Unbounded(box.low.shape) if settings.action_clip else box.spec
     try:
         transitions = load_transitions(settings.dataset, action_spec=spec, root=settings.root, **reader)
+        if settings.stack > 1 and settings.root is not None and transitions.is_memmap():
+            transitions = stack_in_folder(transitions, settings.stack, settings.root)
+        elif settings.stack > 1:
+            transitions = stack_observations(transitions, settings.stack)
         low, high = transitions["action"].aminmax(dim=0)
         chosen = choose_bounds(settings, {**specs, DATA: Bounded(low, high, low.shape)})
         assert chosen is not None
@@ -164,7 +180,7 @@ def find_checkpoint(run: Path, which: str = "best") -> Path:
     Raises:
         RunError: if there is no checkpoint.
     """
-    if Checkpoint.is_checkpoint(run):
+    if Checkpoint.is_checkpoint(run := home(run)):
         return run
     found = best_checkpoint(run / BEST) if which == "best" else None
     found = found or CheckpointRotation(run / CHECKPOINTS, keep_last=1).latest()
@@ -194,7 +210,9 @@ class Trained:
     @property
     def policy(self) -> TensorDictModuleBase:
         """The policy of the algorithm, made from the networks."""
-        return make_policy(self.settings.algorithm, *self.loss.networks, **self.settings.policy)
+        policy: Any = make_policy(self.settings.algorithm, *self.loss.networks, **self.settings.policy)
+        policy.stack = self.task.stack
+        return policy
 
 
 def read_metadata(path: Path) -> tuple[DictConfig, Task, int]:

@@ -15,7 +15,7 @@ from torchrl.checkpoint import CheckpointError
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.objectives import OfflineLoss
 from torchrl_bcq.runs.folder import Task, find_checkpoint, read_metadata
-from torchrl_bcq.runs.settings import flat
+from torchrl_bcq.runs.settings import FREE, flat
 from torchrl_bcq.trainers import make_checkpoint
 
 _logger = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ def load_networks(loss: OfflineLoss, settings: DictConfig, task: Task) -> None:
     saved, then, step = read_metadata(path)
     if saved.algorithm != settings.algorithm:
         raise RunError(f"{path} is of algorithm {saved.algorithm}, not {settings.algorithm}; set another init_from.")
+    if then.stack != task.stack:
+        raise RunError(f"{path} was trained with stack={then.stack}, not {task.stack}; set stack={then.stack}.")
     if then.observation_size != task.observation_size or len(then.action_low) != len(task.action_low):
         there, here = ((one.observation_size, len(one.action_low)) for one in (then, task))
         raise RunError(
@@ -53,6 +55,22 @@ def load_networks(loss: OfflineLoss, settings: DictConfig, task: Task) -> None:
             raise error.__cause__ from None
         raise RunError(f"{path} cannot be loaded: {error}") from error
     _logger.info("the networks start with the weights of %s, after %s gradient steps", path, f"{step:,}")
+    _report_settings(flat(saved), flat(settings))
+
+
+def _report_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Log the settings that differ; log a warning if the networks may have learned from held-out episodes."""
+    names = [name for name in now if name.split(".")[0] not in {*FREE, "init_from"} and then.get(name) != now[name]]
+    if names:
+        changes = "; ".join(f"{name} was {then.get(name)!r} and is now {now[name]!r}" for name in names)
+        _logger.info("only the networks are copied, not the settings: %s", changes)
+    if now["held_out"] and then["dataset"] == now["dataset"] and {"held_out", "seed"} & {*names}:
+        _logger.warning(
+            "the networks may have learned from episodes that this run holds out, so its held-out metrics may look too "
+            "good; to hold out the same episodes, set held_out=%s seed=%s.",
+            then["held_out"],
+            then["seed"],
+        )
 
 
 def _differing(saved: DictConfig, settings: DictConfig) -> list[str]:

@@ -31,7 +31,7 @@ from torchrl_bcq.trainers.checkpoints import tidy_rotation
 RESULTS = "results.json"
 _SAME_IN_BASELINE = (
     "dataset", "reader", "root", "action_low", "action_high", "action_clip", "reward", "sampler", "weights",
-    "normalize", "held_out", "steps", "batch_size", "seed", "device", "threads", "log_interval", "logger",
+    "stack", "normalize", "held_out", "steps", "batch_size", "seed", "device", "threads", "log_interval", "logger",
     "logger_kwargs", "progress_bar", "evaluation",
 )  # fmt: skip
 _logger = logging.getLogger(__name__)
@@ -155,7 +155,10 @@ def _find_start(settings: DictConfig) -> Path | None:
 
 
 def _announce(settings: DictConfig, task: Task, trainer: OfflineTrainer) -> None:
-    where = f"evaluated in {task.env}" if task.env else "without an environment"
+    advice = [] if settings.evaluation.env is None else ["evaluation.env=ID names one"]
+    advice += [] if settings.held_out else ["held_out=0.1 keeps a tenth of the episodes for metrics"]
+    where = f"without an environment ({'; '.join(advice)})".replace(" ()", "")
+    where = f"evaluated in {task.env}" if task.env else where
     span = f"steps {trainer.collected_frames:,} to {settings.steps:,}"
     device = next(trainer.loss_module.parameters()).device
     what = f"{settings.algorithm} on {settings.dataset}"

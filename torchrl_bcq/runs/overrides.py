@@ -10,11 +10,12 @@ from difflib import get_close_matches
 from itertools import product
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from torchrl_bcq.data.registry import find_reader
 from torchrl_bcq.errors import RunError
+from torchrl_bcq.files import home
 from torchrl_bcq.runs.signatures import fields_of, make_section
 
 PATHS = ("dataset", "root", "resume", "init_from")  # settings whose values are paths of existing files or folders
@@ -45,7 +46,10 @@ def read_words(words: Iterable[str], texts: Collection[str], *, sweep: bool = Fa
             raise RunError(f"{name} has no value; write a setting as NAME=VALUE.")
         values = _read(name, raw, name in texts, sweep)
         if name in (*PATHS, "out"):  # shells do not expand ~ after =
-            values = [os.path.expanduser(value) if isinstance(value, str) else value for value in values]
+            try:
+                values = [str(home(value)) if str(value).startswith("~") else value for value in values]
+            except FileNotFoundError as error:
+                raise RunError(f"{name}: {error}") from None
         if len(values) > 1 and not sweep:
             raise RunError(f"{word} has {len(values)} values; {_remedies(name, raw, name in texts)}.")
         choices.pop(name, None)  # of two values of a setting, the last one counts
@@ -118,6 +122,18 @@ def check_name(name: str, known: Sequence[str]) -> None:
         raise RunError(f"there is no setting {name}; {advice}")
 
 
+def set_value(settings: DictConfig, name: str, value: Any) -> None:
+    """Set a setting; raise a RunError if it cannot have this value. An unknown name raises OmegaConf's errors."""
+    try:
+        OmegaConf.update(settings, name, value)
+    except (ConfigAttributeError, ConfigKeyError):
+        raise
+    except OmegaConfBaseException as error:
+        raise RunError(f"{name} cannot be {value!r}: {str(error).splitlines()[0]}") from error
+    except (ValueError, IndexError) as error:  # OmegaConf expects the number of an item, or finds no name
+        raise RunError(f"{name}={value} cannot be set: it names a part of a list; set the whole list.") from error
+
+
 def check_reader(dataset: str | Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
     """Check the names and types of the settings in ``reader``, and return them with these types.
 
@@ -127,6 +143,8 @@ def check_reader(dataset: str | Sequence[str], given: Mapping[str, Any]) -> dict
     Raises:
         RunError: if the reader has no such setting, or the setting has another type.
     """
+    if not isinstance(given, Mapping):
+        raise RunError(f"reader is {given!r}, expected settings of the reader, such as reader.max_episode_steps=100.")
     if not given or (reader := find_reader(dataset)) is None:
         return dict(given)
     _, *others = fields_of(reader).items()  # the first argument is the path or id
@@ -135,7 +153,7 @@ def check_reader(dataset: str | Sequence[str], given: Mapping[str, Any]) -> dict
     for name, value in given.items():
         if name not in settings:
             names = dataset if isinstance(dataset, str) else ", ".join(dataset)
-            near = get_close_matches(name, settings, 1)
+            near = get_close_matches(str(name), settings, 1)
             advice = f"did you mean reader.{near[0]}?" if near else f"expected one of {[*settings]}."
             raise RunError(f"there is no setting reader.{name} for {names}; {advice}")
         try:

@@ -20,7 +20,7 @@ from torchrl_bcq.files import write_whole
 from torchrl_bcq.functional import change_reward
 from torchrl_bcq.runs.algorithms import ALGORITHMS, find_algorithm
 from torchrl_bcq.runs.optimizers import make_optimizer, make_scheduler, optim_settings
-from torchrl_bcq.runs.overrides import check_name, check_reader, read_words
+from torchrl_bcq.runs.overrides import check_name, check_reader, read_words, set_value
 from torchrl_bcq.runs.signatures import Settings, make_section, settings_of
 from torchrl_bcq.trainers import KeepBest, OfflineTrainer
 from torchrl_bcq.version import __version__
@@ -52,6 +52,7 @@ def default_settings(algorithm: str = "bcq") -> DictConfig:
         "sampler": (str, "uniform"),
         "weights": (str | None, None),
         "reward": settings_of(change_reward),
+        "stack": (int, 1),
         "n_step": (int, 1),
         "normalize": (bool, False),
         "held_out": (float, 0.0),
@@ -78,6 +79,7 @@ def default_settings(algorithm: str = "bcq") -> DictConfig:
             "env": (str | None, "auto"),
             "env_kwargs": (dict[str, Any], {}),
             "max_episode_steps": (int | None, None),
+            "observation": (list[str] | None, None),
             "episodes": (int, 10),
             "seed": (int, 1_000),
             "reference_scores": (Any, "auto"),
@@ -144,13 +146,16 @@ def _override(values: dict[str, Any]) -> DictConfig:
         if not (isinstance(value, dict) or name.startswith(free)):
             check_name(name, [*known])
         try:
-            OmegaConf.update(settings, name, value)
+            set_value(settings, name, value)
         except (ConfigAttributeError, ConfigKeyError) as error:
             check_name(str(error.full_key or name), [*known])
             raise
-        except OmegaConfBaseException as error:
-            raise RunError(f"{name} cannot be {value!r}: {str(error).splitlines()[0]}") from error
     _as_text(OmegaConf.to_container(settings))  # raises a RunError if the settings contain `_target_`
+    try:
+        OmegaConf.to_container(settings, resolve=True)
+    except OmegaConfBaseException as error:
+        found = str(error).splitlines()[0]
+        raise RunError(f"{error.full_key} cannot be read: {found}; write $ as \\$ if the text has one.") from error
     if not OmegaConf.is_missing(settings, "dataset"):
         settings.reader = check_reader(settings.dataset, OmegaConf.to_container(settings.reader))  # type: ignore[arg-type]
     return settings

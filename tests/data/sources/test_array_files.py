@@ -160,8 +160,8 @@ def test_wrong_names_are_refused(form):
     path = write(steps())
     assert refusal(load, path, names={"reward": "rewards", "action": "actions"}) == (
         f"{path.name}: names has the unknown fields ['action', 'reward']; the known fields are ['observations', "
-        "'actions', 'rewards', 'terminated', 'truncated', 'next_observations', 'episode_terminals', 'episode_starts', "
-        "'lengths']."
+        "'actions', 'rewards', 'terminated', 'truncated', 'next_observations', 'groups', 'episode_terminals', "
+        "'episode_starts', 'lengths']."
     )
     assert refusal(load, path, names={"observations": "obs/robot"}) == (
         f"{path.name}: names refers to the entries ['obs/robot'], but the file holds only ['actions', "
@@ -174,7 +174,8 @@ def test_group_in_place_of_a_field_is_refused(tmp_path):
     with h5py.File(path, "a") as file:
         file["obs/object"] = np.ones((12, 2))
     assert refusal(load_hdf5, path) == (
-        "d.hdf5: observations is a group of ['object', 'robot']; choose one with names={'observations': ...}."
+        "d.hdf5: observations is the group 'obs'; choose from it, as in "
+        "names={'observations': ['obs/object', 'obs/robot']}."
     )
 
 
@@ -185,7 +186,7 @@ def test_file_that_would_join_episodes_is_refused(form):
         f"{path.name}: it has neither timeouts nor next_observations, so it is unknown where episodes were cut off. "
         "Pass max_episode_steps=, add timeouts, or use from_arrays if no episode was cut off."
     )
-    assert refusal(load, path, max_episode_steps=0) == "max_episode_steps is 0, expected at least 1."
+    assert refusal(load, path, max_episode_steps=0) == "max_episode_steps is 0, expected a whole number of at least 1."
 
 
 def test_without_time_outs_an_episode_is_cut_where_it_does_not_continue(form):

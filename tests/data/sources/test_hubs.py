@@ -212,7 +212,7 @@ def test_d4rl_time_limit_may_be_given(shelf):
     write(shelf / file_of("hopper-medium-v0"), 25, [])
     td = load_d4rl("hopper-medium-v0", max_episode_steps=10)
     assert td["observation"].flatten().tolist() == [step for step in range(1, 26) if step not in (10, 20, 25)]
-    with pytest.raises(ValueError, match="^max_episode_steps is 0, expected at least 1.$"):
+    with pytest.raises(ValueError, match="^max_episode_steps is 0, expected a whole number of at least 1.$"):
         load_d4rl("hopper-medium-v0", max_episode_steps=0)
 
 

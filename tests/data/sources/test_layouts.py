@@ -162,7 +162,8 @@ def test_names_in_a_buffer(tmp_path, prefix):
     fields["obs/robot"], fields["obs/goal"] = fields["obs"], fields.pop("obs") * 7
     path = write_buffer(tmp_path / "b.hdf5", fields, without=["obs_next"], _size=25, _insertion_idx=25)
     assert refusal(path) == (
-        "b.hdf5: observations is a group of ['goal', 'robot']; choose one with names={'observations': ...}."
+        "b.hdf5: observations is the group 'obs'; choose from it, as in "
+        "names={'observations': ['obs/goal', 'obs/robot']}."
     )
     td = load_hdf5(path, names={"observations": f"{prefix}obs/goal"})
     assert td["observation"][:4, 0].tolist() == [0, 7, 14, 21]

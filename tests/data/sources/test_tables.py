@@ -243,9 +243,10 @@ def test_empty_cells_are_refused(write):
     rewards[2] = rewards[8] = pulses[4] = died[5] = None
     path = write(reward=rewards, pulse=pulses, died=died)
     found = [
-        "observations has 1 row (first: 4) that are not finite in float32; drop or repair them.",
-        "rewards has 2 rows (first: 2) that are not finite in float32; drop or repair them.",
-        "terminated has 1 row (first: 5) that are neither 0 nor 1, such as nan; use only 0 (false) and 1 (true).",
+        "observations has 1 row (first: 4) that are not finite in float32, in column pulse; drop or repair them.",
+        "rewards has 2 rows (first: 2) that are not finite in float32, in column reward; drop or repair them.",
+        "terminated has 1 row (first: 5) that are neither 0 nor 1, such as nan, in column died; use only 0 (false) "
+        "and 1 (true).",
     ]
     message = "\n- ".join([f"{path.name}: 3 defects:", *found])
     assert refusal(path, truncated="cut") == message
@@ -255,8 +256,8 @@ def test_empty_cells_are_refused(write):
 def test_flags_other_than_0_and_1_are_refused(tmp_path):
     path = write_parquet(tmp_path / "d.parquet", COLUMNS | {"died": [0, 0, 2, 0, 0, 3, 0, 0, 0]})
     assert refusal(path, truncated="cut") == (
-        "d.parquet: terminated has 2 rows (first: 2) that are neither 0 nor 1, such as 2.0; use only 0 (false) "
-        "and 1 (true)."
+        "d.parquet: terminated has 2 rows (first: 2) that are neither 0 nor 1, such as 2.0, in column died; "
+        "use only 0 (false) and 1 (true)."
     )
     path = write_csv(tmp_path / "d.csv", COLUMNS | {"died": [0, 0, 2, 0, 0, 3, 0, 0, 0]})
     assert re.fullmatch(
@@ -301,8 +302,8 @@ def test_missing_and_repeated_columns_are_refused(write, tmp_path):
 
 def test_actions_are_checked(write):
     assert refusal(write(), truncated="cut", action_spec=Bounded(0, 0.75, (1,))).endswith(
-        "actions has 2 rows (first: 7) outside the action spec: the actions span [0.10000000149011612] to "
-        "[0.8999999761581421], the spec spans [0.0] to [0.75]; clip or rescale the actions."
+        "actions has 2 rows (first: 7) outside the action spec, in column dose: the actions span "
+        "[0.10000000149011612] to [0.8999999761581421], the spec spans [0.0] to [0.75]; clip or rescale the actions."
     )
 
 
@@ -382,7 +383,8 @@ def test_whole_numbers_in_a_csv_may_be_choices(tmp_path, cell):
     """Sepsis data with actions 0 to 24; one number with a fraction makes the actions continuous."""
     path = write_csv(tmp_path / "d.csv", COLUMNS | {"dose": [cell(value) for value in DISCRETE]})
     roles = {**ROLES, "episode": "episode"}
-    assert refusal(path, episode="episode") == f"d.csv: actions has only whole numbers in all 9 rows{REMEDY}"
+    found = "d.csv: actions has only whole numbers in all 9 rows, in column dose"
+    assert refusal(path, episode="episode") == found + REMEDY
     td = load_table(path, **roles, action_type="continuous")
     assert td["action"].flatten().tolist() == [0, 1, 2, 24, 3, 4, 6]  # the last rows of bob and cy are cut off
     assert load_table(path, **{**roles, "action": ["dose", "pressure"]})["action"][3].tolist() == [24, 6.5]
@@ -439,3 +441,15 @@ def test_a_csv_without_names_of_columns(tmp_path, roles):
     message = refusal(path, **roles, truncated="cut")
     assert message.startswith("d.csv: the table lacks the columns [")
     assert message.endswith(" If these are numbers of the first step, add a first line with the column names.")
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_bytes("dose (µg),x,r,end,t\n0.5,1,1,0,1\n0.25,2,1,1,1\n".encode("cp1252"))
+    columns = {"observation": ["x"], "action": ["dose (µg)"], "reward": "r", "terminated": "end", "episode": "t"}
+    with pytest.raises(
+        ValueError, match=r"^d\.csv: its text is not UTF-8 \(.*\); save the file again with the encoding"
+    ):
+        load_table(path, **columns)
+    path.write_bytes(path.read_bytes().decode("cp1252").encode())
+    assert load_table(path, **columns)["action"].squeeze(1).tolist() == [0.5, 0.25]

@@ -13,6 +13,7 @@ from torchrl.data import Bounded
 
 from torchrl_bcq import describe, from_arrays
 from torchrl_bcq.reports.description import fields as fields_module, scan as scan_module
+from torchrl_bcq.reports.description.picture import draw
 
 
 def small():
@@ -254,3 +255,19 @@ def test_picture_of_many_columns_and_of_none(tmp_path):
     td["observation"][:] = float("nan")
     describe(td).plot(tmp_path / "none.png")
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_picture_names_the_columns(tmp_path):
+    rng = np.random.default_rng(0)
+    states, actions, ends = rng.normal(size=(90, 2)), rng.uniform(size=(90, 1)), np.arange(90) % 30 == 29
+    transitions = from_arrays(states, actions, np.ones(90), np.zeros(90), ends, next_observations=states)
+    describe(transitions, column_names={"observations": ["$\\x$", "$"]}).plot(tmp_path / "a.png")  # no formula
+    describe(transitions, column_names={"observations": ["质量", "x"]}).plot(tmp_path / "b.png")  # no such characters
+    for names in (None, {"observations": ["place", "mass"], "actions": ["force"]}):
+        survey = describe(transitions, column_names=names).survey
+        *_, action, observation = draw(survey, []).axes
+        shown = [label.get_text() for label in observation.get_xticklabels()]
+        assert (action.get_xlabel(), shown[:2] == ["place", "mass"]) == (
+            f"column {'force' if names else 0}",
+            bool(names),
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tensordict import TensorDict
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.data.checks import Columns, DatasetError
+from torchrl_bcq.data.sources.entries import Names
 from torchrl_bcq.data.sources.environment import recorded_in_hdf5
 from torchrl_bcq.data.sources.hdf5_storage import open_hdf5
 from torchrl_bcq.data.sources.layouts import read_steps
@@ -24,7 +25,7 @@ from torchrl_bcq.errors import remedy
 def load_hdf5(
     path: str | Path,
     *,
-    names: Mapping[str, str] | None = None,
+    names: Names | None = None,
     max_episode_steps: int | None = None,
     action_spec: TensorSpec | None = None,
     root: str | Path | None = None,
@@ -40,7 +41,9 @@ def load_hdf5(
             ``lengths``, the fields may be padded: ``[E, T, D]``. Buffers of Tianshou and dumps of d3rlpy also work.
         names: mapping from arguments of ``from_arrays``, ``episode_terminals``, ``episode_starts`` or ``lengths`` to
             entries of the file, such as ``{"observations": "obs/robot"}``. ``names`` is needed only for entries with
-            uncommon names.
+            uncommon names, and for groups, such as ``{"groups": "patient_id"}``: one group for each step, or one for
+            each episode if the episodes are HDF5 groups or have ``lengths``. A list of entries, such as ``["obs/robot",
+            "obs/object"]``, is joined to one vector in this order.
         max_episode_steps: time limit in steps at which episodes were cut off, for files without ``timeouts``.
         action_spec: if given, the actions must lie within its bounds.
         root: folder for a memory-mapped copy, for data larger than memory. Later calls reuse the copy.
@@ -66,7 +69,7 @@ def load_hdf5(
 def load_npz(
     path: str | Path,
     *,
-    names: Mapping[str, str] | None = None,
+    names: Names | None = None,
     max_episode_steps: int | None = None,
     action_spec: TensorSpec | None = None,
     root: str | Path | None = None,
@@ -84,7 +87,7 @@ def load_npz(
     return npz(path, names=names, max_episode_steps=max_episode_steps).read(action_spec=action_spec, root=root)
 
 
-def hdf5(path: str | Path, *, names: Mapping[str, str] | None = None, max_episode_steps: int | None = None) -> Source:
+def hdf5(path: str | Path, *, names: Names | None = None, max_episode_steps: int | None = None) -> Source:
     """Return a ``Source`` that reads the HDF5 file ``path`` in chunks."""
     path = existing_file(path)
 
@@ -95,7 +98,7 @@ def hdf5(path: str | Path, *, names: Mapping[str, str] | None = None, max_episod
     return replace(_source(path, chunks, names, max_episode_steps), **_hdf5_attributes(path))
 
 
-def npz(path: str | Path, *, names: Mapping[str, str] | None = None, max_episode_steps: int | None = None) -> Source:
+def npz(path: str | Path, *, names: Names | None = None, max_episode_steps: int | None = None) -> Source:
     """Return a ``Source`` that reads the NPZ file ``path`` in chunks."""
     path = existing_file(path)
 
@@ -122,10 +125,10 @@ def npz(path: str | Path, *, names: Mapping[str, str] | None = None, max_episode
 
 
 def _source(
-    path: Path, chunks: Callable[[], Iterator[Columns]], names: Mapping[str, str] | None, max_episode_steps: int | None
+    path: Path, chunks: Callable[[], Iterator[Columns]], names: Names | None, max_episode_steps: int | None
 ) -> Source:
-    if max_episode_steps is not None and max_episode_steps < 1:
-        raise DatasetError(f"max_episode_steps is {max_episode_steps}, expected at least 1.")
+    if max_episode_steps is not None and (not isinstance(max_episode_steps, int) or max_episode_steps < 1):
+        raise DatasetError(f"max_episode_steps is {max_episode_steps!r}, expected a whole number of at least 1.")
     settings = {"names": names, "max_episode_steps": max_episode_steps}
     return Source(path.name, lambda: _with_ends(chunks(), max_episode_steps), [path], settings)
 

@@ -18,7 +18,7 @@ from tensordict import TensorDict
 from tensordict.utils import _encode_key_for_filesystem
 
 from torchrl_bcq.data.checks import DatasetError
-from torchrl_bcq.files import UNFINISHED, write_whole
+from torchrl_bcq.files import UNFINISHED, home, write_whole
 
 _FORMAT = 2  # increase this number when the conversion changes, so that old copies are not reused
 
@@ -89,7 +89,7 @@ def load_memmap(path: str | Path) -> TensorDict:
         FileNotFoundError: if the folder does not exist.
         DatasetError: if a file in the folder is missing, incomplete, or does not hold a tensor. Nothing is unpickled.
     """
-    folder = Path(path).expanduser()
+    folder = home(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}.")
     if folder.name.startswith(UNFINISHED):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,9 @@ class Environment:
         id: Gymnasium id, or ``MODULE:ID`` if a Python module must be imported first.
         kwargs: arguments of the environment.
         max_episode_steps: time limit in steps; None for the time limit that is registered for the id.
+        observation: names of the entries of a Dict observation that are joined to one vector, in this order; ``"a/b"``
+            is the entry ``b`` of the entry ``a``. None for all entries, in the order of the environment.
+        stack: number of last observations that an observation of the made environment joins.
 
     Example:
         >>> str(Environment("Pendulum-v1", {"g": 9.8}, max_episode_steps=100))
@@ -26,11 +29,15 @@ class Environment:
     id: str
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     max_episode_steps: int | None = None
+    observation: Sequence[str] | None = None
+    stack: int = 1
 
     def __str__(self) -> str:
         """Return the id, followed by the arguments and the time limit in brackets."""
         facts = [f"{name}={value!r}" for name, value in self.kwargs.items()]
         facts += [] if self.max_episode_steps is None else [f"at most {self.max_episode_steps} steps"]
+        facts += [] if self.observation is None else [f"observation of {' + '.join(self.observation)}"]
+        facts += [] if self.stack == 1 else [f"states of {self.stack} observations"]
         return f"{self.id} ({', '.join(facts)})" if facts else self.id
 
     @classmethod
@@ -75,7 +82,7 @@ def recorded_environment(
     try:
         found: Any = json.loads(kwargs) if isinstance(kwargs, (str, bytes)) else kwargs or {}
         arguments = {str(name): value for name, value in found.items() if name != "render_mode"}
-    except (ValueError, AttributeError):  # no JSON, or no dictionary
+    except (ValueError, AttributeError, RecursionError):  # no JSON, no dictionary, or thousands of brackets
         arguments, notes = {}, ["its arguments cannot be read"]
     if unsafe := [name for name, value in arguments.items() if _has_colon(value)]:
         notes.append(f"its arguments {unsafe} are not used, because a text with a colon can name code")
@@ -86,12 +93,13 @@ def recorded_environment(
         limit = int(max_episode_steps)  # type: ignore[call-overload]
     except (TypeError, ValueError, OverflowError):
         limit = 0
-    return RecordedEnvironment(parts[2], arguments, limit if limit > 0 else None, module, tuple(notes))
+    return RecordedEnvironment(parts[2], arguments, limit if limit > 0 else None, module=module, notes=tuple(notes))
 
 
 def change_environment(
-    known: Environment | None, env_id: str | None, kwargs: Mapping[str, Any], max_episode_steps: int | None = None
-) -> Environment | None:
+    known: Environment | None, env_id: str | None, kwargs: Mapping[str, Any], max_episode_steps: int | None = None,
+    observation: Sequence[str] | None = None,
+) -> Environment | None:  # fmt: skip
     """Return the environment that a user chose.
 
     Args:
@@ -100,22 +108,33 @@ def change_environment(
             remain if the user named the same id, with or without a module.
         kwargs: arguments that the user changes. ``max_episode_steps`` among them changes the time limit.
         max_episode_steps: time limit, if the user changes the time limit.
+        observation: entries of the observation, if the user names them. Otherwise, the entries of ``known`` remain.
 
     Returns:
         The environment, or None if there is neither a known environment nor an ``env_id``.
     """
+    observation = observation or (None if known is None else known.observation)
     if env_id is not None and (known is None or env_id.rpartition(":")[2] != known.id.rpartition(":")[2]):
         known = Environment(env_id)
     if known is None:
         return None
     changed = {**known.kwargs, **kwargs}
     limit = changed.pop("max_episode_steps", None) or max_episode_steps or known.max_episode_steps
-    return Environment(env_id or known.id, changed, limit)
+    return Environment(env_id or known.id, changed, limit, observation)
 
 
 def recorded_in_hdf5(attributes: Mapping[str, Any]) -> RecordedEnvironment | None:
     """Read the environment from the attributes of an HDF5 file, as ``write_hdf5`` writes them."""
-    return recorded_environment(*(attributes.get(name) for name in ("env_id", "env_kwargs", "max_episode_steps")))
+    found = recorded_environment(*(attributes.get(name) for name in ("env_id", "env_kwargs", "max_episode_steps")))
+    if found is None or "observation_entries" not in attributes:
+        return found
+    try:
+        entries = json.loads(attributes["observation_entries"])
+    except (TypeError, ValueError, RecursionError):  # no text, or no JSON
+        entries = None
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, str) for entry in entries):
+        return replace(found, notes=(*found.notes, "the entries of its observation cannot be read"))
+    return replace(found, observation=tuple(entries))
 
 
 def recorded_in_minari(metadata: Mapping[str, Any]) -> RecordedEnvironment | None:
@@ -136,7 +155,7 @@ def _from_spec(text: Any) -> RecordedEnvironment | None:
         facts = (spec.get(name) for name in ("id", "kwargs", "max_episode_steps"))
         wrappers = spec.get("additional_wrappers") or ()
         return recorded_environment(*facts, entry_point=spec.get("entry_point"), wrappers=wrappers)
-    except (TypeError, ValueError, AttributeError):  # no text, no JSON, or no dictionary
+    except (TypeError, ValueError, AttributeError, RecursionError):  # no text, no JSON, or no dictionary
         return None
 
 

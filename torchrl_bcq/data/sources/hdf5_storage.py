@@ -31,11 +31,11 @@ def open_hdf5(path: Path) -> Iterator[Any]:
 
 
 def check_hdf5(path: Path, names: Collection[str]) -> None:
-    """Raise a ``DatasetError`` if an HDF5 dataset with a name in ``names`` is incomplete."""
+    """Raise a ``DatasetError`` if an HDF5 dataset is incomplete; check those with a name, or a group, in ``names``."""
     import h5py
 
     def check(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset) and name.rpartition("/")[2] in names:
+        if isinstance(item, h5py.Dataset) and not {*name.split("/")}.isdisjoint(names):
             check_stored(name, item)
 
     with open_hdf5(path) as file:

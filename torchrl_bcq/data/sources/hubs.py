@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,17 @@ from torchrl.data import Bounded, TensorSpec
 
 from torchrl_bcq.data.checks import Columns, DatasetError
 from torchrl_bcq.data.sources.array_files import hdf5
+from torchrl_bcq.data.sources.dict_spaces import check_entries
+from torchrl_bcq.data.sources.entries import Joined
 from torchrl_bcq.data.sources.environment import recorded_environment, recorded_in_minari
 from torchrl_bcq.data.sources.hdf5_storage import check_hdf5
 from torchrl_bcq.data.sources.layouts import joined
 from torchrl_bcq.data.sources.source import Source, scores_or_none
-from torchrl_bcq.files import write_whole
+from torchrl_bcq.errors import remedy
+from torchrl_bcq.files import home, write_whole
 
 _MINARI_NAMES = {name: name for name in ("observations", "actions", "rewards")}
 _MINARI_NAMES |= {"terminated": "terminations", "truncated": "truncations"}
-_BOXES = {
-    "observation": "only Box can be read; pass vectors to from_arrays.",
-    "action": "only Box can be read; discrete actions are not supported yet.",
-}
 # D4RL's Gym tasks: environment id, and mean returns of a random and an expert policy (arXiv:2004.07219, d4rl/infos.py).
 # The ids are of -v5 environments: D4RL's need mujoco-py, which Gymnasium no longer supports. Returns in Gymnasium's -v5
 # environments are close, but not equal, to D4RL's returns. Ant has no environment id, because observations have 105
@@ -41,19 +42,26 @@ _D4RL_TIME_LIMIT = 1000  # steps; used for D4RL's -v0 files, which do not record
 
 
 def load_minari(
-    dataset_id: str, *, action_spec: TensorSpec | None = None, root: str | Path | None = None
+    dataset_id: str,
+    *,
+    observation: Sequence[str] | None = None,
+    action_spec: TensorSpec | None = None,
+    root: str | Path | None = None,
 ) -> TensorDict:
     """Download a Minari dataset if needed, and return it as transitions in the layout of ``from_arrays``.
 
     Args:
-        dataset_id: Minari id, such as ``"mujoco/hopper/medium-v0"``. The observation space and the action space of the
-            dataset must be ``Box`` spaces.
+        dataset_id: Minari id, such as ``"mujoco/hopper/medium-v0"``. The action space of the dataset must be a ``Box``;
+            the observation space must be a ``Box``, or a ``Dict`` of ``Box`` spaces.
+        observation: names of the entries of a ``Dict`` observation, which are joined to one vector in this order, such
+            as ``["observation", "desired_goal"]``; ``"a/b"`` is the entry ``b`` of the entry ``a``. By default, all
+            entries are joined, in the order of the space.
         action_spec: bounded spec of one action; all actions must lie within its bounds. By default, the bounds of the
             dataset's action space are used.
         root: as for ``load_hdf5``.
 
     Raises:
-        DatasetError: if the dataset cannot be opened or downloaded, a space is not a ``Box``, or a check of
+        DatasetError: if the dataset cannot be opened or downloaded, a space is not one of these, or a check of
         ``from_arrays`` fails. OSError: if the memory-mapped copy cannot be written.
 
     Example:
@@ -63,7 +71,7 @@ def load_minari(
     Source: Minari, https://minari.farama.org. TorchRL's ``MinariExperienceReplay`` is not used, because in TorchRL 0.14
     its samples contain only zeros.
     """
-    return minari(dataset_id).read(action_spec=action_spec, root=root)
+    return minari(dataset_id, observation=observation).read(action_spec=action_spec, root=root)
 
 
 def load_d4rl(
@@ -96,16 +104,23 @@ def load_d4rl(
     return d4rl(dataset_id, max_episode_steps=max_episode_steps).read(action_spec=action_spec, root=root)
 
 
-def minari(dataset_id: str) -> Source:
+def minari(dataset_id: str, *, observation: Sequence[str] | None = None) -> Source:
     """Open a Minari dataset, after a download if needed, and return it as a ``Source``."""
     dataset = _open_minari(dataset_id)
+    entries = _joined_entries(dataset, observation)
+
+    def read(episode: Any, name: str) -> Any:
+        values = getattr(episode, name)
+        if name != "observations" or entries is None:
+            return values
+        return Joined({entry: reduce(getitem, entry.split("/"), values) for entry in entries})[()]
 
     def chunks() -> Iterator[Columns]:
         for file in files:
             if file.suffix == ".hdf5":
                 check_hdf5(file, _MINARI_NAMES.values())
         yield from joined(
-            {field: getattr(episode, name) for field, name in _MINARI_NAMES.items()}
+            {field: read(episode, name) for field, name in _MINARI_NAMES.items()}
             for episode in dataset.iterate_episodes()
         )
 
@@ -115,12 +130,14 @@ def minari(dataset_id: str) -> Source:
         spec = Bounded(low, high, box.shape, dtype=low.dtype)
     files = sorted(path for path in Path(dataset.storage.data_path).rglob("*") if path.is_file())
     metadata = dataset.storage.metadata
+    env = recorded_in_minari(metadata)
     return Source(
         dataset_id,
         chunks,
         files,
-        action_spec=spec,
-        env=recorded_in_minari(metadata),
+        {"observation": entries},
+        spec,
+        env if env is None or entries is None else replace(env, observation=tuple(entries)),
         reference_scores=scores_or_none(metadata.get(name) for name in ("ref_min_score", "ref_max_score")),
     )
 
@@ -136,12 +153,31 @@ def _open_minari(dataset_id: str) -> Any:
             f"Minari dataset {dataset_id!r} can be neither opened nor downloaded ({error}). Use an id such as "
             "'mujoco/hopper/medium-v0'; `minari list local` and `minari list remote` show all ids."
         ) from error
-    for name, space in (("observation", dataset.observation_space), ("action", dataset.action_space)):
-        if not isinstance(space, Box):
-            raise DatasetError(f"{dataset_id} has {name} space {space}; {_BOXES[name]}")
+    if not isinstance(space := dataset.action_space, Box):
+        found = f"{dataset_id} has action space {space}"
+        raise DatasetError(f"{found}; only Box can be read; discrete actions are not supported yet.")
     if not dataset.total_episodes:
         raise DatasetError(f"{dataset_id} holds no episodes; choose another dataset.")
     return dataset
+
+
+def _joined_entries(dataset: Any, names: Sequence[str] | None) -> list[str] | None:
+    """Return the entries of a Dict observation that are joined, or None if the observation is one vector."""
+    from gymnasium.spaces import Box, Dict
+
+    name, space = dataset.spec.dataset_id, dataset.observation_space
+    if isinstance(space, Dict):
+        try:
+            return check_entries(space, [names] if isinstance(names, str) else names)
+        except ValueError as error:
+            setting = remedy("pass observation=[...]", "set reader.observation=[...]")
+            raise DatasetError(f"{name}: {error}; {setting} with the entries to join.") from None
+    if not isinstance(space, Box):
+        how = remedy("pass vectors to from_arrays.", "write its vectors to an HDF5 file, and read this file.")
+        raise DatasetError(f"{name} has observation space {space}; only Box, and Dict of Box, can be read; {how}")
+    if names is not None:
+        raise DatasetError(f"{name} has observations of one vector, without the entries {names}; leave them out.")
+    return None
 
 
 def d4rl(dataset_id: str, *, max_episode_steps: int | None = None) -> Source:
@@ -153,7 +189,7 @@ def d4rl(dataset_id: str, *, max_episode_steps: int | None = None) -> Source:
         alike = [name for name in sorted(D4RL_DATASETS) if name.startswith(task)] or sorted(D4RL_DATASETS)
         raise DatasetError(f"D4RL has no dataset {dataset_id!r}; available datasets are {', '.join(alike)}.")
     url = D4RL_DATASETS[dataset_id]
-    folder = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets").expanduser()
+    folder = home(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets")
     file = folder / url.rpartition("/")[2]
     if not file.is_file():
         _download(url, file)

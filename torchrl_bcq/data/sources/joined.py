@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tensordict import TensorDict
-from torchrl.data import TensorSpec
 
 from torchrl_bcq.data.checks import Checks, DatasetError, spec_bounds
-from torchrl_bcq.data.sources.source import Chunks, Source
+from torchrl_bcq.data.sources.source import Chunks, Recordings, Source
 
 # facts that are unknown for the joined source if its parts disagree, and the settings of torchrl-bcq train for them
 _FACTS = {"env": "evaluation.env", "reference_scores": "evaluation.reference_scores"}
@@ -26,23 +25,21 @@ class JoinedSource(Source):
 
     sources: tuple[Source, ...] = ()
 
-    def read(
-        self, *, action_spec: TensorSpec | None = None, root: str | Path | None = None, strict: bool = True
-    ) -> TensorDict:
+    def read(self, **reading: Any) -> TensorDict:
         """Read and check the steps of all sources; log a warning if facts about the sources differ."""
         for fact, setting in _FACTS.items():
             if isinstance(pair := _agreed(self.sources, fact), list):
                 (one, value), (other, another) = pair
                 message = "%s names %s, but %s names %s, so torchrl-bcq train uses neither, unless %s is set."
                 _logger.warning(message, one, value, other, another, setting)
-        return super().read(action_spec=action_spec, root=root, strict=strict)
+        return super().read(**reading)
 
-    def _recordings(self, checks: Checks) -> Generator[Chunks, None, None]:
+    def _recordings(self, checks: Checks) -> Recordings:
         widths: dict[str, tuple[str, int]] = {}  # for each field: name of the first source, and number of features
         for source in self.sources:
             own = checks.alike()
             with closing(_checked(source, own, widths)) as chunks:
-                yield chunks
+                yield source.name, chunks
             checks.add(source.name, own)
 
 
@@ -83,6 +80,14 @@ def join(sources: Sequence[Source]) -> Source:
                 f"the action bounds are {bounds[1]} in {source.name}, but {bounds[0]} in {known[0].name}; join only "
                 "datasets of the same task."
             )
+    found = {source.name: getattr(source.env, "observation", None) for source in sources}
+    entries = [(name, list(names)) for name, names in found.items() if names is not None]
+    for name, own in entries[1:]:
+        if own != entries[0][1]:
+            raise DatasetError(
+                f"{name} joins the entries {own} to one observation, but {entries[0][0]} joins {entries[0][1]}; read "
+                "both with the same entries, in the same order."
+            )
     facts = {fact: _agreed(sources, fact) for fact in _FACTS}
     return JoinedSource(
         f"{len(sources)} sources",
@@ -92,6 +97,7 @@ def join(sources: Sequence[Source]) -> Source:
         known[0].action_spec if known else None,
         **{fact: None if isinstance(value, list) else value for fact, value in facts.items()},
         refuse_whole=sources[0].refuse_whole if all(source.refuse_whole for source in sources) else None,
+        columns=sources[0].columns,  # all sources are read with the same settings
         sources=tuple(sources),
     )
 

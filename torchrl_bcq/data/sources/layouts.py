@@ -9,76 +9,23 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_bcq.data.checks import FIELDS, Columns, DatasetError, Rows, check_lengths
-from torchrl_bcq.data.sources.hdf5_storage import check_stored
-from torchrl_bcq.errors import remedy
+from torchrl_bcq.data.checks import Columns, DatasetError, Rows, check_lengths
+from torchrl_bcq.data.sources.entries import WAYS, Names, as_lists, is_group, open_fields
 
 CHUNK_BYTES = 16 << 20  # limit in bytes for the largest field of a chunk, or for a chunk of whole episodes
 
-# common names of each field in D4RL, Gymnasium, Minari, TorchRL, Tianshou, d3rlpy and others
-_NAMES = {
-    "observations": ("observations", "observation", "obs", "states", "state"),
-    "actions": ("actions", "action", "act"),
-    "rewards": ("rewards", "reward", "rew"),
-    "terminated": ("terminals", "terminal", "terminations", "terminated"),
-    "truncated": ("timeouts", "timeout", "truncations", "truncated"),
-    "next_observations": ("next_observations", "next_observation", "obs_next", "next_obs", "next_states", "next_state"),
-    # fields that replace truncated: flags of the last row or of the first row of each episode, or numbers of steps
-    "episode_terminals": ("episode_terminals",),
-    "episode_starts": ("episode_starts",),
-    "lengths": ("lengths", "episode_lengths", "traj_lengths"),
-}
-_REQUIRED = FIELDS[:4]
-_WAYS = ("truncated", "episode_terminals", "episode_starts")
-_NO_KIND = ("dones", "done", "episode_starts")  # entries that people take for terminated
 
-
-def find_fields(found: list[str], names: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Find the entry of each field among ``found``. A missing or ambiguous field raises ``DatasetError``."""
-    names = dict(names or {})
-    if unknown := sorted(names.keys() - _NAMES.keys()):
-        raise DatasetError(f"names has the unknown fields {unknown}; the known fields are {list(_NAMES)}.")
-    if absent := sorted(set(names.values()) - set(found)):
-        raise DatasetError(f"names refers to the entries {absent}, but the file holds only {sorted(found)}.")
-    entries = {}
-    for field, known in _NAMES.items():
-        matches = [names[field]] if field in names else [name for name in known if name in found]
-        if len(matches) > 1:
-            raise DatasetError(f"{matches} could all be {field}; choose one with {_naming(field, matches[0])}.")
-        if matches:
-            entries[field] = matches[0]
-    if missing := [field for field in _REQUIRED if field not in entries]:
-        unclear = next((name for name in _NO_KIND if name in found), None)
-        hint = f" {unclear} does not say whether an episode was terminated or truncated." if unclear else ""
-        raise DatasetError(
-            f"it lacks {missing}; it holds {sorted(found)}.{hint} Name the entries with {_naming(missing[0])}."
-        )
-    # a file may show in several ways where episodes end: read the way in names, or the first one
-    ways = sorted((field for field in _WAYS if field in entries), key=lambda field: field not in names)
-    if len(ways) > 1 and ways[1] in names:
-        raise DatasetError(f"names has {ways}, which all show where episodes end; name only one of them.")
-    for way in ways[1:]:
-        del entries[way]
-    return entries
-
-
-def _naming(field: str, entry: str | None = None) -> str:
-    """Return the argument, or the setting, that says which entry of the file holds a field."""
-    shown = "..." if entry is None else repr(entry)
-    return remedy(f"names={{{field!r}: {shown}}}", f"reader.names.{field}={entry or 'ENTRY'}")
-
-
-def read_steps(file: Any, names: Mapping[str, str] | None) -> Iterator[Columns]:
+def read_steps(file: Any, names: Names | None) -> Iterator[Columns]:
     """Yield the steps of an HDF5 or NPZ file in chunks of arguments of ``from_arrays``, and ``incomplete``."""
     if hasattr(file, "attrs"):  # only HDF5 files hold attributes and groups
-        if _is_group(file.get("_meta")) and "maxsize" in file.attrs:
+        if is_group(file.get("_meta")) and "maxsize" in file.attrs:
             return _tianshou_buffer(file, names)
         if "columns" in file and ("observations_0" in file or "observations_0_0" in file):
             return joined(_d3rlpy_episodes(file, names))
         if groups := _episode_groups(file):
-            parts = (_fields(group, names) for group in groups)
+            parts = (open_fields(group, names) for group in groups)
             return joined({name: field[()] for name, field in part.items()} for part in parts)
-    fields = _fields(file, names)
+    fields = open_fields(file, names)
     shape, is_padded = fields["actions"].shape, len(fields["actions"].shape) == 3
     if is_padded and "lengths" not in fields:
         raise DatasetError(
@@ -86,25 +33,9 @@ def read_steps(file: Any, names: Mapping[str, str] | None) -> Iterator[Columns]:
             "steps of each episode."
         )
     lengths = fields.pop("lengths", None)
-    if is_padded or (lengths is not None and not fields.keys() & set(_WAYS)):
+    if is_padded or "lengths" in as_lists(names) or (lengths is not None and not fields.keys() & set(WAYS)):
         return joined(_episodes_of_lengths(fields, np.asarray(lengths[()])))
     return _slices(fields, range(shape[0] if shape else 0))
-
-
-def _is_group(item: Any) -> bool:
-    return hasattr(item, "values")
-
-
-def _fields(group: Any, names: Mapping[str, str] | None) -> dict[str, Any]:
-    """Return the field of each name, without reading it. A group in place of a field raises ``DatasetError``."""
-    found = dict.fromkeys([*group, *(entry for entry in (names or {}).values() if entry in group)])
-    fields = {name: group[key] for name, key in find_fields(list(found), names).items()}
-    for name, field in fields.items():
-        if not hasattr(field, "shape"):
-            raise DatasetError(f"{name} is a group of {sorted(field)}; choose one with {_naming(name)}.")
-        if hasattr(field, "is_virtual"):
-            check_stored(name, field)
-    return fields
 
 
 def _slices(fields: Mapping[str, Any], rows: range) -> Iterator[Columns]:
@@ -126,12 +57,15 @@ def _slices(fields: Mapping[str, Any], rows: range) -> Iterator[Columns]:
         yield chunk
 
 
-def _tianshou_buffer(file: Any, names: Mapping[str, str] | None) -> Iterator[Columns]:
+def _tianshou_buffer(file: Any, names: Names | None) -> Iterator[Columns]:
     """Yield the steps of Tianshou's ``ReplayBuffer.save_hdf5``: the rows of each ring, oldest row first.
 
     A ``VectorReplayBuffer`` has one ring for each environment. Slots that were never written are not read.
     """
-    fields = _fields(file["_meta"], {field: entry.removeprefix("_meta/") for field, entry in (names or {}).items()})
+    fields = open_fields(
+        file["_meta"],
+        {field: [entry.removeprefix("_meta/") for entry in entries] for field, entries in as_lists(names).items()},
+    )
     if "truncated" not in fields:
         raise DatasetError("it lacks ['truncated'] in _meta, so it is unknown where episodes were cut off.")
     if int(file.attrs.get("stack_num", 1)) > 1:
@@ -169,7 +103,7 @@ def _rings(file: Any, rows: int) -> list[tuple[int, int, int, int]]:
     return rings
 
 
-def _d3rlpy_episodes(file: Any, names: Mapping[str, str] | None) -> Iterator[Columns]:
+def _d3rlpy_episodes(file: Any, names: Names | None) -> Iterator[Columns]:
     """Yield the episodes of d3rlpy's ``ReplayBuffer.dump``, which stores ``terminated`` once for each episode."""
     columns = [name.decode() for name in file["columns"][()]]
     numbers = {int(match[1]) for name in file if (match := re.fullmatch(r"\D+_(\d+)(_\d+)?", name))}
@@ -183,7 +117,7 @@ def _d3rlpy_episodes(file: Any, names: Mapping[str, str] | None) -> Iterator[Col
         )
     for number in range(len(numbers)):
         episode = {column: file[f"{column}_{number}"] for column in columns}
-        part = {name: field[()] for name, field in _fields(episode, names).items()}
+        part = {name: field[()] for name, field in open_fields(episode, names).items()}
         terminated = np.zeros(len(part["actions"]))
         terminated[-1:] = part["terminated"]
         yield {**part, "terminated": terminated}
@@ -191,7 +125,9 @@ def _d3rlpy_episodes(file: Any, names: Mapping[str, str] | None) -> Iterator[Col
 
 def _episodes_of_lengths(fields: Mapping[str, Any], lengths: np.ndarray) -> Iterator[Columns]:
     """Yield episodes of ``lengths [E]`` steps, stored one after another, or in padded arrays ``[E, T, ...]``."""
-    shapes = {name: field.shape for name, field in fields.items()}
+    # groups may also hold one group for each episode
+    whole = {name for name, field in fields.items() if name == "groups" and field.shape == lengths.shape}
+    shapes = {name: field.shape for name, field in fields.items() if name not in whole}
     padded = len(shapes["actions"]) == 3
     if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
         found = f"shape {lengths.shape} and dtype {lengths.dtype}"
@@ -216,20 +152,21 @@ def _episodes_of_lengths(fields: Mapping[str, Any], lengths: np.ndarray) -> Iter
         )
     stops = lengths.cumsum().tolist()
     for episode, length in enumerate(lengths.tolist()):
+        own = {name: fields[name][episode] for name in whole}
         if padded and length:  # an episode without steps is an unused slot
             rows = {name: length + (shape[1] > steps) for name, shape in shapes.items()}
-            yield {name: field[episode, : rows[name]] for name, field in fields.items()}
+            yield own | {name: fields[name][episode, : rows[name]] for name in shapes}
         elif length:
-            yield {name: field[stops[episode] - length : stops[episode]] for name, field in fields.items()}
+            yield own | {name: fields[name][stops[episode] - length : stops[episode]] for name in shapes}
 
 
 def _episode_groups(file: Any) -> list[Any]:
     """Return the HDF5 groups of the episodes, sorted by the number in the group's name, or ``[]``."""
-    if not all(map(_is_group, file.values())):
+    if not all(map(is_group, file.values())):
         return []
     for group in [file, *file.values()]:
         numbers = {name: int(match[1]) for name in group if (match := re.search(r"(\d+)$", name))}
-        if numbers and len(numbers) == len(group) and all(map(_is_group, group.values())):
+        if numbers and len(numbers) == len(group) and all(map(is_group, group.values())):
             return [group[name] for name in sorted(numbers, key=numbers.__getitem__)]
     return []
 
@@ -244,8 +181,11 @@ def _cut_off(steps: Columns) -> np.ndarray:
 
 def _end_episode(episode: Columns, number: int) -> Columns:
     """Return the episode with one observation per step, and whether each step has no next observation."""
-    fields = {name: values for name, values in episode.items() if name not in _WAYS[1:] and name != "lengths"}
+    fields = {name: values for name, values in episode.items() if name not in WAYS[1:] and name != "lengths"}
     observations, steps = fields["observations"], len(fields["actions"])
+    if "groups" in fields:  # one group for each step, or one for the whole episode
+        groups = np.ravel(fields["groups"]).astype(object)
+        fields["groups"] = np.repeat(groups, steps) if len(groups) == 1 else groups
     is_short = "next_observations" not in fields
     if is_short and len(observations) == steps + 1:
         is_short, fields["observations"], fields["next_observations"] = False, observations[:-1], observations[1:]

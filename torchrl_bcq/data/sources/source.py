@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +19,16 @@ from tensordict import TensorDict
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.data.checks import Checks, Columns, DatasetError, spec_bounds
+from torchrl_bcq.data.origins import Origins
 from torchrl_bcq.data.sources.conversion import fingerprint, load_memmap, remove_unfinished, write_memmap
 from torchrl_bcq.data.sources.environment import RecordedEnvironment
 from torchrl_bcq.data.transitions import lay_out
+from torchrl_bcq.files import home
 
 _logger = logging.getLogger(__name__)
 _Parts = Generator[TensorDict, None, None]
 Chunks = Generator[dict[str, np.ndarray], None, None]
+Recordings = Generator[tuple[str, Chunks], None, None]
 
 
 def scores_or_none(scores: Any) -> tuple[float, float] | None:
@@ -41,7 +44,7 @@ def existing_file(path: str | Path) -> Path:
     """Return the path if the file exists, else raise a ``FileNotFoundError``."""
     if not isinstance(path, (str, os.PathLike)):
         raise DatasetError(f"the path is {path!r}, expected one file; to read several, use load_transitions([A, B]).")
-    path = Path(os.path.expanduser(path))  # unlike Path.expanduser, raises no error for an unknown user
+    path = home(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
     return path
@@ -63,20 +66,30 @@ class Source:
     env: RecordedEnvironment | None = None  # the environment for evaluation, as the dataset names it
     reference_scores: tuple[float, float] | None = None  # mean returns of a random and of an expert policy
     refuse_whole: str | None = None  # as for Checks; for formats without data types
+    columns: Mapping[str, Sequence[str]] | None = None  # as for Checks
 
     def read(
-        self, *, action_spec: TensorSpec | None = None, root: str | Path | None = None, strict: bool = True
+        self,
+        *,
+        action_spec: TensorSpec | None = None,
+        root: str | Path | None = None,
+        strict: bool = True,
+        origins: Origins | None = None,
     ) -> TensorDict:
-        """Read and check all steps; return them as transitions. By default, use the source's ``action_spec``."""
+        """Read and check all steps; return them as transitions. By default, use the source's ``action_spec``.
+
+        ``origins`` gets the rows that were read and dropped.
+        """
         action_spec = self.action_spec if action_spec is None else action_spec
         try:
             if root is not None:
-                return self._convert(Path(root).expanduser(), action_spec, strict)
-            return torch.cat(list(self._parts(Checks(action_spec, self.refuse_whole), "reading", strict=strict)))
+                return self._convert(home(root), action_spec, strict, origins)
+            checks = Checks(action_spec, self.refuse_whole, self.columns)
+            return torch.cat(list(self._parts(checks, "reading", strict=strict, origins=origins)))
         except DatasetError as error:
             raise DatasetError(f"{self.name}: {error}") from error.__cause__
 
-    def _convert(self, root: Path, action_spec: TensorSpec | None, strict: bool) -> TensorDict:
+    def _convert(self, root: Path, action_spec: TensorSpec | None, strict: bool, origins: Origins | None) -> TensorDict:
         """Return the memory-mapped copy in ``root``. If there is no copy, check all steps and write one first."""
         bounds = None if action_spec is None else [bound.tolist() for bound in spec_bounds(action_spec)]
         settings = {**self.settings, "action_spec": bounds, "strict": strict}
@@ -92,10 +105,13 @@ class Source:
             with FileLock(root / f".{folder.name}.lock"):  # other processes wait until this copy is complete
                 if not folder.exists():
                     remove_unfinished(folder)
-                    checks = Checks(action_spec, self.refuse_whole)
-                    rows = sum(len(part) for part in self._parts(checks, "checking", strict=strict))
+                    checks = Checks(action_spec, self.refuse_whole, self.columns)
+                    rows = sum(len(part) for part in self._parts(checks, "checking", strict=strict, origins=origins))
                     with closing(self._unchanged_parts(rows, digest, settings)) as parts:
                         write_memmap(parts, rows, folder)
+        if origins is not None and not origins.rows:  # an earlier copy does not tell which rows were dropped
+            for _ in self._parts(Checks(), "counting", strict=False, origins=origins):
+                pass
         _logger.info("%s: memory-mapped from %s", self.name, folder)
         return load_memmap(folder)
 
@@ -104,10 +120,17 @@ class Source:
         if fingerprint(self.files, settings) != digest:
             raise DatasetError("it changed during the conversion; try again when no program writes to it.")
 
-    def _parts(self, checks: Checks, verb: str, rows: int | None = None, strict: bool = True) -> _Parts:
+    def _parts(
+        self,
+        checks: Checks,
+        verb: str,
+        rows: int | None = None,
+        strict: bool = True,
+        origins: Origins | None = None,
+    ) -> _Parts:
         is_first = rows is None  # only the first pass logs its rows
         with closing(self._recordings(checks)) as recordings, _progress_bar(f"{verb} {self.name}", rows) as bar:
-            for part in lay_out(recordings, report=is_first):
+            for part in lay_out(recordings, report=is_first, origins=origins):
                 yield part
                 if bar is not None:
                     bar.update(len(part))
@@ -115,10 +138,10 @@ class Source:
             _logger.info("%s: %d rows", name, count)
         checks.finish(strict=strict)
 
-    def _recordings(self, checks: Checks) -> Generator[Chunks, None, None]:
-        """Yield the checked chunks of each recording; an episode does not continue in another recording."""
+    def _recordings(self, checks: Checks) -> Recordings:
+        """Yield name and checked chunks of each recording; an episode does not continue in another recording."""
         with closing(self._checked_chunks(checks)) as chunks:  # closes the file if a check fails
-            yield chunks
+            yield "", chunks  # the name of the only source is in the messages already
 
     def _checked_chunks(self, checks: Checks) -> Chunks:
         try:

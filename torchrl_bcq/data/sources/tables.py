@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +11,16 @@ import numpy as np
 from tensordict import TensorDict
 from torchrl.data import TensorSpec
 
-from torchrl_bcq.data.checks import FIELDS, Columns, DatasetError, Rows, listed
+from torchrl_bcq.data.checks import FIELDS, Columns, DatasetError
+from torchrl_bcq.data.sources.order import in_order
 from torchrl_bcq.data.sources.source import Source, existing_file
-from torchrl_bcq.data.transitions import with_successors
 from torchrl_bcq.errors import remedy
 
 _ROWS, _CHUNK_BYTES = 65_536, 8 << 20  # largest number of rows, and approximate size in bytes, of one Parquet batch
 _TRUE, _FALSE = ("1", "1.0", "true", "True", "TRUE"), ("0", "0.0", "false", "False", "FALSE")
 # arguments of load_table, in the same order as FIELDS, the arguments of from_arrays
-_ARGUMENTS = ("observation", "action", "reward", "terminated", "truncated", "next_observation")
-# messages about rows in a wrong order, or with a wrong episode name, step number or flag
-_NAMELESS = "the episode column has {} without a name or number; fill in the cells, or drop these rows."
-_TORN = "episode has {} where an earlier episode continues; sort the table by episode and step."
-_INSIDE = (
-    "terminated or truncated is set in {} before the last row of an episode; correct the flags, or renumber the "
-    "episodes."
-)
-_STEPLESS = "step has {} without a finite number; fill in the numbers, or drop these rows."
-_JUMPS = (
-    "step has {} that are not 1 more than the row before; sort the table by episode and step, and start a new episode "
-    "after each gap."
-)
+_ARGUMENTS = ("observation", "action", "reward", "terminated", "truncated", "next_observation", "group")
+_NAMES = ("episode", "groups")  # fields whose columns hold names or numbers
 
 
 def load_table(
@@ -44,6 +33,7 @@ def load_table(
     truncated: str | None = None,
     next_observation: Sequence[str] | None = None,
     episode: str | None = None,
+    group: str | None = None,
     step: str | None = None,
     action_type: str | None = None,
     delimiter: str = ",",
@@ -66,6 +56,8 @@ def load_table(
         truncated: name of a column of flags. A flag is set if the episode was cut off after the step.
         next_observation: names of the columns with the observation after the step, in the order of ``observation``.
         episode: name of the column with the number or name of the episode.
+        group: name of the column with the number or name of a group, such as a patient or a user. See ``groups`` of
+            ``from_arrays``.
         step: name of the column with the step number in the episode. If given, missing rows and rows out of order raise
             a ``DatasetError``.
         action_type: ``"continuous"`` if whole numbers in the action columns are amounts, such as doses, and not
@@ -89,7 +81,7 @@ def load_table(
         >>> load_table(path, **columns, episode="trip")["episode"].tolist()
         [0, 0, 1, 1]
     """
-    given = (observation, action, reward, terminated, truncated, next_observation)
+    given = (observation, action, reward, terminated, truncated, next_observation, group)
     columns = {**dict(zip(_ARGUMENTS, given, strict=True)), "episode": episode, "step": step}
     source = table(path, action_type=action_type, delimiter=delimiter, decimal_point=decimal_point, **columns)
     return source.read(action_spec=action_spec, root=root)
@@ -105,30 +97,29 @@ def table(
 ) -> Source:
     """Return the table at ``path`` as a ``Source``. The arguments are the same as in ``load_table``."""
     path, fields = existing_file(path), dict(zip(_ARGUMENTS, FIELDS, strict=True))
-    named = {
-        fields.get(name, name): [names] if isinstance(names, str) else list(names)
-        for name, names in columns.items()
-        if names is not None and len(names)  # use len(), because a pandas index has no truth value
-    }
+    named = {fields.get(name, name): given for name, names in columns.items() if (given := _as_list(names))}
+    if odd := {name: given for name, given in named.items() if not all(isinstance(each, str) for each in given)}:
+        raise DatasetError(f"the columns are {odd}, expected texts: the names of columns.")
+    for name, sign in (("delimiter", delimiter), ("decimal_point", decimal_point)):
+        if not isinstance(sign, str) or len(sign) != 1 or not sign.isascii():
+            how = remedy(f"{name}=';'", f"reader.{name}=';', or with a tab, reader.{name}=$'\\t'")
+            raise DatasetError(f"{name} is {sign!r}, expected one ASCII character, as in {how}.")
     if action_type not in (None, "continuous"):
         raise DatasetError(f"action_type is {action_type!r}, but only 'continuous' actions are supported.")
     if missing := [field for field in FIELDS[:4] if field not in named]:
-        raise DatasetError(
-            f"no columns are given for {missing}; {remedy('pass', 'set in reader')} the names of these columns."
-        )
+        how = remedy("pass", "set in reader")
+        raise DatasetError(f"no columns are given for {missing}; {how} the names of these columns.")
     if not named.keys() & {"truncated", "next_observations", "episode"}:
         raise DatasetError(
-            "it is not known where episodes were cut off: set episode, truncated or next_observation to the name of "
-            "its column."
+            "it is not known where episodes were cut off: set "
+            + remedy("episode, truncated or ", "reader.episode, reader.truncated or reader.")
+            + "next_observation to the name of its column."
         )
     if "step" in named and not named.keys() & {"truncated", "episode"}:
-        raise DatasetError(
-            "the step column alone does not show where an episode ends: also set episode or truncated to the name of "
-            "its column."
-        )
-    episode = named.get("episode", [])
-    if repeated := [name for field, names in named.items() for name in names if field != "episode" and name in episode]:
-        raise DatasetError(f"column {repeated[0]!r} names the episode, so it cannot also hold another field.")
+        alone = "the step column alone does not show where an episode ends"
+        raise DatasetError(f"{alone}: also set episode or truncated to the name of its column.")
+    for field in named.keys() & set(_NAMES):
+        _check_name_column(field, named)
 
     typed = [] if action_type else named["actions"]  # action columns that must not hold integers
     is_csv = path.name.lower().endswith((".csv", ".csv.gz"))
@@ -139,10 +130,20 @@ def table(
         else:
             batches = _parquet_batches(path, named, typed)
         steps = (_fields(batch, named) for batch in batches)
-        return _in_order(steps) if named.keys() & {"episode", "step"} else steps
+        return in_order(steps) if named.keys() & {"episode", "step"} else steps
 
     settings = {**named, "action_type": action_type, "delimiter": delimiter, "decimal_point": decimal_point}
-    return Source(path.name, chunks, [path], settings, refuse_whole=_whole() if is_csv and typed else None)
+    refuse_whole = _whole() if is_csv and typed else None
+    return Source(path.name, chunks, [path], settings, refuse_whole=refuse_whole, columns=named)
+
+
+def _check_name_column(field: str, named: Mapping[str, list[str]]) -> None:
+    """Check that ``episode`` or ``groups`` is a single column, and that no numbers are read from this column."""
+    what, (name, *others) = field.removesuffix("s"), named[field]
+    if others:
+        raise DatasetError(f"{what} is {named[field]}, expected the name of one column.")
+    if any(name in names for other, names in named.items() if other not in _NAMES):
+        raise DatasetError(f"column {name!r} names the {what}, so it cannot also hold another field.")
 
 
 def _parquet_batches(path: Path, named: Mapping[str, list[str]], typed: list[str]) -> Iterator[Any]:
@@ -178,11 +179,11 @@ def _csv_batches(path: Path, named: Mapping[str, list[str]], delimiter: str, dec
         with open_csv() as reader:
             _check_columns(reader.schema.names, _wanted(named))
             guessed = {field.name: field.type for field in reader.schema}
-        numbers = {name: pyarrow.float64() for field, names in named.items() if field != "episode" for name in names}
+        numbers = {name: pyarrow.float64() for field, names in named.items() if field not in _NAMES for name in names}
         # cells such as True and False become 1 and 0, as in Parquet
         flags = {name: pyarrow.bool_() for name in numbers if _holds(guessed[name], "boolean")}
         flags |= {name: pyarrow.bool_() for field in ("terminated", "truncated") for name in named.get(field, ())}
-        texts = {name: pyarrow.string() for name in named.get("episode", ())}
+        texts = {name: pyarrow.string() for field in _NAMES for name in named.get(field, ())}
         convert = csv.ConvertOptions(
             include_columns=_wanted(named),
             column_types={**numbers, **flags, **texts},
@@ -193,12 +194,21 @@ def _csv_batches(path: Path, named: Mapping[str, list[str]], delimiter: str, dec
         )
         with open_csv(convert_options=convert) as reader:
             yield from reader
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"its text is not UTF-8 ({error}); save the file again with the encoding UTF-8.") from error
     except pyarrow.ArrowInvalid as error:
         raise DatasetError(
             f"it cannot be read ({error}). Cells must be numbers, or 0 and 1 for flags; the delimiter is "
             f"{delimiter!r} and the decimal point is {decimal_point!r}. Correct the file, or "
             + remedy("pass delimiter= and decimal_point=.", "set reader.delimiter=';' or reader.decimal_point=','.")
         ) from error
+
+
+def _as_list(names: Any) -> list[Any]:
+    """Return the names of columns as a list, which is empty if none are given."""
+    if names is None or isinstance(names, str):
+        return [names] if names else []
+    return list(names) if isinstance(names, Iterable) else [names]
 
 
 def _whole() -> str:
@@ -233,7 +243,7 @@ def _check_columns(found: Sequence[str], wanted: Sequence[str]) -> None:
 def _fields(batch: Any, named: Mapping[str, list[str]]) -> dict[str, np.ndarray]:
     return {
         field: np.asarray(batch.column(names[0]).to_pylist(), dtype=object)
-        if field == "episode"
+        if field in _NAMES
         else np.concatenate([_numbers(batch.column(name), name) for name in names], axis=1)
         for field, names in named.items()
     }
@@ -252,41 +262,3 @@ def _numbers(column: Any, name: str) -> np.ndarray:
     if not _holds(column.type, "integer", "floating", "boolean"):
         raise DatasetError(f"column {name!r} holds {column.type}, expected numbers.")
     return column.cast(float64(), safe=False).to_numpy(zero_copy_only=False).reshape(-1, width)
-
-
-def _in_order(chunks: Iterator[dict[str, np.ndarray]]) -> Iterator[Columns]:
-    """Mark the last row of each episode; raise an error at the end if rows are out of order."""
-    start = 0
-    seen: set[object] = set()  # names of all episodes so far
-    defects = {remedy: Rows() for remedy in (_NAMELESS, _TORN, _INSIDE, _STEPLESS, _JUMPS)}
-    for fields, is_end in with_successors(chunks):
-        chunk = {field: values[:-1] for field, values in fields.items() if field not in ("episode", "step")}
-        terminated = chunk["terminated"][:, 0] == 1
-        truncated = chunk.get("truncated", np.zeros((len(terminated), 1)))
-        last = done = terminated | (truncated[:, 0] == 1)
-        if "episode" in fields:
-            names = fields["episode"]
-            last = (names[:-1] != names[1:]).astype(bool) | is_end
-            # find empty cells, which are None or NaN; name != name is true only for NaN
-            defects[_NAMELESS].add(np.array([name is None or name != name for name in names[:-1]]), start)
-            defects[_INSIDE].add(done & ~last, start)
-            defects[_TORN].add(_returning(names, last & (not is_end), seen), start + 1)
-            chunk["truncated"] = np.where((last & ~terminated)[:, None], 1, truncated)
-        if "step" in fields:
-            step = fields["step"][:, 0]
-            defects[_STEPLESS].add(~np.isfinite(step[:-1]), start)
-            defects[_JUMPS].add((step[1:] != step[:-1] + 1) & ~(last | is_end), start + 1)
-        start += len(done)
-        yield chunk
-    if found := [remedy.format(rows) for remedy, rows in defects.items() if rows.count]:
-        raise DatasetError(listed(found))
-
-
-def _returning(names: np.ndarray, last: np.ndarray, seen: set[object]) -> np.ndarray:
-    """Return a mask of rows whose next row belongs to an earlier episode; add new names to ``seen``."""
-    found = np.zeros(len(last), dtype=bool)
-    seen.add(names[0])
-    for row in last.nonzero()[0]:  # a loop over episodes, not over all rows
-        found[row] = names[row + 1] in seen
-        seen.add(names[row + 1])
-    return found

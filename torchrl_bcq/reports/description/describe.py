@@ -12,6 +12,7 @@ import numpy as np
 from tensordict import TensorDictBase
 from torchrl.data import TensorSpec
 
+from torchrl_bcq.data.origins import Origins
 from torchrl_bcq.reports.description import picture
 from torchrl_bcq.reports.description.findings import Finding, findings
 from torchrl_bcq.reports.description.scan import Survey
@@ -27,6 +28,7 @@ def describe(
     *,
     action_spec: TensorSpec | None = None,
     column_names: Mapping[str, Sequence[str]] | None = None,
+    origins: Origins | None = None,
 ) -> Description:
     """Return a description of a dataset: ``print`` it as a table, ``plot`` it, or read its ``findings``.
 
@@ -41,6 +43,8 @@ def describe(
         action_spec: spec whose bounds are compared with the actions.
         column_names: names of the columns of ``actions`` or ``observations``, such as ``{"actions": ["force"]}``, for
             the table and the findings. By default, columns have numbers.
+        origins: rows that ``load_transitions(..., origins=origins)`` has read. The description then counts the dropped
+            rows, and row numbers are those of the file. By default, row numbers are those of ``transitions``.
 
     Raises:
         DatasetError: if there are no rows, an entry is missing, a row is a multi-step transition, ``action_spec`` is
@@ -55,7 +59,7 @@ def describe(
         >>> [finding.kind for finding in found.findings]
         ['few rows']
     """
-    survey = Survey(transitions, action_spec)
+    survey = Survey(transitions, action_spec, origins)
     for field in (survey.actions, *survey.observations):
         names = (column_names or {}).get(field.name, ())
         if len(names) == len(field.labels):  # one column of a table may hold several numbers
@@ -100,6 +104,8 @@ def _summary(survey: Survey) -> Iterator[str]:
         yield f"{name:<16}min {low:.4g}  mean {mean:.4g}  std {std:.4g}  max {high:.4g}"
     unflagged = len(lengths) - sum(ends)
     yield f"{'ends':<16}{ends[0]:,} terminated  {ends[1]:,} truncated  {unflagged:,} without a flag"
+    if (dropped := survey.origins.dropped).count:
+        yield f"{'dropped':<16}{dropped} without a next observation"
     for image in survey.images.values():
         kind = str(image.dtype).removeprefix("torch.")
         yield f"{image.name:<16}{list(image.shape)} {kind}  min {image.low:g}  max {image.high:g}"

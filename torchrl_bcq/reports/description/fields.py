@@ -23,10 +23,8 @@ _NAMES = {
     ACTION: "actions",
     REWARD: "rewards",
 }
-_NOT_OBSERVED = {
-    *("action", "episode", "next", "reward", "done", "terminated", "truncated", "collector", "index", "is_init"),
-    *_STEPS,
-}
+_NOT_OBSERVED = {"action", "episode", "group", "next", "reward", "done", "terminated", "truncated", "collector",
+                 "index", "is_init", *_STEPS}  # fmt: skip
 
 
 def name_of(key: Key) -> str:

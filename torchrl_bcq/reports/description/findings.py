@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torchrl_bcq.data.checks import Rows
+from torchrl_bcq.data.checks import Rows, listed_columns
 from torchrl_bcq.reports.description.fields import ColumnStats
 from torchrl_bcq.reports.description.scan import HUGE, OUTLIER, Survey
 
@@ -19,6 +19,10 @@ SCALES = 1000.0  # report columns whose std differs by a larger factor: networks
 
 TEXTS = {  # a message for each kind of defect; the most certain kinds come first
     "not finite": "{field} has {rows} that are not finite; drop or repair these rows.",
+    "dropped": (
+        "values that are not finite are also in {rows} that the reader drops, because they have no next observation; "
+        "drop or repair these rows."
+    ),
     "zero": "{field} has only zeros in {rows}; drop these rows, unless zero is a valid state of the task.",
     "zero successor": (
         "{field} has only zeros in {rows} where terminated is not set; drop these rows, or store the true next "
@@ -47,6 +51,9 @@ TEXTS = {  # a message for each kind of defect; the most certain kinds come firs
     "comes back": (
         "episode has {rows} with the number of an earlier episode; if torch.cat joined datasets, use load_transitions("
         "[A, B]) or from_rollouts([a, b]) instead; otherwise store all rows of an episode together."
+    ),
+    "several groups": (
+        "group differs from the row before, in the same episode, in {rows}; correct the groups, or the episode numbers."
     ),
     "single rows": "each of {rows} is an episode of its own; check the flags or the entry episode.",
     "time limit": (
@@ -109,6 +116,9 @@ TEXTS = {  # a message for each kind of defect; the most certain kinds come firs
 }
 
 
+_Report = tuple[str, str, Rows, dict[str, Any]]  # kind, field, rows and further values of the message
+
+
 @dataclass(frozen=True)
 class Finding:
     """A possible defect: its kind, its field, the number of rows, the first row, and a message with advice."""
@@ -127,18 +137,25 @@ class Finding:
 def findings(survey: Survey) -> list[Finding]:
     """Apply all rules, and sort the findings in the order of ``TEXTS``."""
     rules = _counted, _flags, _continuity, _columns, _actions, _scales
-    found = [finding for rule in rules for finding in rule(survey)]
+    found = [_finding(survey, *report) for rule in rules for report in rule(survey)]
+    if (odd := survey.origins.odd).count:
+        found.append(Finding("dropped", "transitions", odd.count, odd.first, TEXTS["dropped"].format(rows=odd)))
     return sorted(found, key=lambda finding: list(TEXTS).index(finding.kind))
 
 
-def _report(kind: str, field: str, rows: Rows, **values: Any) -> Iterator[Finding]:
-    """Yield a finding of this kind with its message, or nothing if there are no rows."""
+def _finding(survey: Survey, kind: str, field: str, rows: Rows, values: dict[str, Any]) -> Finding:
+    rows = survey.origins.locate_kept(rows)
+    values |= {"field": field, "rows": rows, "huge": HUGE, "outlier": OUTLIER, "few": FEW_ROWS}
+    return Finding(kind, field, rows.count, rows.first, TEXTS[kind].format(**values))
+
+
+def _report(kind: str, field: str, rows: Rows, **values: Any) -> Iterator[_Report]:
+    """Yield the parts of a finding of this kind, or nothing if there are no rows."""
     if rows.count:
-        values |= {"field": field, "rows": rows, "huge": HUGE, "outlier": OUTLIER, "few": FEW_ROWS}
-        yield Finding(kind, field, rows.count, rows.first, TEXTS[kind].format(**values))
+        yield kind, field, rows, values
 
 
-def _counted(survey: Survey) -> Iterator[Finding]:
+def _counted(survey: Survey) -> Iterator[_Report]:
     for (kind, field), rows in survey.counts.items():
         if kind not in ("still", "not continued", "joined"):  # _continuity reports these kinds
             yield from _report(kind, field, rows)
@@ -148,7 +165,7 @@ def _counted(survey: Survey) -> Iterator[Finding]:
         yield from _report("few rows", "transitions", survey.all_rows)
 
 
-def _flags(survey: Survey) -> Iterator[Finding]:
+def _flags(survey: Survey) -> Iterator[_Report]:
     """Find flags that are set in all rows or in none, and episode lengths that suggest wrong flags."""
     if not survey.terminated_rows and survey.truncated_rows == int(survey.truncated[-1]):
         but = " except the last" if survey.truncated_rows else ""  # the readers mark the last row of the data
@@ -166,7 +183,7 @@ def _flags(survey: Survey) -> Iterator[Finding]:
         yield from _report("time limit", "terminated", Rows(count, int(survey.last[limited][0])), longest=longest)
 
 
-def _continuity(survey: Survey) -> Iterator[Finding]:
+def _continuity(survey: Survey) -> Iterator[_Report]:
     """Find wrong next observations: compare them with the observations of the same row and the next row."""
     moving = survey.rows - survey.terminated_rows
     for observation in survey.observations:
@@ -184,7 +201,7 @@ def _continuity(survey: Survey) -> Iterator[Finding]:
             yield from _report("joined", name, joined)
 
 
-def _columns(survey: Survey) -> Iterator[Finding]:
+def _columns(survey: Survey) -> Iterator[_Report]:
     """Find constant columns, equal columns and constant rewards. A fixed cost per step is no defect."""
     reward = survey.rewards.low[0]
     if survey.rewards.constant.all() and (not reward or not survey.terminated_rows):
@@ -196,7 +213,7 @@ def _columns(survey: Survey) -> Iterator[Finding]:
             yield from _report("same", field.name, survey.all_rows, columns=pairs)
 
 
-def _actions(survey: Survey) -> Iterator[Finding]:
+def _actions(survey: Survey) -> Iterator[_Report]:
     """Find actions that are all whole numbers, are often at a bound, or span little of the spec's range."""
     actions, spec = survey.actions, survey.bounds
     low, high = actions.low, actions.high
@@ -216,7 +233,7 @@ def _actions(survey: Survey) -> Iterator[Finding]:
         yield from _report("narrow", "actions", survey.all_rows, columns=_listed(actions, narrow), **spans)
 
 
-def _scales(survey: Survey) -> Iterator[Finding]:
+def _scales(survey: Survey) -> Iterator[_Report]:
     """Find columns of very different scales, unless huge values or outliers explain the difference."""
     for field in survey.observations:
         varying = (field.low < field.high).nonzero().flatten()
@@ -240,8 +257,4 @@ def _pairs(field: ColumnStats) -> str:
 
 
 def _listed(field: ColumnStats, columns: list[int]) -> str:
-    """Return a text that names at most four columns, such as ``columns 27, 28, 29 and 81 more``."""
-    names = [field.labels[at] for at in columns]
-    if len(names) > 4:
-        return f"columns {', '.join(names[:3])} and {len(names) - 3} more"
-    return f"column{'s' * (len(names) > 1)} {', '.join(names)}"
+    return listed_columns([field.labels[at] for at in columns])

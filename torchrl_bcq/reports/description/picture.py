@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 ACTIONS = 8  # number of action histograms that fit side by side
 COLUMNS = 200  # number of quantile bars that fit side by side
+NAMED = 10  # draw the names of the columns if there are at most this many
 FINDINGS = 6  # number of findings shown as text
 HEALTHY = "nothing looks wrong"
 BLUE, DARK, RED, GREY = "#4c78a8", "#1f3b5c", "#c44e52", "#777777"
@@ -55,9 +57,10 @@ def draw(survey: Survey, findings: list[str]) -> Figure:
 
 
 def size_of(survey: Survey) -> str:
-    """Return the size of a dataset as text, such as ``30,000 transitions in 150 episodes``."""
-    counted = [(survey.rows, "transition"), (len(survey.lengths), "episode")]
-    return " in ".join(f"{count:,} {what}{'s' * (count != 1)}" for count, what in counted)
+    """Return the size of a dataset as text, such as ``30,000 transitions in 150 episodes of 12 groups``."""
+    counted = [("", survey.rows, "transition"), (" in ", len(survey.lengths), "episode")]
+    counted += [(" of ", survey.groups, "group")] if survey.groups else []
+    return "".join(f"{link}{count:,} {what}{'s' * (count != 1)}" for link, count, what in counted)
 
 
 def _histogram(axes: Axes, values: Tensor, label: str, counted: str, log: bool = False) -> None:
@@ -81,12 +84,27 @@ def _actions(survey: Survey, figure: SubFigure) -> None:
     figure.suptitle(f"actions{more}" + (" (dashed: bounds of the spec)" if bounds else ""), fontsize=11)
     grid: Any = figure.subplots(1, shown, squeeze=False)
     for column, axes in enumerate(grid[0]):
-        _histogram(axes, sample[:, column], f"column {column}", "" if column else f"rows of {rows:,}")
+        _histogram(
+            axes,
+            sample[:, column],
+            f"column {_drawable(survey.actions.labels)[column]}",
+            "" if column else f"rows of {rows:,}",
+        )
         axes.locator_params(axis="x", nbins=3)
         axes.set_yticks([])
         for bound in bounds:
             if torch.isfinite(bound[column]):
                 axes.axvline(float(bound[column]), color=RED, linestyle="--", linewidth=1.2)
+
+
+def _drawable(labels: Sequence[str]) -> list[str]:
+    """Return the labels of columns, or the numbers of the columns if the font lacks a character of a label."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+    known = all(font.get_char_index(ord(character)) for label in labels for character in label)
+    # a backslash stops matplotlib from reading a formula between two dollar signs
+    return [label.replace("$", r"\$") for label in labels] if known else [str(at) for at in range(len(labels))]
 
 
 def _observations(survey: Survey, axes: Axes) -> None:
@@ -114,6 +132,9 @@ def _observations(survey: Survey, axes: Axes) -> None:
     axes.plot(at, q50, "o", color=DARK, markersize=max(1.5, thick / 3), linestyle="none")
     axes.set_xlim(-0.7, drawn - 0.3)
     axes.locator_params(axis="x", integer=True)
+    labels = [label for field in fields for label in _drawable(field.labels)]
+    if len(labels) <= NAMED and not all(map(str.isdigit, labels)):
+        axes.set_xticks(range(len(labels)), labels)
     usual = np.sort(q95 - q05)[len(at) // 4]
     if 0 < 50 * usual < np.abs([low, high]).max():  # a linear axis would make a quarter of the columns too small to see
         # use a power of ten as linthresh, so that no ticks lie inside the linear part of the axis

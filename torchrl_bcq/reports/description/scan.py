@@ -10,6 +10,7 @@ from torch import Tensor
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.data.checks import DatasetError, Rows, spec_bounds
+from torchrl_bcq.data.origins import Origins
 from torchrl_bcq.reports.description.fields import ACTION, REWARD, TERMINATED, ColumnStats, Images, Key, Reader, name_of
 
 SAMPLE_ROWS = 100_000  # number of sampled rows for pictures and percentiles, whose error is about 0.1 percent
@@ -32,8 +33,10 @@ class Survey:
     row of the dataset.
     """
 
-    def __init__(self, transitions: TensorDictBase, action_spec: TensorSpec | None = None) -> None:
-        reader = Reader(transitions)
+    def __init__(
+        self, transitions: TensorDictBase, action_spec: TensorSpec | None = None, origins: Origins | None = None
+    ) -> None:
+        reader, self.origins = Reader(transitions), Origins() if origins is None else origins
         self.rows, self.nbytes, self.all_rows = reader.rows, reader.nbytes, Rows(reader.rows)
         self.counts: dict[tuple[str, str], Rows] = defaultdict(Rows)  # bad rows, by kind of defect and name of field
         self.images = {key: Images(name_of(key), reader.leaves[key]) for key in reader.images}
@@ -68,6 +71,10 @@ class Survey:
         elif reader.steps:
             is_last[reader.steps - 1 :: reader.steps] = True
         is_last[-1] = True
+        self.groups = 0  # number of groups, such as patients; 0 without an entry group
+        if (group := reader.column(("group",))) is not None:
+            self.groups = len(group.unique())
+            self.counts["several groups", "group"].add((group[1:] != group[:-1]) & ~is_last[:-1], 1)
         self.counts["both flags", "terminated"].add(terminated & truncated)
         self.counts["unexplained", "done"].add(stops & ~flagged)
         self.counts["inside", "done"].add(stops & ~is_last)

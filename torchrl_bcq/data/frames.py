@@ -1,0 +1,157 @@
+"""Joins the last observations of an episode to one state."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from torchrl_bcq.data.checks import DatasetError
+from torchrl_bcq.data.episodes import STEPS, episode_numbers
+from torchrl_bcq.data.n_step import check_tensors
+from torchrl_bcq.data.sources.conversion import load_memmap, remove_unfinished, write_memmap
+from torchrl_bcq.errors import remedy
+from torchrl_bcq.files import home
+
+_CHUNK = 2**16  # number of rows that are compared, or written, at a time
+_logger = logging.getLogger(__name__)
+
+
+def stack_observations(transitions: TensorDictBase, num_frames: int, *, folder: str | Path | None = None) -> TensorDict:
+    """Join the last ``num_frames`` observations of the episode to the observation of each row, oldest first.
+
+    ``observation [N, D]`` becomes ``[N, num_frames * D]``, and so does ``("next", "observation")``. Before the start of
+    an episode, its first observation is repeated. So the rows are equal to the rows of an environment with TorchRL's
+    ``CatFrames(N=num_frames, dim=-1, in_keys=["observation"])``. Call ``stack_observations`` before ``multi_step``.
+    The other entries are not copied, unless ``folder`` is given.
+
+    A state holds the rows that the dataset contains. If rows are missing inside an episode, the states after them hold
+    earlier observations instead. A warning is logged if the next observation of a row is not exactly the observation of
+    the next row of its episode.
+
+    Args:
+        transitions: TensorDict of batch size ``[N]`` with the rows of each episode in order of time. Required entries
+            are ``observation`` and ``("next", "observation")``, each ``[N, D]``, and ``episode [N]`` or ``("next",
+            "done") [N, 1]``.
+        num_frames: number of observations in a state, at least 1.
+        folder: new folder. The result is written there in parts and is memory-mapped. Pass a folder if the result does
+            not fit into memory.
+
+    Raises:
+        OSError: if the folder exists (``FileExistsError``) or cannot be written.
+        ValueError: if ``num_frames`` is not a whole number of at least 1.
+        DatasetError: if an observation is missing or is not a vector, if the rows of an episode do not directly follow
+            each other, or if the transitions span several steps.
+
+    Example:
+        >>> import numpy as np
+        >>> from torchrl_bcq import from_arrays, stack_observations
+        >>> ones, end = np.ones((3, 1)), np.array([False, False, True])
+        >>> transitions = from_arrays(np.array([[1], [2], [3]]), ones, ones, end, next_observations=[[2], [3], [4]])
+        >>> stacked = stack_observations(transitions, 2)
+        >>> stacked["observation"].tolist()
+        [[1.0, 1.0], [1.0, 2.0], [2.0, 3.0]]
+        >>> stacked["next", "observation"].tolist()
+        [[1.0, 2.0], [2.0, 3.0], [3.0, 4.0]]
+    """
+    if not isinstance(num_frames, int) or num_frames < 1:
+        raise ValueError(f"num_frames is {num_frames!r}, expected a whole number of at least 1.")
+    folder = None if folder is None else home(folder)
+    if folder is not None and folder.exists():
+        raise FileExistsError(f"{folder} already exists; choose a new folder, or load this folder with load_memmap.")
+    check_tensors(transitions, written=folder is not None)
+    numbers = episode_numbers(transitions)
+    observation, following = _vectors(transitions)
+    if num_frames > len(numbers):
+        name = remedy("num_frames", "stack")
+        raise DatasetError(f"{name} is {num_frames}, but there are only {len(numbers)} rows; set a smaller {name}.")
+    rows = torch.arange(len(numbers), device=numbers.device)
+    first = torch.searchsorted(numbers, numbers)  # [N], first row of the episode of each row
+    if num_frames > 1:
+        _report_breaks(observation, following, numbers)
+        _report_stacked(observation, numbers, num_frames)
+
+    def part(some: slice) -> TensorDict:
+        past = [observation[(rows[some] - ago).maximum(first[some])] for ago in reversed(range(num_frames))]
+        now, later = transitions[some].copy(), transitions["next"][some].copy()
+        later.set("observation", torch.cat([*past[1:], following[some]], -1))
+        return now.update({"observation": torch.cat(past, -1), "next": later})
+
+    if folder is None:
+        return part(slice(None))
+    write_memmap((part(slice(i, i + _CHUNK)).cpu() for i in range(0, len(rows), _CHUNK)), len(rows), folder)
+    return load_memmap(folder)
+
+
+def stack_in_folder(transitions: TensorDictBase, num_frames: int, root: str | Path) -> TensorDict:
+    """Return the stacked rows of a copy in ``root``, memory-mapped from a second copy beside it, written if missing.
+
+    Args:
+        transitions: memory-mapped copy in ``root``, as a reader returns it. Its name contains a digest of its contents.
+        num_frames: as for ``stack_observations``.
+        root: folder of the copies.
+    """
+    copy = Path(transitions["observation"].filename).parent
+    folder = home(root) / f"{copy.name}-stack{num_frames}"
+    if not folder.exists():
+        with FileLock(folder.with_name(f".{folder.name}.lock")):  # other processes wait until the copy is complete
+            if not folder.exists():
+                remove_unfinished(folder)
+                stack_observations(transitions, num_frames, folder=folder)
+    _logger.info("states of %d observations: memory-mapped from %s", num_frames, folder)
+    return load_memmap(folder)
+
+
+def _vectors(transitions: TensorDictBase) -> tuple[Tensor, Tensor]:
+    """Return the observations and the next observations, each ``[N, D]``."""
+    if STEPS in transitions.keys():
+        order = remedy("call stack_observations before multi_step", "set stack=1, or name a dataset of single steps")
+        raise DatasetError(f"the transitions hold {STEPS}, so they already span several steps; {order}.")
+    keys = ("observation", ("next", "observation"))
+    if missing := [key for key in keys if transitions.get(key, None) is None]:
+        present = sorted(map(str, transitions.keys(True, True)))
+        raise DatasetError(f"the transitions lack {missing}; they hold {present}. Add or rename the entries.")
+    now, later = (transitions.get(key) for key in keys)
+    if now.ndim != 2 or now.shape != later.shape:
+        found = f"observation has shape {tuple(now.shape)} and ('next', 'observation') {tuple(later.shape)}"
+        raise DatasetError(f"{found}, expected the same shape [N, D] twice: only vectors can be stacked.")
+    return now, later
+
+
+def _report_breaks(observation: Tensor, following: Tensor, numbers: Tensor) -> None:
+    """Log a warning if episodes have rows that do not continue the row before."""
+    count, first = 0, -1
+    for start in range(0, len(numbers) - 1, _CHUNK):
+        now, after = slice(start, min(start + _CHUNK, len(numbers) - 1)), slice(start + 1, start + _CHUNK + 1)
+        apart = (following[now] != observation[after]).any(-1) & (numbers[now] == numbers[after])
+        if first < 0 and apart.any():
+            first = start + int(apart.int().argmax())
+        count += int(apart.sum())
+    if count:
+        _logger.warning(
+            "in %d of %d rows (first: %d), the next observation is not the observation of the next row of the episode. "
+            "The states join the rows as they are stored. If rows are missing, the states after them hold earlier "
+            "observations; if rows are shuffled, the states are wrong, so sort the rows by episode and time.",
+            count,
+            len(numbers),
+            first,
+        )
+
+
+def _report_stacked(observation: Tensor, numbers: Tensor, num_frames: int) -> None:
+    """Log a warning if each of the first observations holds the ``num_frames`` last observations already."""
+    some, known = observation[:_CHUNK], numbers[:_CHUNK]
+    size, odd = divmod(some.shape[1], num_frames)
+    inside = known[1:] == known[:-1]
+    before, after = some[:-1][inside], some[1:][inside]
+    if not odd and torch.equal(before[:, size:], after[:, :-size]) and not torch.equal(before, after):
+        _logger.warning(
+            "the observations seem to be stacked already: each holds the last numbers of the row before, moved by %d "
+            "places. If so, %s.",
+            size,
+            remedy("do not stack them again", "set stack=1"),
+        )

@@ -1,0 +1,61 @@
+"""Checks that the rows of a table are in order, and marks the ends of its episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from torchrl_bcq.data.checks import Columns, DatasetError, Rows, listed
+from torchrl_bcq.data.transitions import with_successors
+
+# messages about rows in a wrong order, or with a wrong episode name, step number or flag
+_NAMELESS = "the episode column has {} without a name or number; fill in the cells, or drop these rows."
+_TORN = "episode has {} where an earlier episode continues; sort the table by episode and step."
+_INSIDE = (
+    "terminated or truncated is set in {} before the last row of an episode; correct the flags, or renumber the "
+    "episodes."
+)
+_STEPLESS = "step has {} without a finite number; fill in the numbers, or drop these rows."
+_JUMPS = (
+    "step has {} that are not 1 more than the row before; sort the table by episode and step, and start a new episode "
+    "after each gap."
+)
+
+
+def in_order(chunks: Iterator[dict[str, np.ndarray]]) -> Iterator[Columns]:
+    """Mark the last row of each episode; raise an error at the end if rows are out of order."""
+    start = 0
+    seen: set[object] = set()  # names of all episodes so far
+    defects = {remedy: Rows() for remedy in (_NAMELESS, _TORN, _INSIDE, _STEPLESS, _JUMPS)}
+    for fields, is_end in with_successors(chunks):
+        chunk = {field: values[:-1] for field, values in fields.items() if field not in ("episode", "step")}
+        terminated = chunk["terminated"][:, 0] == 1
+        truncated = chunk.get("truncated", np.zeros((len(terminated), 1)))
+        last = done = terminated | (truncated[:, 0] == 1)
+        if "episode" in fields:
+            names = fields["episode"]
+            last = (names[:-1] != names[1:]).astype(bool) | is_end
+            # find empty cells, which are None or NaN; name != name is true only for NaN
+            defects[_NAMELESS].add(np.array([name is None or name != name for name in names[:-1]]), start)
+            defects[_INSIDE].add(done & ~last, start)
+            defects[_TORN].add(_returning(names, last & (not is_end), seen), start + 1)
+            chunk["truncated"] = np.where((last & ~terminated)[:, None], 1, truncated)
+        if "step" in fields:
+            step = fields["step"][:, 0]
+            defects[_STEPLESS].add(~np.isfinite(step[:-1]), start)
+            defects[_JUMPS].add((step[1:] != step[:-1] + 1) & ~(last | is_end), start + 1)
+        start += len(done)
+        yield chunk
+    if found := [remedy.format(rows) for remedy, rows in defects.items() if rows.count]:
+        raise DatasetError(listed(found))
+
+
+def _returning(names: np.ndarray, last: np.ndarray, seen: set[object]) -> np.ndarray:
+    """Return a mask of rows whose next row belongs to an earlier episode; add new names to ``seen``."""
+    found = np.zeros(len(last), dtype=bool)
+    seen.add(names[0])
+    for row in last.nonzero()[0]:  # a loop over episodes, not over all rows
+        found[row] = names[row + 1] in seen
+        seen.add(names[row + 1])
+    return found
