@@ -57,7 +57,7 @@ JOINED = [
 
 
 @pytest.mark.parametrize("name", ["d.hdf5", "d.npz"])
-@pytest.mark.parametrize("value", JOINED, ids=lambda value: repr(value).partition(" object at")[0][:30])
+@pytest.mark.parametrize("value", JOINED, ids=lambda value: type(value).__name__)
 def test_entries_that_cannot_be_joined(ledger, make_steps, tmp_path, name, value):
     """One spelling of an entry beside another spelling would repeat its features."""
     file, load = tmp_path / name, load_npz if name == "d.npz" else load_hdf5

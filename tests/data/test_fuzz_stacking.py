@@ -102,7 +102,7 @@ NO_OBSERVATIONS = [
 ]
 
 
-@pytest.mark.parametrize("odd", NO_OBSERVATIONS, ids=lambda value: repr(value).partition(" object at")[0][:25])
+@pytest.mark.parametrize("odd", NO_OBSERVATIONS, ids=lambda value: type(value).__name__)
 def test_observations_that_are_no_vectors(ledger, odd):
     """The refused observation is not added to the history."""
     ledger.refuse("histories", lambda: History(2)(odd))
@@ -148,7 +148,7 @@ MASKS += [
 MASKS += [np.ma.masked_array([True, False], [True, False]), {True, False}, "True", np.zeros((2, 0), bool)]
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=lambda value: repr(value).partition(" object at")[0][:25])
+@pytest.mark.parametrize("mask", MASKS, ids=lambda value: type(value).__name__)
 def test_masks_that_do_not_fit(ledger, mask):
     history = History(2)
     history([[1.0], [2.0]])

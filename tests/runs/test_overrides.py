@@ -178,3 +178,9 @@ def test_hydras_syntax_is_kept():
 )
 def test_references_and_parts_that_do_not_exist(words, message):
     assert refusal(*words).startswith(message)
+
+
+def test_of_two_values_the_last_one_counts_also_among_parts_of_a_setting():
+    words = ["logger_kwargs.csv.a=1", "logger_kwargs.csv={a: 3, b: 4}", "logger_kwargs.csv.a=2", "seed=1", "seed=2"]
+    (settings,) = compose(words)
+    assert (settings.seed, dict(settings.logger_kwargs.csv)) == (2, {"a": 2, "b": 4})

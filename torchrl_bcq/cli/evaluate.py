@@ -137,7 +137,7 @@ def _choose_env(args: argparse.Namespace, trained: Any, runs: dict[str, Any]) ->
         if one.task.observation != trained.task.observation:
             pair = f"{trained.task.observation} in {trained.path}, but {one.task.observation} in {one.path}"
             raise RunError(f"the entries of the observation are {pair}; compare runs with the same entries.")
-    return with_time_limit(env, "set another number with --env-kwargs max_episode_steps=N.")
+    return with_time_limit(env, made, "set another number with --env-kwargs max_episode_steps=N.")
 
 
 def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -151,13 +151,14 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
 
     task, loss, own, *baselines = trained.task, trained.loss, *runs
     discount = {"gamma": trained.settings.loss.gamma} if loss.has_values else {}
-    steps = steps_to_compare(task.env, **discount) if discount else None
+    limit = time_limit(task.env)
+    steps = steps_to_compare(limit, **discount) if discount else None
     envs = make_envs(task.env, args.episodes, next(loss.parameters()).device, max_steps=steps)
     policies: dict[str, Any] = {"random": None}
     policies |= {title: make(*loss.networks) for title, make in trained.algorithm.compared.items()}
     policies |= {title: runs[title].policy for title in (*baselines, own)}
     mode = set_exploration_type(ExplorationType.DETERMINISTIC) if args.deterministic else nullcontext()
-    limit, rows = time_limit(task.env), {}
+    rows = {}
     formula, reward = reward_formula(trained.settings), partial(change_reward, **trained.settings.reward)
     returns: dict[str, Tensor] = {}
     with mode:

@@ -105,15 +105,13 @@ def make_envs(env: str | Environment, episodes: int, device: Any = None, *, max_
     return SerialEnv(episodes, lambda: make_env(env, **limit), device=device)
 
 
-def steps_to_compare(env: str | Environment, gamma: float) -> int | None:
+def steps_to_compare(limit: int | None, gamma: float) -> int | None:
     """Return how long episodes must be, so that their discounted return can be compared with a critic's estimate.
 
     A critic estimates the return without a time limit, but a short episode leaves out the rewards of later steps. So a
-    time limit below ``log(0.005) / log(gamma)`` steps is raised to this number, but not above 1,000 steps. After this
-    number of steps, the weight of a reward, ``gamma^t``, is below 0.5 %. The result is None if the environment has no
-    time limit.
+    time ``limit`` below ``log(0.005) / log(gamma)`` steps is raised to this number, but not above 1,000 steps. After
+    this number of steps, the weight of a reward, ``gamma^t``, is below 0.5 %. The result is None if ``limit`` is None.
     """
-    limit = time_limit(env)
     if limit is None or not 0 < gamma < 1:
         return limit
     return max(limit, min(_LONGEST, math.ceil(math.log(_REST) / math.log(gamma))))
@@ -126,14 +124,15 @@ def time_limit(env: str | Environment) -> int | None:
     return made.spec.max_episode_steps
 
 
-def with_time_limit(env: Environment, remedy: str) -> Environment:
+def with_time_limit(env: Environment, made: EnvBase, remedy: str) -> Environment:
     """Return ``env``, with a time limit of 1,000 steps if ``env`` has none, because its episodes might never end.
 
-    If the time limit of ``env`` is the one that is registered for its id, the result has ``max_episode_steps=None``.
+    ``made`` is the environment, made by ``make_env(env)``. If its time limit is the one that is registered for its id,
+    the result has ``max_episode_steps=None``.
     """
     import gymnasium
 
-    if (limit := time_limit(env)) is not None:
+    if (limit := made.spec.max_episode_steps) is not None:
         spec = gymnasium.registry.get(env.id.rpartition(":")[2])
         return env if spec is None or spec.max_episode_steps != limit else replace(env, max_episode_steps=None)
     message = "%s has no time limit, so evaluation ends its episodes after %d steps; %s"

@@ -184,10 +184,11 @@ def _add_metrics(
     known = [*metrics.names, *loss.out_keys]
     if task.env is not None:
         discount = {"gamma": settings.loss.gamma} if "gamma" in settings.loss else {}
-        steps = steps_to_compare(task.env, **discount) if discount else None
+        limit = time_limit(task.env)
+        steps = steps_to_compare(limit, **discount) if discount else None
         envs = make_envs(task.env, evaluation.episodes, choose_device(settings.device), max_steps=steps)
         shared |= {"value": loss.value, "reference_scores": task.reference_scores, **discount}
-        shared |= {"time_limit": time_limit(task.env), "reward": partial(change_reward, **settings.reward)}
+        shared |= {"time_limit": limit, "reward": partial(change_reward, **settings.reward)}
         EnvironmentMetrics(envs, policy, **shared).register(trainer)
         known += ["return", "return_std", "episode_length"]
         known += ["value_estimate", "discounted_return"] if loss.has_values else []

@@ -65,7 +65,7 @@ def choose_environment(
         for note in recorded.notes:
             remedy = "to use another environment, set evaluation.env=MODULE:ID or evaluation.env_kwargs.NAME=VALUE."
             _logger.warning("the dataset names the environment %s, but %s; %s", recorded, note, remedy)
-    return with_time_limit(env, "set another number with evaluation.max_episode_steps."), made
+    return with_time_limit(env, made, "set another number with evaluation.max_episode_steps."), made
 
 
 def _check_package(recorded: RecordedEnvironment | None) -> None:
