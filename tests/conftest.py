@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torchrl.data import Bounded, Unbounded
 
 from torchrl_bcq import make_bcq_modules
 
+pytest_plugins = ["tests.small_runs"]
 OBSERVATION_SPEC = Unbounded((3,))
 ACTION_SPEC = Bounded(low=torch.tensor([-1.0, 0.0]), high=torch.tensor([1.0, 4.0]), shape=(2,))  # asymmetric
 torchrl._THREAD_POOL_INIT = 1  # TorchRL sets this number of threads when an environment is closed or collected
@@ -74,3 +76,17 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.section("figures")
         for line in figures:
             terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def check_count(request, show_figure) -> Callable[..., None]:
+    """Check how many malformed inputs the tests of this file tried; skip if some of these tests were not selected."""
+
+    def check(counts: Counter[str], kinds: Sequence[str], at_least: int) -> None:
+        if missing := [kind for kind in kinds if not counts[kind]]:
+            pytest.skip(f"the tests of {missing} in this file were not selected")
+        found = {kind: counts[kind] for kind in kinds}
+        show_figure(f"malformed inputs in {request.path.name}: {sum(found.values())}: {found}")
+        assert sum(found.values()) >= at_least
+
+    return check

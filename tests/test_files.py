@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from torchrl_bcq.files import UNFINISHED, write_whole
+from torchrl_bcq.files import UNFINISHED, home, write_whole
 
 
 def names(folder) -> list[str]:
@@ -95,3 +95,11 @@ def test_two_at_once_do_not_meet(tmp_path):
         other.write_text("other")
     assert path.read_text() == "one"
     assert names(tmp_path) == ["state.pt"]
+
+
+def test_a_path_whose_name_starts_with_a_tilde_stays_that_path(tmp_path, monkeypatch):
+    (tmp_path / "~nobody-at-all").touch()
+    monkeypatch.chdir(tmp_path)
+    path = home("~nobody-at-all")
+    monkeypatch.chdir(tmp_path.parent)
+    assert home(path) == tmp_path / "~nobody-at-all"

@@ -9,11 +9,11 @@ from omegaconf import OmegaConf
 
 from torchrl_bcq.runs.settings import default_settings
 
-from ..runs.conftest import TINY, _environments, file, make_file, make_settings  # noqa: F401  fixtures
+from ..small_runs import TINY
 
 
 @pytest.fixture
-def words(file, tmp_path):  # noqa: F811 (file is the imported fixture)
+def words(file, tmp_path):
     """Overrides of a small run of an algorithm in ``tmp_path / "run"``."""
 
     def make(*overrides: str, algorithm: str = "bcq") -> list[str]:

@@ -21,7 +21,7 @@ from torchrl_bcq.runs.folder import load
 
 MODULE = """
 import gymnasium
-from tests.runs.conftest import Swing
+from tests.small_runs import Swing
 
 class Sloped(Swing):
     def __init__(self, slope):

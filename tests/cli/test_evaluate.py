@@ -14,10 +14,11 @@ import torch
 
 from torchrl_bcq.__main__ import main
 from torchrl_bcq.cli.evaluate import _compare, _from_dataset, _mean_and_error
+from torchrl_bcq.cli.sweep import is_sweep
 from torchrl_bcq.data import split_episodes
 from torchrl_bcq.runs.folder import open_dataset
 from torchrl_bcq.runs.job import train
-from torchrl_bcq.runs.settings import load_settings
+from torchrl_bcq.runs.settings import compose, load_settings, save_settings
 
 
 @pytest.fixture
@@ -307,6 +308,39 @@ def test_the_runs_of_a_sweep_are_listed(make_settings, tmp_path, capsys):
     assert f"The best return is 5, in {sweep / '0'} after 10 gradient steps.\n" in shown
     assert shown.endswith(f"torchrl-bcq evaluate {sweep / '0'}\n")
     assert not list(sweep.glob("**/evaluation*.json"))
+
+
+def test_runs_of_two_algorithms_differ_only_in_the_settings_that_both_have(tmp_path, capsys):
+    sweep, phi = tmp_path / "sweep", "network.phi"
+    runs = {"0": ["algorithm=cloning", "threads=1"], "1": [f"{phi}=0.1", "threads=2"], "2": [f"{phi}=0.2"]}
+    for name, words in runs.items():
+        save_settings(compose(["dataset=a.hdf5", f"out={sweep / name}", *words])[0], sweep / name)
+        (sweep / name / "log/scalars").mkdir(parents=True)
+        (sweep / name / "log/scalars/return.csv").write_text(f"1000,{name}.5\n")
+    for name in ("2", "3"):
+        (sweep / name).mkdir(exist_ok=True)
+        (sweep / name / "train.log").touch()
+    assert main(["evaluate", str(sweep)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[7] == f"Not in the table, because they stopped before their first step (see train.log): {sweep / '3'}"
+    assert shown[2:6] == [
+        "run  algorithm  network.phi  steps  last return  best return",
+        "0      cloning            -  1,000          0.5          0.5",
+        "1          bcq          0.1  1,000          1.5          1.5",
+        "2          bcq          0.2  1,000          2.5          2.5",
+    ]
+    assert main(["evaluate", str(sweep), "--out", "x.json", "--episodes", "5", "--device", "auto"]) == 1
+    message = f"torchrl-bcq: {sweep} contains several runs, which --episodes, --out cannot evaluate; "
+    advice = f"choose one run in {sweep}, or leave out --episodes, --out.\n"
+    assert capsys.readouterr().err == message + advice
+
+
+def test_a_run_that_lost_its_settings_is_not_a_sweep_of_its_baseline(tmp_path):
+    (tmp_path / "baseline").mkdir()
+    (tmp_path / "baseline/config.yaml").touch()
+    assert is_sweep(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    assert not is_sweep(tmp_path)
 
 
 def test_runs_without_an_environment_are_listed_and_none_is_best(make_settings, tmp_path, capsys):

@@ -204,10 +204,5 @@ def test_names_that_are_not_utf_8_are_logged(words, run, monkeypatch):
     assert "there is no file \\udcff.hdf5." in (run / "train.log").read_text()
 
 
-def test_how_many_were_malformed(show_figure):
-    """Counts the words of this test file."""
-    kinds = {"settings", "readers", "datasets", "options", "environments", "values"}
-    if not kinds <= COUNTS.keys():
-        pytest.skip("the tests before this one did not all run")
-    show_figure(f"malformed words: {COUNTS.total()}: {dict(COUNTS)}")
-    assert COUNTS.total() >= 600
+def test_how_many_were_malformed(check_count):
+    check_count(COUNTS, ["settings", "readers", "datasets", "options", "environments", "values"], at_least=600)

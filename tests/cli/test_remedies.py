@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from torchrl_bcq.__main__ import main
+from torchrl_bcq.cli.dataset import reader_words
 from torchrl_bcq.data import DatasetError, load_hdf5, load_memmap
 from torchrl_bcq.data.registry import _SOURCES
 from torchrl_bcq.runs.folder import open_dataset
@@ -97,6 +98,13 @@ def test_options_and_settings_of_the_reader_work_together(shown, file, tmp_path)
     copy = next((tmp_path / "c").glob("[!.]*"))
     assert f"Use the copy with dataset={copy}, or with load_memmap('{copy}') in Python.\n" in found
     assert "reader.NAME=VALUE" in capture_help("describe")
+
+
+def test_only_settings_of_the_reader_are_taken_from_the_words(shown, file, tmp_path):
+    named = file.rename(tmp_path / "reader_v=2.hdf5").name
+    assert reader_words(["convert", named, "++reader.a=1", "reader={b: 2}", "c"]) == ["++reader.a=1", "reader={b: 2}"]
+    message = shown("convert", str(tmp_path / named), "readers.max_episode_steps=20", str(tmp_path / "copies"))
+    assert message.startswith("torchrl-bcq: readers.max_episode_steps=20 cannot be joined with other datasets: ")
 
 
 def capture_help(command: str) -> str:

@@ -14,7 +14,7 @@ from torchrl_bcq import load_hdf5, load_policy, stack_observations
 from torchrl_bcq.__main__ import main
 from torchrl_bcq.evaluation import recording
 
-from ..runs.conftest import Swing
+from ..small_runs import Swing
 
 
 def test_train_evaluate_resume_and_record(words, run, capsys, tmp_path):

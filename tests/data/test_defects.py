@@ -5,12 +5,13 @@ Readers refuse the first ten. The others may be intended, and ``describe`` repor
 
 from __future__ import annotations
 
-import h5py
 import numpy as np
 import pytest
 from torchrl.data import Bounded
 
 from torchrl_bcq import DatasetError, describe, load_hdf5
+
+from ..array_files import write_arrays
 
 ROWS = 1300  # 13 episodes: the first has 80 steps, the last 120, the others 100
 LAST = np.r_[np.arange(80, 1300, 100), ROWS] - 1
@@ -187,10 +188,7 @@ def written(tmp_path):
     def write(change):
         fields = healthy()
         change(fields)
-        with h5py.File(tmp_path / "d.hdf5", "w") as file:
-            for name, values in fields.items():
-                file[name] = values
-        return tmp_path / "d.hdf5"
+        return write_arrays(tmp_path / "d.hdf5", fields)
 
     return write
 

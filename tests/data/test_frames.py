@@ -159,6 +159,13 @@ def test_missing_rows_are_told(caplog, monkeypatch, chunk):
     ]
 
 
+def test_the_first_missing_row_is_counted_from_the_start(caplog, monkeypatch):
+    """Row 6 is missing: rows 4 and 5 are in the third part of two rows, and row 5 precedes the gap."""
+    monkeypatch.setattr(frames, "_CHUNK", 2)
+    stack_observations(numbered(8)[torch.tensor([0, 1, 2, 3, 4, 5, 7])], 2)
+    assert caplog.messages[0].startswith("in 1 of 7 rows (first: 5), the next observation is not")
+
+
 def test_stacking_twice_is_told(caplog):
     """As pytorch/rl#4229 warns: in the environment, and again in the data."""
     once = stack_observations(numbered(5, 3), 3)

@@ -290,10 +290,5 @@ def test_no_data_under_a_name(ledger, shelf, name, seed, content, which):
         assert try_to_read(ledger, name, path, steps) is None
 
 
-def test_how_many_were_malformed(ledger, show_figure):
-    """Counts the inputs of this test file."""
-    if not {*KINDS, "wrong format"} <= ledger.counts.keys():
-        pytest.skip("the tests before this one did not all run")
-    found = {name: count for name, count in ledger.counts.items() if name in {*KINDS, "wrong format"}}
-    show_figure(f"malformed files: {sum(found.values())}, with other inputs {ledger.counts.total()}: {found}")
-    assert sum(found.values()) >= 1000
+def test_how_many_were_malformed(ledger, check_count):
+    check_count(ledger.counts, [*KINDS, "wrong format"], at_least=1000)

@@ -18,6 +18,8 @@ from tensordict import NonTensorData, TensorDict
 
 from torchrl_bcq import load_hdf5, load_memmap, load_npz
 
+from ..array_files import write_arrays
+
 SEEDS = st.integers(0, 2**32 - 1)
 
 
@@ -294,11 +296,7 @@ def test_good_files_of_other_layouts(tmp_path, make_steps, same, form):
 @pytest.mark.parametrize("load", [load_hdf5, load_npz])
 @pytest.mark.parametrize("names", [{"rewards": "reward"}, {"reward": "rewards"}, {"rewards": "\ud800"}, {"": ""}])
 def test_names_that_are_not_there(ledger, make_steps, tmp_path, load, names):
-    np.savez(tmp_path / "d.npz", **make_steps(0))
-    with h5py.File(tmp_path / "d.hdf5", "w") as content:
-        for name, values in make_steps(0).items():
-            content[name] = values
-    file = tmp_path / ("d.npz" if load is load_npz else "d.hdf5")
+    file = write_arrays(tmp_path / ("d.npz" if load is load_npz else "d.hdf5"), make_steps(0))
     ledger.refuse("names", lambda root=None: load(file, names=names, root=root))
 
 

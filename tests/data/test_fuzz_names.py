@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import h5py
 import numpy as np
 import pytest
@@ -11,18 +9,8 @@ import torch
 
 from torchrl_bcq import load_hdf5, load_npz
 
+from ..array_files import write_arrays
 from .test_fuzz_layouts import FORMS, first_of, replaced, without
-
-
-def write(file: Path, fields: dict, **attributes) -> Path:
-    if file.suffix == ".npz":
-        np.savez(file, **fields)
-        return file
-    with h5py.File(file, "w") as content:
-        for name, values in fields.items():
-            content[name] = values
-        content.attrs.update(attributes)
-    return file
 
 
 def with_entries(steps) -> dict:
@@ -62,7 +50,7 @@ def test_entries_that_cannot_be_joined(ledger, make_steps, tmp_path, name, value
     """One spelling of an entry beside another spelling would repeat its features."""
     file, load = tmp_path / name, load_npz if name == "d.npz" else load_hdf5
     for seed in (0, 3):
-        write(file, with_entries(make_steps(seed)))
+        write_arrays(file, with_entries(make_steps(seed)))
         ledger.refuse("entries", lambda root=None: load(file, names={"observations": value}, root=root))
 
 
@@ -79,14 +67,14 @@ def test_entries_that_cannot_be_joined(ledger, make_steps, tmp_path, name, value
     ids=repr,
 )
 def test_names_that_are_not_names_of_entries(ledger, make_steps, tmp_path, name, names):
-    file, load = write(tmp_path / name, with_entries(make_steps(3))), load_npz if name == "d.npz" else load_hdf5
+    file, load = write_arrays(tmp_path / name, with_entries(make_steps(3))), load_npz if name == "d.npz" else load_hdf5
     ledger.refuse("entry names", lambda root=None: load(file, names=names, root=root))
 
 
 def test_entries_that_are_joined(make_steps, tmp_path):
     fields = with_entries(make_steps(3))
     for name, load in (("d.hdf5", load_hdf5), ("d.npz", load_npz)):
-        td = load(write(tmp_path / name, fields), names={"observations": ("one", "a", "none")})
+        td = load(write_arrays(tmp_path / name, fields), names={"observations": ("one", "a", "none")})
         expected = np.concatenate([fields["one"][:, None], fields["a"]], 1)[~fields["truncated"]]
         assert torch.equal(td["observation"], torch.tensor(expected).float())
 
@@ -151,3 +139,7 @@ def test_odd_facts_of_layouts(ledger, make_steps, tmp_path, defect):
             apply(content, steps)
         if ledger.load("odd layouts", lambda root=None: load_hdf5(tmp_path / "d.hdf5", root=root)) is not None:
             assert defect in ("lengths left of rows", "columns twice"), "episode_starts counts, if both are in the file"
+
+
+def test_how_many_were_malformed(ledger, check_count):
+    check_count(ledger.counts, ["entries", "entry names", "odd layouts"], at_least=300)

@@ -163,10 +163,5 @@ def test_arrays_of_any_byte_order_and_stride():
     assert history(np.arange(6.0)[::-1][::3]).tolist() == [1, 2, 5, 2]
 
 
-def test_how_many_were_malformed(ledger, show_figure):
-    """Counts the inputs of this test file."""
-    if not {"stacking", "histories"} <= ledger.counts.keys():
-        pytest.skip("the tests before this one did not all run")
-    found = {name: ledger.counts[name] for name in ("stacking", "histories")}
-    show_figure(f"malformed transitions and observations: {sum(found.values())}: {found}")
-    assert sum(found.values()) >= 250
+def test_how_many_were_malformed(ledger, check_count):
+    check_count(ledger.counts, ["stacking", "histories"], at_least=250)

@@ -34,6 +34,8 @@ from torchrl_bcq import (
 )
 from torchrl_bcq.data.groups import _names
 
+from ..array_files import write_arrays
+
 # seven episodes of two steps; the second step of each is terminated, so no row is dropped
 PATIENTS = ["bo", "bo", "al", "al", "bo", "bo", "cy", "cy", "al", "al", "di", "di", "al", "al"]
 NUMBERS = [0, 0, 1, 1, 0, 0, 2, 2, 1, 1, 3, 3, 1, 1]  # in order of first appearance
@@ -74,10 +76,7 @@ def write_parquet(path: Path, groups, **changes) -> Path:
 
 
 def write_hdf5(path: Path, groups, **changes) -> Path:
-    with h5py.File(path, "w") as file:
-        for name, values in {**FIELDS, **changes, "who": groups}.items():
-            file[name] = values
-    return path
+    return write_arrays(path, {**FIELDS, **changes, "who": groups})
 
 
 def write_npz(path: Path, groups, **changes) -> Path:
@@ -113,6 +112,11 @@ def test_groups_are_numbered_in_order_of_first_appearance(tmp_path, monkeypatch,
         assert load_memmap(copy)["group"].tolist() == NUMBERS
     ungrouped = {key: value for key, value in settings.items() if key not in ("names", "group")}
     assert "group" not in load(name, **ungrouped).keys()
+
+
+def test_groups_in_a_csv_are_compared_as_they_are_written(tmp_path):
+    path = write_csv(tmp_path / "d.csv", ["007", "007", "7", "7"] + ["007"] * 10)
+    assert load_table(path, **COLUMNS)["group"].tolist() == [0, 0, 1, 1] + [0] * 10
 
 
 @pytest.mark.parametrize(

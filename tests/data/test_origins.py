@@ -18,6 +18,8 @@ from torchrl_bcq.__main__ import main
 from torchrl_bcq.data.checks import Rows
 from torchrl_bcq.data.origins import Origins
 
+from ..array_files import write_arrays
+
 # episodes of 5, 1, 4 and 6 steps, each of them cut off: rows 4, 5, 9 and 15 have no next observation
 LENGTHS = (5, 1, 4, 6)
 STOPS = np.cumsum(LENGTHS)
@@ -42,10 +44,7 @@ def table() -> dict[str, list]:
 
 
 def write_hdf5(name: str) -> list[str]:
-    with h5py.File(f"{name}.hdf5", "w") as file:
-        for field, values in steps().items():
-            file[field] = values
-    return [f"{name}.hdf5"]
+    return [str(write_arrays(f"{name}.hdf5", steps()))]
 
 
 def write_episodes(name: str) -> list[str]:
@@ -154,6 +153,7 @@ def test_a_file_without_any_next_observation(told):
 def test_bad_values_in_dropped_rows_are_found(told, field):
     """Row 9 is the last row of its episode, so it is dropped; the reader refuses it, and describe must find it."""
     fields = {**steps(), "rewards": np.ones(ROWS), "actions": np.full((ROWS, 1), 0.5)}
+    np.savez("c.npz", **fields)  # without bad values
     fields[field][9] = np.nan
     np.savez("d.npz", **fields)
     assert f"{field} has 1 row (first: 9) that are not finite in float32" in told("convert", "d.npz", "copies", rc=1)
@@ -161,6 +161,7 @@ def test_bad_values_in_dropped_rows_are_found(told, field):
     assert "values that are not finite are also in 1 row (first: 9) that the reader drops" in shown
     np.savez("e.npz", **fields)
     assert "are also in 2 rows (first: 9 of d.npz) that the reader drops" in told("describe", "d.npz", "e.npz", rc=0)
+    assert "are also in 1 row (first: 9 of d.npz) that the reader drops" in told("describe", "c.npz", "d.npz", rc=0)
 
 
 def test_findings_of_observations_show_the_row_of_the_file(told):

@@ -21,6 +21,8 @@ from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 
 from torchrl_bcq import from_arrays, load_transitions
 
+from ..array_files import write_arrays
+
 D3RLPY = """\
 ends = [(e, np.arange(len(e.rewards), 0, -1) == 1) for e in dataset.episodes]
 steps = [(e.observations, e.actions, e.rewards, end * e.terminated, end > e.terminated) for e, end in ends]
@@ -52,11 +54,8 @@ def expected():
 @pytest.fixture
 def folder(tmp_path):
     """One dataset in every kind of file."""
-    with h5py.File(tmp_path / "d.hdf5", "w") as file:
-        for name, value in STEPS.items():
-            file[name] = value
-    (tmp_path / "d.h5").write_bytes((tmp_path / "d.hdf5").read_bytes())
-    np.savez(tmp_path / "d.npz", **STEPS)
+    for kind in ("hdf5", "h5", "npz"):
+        write_arrays(tmp_path / f"d.{kind}", STEPS)
     columns = {"x": TIME, "y": -TIME, "a": STEPS["actions"][:, 0], "r": STEPS["rewards"]}
     table = pa.table(columns | {"died": STEPS["terminated"], "cut": STEPS["truncated"]})
     parquet.write_table(table, tmp_path / "d.parquet")

@@ -50,6 +50,14 @@ def test_some_of_several_environments_start_a_new_episode(as_array):
     assert ended == 3 + 2 + 3  # after the steps 3, 10, 17; 6, 13; 3, 10, 17
 
 
+def test_a_second_reset_keeps_the_first():
+    history = History(2)
+    history([[1.0], [2.0]])
+    history.reset([True, False])
+    history.reset([False, False])
+    assert history([[3.0], [4.0]]).tolist() == [[3, 3], [2, 4]]
+
+
 def test_the_vector_environments_of_gymnasium():
     """Their next step resets: the observation after ``done`` is the first one of the next episode."""
     single = gymnasium.wrappers.FrameStackObservation

@@ -21,7 +21,7 @@ from torchrl_bcq.runs.folder import find_checkpoint, load, read_metadata
 from torchrl_bcq.runs.settings import load_settings
 
 from ..own_objective import OwnLoss, make_own_modules
-from .conftest import TINY
+from ..small_runs import TINY
 from .folders import assert_same, equal, state
 
 ROOT = Path(torchrl_bcq.__file__).parent

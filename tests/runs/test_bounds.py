@@ -20,7 +20,7 @@ from torchrl_bcq.runs.bounds import choose_bounds
 from torchrl_bcq.runs.folder import load, open_dataset
 from torchrl_bcq.runs.job import train
 
-from .conftest import LENGTH, Swing
+from ..small_runs import LENGTH, Swing
 
 FLOAT32 = 0.09999999403953552  # largest float32 number that is not above 0.1; the nearest one is 0.10000000149
 NONE = {"action_low": None, "action_high": None}

@@ -17,6 +17,7 @@ from minari.data_collector import EpisodeBuffer
 from torchrl_bcq import DatasetError, load_hdf5, load_minari, load_policy, load_transitions
 from torchrl_bcq.__main__ import main
 from torchrl_bcq.data.sources.array_files import hdf5
+from torchrl_bcq.data.sources.dict_spaces import check_entries
 from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.data.sources.hubs import minari as minari_source
 from torchrl_bcq.data.sources.joined import join
@@ -112,7 +113,7 @@ def make_run(make_settings):
     return lambda *overrides: make_settings(*words, *overrides)
 
 
-def test_dataset_and_environment_join_the_entries_in_the_stated_order():
+def test_dataset_and_environment_join_the_entries_in_the_stated_order(tmp_path):
     data = load_minari("reach/random-v0", observation=ENTRIES)
     assert data["observation"].shape == (60, 4)
     torch.testing.assert_close(data["next", "reward"].squeeze(1), rewards(data["next", "observation"]))
@@ -120,6 +121,8 @@ def test_dataset_and_environment_join_the_entries_in_the_stated_order():
     torch.testing.assert_close(rollout["next", "reward"].squeeze(1), rewards(rollout["next", "observation"]))
     turned = load_minari("reach/random-v0", observation=ENTRIES[::-1])["observation"]
     assert torch.equal(turned, data["observation"][:, [3, 2, 0, 1]])
+    for entries, expected in ((ENTRIES, data["observation"]), (ENTRIES[::-1], turned)):  # each order has its own copy
+        assert torch.equal(load_minari("reach/random-v0", observation=entries, root=tmp_path)["observation"], expected)
 
 
 def test_a_run_is_evaluated_and_recorded_with_the_entries_of_its_dataset(make_run, make_settings, capsys):
@@ -205,6 +208,13 @@ def test_entries_that_cannot_be_joined_are_refused(entries, message):
         load_transitions("minari:reach/random-v0", observation=entries)
     assert str(error.value).startswith(f"reach/random-v0: {message}")
     assert str(error.value).endswith("; pass observation=[...] with the entries to join.")
+
+
+def test_a_matrix_is_no_vector():
+    space = gymnasium.spaces.Dict(grid=gymnasium.spaces.Box(0, 1, (2, 2)), place=gymnasium.spaces.Box(0, 1, (2,)))
+    assert check_entries(space, ["place"]) == ["place"]
+    with pytest.raises(ValueError, match=r"^only entries that are vectors \(Box\) can be joined, but {'grid': Box\("):
+        check_entries(space, ["place", "grid"])
 
 
 def test_datasets_with_other_entries_are_not_joined():

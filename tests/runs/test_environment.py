@@ -15,7 +15,7 @@ from torchrl_bcq.evaluation.environments import make_env
 from torchrl_bcq.runs.environment import choose_environment
 from torchrl_bcq.runs.folder import open_dataset
 
-from .conftest import Swing
+from ..small_runs import Swing
 
 
 class Bounded(Swing):
@@ -73,7 +73,7 @@ def test_an_environment_without_a_time_limit_gets_one(choose):
 
 def test_a_module_that_the_dataset_names_is_not_imported(choose, tmp_path, monkeypatch):
     """The message says how the user can import it (as for Minari#271, where gymnasium_robotics is not imported)."""
-    (tmp_path / "abroad.py").write_text("import gymnasium\ngymnasium.register('Far-v0', 'tests.runs.conftest:Swing')")
+    (tmp_path / "abroad.py").write_text("import gymnasium\ngymnasium.register('Far-v0', 'tests.small_runs:Swing')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     for recorded in (recorded_environment("abroad:Far-v0"), recorded_environment("Far-v0", entry_point="abroad.a:Far")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -69,14 +70,22 @@ def test_a_run_keeps_the_path_and_resumes_from_its_own_checkpoint(make_settings,
 
 def test_the_bounds_are_those_of_the_run_if_the_data_have_none(make_settings, make_file, tmp_path):
     one = make_file("one.hdf5", None)
-    train(make_settings(f"dataset={one}", f"out={tmp_path / 'old'}", "steps=10"))
+    best = ["held_out=0.2", "checkpoint.monitor=held_out_td_error", "checkpoint.mode=min"]
+    train(make_settings(f"dataset={one}", f"out={tmp_path / 'old'}", "steps=10", *best))
     inside = make_file("inside.hdf5", None, actions=np.random.default_rng(1).uniform(-1, 1, (200, 1)))
     settings = make_settings(f"dataset={inside}", f"init_from={tmp_path / 'old'}")
     assert open_dataset(settings)[1].action_high == load(tmp_path / "old").task.action_high
     start(settings)
+    shutil.rmtree(tmp_path / "old" / "checkpoints")  # the best checkpoint has the bounds too
+    assert open_dataset(settings)[1].action_high == load(tmp_path / "old").task.action_high
     beyond = make_file("beyond.hdf5", None, actions=np.random.default_rng(1).uniform(-3, 3, (200, 1)))
     with pytest.raises(ValueError, match="outside the action spec"):
         start(make_settings(f"dataset={beyond}", f"init_from={tmp_path / 'old'}"))
+    high = load(tmp_path / "old").task.action_high
+    own = make_settings(f"dataset={inside}", f"init_from={tmp_path / 'old'}", f"out={tmp_path / 'own'}", "steps=10")
+    train(own)
+    (tmp_path / "old").rename(tmp_path / "away")  # a resumed run has its own bounds
+    assert open_dataset(own)[1].action_high == high
 
 
 @pytest.mark.parametrize(
@@ -86,6 +95,10 @@ def test_the_bounds_are_those_of_the_run_if_the_data_have_none(make_settings, ma
         (
             ["normalize=true", "network.num_critics=3"],
             r"such as qvalue.*\.critics\.2\..*; set network\.num_critics=2\.$",
+        ),
+        (
+            ["normalize=true", "network.num_critics=1"],
+            r"such as qvalue.*\.critics\.1\..*; set network\.num_critics=2\.$",
         ),
         (["algorithm=cloning"], r"is of algorithm bcq, not cloning; set another init_from\.$"),
     ],
@@ -108,7 +121,7 @@ def test_data_that_do_not_fit_are_refused(make_settings, make_file, old, tmp_pat
         start(make_settings(f"init_from={tmp_path / 'none'}"))
 
 
-def test_settings_that_differ_are_logged(make_settings, file, tmp_path, caplog):
+def test_settings_that_differ_are_logged(make_settings, make_file, tmp_path, caplog):
     first = tmp_path / "first"
     train(make_settings(f"out={first}", "held_out=0.3", "loss.gamma=0.5"))
 
@@ -126,7 +139,9 @@ def test_settings_that_differ_are_logged(make_settings, file, tmp_path, caplog):
     leak = "held-out metrics may look too good; to hold out the same episodes, set held_out=0.3 seed=0."
     for changed in (["held_out=0.2"], ["held_out=0.3", "seed=1"]):
         assert [text for text in messages(*changed) if text.endswith(leak)]
-    assert not [text for text in messages("held_out=0") if text.endswith(leak)]
+    other = f"dataset={make_file('other.hdf5', seed=1)}"
+    for changed in (["held_out=0"], ["held_out=0.2", other]):
+        assert not [text for text in messages(*changed) if text.endswith(leak)]
 
 
 def test_a_run_is_not_resumed_from_other_networks(old, tmp_path):

@@ -30,6 +30,7 @@ def refusal(*words: str, sweep: bool = False) -> str:
         ("optim.lr.x", "optim.lr"),
         ("env", "evaluation.env"),
         ("critics.tau", "loss.tau"),
+        ("interval", "evaluation.interval or checkpoint.interval"),  # log_interval is spelled more alike
         ("network", "network.hidden or network.vae_hidden or network.latent_dim"),
         ("seed@x", "seed"),  # Hydra takes the part after @ for a package
     ],
@@ -141,6 +142,9 @@ def test_home_is_found_and_nothing_is_no_path(tmp_path, monkeypatch):
         ("steps=5 (x)", "steps cannot be '5 (x)': Value '5 (x)' of type 'str' could not be converted to Integer"),
         ("optim.lr=1e-3,", "optim.lr cannot be '1e-3,': Value '1e-3,' of type 'str' could not be converted to Float"),
         ("seed==1", "seed cannot be '=1': "),
+        ("resume=null", "resume cannot be None: field 'resume' is not Optional"),
+        ("network.hidden=8", "network.hidden cannot be 8: write a list, such as network.hidden=[8]."),
+        ("logger=csv", "logger cannot be 'csv': write a list, such as logger=[csv]."),
         ("network.hidden=[8", "the value of network.hidden cannot be read: [8; write a list as [A, B], a dictionary "),
         (
             "reader={a",

@@ -82,7 +82,7 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
 def reader_words(arguments: Sequence[str]) -> list[str]:
     """Return the words ``reader.NAME=VALUE`` of these commands; argparse cannot read them between options."""
     own = arguments[:1] in (["describe"], ["convert"])
-    return [word for word in arguments if re.match(r"\+{0,2}reader[\w.]*=", word)] if own else []
+    return [word for word in arguments if re.match(r"\+{0,2}reader(\.[^=]*)?=", word)] if own else []
 
 
 def _describe(args: argparse.Namespace) -> None:

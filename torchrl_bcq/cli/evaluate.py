@@ -59,12 +59,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--device", default="auto", help="any torch device (default: cuda if it is available)")
     out = "file for the numbers (default: evaluation.json, evaluation-2.json, ... in RUN, or beside the checkpoint)"
     add("--out", type=Path, metavar="JSON", help=out)
-    command.set_defaults(run=_run)
+    command.set_defaults(run=partial(_run, command))
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(command: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     from torchrl_bcq.cli.sweep import is_sweep, print_runs
-    from torchrl_bcq.runs.folder import CHECKPOINTS, load
+    from torchrl_bcq.runs.folder import load
 
     if args.episodes < 1:
         raise RunError(f"--episodes is {args.episodes}, expected at least 1.")
@@ -72,7 +72,11 @@ def _run(args: argparse.Namespace) -> None:
         raise RunError(f"--seed is {args.seed}, expected a number from 0 to {2**32 - 1}.")
     if args.out is not None and args.out.suffix.lower() != ".json":  # no other file of a run must be replaced
         raise RunError(f"--out is {str(args.out)!r}, expected the name of a JSON file, such as numbers.json.")
-    if is_sweep(args.folder) and not (args.folder / CHECKPOINTS).is_dir():
+    if is_sweep(args.folder):
+        given = [name for name, value in vars(args).items() if value != command.get_default(name)]
+        if options := [f"--{name.replace('_', '-')}" for name in given if name not in ("folder", "reader")]:
+            found = f"{args.folder} contains several runs, which {', '.join(options)} cannot evaluate"
+            raise RunError(f"{found}; choose one run in {args.folder}, or leave out {', '.join(options)}.")
         return print_runs(args.folder)
     trained = load(args.folder, args.checkpoint, args.device)
     runs = {trained.algorithm.title: trained, **_load_baseline(args, trained)}
@@ -211,10 +215,11 @@ def _print_returns(rows: dict[str, dict[str, float]]) -> None:
     columns = {name: title for name, title in columns.items() if any(name in row for row in rows.values())}
     cells = [[title, *(f"{row[name]:.1f}" if name in row else "-" for name in columns)] for title, row in rows.items()]
     width = max(20, *(len(title) + 2 for title in rows))
-    _print_table([["policy", *columns.values()], *cells], [width, *[12] * len(columns)])
+    print_table([["policy", *columns.values()], *cells], [width, *[12] * len(columns)])
 
 
-def _print_table(lines: list[list[str]], widths: list[int]) -> None:
+def print_table(lines: list[list[str]], widths: list[int]) -> None:
+    """Print lines of cells in columns of these widths: the first column to the left, the others to the right."""
     for title, *cells in lines:
         print(f"{title:<{widths[0]}}" + "".join(f"{cell:>{n}}" for cell, n in zip(cells, widths[1:], strict=True)))
 
@@ -248,7 +253,7 @@ def _on_the_dataset(trained: Any, runs: dict[str, Any]) -> dict[str, Any]:
     table = {**found, "the dataset": behaviour}
     names = dict.fromkeys(name for row in table.values() for name in row)
     cells = [[name, *(f"{row[name]:.4g}" if name in row else "-" for row in table.values())] for name in names]
-    _print_table([["", *table], *cells], [28, *(max(12, len(title) + 2) for title in table)])
+    print_table([["", *table], *cells], [28, *(max(12, len(title) + 2) for title in table)])
     print()
     for name, meaning in {**trained.algorithm.meanings, **_MEANINGS}.items():
         if any(other.startswith(name) for other in names):

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchrl_bcq.reports.logs import choose_metric, find_runs, shorten
-from torchrl_bcq.runs.settings import flat, load_settings
+from torchrl_bcq.cli.evaluate import print_table
+from torchrl_bcq.reports.logs import choose_metric, differing_settings, find_runs, shorten
+from torchrl_bcq.runs.folder import CHECKPOINTS
+from torchrl_bcq.runs.settings import FILE, flat, load_settings
 
-_ALWAYS_DIFFERENT = ("out", "resume")
+_NOT_SHOWN = ("out", "resume", "threads")  # threads=auto may choose another number in each run
 _OTHERS = ("initial_value", "action_distance")  # shown too, if no policy was evaluated in an environment
 
 
 def is_sweep(folder: Path) -> bool:
     """Return whether ``folder`` is not a run, but contains runs."""
-    return not (folder / "config.yaml").is_file() and any(folder.glob("[!.]*/config.yaml"))
+    is_run = (folder / FILE).is_file() or (folder / CHECKPOINTS).is_dir()
+    return not is_run and any(folder.glob(f"[!.]*/{FILE}"))
 
 
 def print_runs(folder: Path) -> None:
     """Print the settings in which the runs differ, their last and best logged returns, and which run is best."""
     runs = find_runs([folder], lambda run: flat(load_settings(run)))
-    names = [name for name in runs[0].settings if name not in _ALWAYS_DIFFERENT]
-    differing = [name for name in names if len({repr(run.settings.get(name)) for run in runs}) > 1]
+    differing = [name for name in differing_settings([run.settings for run in runs]) if name not in _NOT_SHOWN]
     metric = choose_metric(runs, None)
     logged = {run.folder: run.read(metric) for run in runs}
     others = [] if metric == "return" else [name for name in _OTHERS if any(name in run.metrics for run in runs)]
@@ -33,11 +35,12 @@ def print_runs(folder: Path) -> None:
         numbers = [f"{value[0]:.4g}" if value else "-" for value in last]
         numbers += [f"{max(values.values()):.4g}" if values else "-"] if metric == "return" else []
         lines.append([*cells, f"{max(values):,}" if values else "-", *numbers])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    first, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
     print(f"{folder} contains {len(runs)} runs:\n")
-    for name, *others in lines:
-        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
-        print("  ".join([f"{name:<{widths[0]}}", *cells]))
+    print_table(lines, [first, *(width + 2 for width in widths)])
+    started = {log.parent for log in folder.glob("[!.]*/train.log")}
+    if failed := sorted(str(path) for path in started.difference(run.folder for run in runs)):
+        print(f"\nNot in the table, because they stopped before their first step (see train.log): {', '.join(failed)}")
     measured = [run.folder for run in runs if metric == "return" and logged[run.folder]]
     if not measured:
         print("\nNo run was evaluated in an environment. These numbers do not show which policy is best.")

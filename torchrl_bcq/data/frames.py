@@ -6,16 +6,14 @@ import logging
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from torchrl_bcq.data.checks import DatasetError
 from torchrl_bcq.data.episodes import STEPS, episode_numbers
-from torchrl_bcq.data.n_step import check_tensors
-from torchrl_bcq.data.sources.conversion import load_memmap, remove_unfinished, write_memmap
+from torchrl_bcq.data.n_step import check_output
+from torchrl_bcq.data.sources.conversion import load_memmap, load_or_write, write_memmap
 from torchrl_bcq.errors import remedy
-from torchrl_bcq.files import home
 
 _CHUNK = 2**16  # number of rows that are compared, or written, at a time
 _logger = logging.getLogger(__name__)
@@ -60,10 +58,7 @@ def stack_observations(transitions: TensorDictBase, num_frames: int, *, folder: 
     """
     if not isinstance(num_frames, int) or num_frames < 1:
         raise ValueError(f"num_frames is {num_frames!r}, expected a whole number of at least 1.")
-    folder = None if folder is None else home(folder)
-    if folder is not None and folder.exists():
-        raise FileExistsError(f"{folder} already exists; choose a new folder, or load this folder with load_memmap.")
-    check_tensors(transitions, written=folder is not None)
+    folder = check_output(transitions, folder)
     numbers = episode_numbers(transitions)
     observation, following = _vectors(transitions)
     if num_frames > len(numbers):
@@ -87,23 +82,18 @@ def stack_observations(transitions: TensorDictBase, num_frames: int, *, folder: 
     return load_memmap(folder)
 
 
-def stack_in_folder(transitions: TensorDictBase, num_frames: int, root: str | Path) -> TensorDict:
-    """Return the stacked rows of a copy in ``root``, memory-mapped from a second copy beside it, written if missing.
+def stack_in_folder(transitions: TensorDictBase, num_frames: int) -> TensorDict:
+    """Return the stacked rows of a copy, memory-mapped from a second copy beside it, written if missing.
 
     Args:
-        transitions: memory-mapped copy in ``root``, as a reader returns it. Its name contains a digest of its contents.
+        transitions: memory-mapped copy, as a reader returns it. Its name contains a digest of its contents.
         num_frames: as for ``stack_observations``.
-        root: folder of the copies.
     """
     copy = Path(transitions["observation"].filename).parent
-    folder = home(root) / f"{copy.name}-stack{num_frames}"
-    if not folder.exists():
-        with FileLock(folder.with_name(f".{folder.name}.lock")):  # other processes wait until the copy is complete
-            if not folder.exists():
-                remove_unfinished(folder)
-                stack_observations(transitions, num_frames, folder=folder)
+    folder = copy.with_name(f"{copy.name}-stack{num_frames}")
+    stacked = load_or_write(folder, lambda: stack_observations(transitions, num_frames, folder=folder))
     _logger.info("states of %d observations: memory-mapped from %s", num_frames, folder)
-    return load_memmap(folder)
+    return stacked
 
 
 def _vectors(transitions: TensorDictBase) -> tuple[Tensor, Tensor]:

@@ -50,10 +50,7 @@ def multi_step(
     """
     if num_steps < 1 or not 0 <= gamma <= 1:
         raise ValueError(f"num_steps is {num_steps}, expected at least 1; gamma is {gamma}, expected between 0 and 1.")
-    folder = None if folder is None else home(folder)
-    if folder is not None and folder.exists():
-        raise FileExistsError(f"{folder} already exists; choose a new folder, or load this folder with load_memmap.")
-    check_tensors(transitions, written=folder is not None)
+    folder = check_output(transitions, folder)
     if STEPS in transitions.keys():
         raise DatasetError(f"the transitions hold {STEPS}, so they already span several steps; pass single-step data.")
     steps = _steps_left(transitions).clamp_max(num_steps)
@@ -72,16 +69,23 @@ def multi_step(
     return load_memmap(folder)
 
 
-def check_tensors(transitions: TensorDictBase, written: bool) -> None:
-    """Check that the entries under "next" are tensors. If ``written``, also check all other entries."""
+def check_output(transitions: TensorDictBase, folder: str | Path | None) -> Path | None:
+    """Return the path of the new folder, if one is given, and check that it does not exist.
+
+    Also check that the entries under "next" are tensors, and all other entries if they will be written to a folder.
+    """
+    folder = None if folder is None else home(folder)
+    if folder is not None and folder.exists():
+        raise FileExistsError(f"{folder} already exists; choose a new folder, or load this folder with load_memmap.")
     if not is_tensor_collection(transitions):
         raise DatasetError(f"the transitions are {transitions!r:.60}, expected a TensorDict, as from_arrays returns.")
     if not is_tensor_collection(after := transitions.get("next", transitions)):
         raise DatasetError(f"the entry next is a {type(after).__name__}, expected a TensorDict of what follows a step.")
     tensors = set(transitions.keys(True, True))
     entries = transitions.keys(True, True, is_leaf=is_leaf_nontensor)
-    if odd := [key for key in entries if key not in tensors and (written or key[0] == "next")]:
+    if odd := [key for key in entries if key not in tensors and (folder is not None or key[0] == "next")]:
         raise DatasetError(f"{sorted(map(str, odd))} hold no tensors; exclude them, or convert them to tensors.")
+    return folder
 
 
 def _steps_left(transitions: TensorDictBase) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ _SOURCES: dict[str, tuple[Any, Any]] = {  # prefix: (function that makes the Sou
     "minari": (minari, load_minari),
     "d4rl": (d4rl, load_d4rl),
 }
+NOT_SETTINGS = ("action_spec", "root")  # arguments of readers that are no settings of ``reader``
 _ENDINGS = {f".{kind}": kind for kind in ("hdf5", "npz", "csv", "parquet")}
 _ENDINGS |= {".h5": "hdf5", ".gz": "csv", ".pq": "parquet"}
 Name = str | os.PathLike[str]
@@ -144,7 +145,7 @@ def _expanded(name: str) -> list[str]:
     if path.is_dir() and not (path / "meta.json").is_file():
         files = [file for file in sorted(path.glob("[!.]*")) if file.suffix.lower() in _ENDINGS and file.is_file()]
         if len(kinds := sorted({file.suffix for file in files})) > 1:
-            choice = f"choose one of them, such as '{path / '*'}{kinds[0]}'"
+            choice = f"choose one of them, such as '{Path(escape(str(path))) / '*'}{kinds[0]}'"
             raise DatasetError(f"{name} holds files with the endings {kinds}; {choice}.")
         return [str(file) for file in files] or [name]  # without files, load_memmap reports the contents of the folder
     kind, colon, pattern = name.rpartition(":")
@@ -163,7 +164,7 @@ def _find_one(name: str, settings: dict[str, Any]) -> Source | None:
         return None
     open_source, read = _SOURCES[prefix]
     _, *parameters = signature(read).parameters.values()  # the first parameter is the path or id
-    taken = {parameter.name: parameter for parameter in parameters if parameter.name not in ("action_spec", "root")}
+    taken = {parameter.name: parameter for parameter in parameters if parameter.name not in NOT_SETTINGS}
     if missing := [key for key in taken if taken[key].default is Parameter.empty and key not in settings]:
         columns = " ".join(f"reader.{key}=COLUMN" for key in missing)
         if "episode" in taken and not settings.keys() & {"episode", "truncated", "next_observation"}:

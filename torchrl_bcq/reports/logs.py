@@ -117,8 +117,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     for run in runs:
         alike.setdefault(repr(sorted(run.compared.items())), []).append(run)
     firsts = [members[0].compared for members in alike.values()]
-    names = dict.fromkeys(name for first in firsts for name in first)  # all names: algorithms differ in settings
-    differing = [name for name in names if len({repr(first[name]) for first in firsts if name in first}) > 1]
+    differing = differing_settings(firsts)
     labels = [_label(first, differing, shorten) for first in firsts]
     if len(set(labels)) < len(labels):  # some labels differ only in the part that was cut off
         labels = [_label(first, differing, str) for first in firsts]
@@ -129,6 +128,12 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
                 message = "%s have the same settings and the same seed, %s; each of them counts as one repetition."
                 _logger.warning(message, ", ".join(same), seed)
     return [Group(label, members) for label, members in zip(labels, alike.values(), strict=True)]
+
+
+def differing_settings(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the names of the settings that have several values; an algorithm that lacks a setting does not count."""
+    names = dict.fromkeys(name for settings in runs for name in settings)
+    return [name for name in names if len({repr(settings[name]) for settings in runs if name in settings}) > 1]
 
 
 def choose_metric(runs: Sequence[Run], wanted: str | None) -> str:

@@ -132,7 +132,7 @@ def _read_in_bounds(
     try:
         transitions = load_transitions(settings.dataset, action_spec=spec, root=settings.root, **reader)
         if settings.stack > 1 and settings.root is not None and transitions.is_memmap():
-            transitions = stack_in_folder(transitions, settings.stack, settings.root)
+            transitions = stack_in_folder(transitions, settings.stack)
         elif settings.stack > 1:
             transitions = stack_observations(transitions, settings.stack)
         low, high = transitions["action"].aminmax(dim=0)
@@ -156,7 +156,7 @@ def _earlier_bounds(*runs: str) -> TensorSpec | None:
     """Return the action spec of the first run that has a checkpoint, or None."""
     for run in runs:
         try:
-            return read_metadata(find_checkpoint(Path(run), "last"))[1].action_spec
+            return read_metadata(find_checkpoint(Path(run)))[1].action_spec
         except RunError:
             continue  # load_networks raises this error if the checkpoint is needed
     return None

@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from torch import Tensor
-from torchrl.checkpoint import CheckpointError
 
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.objectives import OfflineLoss
-from torchrl_bcq.runs.folder import Task, find_checkpoint, read_metadata
+from torchrl_bcq.runs.folder import Task, Trained, find_checkpoint, load, read_metadata
 from torchrl_bcq.runs.settings import FREE, flat
-from torchrl_bcq.trainers import make_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -40,7 +37,7 @@ def load_networks(loss: OfflineLoss, settings: DictConfig, task: Task) -> None:
         there, here = ((one.observation_size, len(one.action_low)) for one in (then, task))
         raise RunError(
             f"{path} has {there[0]} observation and {there[1]} action dimensions, but the dataset has {here[0]} and "
-            f"{here[1]}; set another init_from."
+            f"{here[1]}; set another init_from, or another dataset."
         )
     if (then.action_low, then.action_high) != (task.action_low, task.action_high):
         raise RunError(
@@ -48,12 +45,7 @@ def load_networks(loss: OfflineLoss, settings: DictConfig, task: Task) -> None:
             f"{task.action_low} to {task.action_high}; set action_low={then.action_low} and "
             f"action_high={then.action_high}."
         )
-    try:
-        make_checkpoint(loss_module=_Networks(loss, str(path), _differing(saved, settings))).load(path)
-    except CheckpointError as error:
-        if isinstance(error.__cause__, RunError):
-            raise error.__cause__ from None
-        raise RunError(f"{path} cannot be loaded: {error}") from error
+    _copy_networks(load(path, device="cpu"), loss, _differing(saved, settings))
     _logger.info("the networks start with the weights of %s, after %s gradient steps", path, f"{step:,}")
     _report_settings(flat(saved), flat(settings))
 
@@ -81,24 +73,15 @@ def _differing(saved: DictConfig, settings: DictConfig) -> list[str]:
     return [f"{name}={json.dumps(then[name], separators=(',', ':'))}" for name in changed]
 
 
-class _Networks:
-    """The networks of a loss, as a component that a checkpoint can load."""
-
-    def __init__(self, loss: OfflineLoss, where: str, differing: list[str]) -> None:
-        self._loss, self._where, self._differing = loss, where, differing
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(self._loss.state_dict())
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the networks of ``state``. A target network that ``state`` lacks becomes a copy of its network."""
-        own = self.state_dict()
-        online = tuple(f"{name}_network_params." for name in self._loss.network_names)
-        names = [name for name in own if name.removeprefix("target_").startswith(online)]
-        taken = {name: state.get(name, state.get(name.removeprefix("target_"))) for name in names}
-        odd = [name for name, value in taken.items() if value is None or value.shape != own[name].shape]
-        odd += [name for name in state if name.startswith(online) and name not in own]
-        if odd:
-            remedy = f"set {' '.join(self._differing)}" if self._differing else "set another init_from"
-            raise RunError(f"{self._where} has networks of another structure, such as {odd[0]}; {remedy}.")
-        self._loss.load_state_dict({**own, **taken})
+def _copy_networks(trained: Trained, loss: OfflineLoss, differing: list[str]) -> None:
+    """Copy the networks and their targets. A target network that ``trained`` lacks becomes a copy of its network."""
+    state, own = trained.loss.state_dict(), dict(loss.state_dict())
+    online = tuple(f"{name}_network_params." for name in loss.network_names)
+    names = [name for name in own if name.removeprefix("target_").startswith(online)]
+    taken = {name: state.get(name, state.get(name.removeprefix("target_"))) for name in names}
+    odd = [name for name, value in taken.items() if value is None or value.shape != own[name].shape]
+    odd += [name for name in state if name.startswith(online) and name not in own]
+    if odd:
+        remedy = f"set {' '.join(differing)}" if differing else "set another init_from"
+        raise RunError(f"{trained.path} has networks of another structure, such as {odd[0]}; {remedy}.")
+    loss.load_state_dict({**own, **taken})

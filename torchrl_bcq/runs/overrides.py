@@ -13,13 +13,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from torchrl_bcq.data.registry import find_reader
+from torchrl_bcq.data.registry import NOT_SETTINGS, find_reader
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.files import home
 from torchrl_bcq.runs.signatures import fields_of, make_section
 
 PATHS = ("dataset", "root", "resume", "init_from")  # settings whose values are paths of existing files or folders
-_NOT_TYPED = ("action_spec", "root")  # arguments of a reader that are no settings of ``reader``
 
 
 def read_words(words: Iterable[str], texts: Collection[str], *, sweep: bool = False) -> list[dict[str, Any]]:
@@ -129,7 +128,9 @@ def set_value(settings: DictConfig, name: str, value: Any) -> None:
     except (ConfigAttributeError, ConfigKeyError):
         raise
     except OmegaConfBaseException as error:
-        raise RunError(f"{name} cannot be {value!r}: {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[0]
+        why = f"write a list, such as {name}=[{value}]." if "is not a ListConfig" in why else why
+        raise RunError(f"{name} cannot be {value!r}: {why}") from error
     except (ValueError, IndexError) as error:  # OmegaConf expects the number of an item, or finds no name
         raise RunError(f"{name}={value} cannot be set: it names a part of a list; set the whole list.") from error
 
@@ -148,7 +149,7 @@ def check_reader(dataset: str | Sequence[str], given: Mapping[str, Any]) -> dict
     if not given or (reader := find_reader(dataset)) is None:
         return dict(given)
     _, *others = fields_of(reader).items()  # the first argument is the path or id
-    settings = {name: setting for name, setting in others if name not in _NOT_TYPED}
+    settings = {name: setting for name, setting in others if name not in NOT_SETTINGS}
     checked = OmegaConf.structured(make_section("reader", settings))
     for name, value in given.items():
         if name not in settings:

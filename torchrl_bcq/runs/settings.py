@@ -131,7 +131,7 @@ def compose(overrides: Sequence[str], *, sweep: bool = False) -> list[DictConfig
 def _override(values: dict[str, Any]) -> DictConfig:
     """Return the default settings, or those of a resumed run, changed by the overrides ``values``."""
     resumed = values.get("resume", False)
-    if isinstance(resumed, bool):
+    if resumed is None or isinstance(resumed, bool):
         settings = default_settings(str(values.get("algorithm", "bcq")))
     else:
         settings = load_settings(Path(str(resumed)))

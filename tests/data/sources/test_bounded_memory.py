@@ -11,6 +11,8 @@ from pyarrow import csv, parquet
 from torchrl_bcq.data.sources.array_files import hdf5
 from torchrl_bcq.data.sources.tables import table
 
+from ...array_files import write_arrays
+
 LIMIT = 30_000_000  # bytes of a chunk; the files hold 72 million
 ROWS, WIDE = 60_000, 300
 COLUMNS = {"action": ["a"], "reward": "r", "terminated": "end", "episode": "episode"}
@@ -36,10 +38,7 @@ def fields():
 
 
 def write_hdf5(path):
-    with h5py.File(path, "w") as file:
-        for name, values in fields().items():
-            file[name] = values
-    return hdf5(path)
+    return hdf5(write_arrays(path, fields()))
 
 
 def write_episodes(path):

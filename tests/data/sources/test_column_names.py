@@ -93,3 +93,11 @@ def test_other_widths_are_refused_after_a_bad_value(monkeypatch, refusal):
     columns = {**COLUMNS, "v": [[NAN, 1.0]] * 4 + [[1.0, 2.0, 3.0]] * 5}
     found = refusal(columns, ["v"], name="d.parquet")
     assert "observations has 3 features from row 4 on, but 2 before" in found
+
+
+def test_columns_with_defects_in_different_parts(refusal, monkeypatch):
+    monkeypatch.setattr(tables, "_ROWS", 3)
+    columns = {**COLUMNS, **put("y", 1, NAN), **put("x", 7, NAN)}
+    assert refusal(columns, ["x", "y"], name="d.parquet") == (
+        "observations has 2 rows (first: 1) that are not finite in float32, in columns x, y; drop or repair them."
+    )

@@ -13,7 +13,6 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -26,6 +25,8 @@ from torchrl_bcq.data.sources import array_files, conversion, layouts, source
 from torchrl_bcq.data.sources.conversion import load_memmap, write_memmap
 from torchrl_bcq.data.sources.source import Source
 from torchrl_bcq.files import UNFINISHED
+
+from ...array_files import write_arrays
 
 ROWS = 40
 TIME = np.arange(ROWS, dtype=np.float32)
@@ -40,10 +41,7 @@ ARRAYS = dict(zip(("observations", "actions", "rewards", "terminated", "truncate
 
 
 def write(path, **changes):
-    with h5py.File(path, "w") as file:
-        for name, value in {**STEPS, **changes}.items():
-            file[name] = value
-    return path
+    return write_arrays(path, {**STEPS, **changes})
 
 
 @pytest.fixture

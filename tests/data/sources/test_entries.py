@@ -36,7 +36,7 @@ def write(tmp_path):
             return path
         with h5py.File(path, "w") as file:
             for number, group in enumerate(groups):
-                rows = slice(8 * number, 8 * number + 8) if len(groups) > 1 else slice(None)
+                rows = slice(8 * number, 8 * number + 8) if len(groups) > 1 else ()
                 for name, values in found.items():
                     file[f"{group}/{name}" if group else name] = values[rows]
         return path
@@ -126,8 +126,6 @@ def test_padded_episodes_and_actions_of_several_entries(write):
     ],
 )
 def test_entries_that_cannot_be_joined_are_refused(write, kind, names, changes, message):
-    if kind == "hdf5" and "obs/arm" in changes and changes["obs/arm"].shape == ():
-        pytest.skip("the scalar has no rows to write")
     with pytest.raises(DatasetError) as error:
         load_transitions(write(kind, **changes), names={**NAMES, **names})
     assert str(error.value).startswith(f"d.{kind}: {message}")

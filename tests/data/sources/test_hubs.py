@@ -8,7 +8,6 @@ import re
 import sys
 
 import gymnasium
-import h5py
 import minari
 import numpy as np
 import pytest
@@ -19,6 +18,8 @@ from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 
 from torchrl_bcq import load_d4rl, load_hdf5, load_minari
 from torchrl_bcq.data.sources import hubs
+
+from ...array_files import write_arrays
 
 
 @pytest.fixture
@@ -185,10 +186,7 @@ def write(path, length: int, terminated: list[int], **more: np.ndarray):
     flags = np.zeros(length, dtype=bool)
     flags[terminated] = True
     fields = {"observations": time[:, None], "actions": time[:, None] / length, "rewards": time, "terminals": flags}
-    with h5py.File(path, "w") as file:
-        for name, value in (fields | more).items():
-            file[name] = value
-    return path
+    return write_arrays(path, fields | more)
 
 
 def file_of(dataset_id: str) -> str:

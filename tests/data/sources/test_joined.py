@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import gymnasium
-import h5py
 import minari
 import numpy as np
 import pyarrow
@@ -30,6 +29,8 @@ from torchrl_bcq import (
 )
 from torchrl_bcq.data.registry import find_source
 
+from ...array_files import write_arrays
+
 T, F = True, False
 TABLE = {"observation": ["x"], "action": ["a"], "reward": "r", "terminated": "end", "episode": "trip"}
 
@@ -49,14 +50,7 @@ def fields(first: float, rewards: list[float], *, ends: bool = False, after: boo
 
 
 def write(path: str | Path, columns: dict, **attributes: object) -> str:
-    if str(path).endswith(".npz"):
-        np.savez(path, **columns)
-    else:
-        with h5py.File(path, "w") as file:
-            for name, values in columns.items():
-                file[name] = values
-            file.attrs.update(attributes)
-    return str(path)
+    return str(write_arrays(path, columns, **attributes))
 
 
 def write_table(path: str | Path, first: float, trips: list[str]) -> str:
@@ -399,3 +393,26 @@ def test_memory_is_that_of_a_chunk(folder, monkeypatch):
     assert max(sizes) == 49
     assert flat(td, "episode") == [number for number in range(20) for _ in range(49)]
     assert torch.equal(td["next", "done"].nonzero()[:, 0], torch.arange(48, 980, 49))
+
+
+def test_the_pattern_for_a_folder_of_two_formats_can_be_used(folder):
+    Path("run[1]").mkdir()
+    for name in ("c.npz", "d.npz", "e.hdf5"):
+        write(f"run[1]/{name}", fields(1, [1.0, 2], ends=True))
+    Path("run[1]/old.csv").mkdir()  # a folder is no file of a third format
+    with pytest.raises(DatasetError) as error:
+        load_transitions("run[1]")
+    pattern = re.search(r"such as '(.*)'", str(error.value))[1]
+    assert pattern == "run[[]1]/*.hdf5"
+    assert len(load_transitions(pattern)) == 2
+    assert len(load_transitions(pattern.replace("hdf5", "npz"))) == 4
+
+
+def test_any_ending_after_a_prefix_and_endings_in_capitals(folder):
+    """A prefix says what a pattern's files are; in a folder, A.HDF5 is an HDF5 file."""
+    for name in ("a", "b"):
+        (folder / f"{name}.hdf5").rename(folder / f"{name}.dat")
+    assert flat(load_transitions("hdf5:*.dat"), "observation") == [1, 2, 3, 11, 12, 13]
+    (folder / "capitals").mkdir()
+    (folder / "a.dat").rename(folder / "capitals/A.HDF5")
+    assert flat(load_transitions("capitals"), "observation") == [1, 2, 3]

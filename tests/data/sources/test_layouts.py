@@ -13,6 +13,8 @@ import torch
 from torchrl_bcq import from_arrays, load_hdf5, load_npz
 from torchrl_bcq.data.sources import layouts
 
+from ...array_files import write_arrays
+
 
 def refusal(path, load=load_hdf5, **settings) -> str:
     with pytest.raises(ValueError) as error:  # noqa: PT011 (whole messages are compared)
@@ -181,16 +183,6 @@ CUT |= {"terminated": TERMINATED, "truncated": ENDS & ~TERMINATED}
 FLAT = {"observations": OBSERVATIONS, "actions": ACTIONS, "rewards": REWARDS, "terminals": TERMINATED * 1.0}
 
 
-def write(path, fields):
-    if path.suffix == ".npz":
-        np.savez(path, **fields)
-        return path
-    with h5py.File(path, "w") as file:
-        for name, values in fields.items():
-            file[name] = values
-    return path
-
-
 FORMS = pytest.mark.parametrize(("name", "load"), [("d.hdf5", load_hdf5), ("d.npz", load_npz)])
 
 
@@ -200,7 +192,7 @@ FORMS = pytest.mark.parametrize(("name", "load"), [("d.hdf5", load_hdf5), ("d.np
 def test_ends_of_d3rlpy_1(tmp_path, name, load, shape):
     """Of ten kept rows, the terminated one counts as terminated and not as cut off."""
     more = {"episode_terminals": (ENDS * 1.0).reshape(shape), "discrete_action": False, "version": "1.0"}
-    path = write(tmp_path / name, {**FLAT, **more, "terminals": FLAT["terminals"].reshape(shape)})
+    path = write_arrays(tmp_path / name, {**FLAT, **more, "terminals": FLAT["terminals"].reshape(shape)})
     td = load(path)
     same(td, from_arrays(**CUT))
     assert rows(td, "episode") == [0] * 4 + [1] * 4 + [2] * 2
@@ -211,12 +203,12 @@ def test_ends_of_d3rlpy_1(tmp_path, name, load, shape):
 @FORMS
 def test_flags_of_starts_and_ends_must_be_flags(tmp_path, name, load):
     for field, first in (("episode_terminals", 8), ("episode_starts", 7)):
-        path = write(tmp_path / name, {**FLAT, field: np.where(np.arange(12) == 8, 2, ENDS)})
+        path = write_arrays(tmp_path / name, {**FLAT, field: np.where(np.arange(12) == 8, 2, ENDS)})
         assert refusal(path, load) == (
             f"{name}: truncated has 1 row (first: {first}) that are neither 0 nor 1, such as 2.0; use only 0 (false) "
             "and 1 (true)."
         ).replace("2.0", "2")
-        path = write(tmp_path / name, {**FLAT, field: ENDS[:-1]})
+        path = write_arrays(tmp_path / name, {**FLAT, field: ENDS[:-1]})
         assert refusal(path, load).startswith(f"{name}: fields differ in length: ")
 
 
@@ -224,13 +216,13 @@ def test_flags_of_starts_and_ends_must_be_flags(tmp_path, name, load):
 @pytest.mark.usefixtures("small_chunks")
 def test_starts_of_episodes(tmp_path, name, load):
     starts = np.r_[True, ENDS[:-1]]
-    same(load(write(tmp_path / name, {**FLAT, "episode_starts": starts})), from_arrays(**CUT))
+    same(load(write_arrays(tmp_path / name, {**FLAT, "episode_starts": starts})), from_arrays(**CUT))
 
 
 def test_starts_do_not_say_whether_an_episode_was_terminated(tmp_path):
     """Expert data of Stable-Baselines 2 has neither terminals nor time-outs."""
     fields = {"obs": OBSERVATIONS, "actions": ACTIONS, "rewards": REWARDS, "episode_starts": ENDS}
-    path = write(tmp_path / "d.npz", {**fields, "episode_returns": np.ones(3)})
+    path = write_arrays(tmp_path / "d.npz", {**fields, "episode_returns": np.ones(3)})
     assert refusal(path, load_npz) == (
         "d.npz: it lacks ['terminated']; it holds ['actions', 'episode_returns', 'episode_starts', 'obs', 'rewards']. "
         "episode_starts does not say whether an episode was terminated or truncated. Name the entries with "
@@ -241,9 +233,9 @@ def test_starts_do_not_say_whether_an_episode_was_terminated(tmp_path):
 def test_one_way_to_show_ends_is_read(tmp_path):
     """Time-outs have priority, unless another entry is named."""
     wrong = np.arange(12) % 2 == 0
-    path = write(tmp_path / "d.npz", {**FLAT, "timeouts": CUT["truncated"], "episode_terminals": wrong})
+    path = write_arrays(tmp_path / "d.npz", {**FLAT, "timeouts": CUT["truncated"], "episode_terminals": wrong})
     same(load_npz(path), from_arrays(**CUT))
-    path = write(tmp_path / "d.npz", {**FLAT, "timeouts": wrong, "starts": np.r_[True, ENDS[:-1]]})
+    path = write_arrays(tmp_path / "d.npz", {**FLAT, "timeouts": wrong, "starts": np.r_[True, ENDS[:-1]]})
     same(load_npz(path, names={"episode_starts": "starts"}), from_arrays(**CUT))
     assert refusal(path, load_npz, names={"episode_starts": "starts", "truncated": "timeouts"}) == (
         "d.npz: names has ['truncated', 'episode_starts'], which all show where episodes end; name only one of them."
@@ -264,27 +256,27 @@ def dump(count="num_episodes", **changes):
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("count", ["num_episodes", "total_size"])
 def test_dump_of_d3rlpy_2(tmp_path, count):
-    same(load_hdf5(write(tmp_path / "d.h5", dump(count))), from_arrays(**CUT))
+    same(load_hdf5(write_arrays(tmp_path / "d.h5", dump(count))), from_arrays(**CUT))
 
 
 def test_incomplete_dumps_of_d3rlpy_2(tmp_path):
     remedy = "Only observations, actions and rewards of one array each can be read; save the dataset again."
     columns = "3 episodes with ['observations', 'actions', 'rewards', 'terminated']"
     for entry in ("rewards_1", "terminated_2"):
-        assert refusal(write(tmp_path / "d.h5", dump(**{entry: None}))) == (
+        assert refusal(write_arrays(tmp_path / "d.h5", dump(**{entry: None}))) == (
             f"d.h5: it holds {columns}, but the entries ['{entry}'] are missing or left over. {remedy}"
         )
-    path = write(tmp_path / "d.h5", dump(observations_0=None, observations_0_0=OBSERVATIONS[:4]))
+    path = write_arrays(tmp_path / "d.h5", dump(observations_0=None, observations_0_0=OBSERVATIONS[:4]))
     assert refusal(path) == (
         f"d.h5: it holds {columns}, but the entries ['observations_0', 'observations_0_0'] are missing or left over. "
         f"{remedy}"
     )
-    path = write(tmp_path / "d.h5", dump(num_episodes=2))
+    path = write_arrays(tmp_path / "d.h5", dump(num_episodes=2))
     assert refusal(path).startswith("d.h5: it holds 2 episodes with")
 
 
 def test_discrete_actions_of_d3rlpy_2(tmp_path):
-    path = write(
+    path = write_arrays(
         tmp_path / "d.h5", dump(**{f"actions_{n}": np.ones((size, 1), int) for n, size in enumerate(EPISODES)})
     )
     assert refusal(path) == (
@@ -311,16 +303,16 @@ def padded(more=0):
 @FORMS
 @pytest.mark.usefixtures("small_chunks")
 def test_padded_episodes(tmp_path, name, load):
-    td = load(write(tmp_path / name, padded()))
+    td = load(write_arrays(tmp_path / name, padded()))
     same(td, from_arrays(**CUT))
-    td = load(write(tmp_path / name, padded(more=1)))
+    td = load(write_arrays(tmp_path / name, padded(more=1)))
     same(td, from_arrays(**CUT, next_observations=OBSERVATIONS + np.array([0, 1], "f4")))
 
 
 def test_padded_episodes_that_do_not_fit(tmp_path):
     def refuse(**changes):
         fields = {name: values for name, values in {**padded(), **changes}.items() if values is not None}
-        return refusal(write(tmp_path / "d.npz", fields), load_npz)
+        return refusal(write_arrays(tmp_path / "d.npz", fields), load_npz)
 
     assert refuse(lengths=None) == (
         "d.npz: actions has shape (4, 6, 1). If this is [episode, step, feature], add an entry lengths with the number "
@@ -342,13 +334,13 @@ def test_padded_episodes_that_do_not_fit(tmp_path):
 def test_flat_arrays_with_lengths(tmp_path, name, load):
     """The layout of DPPO's train.npz: states, actions, rewards, terminals, traj_lengths."""
     fields = {"states" if field == "observations" else field: values for field, values in FLAT.items()}
-    path = write(tmp_path / name, {**fields, "traj_lengths": np.array([*EPISODES])})
+    path = write_arrays(tmp_path / name, {**fields, "traj_lengths": np.array([*EPISODES])})
     same(load(path), from_arrays(**CUT))
-    path = write(tmp_path / name, {**fields, "traj_lengths": np.array([4, 5, 4])})
+    path = write_arrays(tmp_path / name, {**fields, "traj_lengths": np.array([4, 5, 4])})
     assert refusal(path, load) == (
         f"{name}: lengths adds up to 13 steps, but there are 12 rows; correct lengths, or add timeouts."
     )
-    path = write(tmp_path / name, {**fields, "lengths": np.ones(7, int), "timeouts": CUT["truncated"]})
+    path = write_arrays(tmp_path / name, {**fields, "lengths": np.ones(7, int), "timeouts": CUT["truncated"]})
     same(load(path), from_arrays(**CUT))  # time-outs have priority
 
 
@@ -394,7 +386,7 @@ def test_an_episode_whose_fields_differ_in_length_is_named(tmp_path):
 
 
 def test_a_file_that_is_open_elsewhere(tmp_path):
-    path = write(tmp_path / "d.hdf5", {**FLAT, "timeouts": CUT["truncated"]})
+    path = write_arrays(tmp_path / "d.hdf5", {**FLAT, "timeouts": CUT["truncated"]})
     code = f"import h5py, sys; file = h5py.File({str(path)!r}, 'a'); print(flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:

@@ -237,6 +237,22 @@ def test_nan_is_no_name_of_an_episode(tmp_path):
     )
 
 
+@pytest.mark.parametrize("unit", ["ns", "us", "s"])  # pandas writes nanoseconds
+def test_times_are_names(tmp_path, unit):
+    times = pa.array([day * 86_400 * 1_000_000 for day in [1] * 3 + [2] * 4 + [3] * 2], pa.timestamp("us"))
+    path = write_parquet(tmp_path / "d.parquet", COLUMNS | {"day": times.cast(pa.timestamp(unit))})
+    td = load_table(path, **ROLES, episode="day", group="day")
+    assert td["episode"].tolist() == td["group"].tolist() == [0, 0, 0, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_lists_are_no_names(tmp_path, length):
+    path = write_parquet(tmp_path / "d.parquet", COLUMNS | {"list": [[3] * length] * 9})
+    message = "d.parquet: column 'list' holds list<item: int64>, expected names or numbers."
+    assert re.sub("<.*?:", "<item:", refusal(path, episode="list")) == message
+    assert re.sub("<.*?:", "<item:", refusal(path, group="list", truncated="cut")) == message
+
+
 @pytest.mark.usefixtures("small_chunks")
 def test_empty_cells_are_refused(write):
     rewards, pulses, died = REWARD.copy(), PULSE.copy(), DIED.copy()

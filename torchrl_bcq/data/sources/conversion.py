@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from tensordict import TensorDict
 from tensordict.utils import _encode_key_for_filesystem
 
@@ -62,10 +63,15 @@ def write_memmap(parts: Iterator[TensorDict], rows: int, folder: Path) -> None:
         raise OSError(f"{folder} cannot be written ({error}); no partial copy is left.") from error
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove unfinished copies that killed processes left. No other process may write ``folder`` now."""
-    for aside in folder.parent.glob(f"{UNFINISHED}*.{folder.name}"):
-        shutil.rmtree(aside, ignore_errors=True)
+def load_or_write(folder: Path, write: Callable[[], object]) -> TensorDict:
+    """Load the copy in ``folder``. If there is no copy, call ``write`` first; other processes wait meanwhile."""
+    if not folder.exists():  # an existing copy needs no lock file, which cannot be created in a read-only folder
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not folder.exists():
+                for aside in folder.parent.glob(f"{UNFINISHED}*.{folder.name}"):  # killed processes left these copies
+                    shutil.rmtree(aside, ignore_errors=True)
+                write()
+    return load_memmap(folder)
 
 
 def _sync(path: Path) -> None:

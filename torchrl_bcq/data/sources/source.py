@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from tensordict import TensorDict
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.data.checks import Checks, Columns, DatasetError, spec_bounds
 from torchrl_bcq.data.origins import Origins
-from torchrl_bcq.data.sources.conversion import fingerprint, load_memmap, remove_unfinished, write_memmap
+from torchrl_bcq.data.sources.conversion import fingerprint, load_or_write, write_memmap
 from torchrl_bcq.data.sources.environment import RecordedEnvironment
 from torchrl_bcq.data.transitions import lay_out
 from torchrl_bcq.files import home
@@ -97,23 +96,23 @@ class Source:
         folder = root / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(self.name).stem)[:100]}-{digest}"
         # find the copy by its digest, because the source file may have been renamed since the conversion
         folder = next(root.glob(f"[!.]*-{digest}"), folder)
-        if not folder.exists():  # an existing copy needs no lock file, which cannot be created in a read-only root
-            try:
-                root.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise OSError(f"{root} cannot be a folder for copies ({error}); choose another folder.") from error
-            with FileLock(root / f".{folder.name}.lock"):  # other processes wait until this copy is complete
-                if not folder.exists():
-                    remove_unfinished(folder)
-                    checks = Checks(action_spec, self.refuse_whole, self.columns)
-                    rows = sum(len(part) for part in self._parts(checks, "checking", strict=strict, origins=origins))
-                    with closing(self._unchanged_parts(rows, digest, settings)) as parts:
-                        write_memmap(parts, rows, folder)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"{root} cannot be a folder for copies ({error}); choose another folder.") from error
+
+        def write() -> None:
+            checks = Checks(action_spec, self.refuse_whole, self.columns)
+            rows = sum(len(part) for part in self._parts(checks, "checking", strict=strict, origins=origins))
+            with closing(self._unchanged_parts(rows, digest, settings)) as parts:
+                write_memmap(parts, rows, folder)
+
+        copy = load_or_write(folder, write)
         if origins is not None and not origins.rows:  # an earlier copy does not tell which rows were dropped
             for _ in self._parts(Checks(), "counting", strict=False, origins=origins):
                 pass
         _logger.info("%s: memory-mapped from %s", self.name, folder)
-        return load_memmap(folder)
+        return copy
 
     def _unchanged_parts(self, rows: int, digest: str, settings: Mapping[str, Any]) -> _Parts:
         yield from self._parts(Checks(), "converting", rows=rows, strict=False)

@@ -242,11 +242,22 @@ def _check_columns(found: Sequence[str], wanted: Sequence[str]) -> None:
 
 def _fields(batch: Any, named: Mapping[str, list[str]]) -> dict[str, np.ndarray]:
     return {
-        field: np.asarray(batch.column(names[0]).to_pylist(), dtype=object)
+        field: _names(batch.column(names[0]), names[0])
         if field in _NAMES
         else np.concatenate([_numbers(batch.column(name), name) for name in names], axis=1)
         for field, names in named.items()
     }
+
+
+def _names(column: Any, name: str) -> np.ndarray:
+    """Return the names or numbers in a column, ``[n]``. Empty cells become None."""
+    from pyarrow import timestamp
+
+    if _holds(column.type, "nested"):
+        raise DatasetError(f"column {name!r} holds {column.type}, expected names or numbers.")
+    if _holds(column.type, "timestamp"):  # without pandas, pyarrow cannot convert nanoseconds to Python objects
+        column = column.cast(timestamp("us", column.type.tz))
+    return np.asarray(column.to_pylist(), dtype=object)
 
 
 def _numbers(column: Any, name: str) -> np.ndarray:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
-import h5py
 import numpy as np
 import pytest
 from omegaconf import DictConfig
 
 from torchrl_bcq.runs.settings import compose
+
+from .array_files import write_arrays
 
 ROWS, EPISODE = 200, 20  # of the file
 LENGTH = 5  # of an episode in the environment
@@ -63,8 +64,7 @@ class Goal(Swing):
 @pytest.fixture(autouse=True, scope="session")
 def _environments():
     for name, kind in {"Swing-v0": Swing, "Goal-v0": Goal}.items():
-        if name not in gymnasium.registry:  # the fixture is also in the conftest of other tests
-            gymnasium.register(name, kind, max_episode_steps=LENGTH)
+        gymnasium.register(name, kind, max_episode_steps=LENGTH)
 
 
 @pytest.fixture
@@ -82,13 +82,8 @@ def make_file(tmp_path):
             "timeouts": np.arange(ROWS) % EPISODE == EPISODE - 1,
         }
         attributes = {key: fields.pop(key) for key in ("ref_min_score", "ref_max_score") if key in fields}
-        with h5py.File(tmp_path / name, "w") as file:
-            for key, values in {**columns, **fields}.items():
-                file[key] = values
-            file.attrs.update(attributes)
-            if env_id is not None:
-                file.attrs["env_id"] = env_id
-        return tmp_path / name
+        attributes |= {} if env_id is None else {"env_id": env_id}
+        return write_arrays(tmp_path / name, {**columns, **fields}, **attributes)
 
     return make
 
