@@ -47,6 +47,39 @@ BREAKS = {
     "policy takes the worst candidate": ("modules/policy.py", "best = value.argmax(1", "best = value.argmin(1"),
     "cloning by the absolute error": ("objectives/cloning.py", ".square().mean(-1)", ".abs().mean(-1)"),
     "cloned network sees the action": ("objectives/cloning.py", "batch.exclude(key)", "batch.copy()"),
+    # discrete actions
+    "discrete: threshold is not strict": ("functional.py", "keepdim=True) > lowest", "keepdim=True) >= lowest"),
+    "discrete: mask ignored by the ratio": (
+        "functional.py",
+        "    logits = available_logits(logits, mask)\n    lowest",
+        "    lowest",
+    ),
+    "discrete: next action is not filtered": (
+        "objectives/discrete_bcq.py",
+        "best_allowed(value, allowed)",
+        "value.argmax(-1, keepdim=True)",
+    ),
+    "discrete: target network chooses": (
+        "objectives/discrete_bcq.py",
+        "best_allowed(value, allowed)",
+        "best_allowed(next_value, allowed)",
+    ),
+    "discrete: current network evaluates": (
+        "objectives/discrete_bcq.py",
+        "next_value.gather(-1, best",
+        "value.gather(-1, best",
+    ),
+    "discrete: policy acts by unfiltered values": (
+        "modules/discrete_policy.py",
+        "index = best_allowed(value, allowed)",
+        "index = value.argmax(-1, keepdim=True)",
+    ),
+    "discrete: policy explores in each mode": (
+        "modules/discrete_policy.py",
+        "if self.epsilon > 0 and is_random():",
+        "if self.epsilon > 0:",
+    ),
+    "discrete: frames are not scaled": ("modules/multi_head.py", "frame.to(dtype) / 255", "frame.to(dtype)"),
     # targets
     "target perturbation dropped": (
         "objectives/bcq.py",
@@ -148,7 +181,7 @@ BREAKS = {
         "            if False:\n",
     ),
     "precision of targets is not restored": (
-        "objectives/base.py",
+        "objectives/precision.py",
         "    finally:\n        _target_dtype = before",
         "    finally:\n        pass",
     ),

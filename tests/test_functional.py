@@ -86,6 +86,69 @@ def test_spread_latents_fill_their_distribution_evenly(seed):
     assert not torch.equal(F.spread_normal(count, dim, clip, seed + 1, like=torch.zeros(())), points)
 
 
+# discrete actions; the probabilities 0.5, 0.25, 0.15, 0.1 have the ratios 1, 0.5, 0.3, 0.2 to the largest
+
+LOGITS = torch.tensor([math.log(ratio) for ratio in (1.0, 0.5, 0.3, 0.2)], dtype=torch.float64)
+ALL, BUT_FIRST = torch.tensor([True] * 4), torch.tensor([False, True, True, True])
+
+
+@pytest.mark.parametrize(
+    ("threshold", "mask", "expected"),
+    [
+        (0.3, None, [True, True, False, False]),  # 0.3 itself does not pass
+        (0.29, None, [True, True, True, False]),
+        (0.0, None, [True, True, True, True]),
+        (0.5, None, [True, False, False, False]),  # 0.5 itself does not pass
+        (0.99, None, [True, False, False, False]),
+        (0.3, ALL, [True, True, False, False]),
+        (0.3, BUT_FIRST, [False, True, True, True]),  # ratios to 0.25: 1, 0.6, 0.4
+        (0.5, BUT_FIRST, [False, True, True, False]),
+        (0.0, BUT_FIRST, [False, True, True, True]),
+        (0.3, ~ALL, [False, False, False, False]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_likely_actions_by_hand(threshold, mask, expected, dtype):
+    assert F.likely_actions(LOGITS.to(dtype).expand(2, 3, 4), threshold, mask)[1, 2].tolist() == expected
+
+
+@pytest.mark.parametrize("shift", [7.0, -300.0])
+def test_likely_actions_depend_on_differences_of_logits(shift):
+    """Logits need not be those of a softmax: negative ones are no less likely."""
+    assert F.likely_actions(LOGITS + shift, 0.4).tolist() == [True, True, False, False]
+
+
+def test_the_threshold_0_admits_an_action_of_the_smallest_probability():
+    """In float32 its probability is rounded to 0."""
+    assert F.likely_actions(torch.tensor([200.0, 0.0]), 0.0).tolist() == [True, True]
+    assert F.likely_actions(torch.tensor([200.0, 0.0]), 1e-9).tolist() == [True, False]
+
+
+def test_best_allowed_is_the_largest_allowed_value():
+    value = torch.tensor([[9.0, -3.0, -2.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    allowed = torch.tensor([[False, True, True], [True, True, False], [False, False, False]])
+    assert F.best_allowed(value, allowed).tolist() == [[2], [1], [0]]  # nothing allowed: the first, and no NaN
+
+
+def test_imitation_nll_by_hand():
+    """p = 0.25 of four; without the first action p = 0.25 / 0.5."""
+    index = torch.tensor([[1], [1]])
+    mask = torch.stack([ALL, BUT_FIRST])
+    nll = F.imitation_nll(LOGITS.expand(2, 4) + 3, index, mask)
+    torch.testing.assert_close(nll, torch.tensor([math.log(4), math.log(2)], dtype=torch.float64))
+    assert F.imitation_nll(LOGITS, torch.tensor([1])).item() == pytest.approx(math.log(4))
+
+
+def test_imitation_nll_has_a_finite_gradient_under_a_mask():
+    logits = torch.tensor([0.0, 0.0, 5.0], requires_grad=True)
+    F.imitation_nll(logits, torch.tensor([0]), torch.tensor([True, True, False])).backward()
+    assert logits.grad.tolist() == [-0.5, 0.5, 0.0]
+
+
+def test_logit_penalty_by_hand():
+    assert F.logit_penalty(torch.tensor([[3.0, -1.0], [0.0, 2.0]])).tolist() == [5, 2]
+
+
 def test_merge_moments_by_hand():
     """{1, 3} and {5, 7, 9}: means 2 and 7, squared deviations 2 and 8; together mean 5 and 16 + 4 + 0 + 4 + 16 = 40."""
     one, other = ([2.0, 2.0, 2.0], [3.0, 7.0, 8.0])

@@ -36,7 +36,10 @@ from .modules import (
     BCQPolicy,
     BehaviorCloningPolicy,
     DeterministicActor,
+    DiscreteBCQPolicy,
+    DiscreteCloningPolicy,
     History,
+    MultiHeadNetwork,
     Normalization,
     PerturbationActor,
     Policy,
@@ -44,9 +47,11 @@ from .modules import (
     Standardize,
     make_bcq_modules,
     make_cloning_modules,
+    make_discrete_bcq_modules,
+    make_discrete_cloning_modules,
 )
-from .objectives import BCQLoss, CloningLoss, OfflineLoss, ValueLoss
-from .protocols import CriticEnsemble, GenerativeModel
+from .objectives import BCQLoss, CloningLoss, DiscreteBCQLoss, DiscreteCloningLoss, DiscreteLoss, OfflineLoss, ValueLoss
+from .protocols import CriticEnsemble, DiscreteNetwork, GenerativeModel
 from .reports import describe
 from .runs import Algorithm, load_policy
 from .trainers import (
@@ -76,10 +81,17 @@ __all__ = [
     "DatasetError",
     "DatasetMetrics",
     "DeterministicActor",
+    "DiscreteBCQLoss",
+    "DiscreteBCQPolicy",
+    "DiscreteCloningLoss",
+    "DiscreteCloningPolicy",
+    "DiscreteLoss",
+    "DiscreteNetwork",
     "EnvironmentMetrics",
     "GenerativeModel",
     "History",
     "KeepBest",
+    "MultiHeadNetwork",
     "NetworkLRScheduler",
     "Normalization",
     "OfflineCollector",
@@ -109,6 +121,8 @@ __all__ = [
     "make_bcq_modules",
     "make_checkpoint",
     "make_cloning_modules",
+    "make_discrete_bcq_modules",
+    "make_discrete_cloning_modules",
     "make_replay_buffer",
     "multi_step",
     "return_weights",

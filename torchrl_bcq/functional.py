@@ -1,13 +1,16 @@
-"""The equations of BCQ as pure functions of tensors. This module imports only torch.
+"""The equations of BCQ as pure functions of tensors. This module needs only torch.
 
 Shapes: ``*B`` is any batch shape, ``n`` the number of sampled actions, ``A`` the size of an action, ``L`` the size of a
-latent, and ``C`` the number of critics.
+latent, ``C`` the number of critics, and ``K`` the number of discrete actions.
 
-Source: Fujimoto, Meger, Precup, "Off-Policy Deep Reinforcement Learning without Exploration", arXiv:1812.02900.
+Sources: Fujimoto, Meger, Precup, "Off-Policy Deep Reinforcement Learning without Exploration", arXiv:1812.02900.
+Discrete actions: Fujimoto, Conti, Ghavamzadeh, Pineau, "Benchmarking Batch Deep Reinforcement Learning Algorithms",
+arXiv:1910.01708.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -64,6 +67,42 @@ def soft_clipped_double_q(qvalue: Tensor, lmbda: float) -> Tensor:
 def best_sample_value(qvalue: Tensor, lmbda: float) -> Tensor:
     """Return the value of the best of ``n`` actions (the maximum in eq. 13). ``[*B, n, C] -> [*B, 1]``."""
     return soft_clipped_double_q(qvalue, lmbda).amax(-1, keepdim=True)
+
+
+def available_logits(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Set the logits of actions that are not available to minus infinity. ``[*B, K], [*B, K] -> [*B, K]``."""
+    return logits if mask is None else logits.masked_fill(~mask, -math.inf)
+
+
+def likely_actions(logits: Tensor, threshold: float, mask: Tensor | None = None) -> Tensor:
+    """Return which actions the behaviour policy takes often enough: ``p(a|s) / max_b p(b|s) > threshold``.
+
+    The ratio of two probabilities is the exponential of the difference of their logits. The most likely available
+    action always passes, and with the threshold 0, each available action passes. ``[*B, K], [*B, K] -> [*B, K]``.
+
+    Args:
+        logits: logits of the behaviour policy.
+        threshold: smallest ratio, which itself does not pass; at least 0 and below 1.
+        mask: True for each available action; None means that all are available.
+    """
+    logits = available_logits(logits, mask)
+    lowest = math.log(threshold) if threshold > 0 else -math.inf
+    return logits - logits.amax(-1, keepdim=True) > lowest
+
+
+def best_allowed(value: Tensor, allowed: Tensor) -> Tensor:
+    """Return the index of the largest value among the allowed actions. ``[*B, K], [*B, K] -> [*B, 1]``."""
+    return value.masked_fill(~allowed, -math.inf).argmax(-1, keepdim=True)
+
+
+def imitation_nll(logits: Tensor, action: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return ``-log p(a|s)`` of the dataset's action. ``[*B, K], [*B, 1], [*B, K] -> [*B]``."""
+    return -available_logits(logits, mask).log_softmax(-1).gather(-1, action).squeeze(-1)
+
+
+def logit_penalty(logits: Tensor) -> Tensor:
+    """Return the mean square of a state's logits, which the author's code adds to the loss. ``[*B, K] -> [*B]``."""
+    return logits.square().mean(-1)
 
 
 def change_reward(reward: Tensor, shift: float = 0.0, scale: float = 1.0, clip: float | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -73,6 +73,28 @@ class CriticEnsemble(Protocol):
         ...
 
 
+class DiscreteNetwork(Protocol):
+    """Network that scores ``K`` discrete actions, such as ``MultiHeadNetwork`` or any ``TensorDictModule``.
+
+    Attributes:
+        in_keys: observation entries that the network reads.
+        out_keys: entries ``[*B, K]`` that the network writes. For BCQ: the values and the logits of the behaviour
+            policy, in this order. For cloning: the logits. Logits are unbounded: no softmax, no ReLU.
+
+    The network may also have the attributes ``action_key`` (``"action"`` if the network lacks it), ``action_space``
+    (which can also be passed to the loss and the policy), ``action_mask_key`` (entry ``[*B, K]`` of the available
+    actions), ``observation_specs`` (see ``Policy``), and the method ``first``, which writes the first output alone and
+    makes the target faster.
+    """
+
+    in_keys: Sequence[NestedKey]
+    out_keys: Sequence[NestedKey]
+
+    def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the scores of all actions, each ``[*B, K]``."""
+        ...
+
+
 def require(name: str, part: object, protocol: type) -> None:
     """Raise a TypeError if ``part`` lacks an attribute or a method of ``protocol``. Types are not checked."""
     members = [*protocol.__annotations__, *(member for member in vars(protocol) if not member.startswith("_"))]
@@ -112,8 +134,30 @@ def check_networks(
             f"{action!r}, which {names[0]} writes."
         )
     for name, network in zip(names, (vae, actor, critics), strict=True):
-        if network is not None and any(map(is_lazy, network.parameters())):  # type: ignore[union-attr]
-            raise ValueError(f"{name} has uninitialised lazy layers; call {name} once with data, or set in_features.")
+        if network is not None:
+            check_initialized(name, network)
+
+
+def check_discrete_network(name: str, network: DiscreteNetwork, outputs: Sequence[str]) -> None:
+    """Check that a network writes the given outputs for each discrete action.
+
+    Raises:
+        TypeError: if the network lacks a member of ``DiscreteNetwork``.
+        ValueError: if the network writes another number of entries, or has uninitialised lazy layers.
+    """
+    require(name, network, DiscreteNetwork)
+    if len(network.out_keys) != len(outputs):
+        raise ValueError(
+            f"{name} writes {[*network.out_keys]}, expected {len(outputs)} "
+            f"{'entry' if len(outputs) == 1 else 'entries'}: {' and '.join(outputs)}, each [*B, K]."
+        )
+    check_initialized(name, network)
+
+
+def check_initialized(name: str, network: Any) -> None:
+    """Raise a ValueError if a network has lazy layers that are not initialised."""
+    if any(map(is_lazy, network.parameters())):
+        raise ValueError(f"{name} has uninitialised lazy layers; call {name} once with data, or set in_features.")
 
 
 def check_action(tensordict: TensorDictBase, action_key: NestedKey) -> TensorDictBase:

@@ -8,13 +8,21 @@ import warnings
 
 import pytest
 import torch
-from torchrl.data import Composite, Unbounded
+from torchrl.data import Categorical, Composite, OneHot, Unbounded
 
-from torchrl_bcq import BCQLoss, CloningLoss, OfflineLoss, make_bcq_modules, make_cloning_modules
-from torchrl_bcq.objectives.base import target_precision
+from torchrl_bcq import (
+    BCQLoss,
+    CloningLoss,
+    OfflineLoss,
+    make_bcq_modules,
+    make_cloning_modules,
+    make_discrete_bcq_modules,
+    make_discrete_cloning_modules,
+)
+from torchrl_bcq.objectives.precision import target_precision
 
 from ..conftest import ACTION_SPEC, OBSERVATION_SPEC
-from .conftest import OBJECTIVES, bcq_modules, evaluate, make_loss, with_updater
+from .conftest import DELAYED, NUM_ACTIONS, OBJECTIVES, bcq_modules, evaluate, make_loss, with_updater
 
 
 @pytest.fixture(params=OBJECTIVES)
@@ -51,6 +59,11 @@ def test_in_keys_are_in_order():
     assert make_loss("cloning").in_keys == ["observation", "action"]
     for name in ("bcq", "bcq without an actor", "own"):
         assert make_loss(name).in_keys == ["observation", "action", *outcome]
+    assert make_loss("discrete cloning").in_keys == ["observation", "choice"]
+    assert make_loss("discrete bcq").in_keys == ["observation", "choice", *outcome]
+    observation, *rest = outcome
+    masked = ["observation", "available", "choice", observation, ("next", "available"), *rest]
+    assert make_loss("discrete bcq, masked").in_keys == masked
 
 
 def test_in_keys_are_all_that_is_read(loss, make_batch):
@@ -77,20 +90,25 @@ def test_set_keys(loss, make_batch):
     torch.testing.assert_close(evaluate(loss, batch), expected, rtol=0, atol=0)
     loss(batch)
     assert batch["its", "urgency"].shape == (4,)
-    with pytest.raises(ValueError, match="cannot change the action key to 'a', because the networks use 'action'"):
+    action = loss.tensor_keys.action
+    with pytest.raises(ValueError, match=f"cannot change the action key to 'a', because the networks use '{action}'"):
         loss.set_keys(action="a")
-    assert loss.tensor_keys.action == "action"
+    assert loss.tensor_keys.action == action
     with pytest.raises(ValueError, match="urgency is not an accepted tensordict key"):
         loss.set_keys(urgency="u")
 
 
-@pytest.mark.parametrize("name", ["bcq", "cloning"])
+@pytest.mark.parametrize("name", ["bcq", "cloning", "discrete bcq", "discrete bcq, one-hot", "discrete cloning"])
 def test_nested_keys(make_batch, name):
-    observations, keys = Composite(robot=Composite(joints=Unbounded((3,)))), {"action_key": ("robot", "torque")}
-    if name == "bcq":
-        modules = make_bcq_modules(observations, ACTION_SPEC, hidden=(8,), vae_hidden=(8,), **keys)
-    else:
-        modules = make_cloning_modules(observations, ACTION_SPEC, hidden=(8,), **keys)
+    observations = Composite(robot=Composite(joints=Unbounded((3,))))
+    keys = {"hidden": (8,), "action_key": ("robot", "torque")}
+    actions = OneHot(NUM_ACTIONS) if "one-hot" in name else Categorical(NUM_ACTIONS)
+    make = {
+        "bcq": lambda: make_bcq_modules(observations, ACTION_SPEC, vae_hidden=(8,), **keys),
+        "cloning": lambda: make_cloning_modules(observations, ACTION_SPEC, **keys),
+        "discrete cloning": lambda: make_discrete_cloning_modules(observations, actions, **keys),
+    }
+    modules = make.get(name, lambda: make_discrete_bcq_modules(observations, actions, **keys))()
     flat = make_loss(name)
     nested = with_updater(type(flat)(*modules))
     nested.load_state_dict(flat.state_dict())
@@ -98,7 +116,7 @@ def test_nested_keys(make_batch, name):
     expected = evaluate(flat, batch)
     for prefix in ((), ("next",)):
         batch.rename_key_((*prefix, "observation"), (*prefix, "robot", "joints"))
-    batch.rename_key_("action", ("robot", "torque"))
+    batch.rename_key_(flat.tensor_keys.action, ("robot", "torque"))
     torch.testing.assert_close(evaluate(nested, batch), expected, rtol=0, atol=0)
 
 
@@ -115,6 +133,8 @@ def test_metadata_are_detached_rows(loss, make_batch):
     out = loss(make_batch(2, 3))
     for name in loss.network_names:
         for key in loss.metadata_keys[name]:
+            if key.startswith("loss_"):  # a term of the loss
+                continue
             assert out[key].shape[:2] == (2, 3)
             assert not out[key].requires_grad
 
@@ -154,7 +174,7 @@ def test_reset_parameters_draws_all_weights_again(loss):
 
 
 def test_missing_target_updater_is_warned_of(make_batch):
-    for name in ("bcq", "own"):
+    for name in DELAYED:
         with pytest.warns(UserWarning, match="No target network updater has been associated"):
             OBJECTIVES[name]()(make_batch(4))
     with warnings.catch_warnings():
@@ -162,7 +182,7 @@ def test_missing_target_updater_is_warned_of(make_batch):
         OBJECTIVES["cloning"]()(make_batch(4))
 
 
-@pytest.mark.parametrize("name", ["bcq", "own"])
+@pytest.mark.parametrize("name", DELAYED)
 def test_target_precision_holds_within_its_context(make_batch, name):
     loss, batch = make_loss(name), make_batch(6)
 

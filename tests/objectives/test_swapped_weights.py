@@ -10,7 +10,7 @@ from tensordict import TensorDict
 
 from torchrl_bcq import OfflineLoss
 
-from .conftest import OBJECTIVES, evaluate, make_loss
+from .conftest import DELAYED, OBJECTIVES, evaluate, make_loss
 
 
 def swapped_weights(loss: OfflineLoss, keys: Callable[[str], bool] = lambda name: True) -> TensorDict:
@@ -45,7 +45,7 @@ def test_losses_follow_weights_that_are_swapped_through_the_objective(make_batch
     torch.testing.assert_close(dict(loss.state_dict()), own, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["bcq", "own"])
+@pytest.mark.parametrize("name", DELAYED)
 def test_targets_that_are_swapped_are_followed(make_batch, name):
     loss, batch = make_loss(name), make_batch(6)
     before, weights = evaluate(loss, batch), swapped_weights(loss, lambda key: key.startswith("target_"))
@@ -79,11 +79,11 @@ def test_own_weights_return_after_an_error_under_swapped_weights(make_batch, mon
 
 
 @pytest.mark.filterwarnings("ignore:torch._dynamo.config.inline_inbuilt_nn_modules:FutureWarning")  # read by tensordict
-@pytest.mark.parametrize("name", ["bcq", "own"])
+@pytest.mark.parametrize("name", DELAYED)
 def test_compiled_losses_are_those_before_and_after_a_swap(make_batch, name):
     loss, batch = make_loss(name), make_batch(6)
     torch._dynamo.reset()
-    method = f"{loss.network_names[1]}_loss"
+    method = f"{loss.delayed_names[0]}_loss"
     compiled = torch.compile(getattr(loss, method), fullgraph=True, backend="eager")
 
     def value(function) -> torch.Tensor:

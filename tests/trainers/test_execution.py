@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from torchrl.objectives import SoftUpdate
 
 from torchrl_bcq import BCQLoss, BCQOptimizationStepper, BCQTrainer, make_bcq_modules
-from torchrl_bcq.objectives.base import target_precision
+from torchrl_bcq.objectives.precision import target_precision
 from torchrl_bcq.trainers.execution import Execution
 
 from ..conftest import ACTION_SPEC, OBSERVATION_SPEC, random_transitions

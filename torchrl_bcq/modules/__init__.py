@@ -3,7 +3,10 @@
 from torchrl_bcq.modules.acting import Policy
 from torchrl_bcq.modules.actors import DeterministicActor, PerturbationActor
 from torchrl_bcq.modules.build import make_bcq_modules, make_cloning_modules
+from torchrl_bcq.modules.discrete_build import make_discrete_bcq_modules, make_discrete_cloning_modules
+from torchrl_bcq.modules.discrete_policy import DiscreteBCQPolicy, DiscreteCloningPolicy
 from torchrl_bcq.modules.history import History
+from torchrl_bcq.modules.multi_head import MultiHeadNetwork
 from torchrl_bcq.modules.normalization import Normalization, Standardize
 from torchrl_bcq.modules.policy import BCQPolicy, BehaviorCloningPolicy
 from torchrl_bcq.modules.q_ensemble import QEnsemble
@@ -14,7 +17,10 @@ __all__ = [
     "BCQPolicy",
     "BehaviorCloningPolicy",
     "DeterministicActor",
+    "DiscreteBCQPolicy",
+    "DiscreteCloningPolicy",
     "History",
+    "MultiHeadNetwork",
     "Normalization",
     "PerturbationActor",
     "Policy",
@@ -22,4 +28,6 @@ __all__ = [
     "Standardize",
     "make_bcq_modules",
     "make_cloning_modules",
+    "make_discrete_bcq_modules",
+    "make_discrete_cloning_modules",
 ]

@@ -12,7 +12,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.data import TensorSpec
-from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
 
 
 class Policy(TensorDictModuleBase):
@@ -23,6 +23,7 @@ class Policy(TensorDictModuleBase):
     """
 
     stack: int = 1  # number of observations that a state joins; load_policy sets the number of the run
+    mask_key: NestedKey | None = None  # entry of the available actions, booleans, among in_keys
 
     def __init__(self, observation_specs: Mapping[NestedKey, TensorSpec] | None = None) -> None:
         """Store the specs."""
@@ -36,12 +37,12 @@ class Policy(TensorDictModuleBase):
             observation: array or tensor of one state, ``[D]``, or of several states, ``[B, D]``. If ``self.stack`` is
                 above 1, a state joins the last observations; ``History`` makes such states. If the policy reads
                 several entries, pass a mapping from the keys of the entries to arrays. Numbers are converted to the
-                networks' dtype.
+                networks' dtype; frames of bytes stay bytes. A mask of available actions holds booleans.
             deterministic: if True, the same state always gets the same action; if False, a policy that uses latents
-                draws them at random.
+                draws them at random, and a policy that has an ``epsilon`` explores.
 
         Returns:
-            Actions ``[A]`` for one state, ``[B, A]`` for several states.
+            Actions ``[A]`` for one state, ``[B, A]`` for several states; indices have the shapes ``[]`` and ``[B]``.
 
         Raises:
             ValueError: if an entry is missing, has a wrong shape, or has values that are not real, finite numbers.
@@ -65,7 +66,11 @@ class Policy(TensorDictModuleBase):
             raise ValueError(f"the policy reads {self.in_keys}; pass a mapping with an array for each of these keys.")
         like = tensor_like(self, default=torch.empty(0))
         specs = self.observation_specs or {}
-        entries = {key: _to_tensor(key, _find(given, key), specs.get(key), like) for key in self.in_keys}
+        found = {key: _find(given, key) for key in self.in_keys}
+        entries = {
+            key: _to_mask(key, value) if key == self.mask_key else _to_tensor(key, value, specs.get(key), like)
+            for key, value in found.items()
+        }
         batches = {key: _batch_of(key, value, specs.get(key), self.stack) for key, value in entries.items()}
         if len(set(batches.values())) > 1:
             raise ValueError(f"the entries hold different numbers of states: {batches}; make the numbers equal.")
@@ -80,6 +85,20 @@ def tensor_like(networks: nn.Module, default: Tensor) -> Tensor:
                 if tensor is not None and tensor.is_floating_point():
                     return tensor
     return default
+
+
+def check_dtype(key: NestedKey, value: Tensor, wanted: torch.dtype) -> None:
+    """Raise a ValueError if an observation of floats has another dtype than the networks."""
+    if value.dtype != wanted and value.dtype.is_floating_point:
+        raise ValueError(
+            f"{key} has dtype {value.dtype}, but the networks have dtype {wanted}: wrap the environment in "
+            f"TransformedEnv(env, DoubleToFloat()), or build the networks with dtype={value.dtype}."
+        )
+
+
+def is_random() -> bool:
+    """Whether policies draw at random: under ``ExplorationType.RANDOM`` or without an exploration type."""
+    return exploration_type() in (ExplorationType.RANDOM, None)
 
 
 def _find(given: Any, key: NestedKey) -> Any:
@@ -120,6 +139,14 @@ def _to_tensor(key: NestedKey, value: Any, spec: TensorSpec | None, like: Tensor
     if is_image:
         return tensor.to(like.device)
     return tensor if tensor.dtype == like.dtype and tensor.device == like.device else tensor.to(like)
+
+
+def _to_mask(key: NestedKey, value: Any) -> Tensor:
+    """Convert booleans, or the numbers 0 and 1, to a tensor of booleans."""
+    array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+    if array.dtype.kind not in "biu" or not np.isin(array, (0, 1)).all():
+        raise ValueError(f"{key!r} has dtype {array.dtype}, expected booleans: True for each available action.")
+    return torch.from_numpy(array.astype(bool))
 
 
 def _batch_of(key: NestedKey, value: Tensor, spec: TensorSpec | None, stack: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def make_bcq_modules(
 
     Source: arXiv:1812.02900, appendix D.1, with the layer sizes of the author's code.
     """
-    networks = _Networks(observation_spec, normalization, device, dtype)
+    networks = NetworkBuilder(observation_leaves(observation_spec), normalization, device, dtype)
     action_spec = networks.bounded(action_spec)
     low, high = (bound.double() for bound in action_bounds(action_spec))
     actions = len(low)
@@ -130,18 +130,27 @@ def make_cloning_modules(
     Raises:
         TypeError, ValueError: in the same cases as ``make_bcq_modules``.
     """
-    networks = _Networks(observation_spec, normalization, device, dtype)
+    networks = NetworkBuilder(observation_leaves(observation_spec), normalization, device, dtype)
     action_spec = networks.bounded(action_spec)
     network = networks.mlp(action_spec.shape[0], hidden)
     keys = {"observation_keys": networks.keys, "action_key": action_key}
     return networks.place(DeterministicActor(network, action_spec, **keys, observation_specs=networks.specs))
 
 
-class _Networks:
-    """Builds ReLU MLPs that all read the same observations."""
+class NetworkBuilder:
+    """Builds ReLU MLPs that all read the same observations.
+
+    Args:
+        specs: spec of one observation ``[D]`` for each key that the networks read.
+        normalization, device, dtype: as in ``make_bcq_modules``.
+    """
 
     def __init__(
-        self, observation_spec: TensorSpec, normalization: Normalization | None, device: Any, dtype: torch.dtype | None
+        self,
+        specs: Mapping[NestedKey, TensorSpec],
+        normalization: Normalization | None,
+        device: Any,
+        dtype: torch.dtype | None,
     ) -> None:
         if normalization is not None and not isinstance(normalization, Normalization):
             raise TypeError(
@@ -151,7 +160,7 @@ class _Networks:
             )
         self.device = device
         self.dtype = dtype or torch.get_default_dtype()
-        self.specs = observation_leaves(observation_spec)
+        self.specs = dict(specs)
         for key, leaf in self.specs.items():
             if len(leaf.shape) != 1 or not leaf.dtype.is_floating_point:
                 raise ValueError(
@@ -166,7 +175,7 @@ class _Networks:
         sizes = {key: leaf.shape[0] for key, leaf in self.specs.items()}
         self.keys = list(sizes)
         self.width = sum(sizes.values())
-        self.statistics = None if normalization is None else normalization.columns(sizes)
+        self.statistics = normalization.columns(sizes) if normalization is not None and sizes else None
 
     def bounded(self, action_spec: TensorSpec) -> Bounded:
         """Return the action spec in ``self.dtype``; its bounds are rounded inwards."""
@@ -174,7 +183,7 @@ class _Networks:
         return Bounded(low, high, low.shape, dtype=self.dtype)
 
     def mlp(self, out_features: int, num_cells: Sequence[int], *other: Tensor) -> MLP:
-        """Build an MLP of the observations. ``other``: mean ``[K]`` and scale ``[K]`` of a second input."""
+        """Build an MLP of the observations. ``other``: mean ``[F]`` and scale ``[F]`` of a second input."""
         loc, scale = other or (torch.zeros(0), torch.ones(0))
         network = MLP(
             in_features=self.width + len(loc),

@@ -15,15 +15,19 @@ def accepts_tensors(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Let a module be called with tensors: ``module(x, y)`` or ``module(observation=x, action=y)``.
 
     Pass one tensor for each entry in ``in_keys``. As with ``tensordict.nn.dispatch``, the result is the entry in
-    ``out_keys``, or a tuple if ``out_keys`` has several entries. The last dimension of each tensor holds its features.
-    The batch size is the longest common prefix of the tensors' shapes without their last dimensions.
-    For example, ``[B, D]`` gives the batch size ``[B]``, and ``[D]`` gives ``[]``. Call a module that reads only images
-    with a tensordict, because images ``[B, C, H, W]`` would give the batch size ``[B, C, H]``.
+    ``out_keys``, or a tuple if ``out_keys`` has several entries. The last dimension of each tensor holds its features,
+    unless the module has ``observation_specs``, which tell the shape of each observation. The batch size is the longest
+    common prefix of the tensors' shapes without their features. For example, ``[B, D]`` gives the batch size ``[B]``,
+    and ``[D]`` gives ``[]``. Call a module that reads only images and has no ``observation_specs`` with a tensordict,
+    because images ``[B, C, H, W]`` would give the batch size ``[B, C, H]``.
     """
 
     @dispatch(auto_batch_size=False)  # with True, dispatch would use the batch size [B, D] instead of [B]
     def call_with_tensors(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
-        sizes = zip(*(tensor.shape[:-1] for tensor in tensordict.values(True, True)), strict=False)
+        specs = getattr(self, "observation_specs", None) or {}
+        shapes = ((tensor.shape, specs.get(key)) for key, tensor in tensordict.items(True, True))
+        batches = (shape[: len(shape) - (1 if spec is None else len(spec.shape))] for shape, spec in shapes)
+        sizes = zip(*batches, strict=False)
         shared = takewhile(lambda same: all(size == same[0] for size in same), sizes)
         tensordict.batch_size = [same[0] for same in shared]
         return forward(self, tensordict, *args, **kwargs)

@@ -11,11 +11,10 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torchrl.envs.utils import ExplorationType, exploration_type
 
 from torchrl_bcq.functional import clipped_normal, spread_normal
 from torchrl_bcq.memory import keep_freed_memory
-from torchrl_bcq.modules.acting import Policy, tensor_like
+from torchrl_bcq.modules.acting import Policy, check_dtype, is_random, tensor_like
 from torchrl_bcq.modules.dispatch import accepts_tensors
 from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, check_action, check_networks, require
 
@@ -122,11 +121,7 @@ class BCQPolicy(Policy):
         states, ndim = {}, tensordict.ndim
         for key in self.in_keys:
             value = tensordict[key]
-            if value.dtype != wanted and value.dtype.is_floating_point:
-                raise ValueError(
-                    f"{key} has dtype {value.dtype}, but the networks have dtype {wanted}: wrap the environment in "
-                    f"TransformedEnv(env, DoubleToFloat()), or build the networks with dtype={value.dtype}."
-                )
+            check_dtype(key, value, wanted)
             states[key] = value if ndim == 1 else value.reshape(number, *value.shape[ndim:])
         return states
 
@@ -135,7 +130,7 @@ class BCQPolicy(Policy):
         number, n = next(iter(states.values())).shape[0], self.num_action_samples
         repeated = {key: value.unsqueeze(1).expand(number, n, *value.shape[1:]) for key, value in states.items()}
         candidates = TensorDict(repeated, (number, n), device=device)
-        if _is_random():
+        if is_random():
             latents = clipped_normal((number, *self.latents.shape), self.vae.latent_clip, like)
         else:
             latents = self.latents.to(like).expand(number, -1, -1)  # cast: users can change the networks' dtype
@@ -177,9 +172,5 @@ class BehaviorCloningPolicy(Policy):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write an action for each state, ``[*B, A]``."""
         shape, like = (*tensordict.batch_size, self.vae.latent_dim), tensor_like(self, tensordict.get(self.in_keys[0]))
-        latent = clipped_normal(shape, self.vae.latent_clip, like) if _is_random() else like.new_zeros(shape)
+        latent = clipped_normal(shape, self.vae.latent_clip, like) if is_random() else like.new_zeros(shape)
         return self.vae.decode(tensordict, latent)
-
-
-def _is_random() -> bool:
-    return exploration_type() in (ExplorationType.RANDOM, None)

@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torchrl.envs.utils import ExplorationType
 from torchrl.objectives.common import LossModule
 
 from torchrl_bcq.objectives.inputs import check_choice, check_state_dict, select_inputs
 from torchrl_bcq.objectives.ownership import RunOn, find_slots, follow_swapped_weights
-
-_target_dtype: torch.dtype | None = None
-
-
-@contextmanager
-def target_precision(dtype: torch.dtype | None) -> Iterator[None]:
-    """Context manager in which target networks run under autocast to ``dtype``. None adds no autocast."""
-    global _target_dtype
-    before, _target_dtype = _target_dtype, dtype
-    try:
-        yield
-    finally:
-        _target_dtype = before
+from torchrl_bcq.objectives.precision import target_autocast
 
 
 class OfflineLoss(LossModule):
@@ -44,11 +31,14 @@ class OfflineLoss(LossModule):
     Inside ``with self.target_networks():``, the network uses its target weights. Inside ``with self.detached(name):``,
     the network uses its detached weights.
 
+    If a loss is a sum, its metadata may also hold the terms, with gradients, under names that begin with ``loss_``; one
+    of them is ``loss_{name}``. ``forward`` then returns the terms in place of the sum.
+
     Args:
         networks: networks by name. The value None means that the objective does not use this network.
         delayed: names of the networks that get a target network. A target updater changes the target networks.
         metadata: for each network name, the names of the metadata that the network's loss returns.
-        action_key: entry of the action. The action's shape ``[*B, A]`` defines the batch size ``*B``.
+        action_key: entry of the action. The action's shape, ``[*B, A]``, defines the batch size ``*B``.
         reduction: reduction of the loss over the batch: ``"mean"`` (or None), ``"sum"`` or ``"none"``.
         use_prioritized_weights: ``"auto"`` or True multiplies the loss of each row by ``priority_weight`` if the batch
             has this entry; False ignores the entry.
@@ -177,7 +167,12 @@ class OfflineLoss(LossModule):
         return self._select(tensordict, self._state_action_keys)
 
     def _select(self, tensordict: TensorDictBase, keys: list[NestedKey], **outcome: Any) -> TensorDictBase:
-        return select_inputs(tensordict, keys, action_key=self.tensor_keys.action, dtype=self._like.dtype, **outcome)
+        keywords = {"action_key": self.tensor_keys.action, "dtype": self._like.dtype, "batch_of": self._batch_of}
+        return select_inputs(tensordict, keys, **keywords, **outcome)
+
+    def _batch_of(self, action: Tensor, ndim: int) -> Size:
+        """Return the batch dimensions of actions ``[*B, A]``, the entry of a tensordict of ``ndim`` dimensions."""
+        return action.shape[:-1]
 
     def target_networks(self) -> AbstractContextManager:
         """Context manager in which each network that has a target network uses the target's weights."""
@@ -190,9 +185,7 @@ class OfflineLoss(LossModule):
 
     def target_autocast(self) -> AbstractContextManager:
         """Context manager that applies the precision set by ``target_precision``."""
-        if _target_dtype is None:
-            return nullcontext()  # keeps the autocast context of the caller
-        return torch.autocast(self._like.device.type, _target_dtype)
+        return target_autocast(self._like.device.type)
 
     def detached(self, name: str) -> AbstractContextManager:
         """Context manager in which a network's inputs get gradients, but the network's weights get none."""
@@ -284,7 +277,12 @@ class OfflineLoss(LossModule):
     @property
     def _observation_keys(self) -> list[NestedKey]:
         read = [getattr(net, "observation_keys", None) or net.in_keys for net in self.networks if net is not None]
-        return [key for key in dict.fromkeys(key for keys in read for key in keys) if key != self.tensor_keys.action]
+        keys = dict.fromkeys(key for keys in [*read, self._other_state_keys()] for key in keys)
+        return [key for key in keys if key != self.tensor_keys.action]
+
+    def _other_state_keys(self) -> list[NestedKey]:
+        """List entries of a state that no network reads, but the objective does."""
+        return []
 
     def _make_vmap(self) -> None:
         """Do nothing: TorchRL's ``set_vmap_randomness`` calls this method, but the loss does not use vmap."""

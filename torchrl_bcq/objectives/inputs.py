@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,16 +22,18 @@ def select_inputs(
     *,
     action_key: NestedKey,
     dtype: torch.dtype,
+    batch_of: Callable[[torch.Tensor, int], torch.Size],
     reward_key: NestedKey | None = None,
     flag_keys: Collection[NestedKey] = (),
 ) -> TensorDictBase:
-    """Check and select the entries that a loss reads. The action's shape ``[*B, A]`` defines the batch size.
+    """Check and select the entries that a loss reads. The action's shape defines the batch size ``*B``.
 
     Args:
         tensordict: the batch; its batch size is ``*B`` or the first dimensions of ``*B``.
         keys: entries to select, including the action.
         action_key: entry of the action, whose shape defines ``*B``.
         dtype: required dtype of the reward and of all floating-point entries.
+        batch_of: function that returns ``*B``, from the action and the number of batch dimensions of ``tensordict``.
         reward_key: entry of the reward, which must have the shape ``[*B, 1]``.
         flag_keys: entries that must be boolean and have the shape ``[*B, 1]``.
 
@@ -46,7 +48,7 @@ def select_inputs(
             "rewards and flags to loss.set_keys(...), and the names of observations and actions to the networks."
         )
     action = tensordict.get(action_key)
-    batch = action.shape[:-1]
+    batch = batch_of(action, tensordict.ndim)
     for key in keys:
         value, is_flag = tensordict.get(key), key in flag_keys
         wanted = torch.bool if is_flag else dtype
@@ -57,10 +59,10 @@ def select_inputs(
         if value.shape[: len(batch)] != batch or (column and value.shape != (*batch, 1)):
             raise ValueError(
                 f"{key} has shape {tuple(value.shape)}, which does not fit the action's shape "
-                f"{tuple(action.shape)} = [*B, A]; expected [*B, 1] for reward, done and terminated, and [*B, ...] for "
-                "all other entries."
+                f"{tuple(action.shape)}, of the batch size *B = {tuple(batch)}; expected [*B, 1] for reward, done and "
+                "terminated, and [*B, ...] for all other entries."
             )
-    names = [*tensordict.names, *[None] * (len(batch) - tensordict.ndim)]
+    names = [*tensordict.names, *[None] * (len(batch) - tensordict.ndim)][: len(batch)]
     selected = TensorDict(batch_size=batch, names=names, device=tensordict.device)
     for key in keys:  # a loop, because torch.compile does not support tensordict's select() with nested keys
         selected.set(key, tensordict.get(key))

@@ -13,7 +13,7 @@ from tensordict import TensorDictBase
 
 from torchrl_bcq.memory import keep_freed_memory
 from torchrl_bcq.objectives import OfflineLoss
-from torchrl_bcq.objectives.base import target_precision
+from torchrl_bcq.objectives.precision import target_precision
 
 _MATMUL = ("highest", "high", "medium")  # the values of torch.set_float32_matmul_precision
 PRECISIONS = (*_MATMUL, "bf16-target", "bf16-mixed")
