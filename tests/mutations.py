@@ -79,7 +79,7 @@ BREAKS = {
         "if self.epsilon > 0 and is_random():",
         "if self.epsilon > 0:",
     ),
-    "discrete: frames are not scaled": ("modules/multi_head.py", "frame.to(dtype) / 255", "frame.to(dtype)"),
+    "discrete: frames are not scaled": ("modules/frame_trunk.py", "once.to(dtype).div_(255)", "once.to(dtype)"),
     # targets
     "target perturbation dropped": (
         "objectives/bcq.py",
@@ -108,8 +108,8 @@ BREAKS = {
     ),
     "bootstrap through terminated": (
         "objectives/values.py",
-        "return self.value_estimator.value_estimate(batch)",
-        'batch["next", self.tensor_keys.terminated].zero_()\n        return self.value_estimator.value_estimate(batch)',
+        "return self.value_estimator.value_estimate(",
+        'batch["next", self.tensor_keys.terminated].zero_()\n        return self.value_estimator.value_estimate(',
     ),
     "bootstrap ends at every done": (
         "objectives/values.py",

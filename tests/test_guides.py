@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from torchrl.data import Bounded, Unbounded
 
 import torchrl_bcq
 from torchrl_bcq.__main__ import main
@@ -38,13 +39,21 @@ def place(tmp_path, monkeypatch) -> Path:
             file["observations"], file["next_observations"] = rng.normal(size=(2, 60, width))
             file["actions"], file["rewards"] = rng.uniform(-1, 1, (60, 1)), rng.normal(size=60)
             file["terminals"], file["timeouts"] = np.zeros(60), np.arange(60) % 10 == 9
+    with h5py.File("choices.hdf5", "w") as file:
+        file["observations"], file["next_observations"] = rng.normal(size=(2, 60, 4))
+        file["actions"], file["rewards"] = np.arange(60) % 2, rng.normal(size=60)
+        file["terminals"], file["timeouts"] = np.arange(60) % 10 == 9, np.zeros(60)
+    with h5py.File("game.hdf5", "w") as file:
+        file["observations"] = rng.integers(0, 256, (60, 36, 36), dtype=np.uint8)
+        file["actions"], file["rewards"] = np.arange(60) % 3, rng.normal(size=60)
+        file["terminals"], file["timeouts"] = np.arange(60) % 10 == 9, np.zeros(60)
     rows = [",".join(map(str, [*rng.uniform(size=4).round(3), int(i % 10 == 9), i // 10])) for i in range(60)]
     Path("trips.csv").write_text("\n".join(["x,v,force,r,end,trip", *rows]))
     return tmp_path
 
 
 def test_every_block_is_of_a_kind_that_is_tested():
-    assert len(PAGES) == 10
+    assert len(PAGES) == 11
     assert {kind for blocks in BLOCKS.values() for kind, _ in blocks} <= {"python", "bash"} | OUTPUTS
 
 
@@ -69,7 +78,9 @@ def test_commands(name, place, monkeypatch, capsys):
         if words[0] == "train" and not {"--help", "--cfg"} & set(words):
             if not any(word.startswith(("out=", "resume=")) for word in words):
                 words.append(f"out=runs/{number}")  # the default is the time in seconds, and tests are fast
-            words += ["--cfg"] if "mujoco" in str(words) else [*FAST, *SMALL]  # which would be downloaded
+            discrete = name == "discrete_actions"
+            small = [word for word in SMALL if not (discrete and "vae" in word)]
+            words += ["--cfg"] if "mujoco" in str(words) else [*FAST, *small]  # which would be downloaded
         words += ["--episodes", "2"] if words[0] == "evaluate" else []
         assert main(words) == 0, (words, capsys.readouterr().err)
 
@@ -100,6 +111,13 @@ def test_use_of_a_policy(place):
     assert main(["train", "out=runs/first", "dataset=hopper.hdf5", "evaluation.env=null", *FAST, *SMALL]) == 0
     found = run("use_the_policy")
     assert (found["actions"].shape, found["rollout"].batch_size) == ((64, 1), (100,))
+
+
+def test_discrete_actions(place):
+    found = run("discrete_actions")
+    assert found["trainer"].collected_frames == 100
+    assert found["rollout"]["action"].dtype == torch.int64
+    assert found["chosen"]["candidates"].shape == (2,)
 
 
 def test_specs_without_an_environment(place):
@@ -143,6 +161,15 @@ def test_batches_of_your_data(place):
     assert len(found["rest"]) == 10  # one of the six episodes
     assert not found["held_out"][found["buffer"].sample()["index"]].any()
     assert found["three"]["steps_to_next_obs"].unique().tolist() == [1, 2, 3]
+
+
+def test_frames_of_your_data():
+    names = {name: getattr(torchrl_bcq, name) for name in torchrl_bcq.__all__}
+    found = {**names, "np": np, "torch": torch, "Bounded": Bounded, "Unbounded": Unbounded}
+    (code,) = [code for code in python_of("your_data") if "film" in code]
+    exec(compile(code, "your_data.md", "exec"), found)
+    assert found["batch"]["observation"].shape == (8, 4, 48, 48)
+    assert found["actor"](found["batch"])["action"].shape == (8, 1)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -55,21 +55,24 @@ def test_describe_shows_the_defects_that_readers_refuse(file, capsys):
     assert [path.name for path in (file.parent / "copies").iterdir() if path.suffix != ".lock"] == []
 
 
-def test_whole_actions_of_a_csv_are_described_but_not_used(file, capsys):
-    """Such as 25 choices of doses: each command names its own setting."""
+def test_whole_actions_of_a_csv_may_be_doses(file, capsys):
+    """Each command names its own setting."""
     rng = np.random.default_rng(0)
-    rows = [f"{rng.normal()},{rng.integers(25)},{rng.normal()},{int(row % 10 == 9)},{row // 10}" for row in range(200)]
+    rows = [
+        f"{rng.normal()},{50 * rng.integers(3)},{rng.normal()},{int(row % 10 == 9)},{row // 10}" for row in range(200)
+    ]
     (file.parent / "doses.csv").write_text("\n".join(["state,dose,reward,died,stay", *rows]))
     columns = ["--observation", "state", "--action", "dose", "--reward", "reward", "--terminated", "died"]
     columns += ["--episode", "stay"]
     assert main(["describe", "doses.csv", *columns]) == 0
-    assert "actions has only whole numbers in all 200 rows (first: 0), from 0 to 24" in capsys.readouterr().out
+    assert "actions has only whole numbers in all 200 rows (first: 0), from 0 to 100" in capsys.readouterr().out
     assert main(["convert", "doses.csv", "copies", *columns]) == 1
     refusal = capsys.readouterr().err
-    assert refusal.startswith(
-        "torchrl-bcq: doses.csv: actions has only whole numbers in all 200 rows, in column dose, so the"
+    assert refusal == (
+        "torchrl-bcq: doses.csv: actions has only whole numbers in all 200 rows, in column dose, and only 3 of the "
+        "numbers 0 to 100 occur. If the actions are continuous, such as doses in whole units, set "
+        "reader.action_type=continuous; if they are discrete actions, set reader.action_type=discrete.\n"
     )
-    assert refusal.endswith("such as doses in whole units, set reader.action_type=continuous.\n")
     assert main(["convert", "doses.csv", "copies", *columns, "--action-type", "continuous"]) == 0
     reader = "reader={observation: [state], action: [dose], reward: reward, terminated: died, episode: stay}"
     assert main(["train", "dataset=doses.csv", reader, "evaluation.env=null", "out=run"]) == 1

@@ -13,6 +13,10 @@ class RunError(ValueError):
     """Raised if a training run or its settings cannot be used. The message says why and what to do."""
 
 
+class DatasetError(ValueError):
+    """Raised for a dataset that cannot be used; the message says what was found, where, and what to do."""
+
+
 @contextmanager
 def on_command_line() -> Iterator[None]:
     """While the context is open, ``remedy`` returns the advice for the command line."""

@@ -2,20 +2,24 @@
 
 python tests/benchmarks/bench_peers.py                      on the CPU
 python tests/benchmarks/bench_peers.py --device cuda        also measures for which part of the time kernels run
+python tests/benchmarks/bench_peers.py --batch-sizes --states       discrete BCQ alone
 python tests/benchmarks/bench_peers.py --only eager floor --rounds 2 --seconds 0.1 --hidden 8 --vae-hidden 8
 
 All contenders train on the same random transitions (17 observations, 6 actions) with the author's settings, each from
-its own buffer, and act with 100 candidates for each state. Each trains in one process and acts in another, so that they
-share no allocator, threads, PyTorch settings or compiled code. In each round they run one after the other, and are
-compared within rounds: "x tianshou" is Tianshou's time divided by the contender's. The floor is BCQ in bare PyTorch
-(floor.py). The limit is the time of the floor's matrix products alone, at the rate of a product as large as the largest
-one of a step, measured in the same rounds. Writes benchmark.json, with all rounds, and benchmark.png.
+its own buffer, and act with 100 candidates for each state. Discrete BCQ trains on the same vectors, or on frames of 4 x
+84 x 84 bytes, with 6 discrete actions. Each trains in one process and acts in another, so that they share no allocator,
+threads, PyTorch settings or compiled code. In each round they run one after the other, and are compared within rounds:
+"x tianshou" is Tianshou's time divided by the contender's. The floor is BCQ in bare PyTorch (floor.py,
+discrete_floor.py). The limit is the time of the floor's matrix products and convolutions alone, at the rate of a
+product as large as the largest one of a step, measured in the same rounds. Writes benchmark.json, with all rounds, and
+benchmark.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -23,18 +27,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import ACTING, CANDIDATES, MODES, PEERS, TRAINING, SetUp, absent, set_ups
+from contenders import CANDIDATES, MODES, NAMES, PEERS, SetUp, absent, set_ups
+from discrete_floor import FRAME_FEATURES
 from floor import TARGET_SAMPLES
 from machine import describe
 from processes import Contender, ContenderError, hush, in_processes
-from rounds import WIDTH, count_flops, make_matmul, measure
+from rounds import count_flops, make_matmul, measure
 from speeds import UNITS, draw, summarize, table
 from tqdm import tqdm
-from transitions import Sizes
+from transitions import DISCRETE, Sizes
 
 from torchrl_bcq.files import write_whole
 
 BATCH_SIZES = {"cpu": [100, 256, 1024], "cuda": [100, 256, 1024, 4096, 8192]}
+# of the largest product of a step or of a call: rows for each row of the batch, inputs, outputs
+PRODUCTS = {
+    "training": (TARGET_SAMPLES, 750, 750),
+    "vectors": (1, *DISCRETE["vectors"].hidden),
+    "frames": (1, FRAME_FEATURES, *DISCRETE["frames"].hidden),
+    "acting": (CANDIDATES, 750, 750),
+}
 MATMUL_PARTS = 5
 DPI = 130
 
@@ -52,10 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
         "settings": {**settings, "candidates": CANDIDATES, "target_samples": TARGET_SAMPLES},
         "peers": list(PEERS),
         "left_out": left_out,
-        "training": [],
-        "acting": [],
+        **{kind: [] for kind in UNITS},
     }
-    sizes = {"training": args.batch_sizes, "acting": args.states}
+    sizes = {"training": args.batch_sizes, "vectors": args.vectors, "frames": args.frames, "acting": args.states}
     with tqdm(total=sum(map(len, sizes.values())) * args.rounds, unit=" rounds", disable=None) as bar:
         for kind, numbers in sizes.items():
             if numbers:
@@ -65,8 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def compare_all(kind: str, sizes: list[int], args: argparse.Namespace, results: dict[str, Any], bar: tqdm) -> None:
     """Measure one size after the other in the same processes, and write the results after each size."""
-    known, left_out = TRAINING if kind == "training" else ACTING, results["left_out"]
-    names = [name for name in args.only if name in known and name not in left_out]
+    left_out = results["left_out"]
+    names = [name for name in args.only if name in NAMES[kind] and name not in left_out]
     with in_processes([*names, "matmul"], args.threads) as contenders:
         for size in sizes:
             bar.set_description(f"{kind}, {UNITS[kind][0]} {size}")
@@ -93,22 +104,23 @@ def compare(
     if not ready:
         return {}
     flops = count_flops(partial(makes["floor"](), 1))
-    rows = size * (TARGET_SAMPLES if kind == "training" else CANDIDATES)
-    contenders["matmul"].set_up(partial(make_matmul, rows, args.device), args.device, MATMUL_PARTS)
+    each, inputs, outputs = PRODUCTS[kind]
+    product_shape = (each * size, inputs, outputs)
+    contenders["matmul"].set_up(partial(make_matmul, *product_shape, args.device), args.device, MATMUL_PARTS)
     for found in measure({**ready, "matmul": contenders["matmul"]}, args.rounds, args.seconds):
         bar.update(len(found["matmul"]["seconds"]) > 0)
-    product, matmul_flops = found.pop("matmul"), 2 * rows * WIDTH**2
+    product, matmul_flops = found.pop("matmul"), 2 * math.prod(product_shape)
     measured = {
         "size": size,
         "flops": flops,
         "limit": matmul_flops / min(product["seconds"]),
-        "matmul": {"shape": [rows, WIDTH, WIDTH], "flops": matmul_flops, **product},
+        "matmul": {"shape": list(product_shape), "flops": matmul_flops, **product},
         "steps": {name: one["steps"] for name, one in found.items()},
         "seconds": {name: one["seconds"] for name, one in found.items()},
     }
     measured["summary"] = summarize(measured, PEERS)
     measured["kernels"] = {}
-    if kind == "training" and args.device.startswith("cuda"):
+    if kind != "acting" and args.device.startswith("cuda"):
         own = {name: row["seconds"] for name, row in measured["summary"].items() if name in MODES or name == "floor"}
         measured["kernels"] = {name: ready[name].profile_kernels(seconds) for name, seconds in own.items()}
     return measured
@@ -143,10 +155,12 @@ def write(folder: Path, results: Mapping[str, Any]) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = list(dict.fromkeys([*TRAINING, *ACTING]))
+    names = list(dict.fromkeys(name for known in NAMES.values() for name in known))
     add, default = parser.add_argument, "(default: %(default)s)"
     add("--device", default="cpu", help=f"cpu or cuda {default}")
     add("--batch-sizes", type=int, nargs="*", help=f"to train with; no number skips training (default: {BATCH_SIZES})")
+    add("--vectors", type=int, nargs="*", default=[64, 256], help=f"batch sizes of discrete BCQ on vectors {default}")
+    add("--frames", type=int, nargs="*", default=[32], help=f"batch sizes of discrete BCQ on frames {default}")
     add(
         "--states",
         type=int,

@@ -1,8 +1,10 @@
 """The contenders: this package in each of its modes, other libraries, and bare PyTorch.
 
 A function of TRAINING takes ``(batch_size, device, sizes)`` and returns ``update(steps)``, which makes gradient steps,
-each on a batch from the contender's own buffer of the same transitions. A function of ACTING takes ``(device, sizes)``
-and returns a function from states ``[S, D]`` to actions ``[S, A]``, both NumPy arrays, as environments use them.
+each on a batch from the contender's own buffer of the same transitions. A function of DISCRETE_TRAINING takes
+``(batch_size, device, kind)``, with the kind of the observations, and does the same for discrete BCQ. A function of
+ACTING takes ``(device, sizes)`` and returns a function from states ``[S, D]`` to actions ``[S, A]``, both NumPy arrays,
+as environments use them.
 """
 
 from __future__ import annotations
@@ -12,17 +14,30 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import discrete_peers
 import numpy as np
 import torch
+from discrete_floor import DiscreteFloor
 from floor import TAU, Floor
 from peers import act_d3rlpy, act_tianshou, train_d3rlpy, train_tianshou
 from rounds import Run
 from tensordict import TensorDict
-from torchrl.data import Bounded, Unbounded
-from torchrl.objectives import SoftUpdate
-from transitions import ACTIONS, OBSERVATIONS, Sizes, make_transitions
+from torch.optim import Adam
+from torchrl.data import Bounded, Categorical, Unbounded
+from torchrl.objectives import HardUpdate, SoftUpdate
+from transitions import ACTIONS, DISCRETE, FRAME, OBSERVATIONS, Sizes, make_discrete_transitions, make_transitions
 
-from torchrl_bcq import BCQLoss, BCQPolicy, BCQTrainer, make_bcq_modules, make_replay_buffer
+from torchrl_bcq import (
+    BCQLoss,
+    BCQPolicy,
+    BCQTrainer,
+    DiscreteBCQLoss,
+    OfflineOptimizationStepper,
+    OfflineTrainer,
+    make_bcq_modules,
+    make_discrete_bcq_modules,
+    make_replay_buffer,
+)
 
 Train = Callable[[int, str, Sizes], Run]
 Act = Callable[[str, Sizes], Callable[[np.ndarray], np.ndarray]]
@@ -59,9 +74,23 @@ def train_own(batch_size: int, device: str, sizes: Sizes, *, mode: str) -> Calla
     """One trainer for all rounds, so that nothing is compiled twice; a call is one log interval of its loop."""
     loss = BCQLoss(*make_modules(device, sizes))
     buffer = make_replay_buffer(make_transitions(), batch_size=batch_size, device=device, seed=0)
-    updater = SoftUpdate(loss, tau=TAU)
     settings = {"total_steps": 10**9, "progress_bar": False, **MODES[mode]}  # the total is never reached
-    trainer = BCQTrainer(loss, buffer, target_net_updater=updater, **settings)
+    trainer = BCQTrainer(loss, buffer, target_net_updater=SoftUpdate(loss, tau=TAU), **settings)
+    return lambda steps: trainer.optim_steps(TensorDict({}, [steps]))
+
+
+def train_own_discrete(batch_size: int, device: str, kind: str, *, mode: str) -> Callable[[int], None]:
+    torch.manual_seed(0)
+    author = DISCRETE[kind]
+    observation = Unbounded(FRAME, dtype=torch.uint8) if kind == "frames" else Unbounded((OBSERVATIONS,))
+    loss = DiscreteBCQLoss(*make_discrete_bcq_modules(observation, Categorical(ACTIONS), device=device))
+    copied = author.tau is None
+    updater = HardUpdate(loss, value_network_update_interval=author.copy_every) if copied else SoftUpdate(loss, tau=TAU)
+    adam = Adam(loss.qvalue_network_params.parameters(), lr=author.lr, eps=author.eps, fused=True)
+    buffer = make_replay_buffer(make_discrete_transitions(kind), batch_size=batch_size, device=device, seed=0)
+    stepper = OfflineOptimizationStepper({"qvalue": adam})
+    settings = {"optimization_stepper": stepper, "total_steps": 10**9, "progress_bar": False, **MODES[mode]}
+    trainer = OfflineTrainer(loss, buffer, target_net_updater=updater, **settings)
     return lambda steps: trainer.optim_steps(TensorDict({}, [steps]))
 
 
@@ -77,6 +106,10 @@ def act_own(device: str, sizes: Sizes, *, mode: str) -> Callable[[np.ndarray], n
 
 def act_numpy(device: str, sizes: Sizes) -> Callable[[np.ndarray], np.ndarray]:
     return BCQPolicy(*make_modules(device, sizes), num_action_samples=CANDIDATES).act
+
+
+def train_discrete_floor(batch_size: int, device: str, kind: str) -> Callable[[int], None]:
+    return DiscreteFloor(make_discrete_transitions(kind), batch_size, device, kind).update
 
 
 def train_floor(batch_size: int, device: str, sizes: Sizes) -> Callable[[int], None]:
@@ -102,6 +135,14 @@ ACTING: dict[str, Act] = {
     "d3rlpy": partial(act_d3rlpy, samples=CANDIDATES),
     "floor": act_floor,
 }
+DISCRETE_TRAINING: dict[str, Callable[[int, str, str], Run]] = {
+    **{mode: partial(train_own_discrete, mode=mode) for mode in MODES},
+    "tianshou": discrete_peers.train_tianshou,
+    "d3rlpy": discrete_peers.train_d3rlpy,
+    "d3rlpy-graph": partial(discrete_peers.train_d3rlpy, graph=True),
+    "floor": train_discrete_floor,
+}
+NAMES = {"training": TRAINING.keys(), **dict.fromkeys(DISCRETE, DISCRETE_TRAINING.keys()), "acting": ACTING.keys()}
 INSTALL = "pip install -e '.[bench]' && pip install --no-deps d3rlpy==2.8.1"
 PEERS = {"tianshou": "tianshou", "d3rlpy": "d3rlpy", "d3rlpy-graph": "d3rlpy"}  # contender -> package
 
@@ -110,6 +151,8 @@ def set_ups(kind: str, size: int, device: str, sizes: Sizes) -> dict[str, SetUp]
     """For each contender, a function that sets it up to train on batches of ``size``, or to act in ``size`` states."""
     if kind == "training":
         return {name: partial(train, size, device, sizes) for name, train in TRAINING.items()}
+    if kind in DISCRETE:
+        return {name: partial(train, size, device, kind) for name, train in DISCRETE_TRAINING.items()}
     return {name: partial(repeat, act, size, device, sizes) for name, act in ACTING.items()}
 
 

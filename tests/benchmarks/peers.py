@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from floor import GAMMA, LMBDA, LR, PHI, TARGET_SAMPLES, TAU
+from tensordict import TensorDict
 from transitions import ACTIONS, LATENTS, OBSERVATIONS, Sizes, make_transitions
 
 EPISODE = 1000  # rows
@@ -60,13 +61,25 @@ def make_tianshou(device: str, sizes: Sizes, samples: int):
 
 
 def train_tianshou(batch_size: int, device: str, sizes: Sizes) -> Callable[[int], None]:
-    from tianshou.data import ReplayBuffer
     from tianshou.utils.torch_utils import policy_within_training_step
 
     algorithm = make_tianshou(device, sizes, samples=1)
-    data = make_transitions()
+    buffer = make_buffer(make_transitions())
+
+    def update(steps: int) -> None:
+        with policy_within_training_step(algorithm.policy):
+            for _ in range(steps):
+                algorithm.update(buffer, batch_size)
+
+    return update
+
+
+def make_buffer(data: TensorDict):
+    """Tianshou's buffer."""
+    from tianshou.data import ReplayBuffer
+
     flags = np.zeros(len(data), bool)
-    buffer = ReplayBuffer.from_data(
+    return ReplayBuffer.from_data(
         obs=data["observation"].numpy(),
         act=data["action"].numpy(),
         rew=data["next", "reward"].squeeze(-1).numpy(),
@@ -75,13 +88,6 @@ def train_tianshou(batch_size: int, device: str, sizes: Sizes) -> Callable[[int]
         done=flags,
         obs_next=data["next", "observation"].numpy(),
     )
-
-    def update(steps: int) -> None:
-        with policy_within_training_step(algorithm.policy):
-            for _ in range(steps):
-                algorithm.update(buffer, batch_size)
-
-    return update
 
 
 def act_tianshou(device: str, sizes: Sizes, samples: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -107,7 +113,6 @@ def make_d3rlpy(device: str, sizes: Sizes, batch_size: int, samples: int, graph:
     """
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         from d3rlpy.algos import BCQConfig
-        from d3rlpy.dataset import MDPDataset
         from d3rlpy.models.encoders import VectorEncoderFactory
 
         hidden, vae_hidden = (VectorEncoderFactory(list(units)) for units in (sizes.hidden, sizes.vae_hidden))
@@ -124,17 +129,23 @@ def make_d3rlpy(device: str, sizes: Sizes, batch_size: int, samples: int, graph:
             action_flexibility=PHI,
             compile_graph=graph,
         ).create(device="cuda:0" if device == "cuda" else device)
-        data = make_transitions()
-        ends = np.arange(len(data)) % EPISODE == EPISODE - 1
-        dataset = MDPDataset(
-            data["observation"].numpy(),
-            data["action"].numpy(),
-            data["next", "reward"].numpy(),
-            terminals=np.zeros(len(data), np.float32),
-            timeouts=ends.astype(np.float32),
-        )
+        dataset = make_dataset(make_transitions())
         algorithm.build_with_dataset(dataset)
     return algorithm, dataset
+
+
+def make_dataset(data: TensorDict):
+    """d3rlpy's dataset, of episodes of equal length."""
+    from d3rlpy.dataset import MDPDataset
+
+    ends = np.arange(len(data)) % EPISODE == EPISODE - 1
+    return MDPDataset(
+        data["observation"].numpy(),
+        data["action"].numpy(),
+        data["next", "reward"].numpy(),
+        terminals=np.zeros(len(data), np.float32),
+        timeouts=ends.astype(np.float32),
+    )
 
 
 def train_d3rlpy(batch_size: int, device: str, sizes: Sizes, graph: bool = False) -> Callable[[int], None]:

@@ -11,7 +11,6 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-WIDTH = 750
 WARM_UP = 5  # steps, in which contenders compile and capture graphs
 
 Run = Callable[[int], None]
@@ -79,9 +78,9 @@ def faster(times: Mapping[str, Sequence[float]]) -> str | None:
     return min(times, key=lambda name: statistics.median(times[name]), default=None)
 
 
-def make_matmul(rows: int, device: str) -> Run:
-    """The matrix product of the VAE's inner layer, ``[rows, 750]`` by ``[750, 750]``."""
-    x, weight = torch.randn(rows, WIDTH, device=device), torch.randn(WIDTH, WIDTH, device=device)
+def make_matmul(rows: int, inputs: int, outputs: int, device: str) -> Run:
+    """The matrix product of a linear layer."""
+    x, weight = torch.randn(rows, inputs, device=device), torch.randn(outputs, inputs, device=device)
 
     @torch.no_grad()
     def run(steps: int) -> None:

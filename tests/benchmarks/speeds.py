@@ -11,7 +11,12 @@ from rounds import faster, median_ratio
 
 OWN, PEER, FLOOR = "#0072b2", "#d55e00", "#999999"
 OFF = 5  # times the fastest: a limit beyond it is not drawn, as the bars would be too short to compare
-UNITS = {"training": ("batch size", "updates/s"), "acting": ("states", "calls/s")}
+UNITS = {
+    "training": ("batch size", "updates/s"),
+    "vectors": ("discrete actions, vectors, batch size", "updates/s"),
+    "frames": ("discrete actions, frames, batch size", "updates/s"),
+    "acting": ("states", "calls/s"),
+}
 
 
 def summarize(measured: Mapping[str, Any], peers: Collection[str]) -> dict[str, dict[str, Any]]:
@@ -63,7 +68,7 @@ def table(kind: str, measured: Mapping[str, Any]) -> str:
 
 def draw(results: Mapping[str, Any]) -> Figure:
     """Draw a panel for each batch size and each number of states; the dashed line is the limit."""
-    kinds = [kind for kind in UNITS if results[kind]]
+    kinds = [kind for kind in UNITS if results.get(kind)]
     columns = max(len(results[kind]) for kind in kinds)
     bars = max(len(measured["summary"]) for kind in kinds for measured in results[kind])
     size = (max(6.0, 4.2 * columns), len(kinds) * (0.32 * bars + 1.1) + 0.8)

@@ -188,9 +188,8 @@ def test_losses_of_the_floor_are_those_of_the_package(floor):
 def test_command_writes_what_it_measured(load, tmp_path, capsys):
     command = load("bench_peers")
     small = ["--hidden", "8", "--vae-hidden", "8", "--rounds", "3", "--seconds", "0.01", "--threads", "1"]
-    command.main(
-        [*small, "--batch-sizes", "16", "--states", "1", "2", "--only", "floor", "eager", "--out", f"{tmp_path}"]
-    )
+    sizes = ["--batch-sizes", "16", "--vectors", "--frames", "--states", "1", "2"]
+    command.main([*small, *sizes, "--only", "floor", "eager", "--out", f"{tmp_path}"])
     results = json.loads((tmp_path / "benchmark.json").read_text())
     assert sorted(file.name for file in tmp_path.iterdir()) == ["benchmark.json", "benchmark.png"]
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
@@ -210,7 +209,7 @@ def test_command_writes_what_it_measured(load, tmp_path, capsys):
 
 def test_a_peer_that_fails_is_left_out_and_our_own_failure_is_not(load, capfd):
     command, processes, left_out = load("bench_peers"), load("processes"), {}
-    works, fails = partial(load("rounds").make_matmul, 1, "cpu"), partial(int, "too old")
+    works, fails = partial(load("rounds").make_matmul, 1, 9, 9, "cpu"), partial(int, "too old")
     with processes.in_processes(["tianshou", "d3rlpy", "floor"], threads=1) as contenders:
         makes = {"tianshou": fails, "d3rlpy": partial(os._exit, 3), "floor": works}
         ready = command.set_up(contenders, makes, "cpu", left_out)

@@ -168,6 +168,7 @@ def test_options_of_evaluate_and_record(end, words):
         end("environments", "evaluate", "run", *more)
     for env in ("", "a:b", "Foo-v1", "CartPole-v1", ":", "../x"):
         end("environments", "evaluate", "run", "--env", env)
+    for env in ("", "a:b", "Foo-v1", "FrozenLake-v1", ":", "../x"):
         end("environments", "record", "--env", env)
     for more in (
         ["--env", "Pendulum-v1", "--observation", "x"],

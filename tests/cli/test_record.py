@@ -78,9 +78,12 @@ def learned(monkeypatch):
         asked.append((str(run), which, device))
         actions = 2 if run.name == "wide" else 1
         spec = Bounded(-torch.ones(actions), torch.ones(actions), (actions,))
-        task = SimpleNamespace(env=None, observation=None, observation_size=3, stack=1, action_spec=spec)
+        task = SimpleNamespace(env=None, observation=None, stack=1)
+        task.expected = {"shapes": {"observation": (3,)}, "action_spec": spec}
         policy = push(actions)
-        return SimpleNamespace(policy=policy, algorithm=SimpleNamespace(title="Cloning"), task=task, path=run)
+        return SimpleNamespace(
+            policy=policy, algorithm=SimpleNamespace(title="Cloning", discrete=False), task=task, path=run
+        )
 
     monkeypatch.setitem(sys.modules, "torchrl_bcq.runs.folder", SimpleNamespace(load=load))
     return asked
@@ -105,11 +108,11 @@ def test_a_learned_policy(store, learned):
         ("--env Pendulum-v1 --steps 0", "steps is 0, expected at least 1."),
         (
             "--env Pendulum-v1 --noise 0.1",
-            "--noise needs --policy RUN; random actions are uniform within their bounds, without noise.",
+            "--noise needs --policy RUN; without a policy, all actions are uniformly random.",
         ),
         (
             "--env Pendulum-v1 --policy runs/wide",
-            "Pendulum-v1 has actions of shape (1,), but the run has (2,); choose another with --env ID",
+            "Pendulum-v1 has actions of shape (1,), but the run has actions of shape (2,); choose another with",
         ),
         (
             "--env Pendulum-v1 --out swings.npz",

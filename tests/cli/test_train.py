@@ -143,7 +143,7 @@ def test_a_run_that_fails_does_not_stop_the_others(words, run, capsys, order):
         ("steps=many", "steps cannot be 'many': Value 'many' of type 'str' could not be converted to Integer"),
         ("loss.gamma=high", "loss.gamma cannot be 'high': Value 'high' of type 'str' could not be converted to Float"),
         ("seed=0,1", "seed=0,1 has 2 values; add -m to make a run for each value"),
-        ("algorithm=bqc", "algorithm is 'bqc', expected one of ['bcq', 'cloning']."),
+        ("algorithm=bqc", "algorithm is 'bqc', expected one of ['bcq', 'cloning', "),
         ("dataset=???", "dataset has no value; set it with dataset=VALUE."),
         (
             "--multi",
@@ -173,7 +173,7 @@ def test_words_that_are_no_settings_are_refused_before_anything_is_made(words, r
         ("optim.vae.start_after=-1", "optim.vae: start_after is -1"),
         ("optim.actor.every=0", "optim.actor: start_after is 0 and every 0; start_after must be at least 0, and every"),
         ("precision=half", "precision is 'half', expected null or one of ['highest', "),
-        ("baseline=clonign", "'clonign', expected one of ['bcq', 'cloning']."),
+        ("baseline=clonign", "'clonign', expected one of ['bcq', 'cloning', "),
     ],
 )
 def test_values_that_do_not_fit_are_refused_in_a_line(words, run, capsys, setting, message):

@@ -27,6 +27,17 @@ def dataset(tmp_path):
 
 
 @pytest.fixture
+def choices(tmp_path):
+    """A file with the discrete actions of CartPole."""
+    rng, n = np.random.default_rng(0), 60
+    with h5py.File(tmp_path / "cartpole.hdf5", "w") as file:
+        file["observations"], file["next_observations"] = rng.uniform(-1, 1, (2, n, 4))
+        file["actions"], file["rewards"] = np.arange(n) % 2, rng.normal(size=n)
+        file["terminals"], file["timeouts"] = np.zeros(n), np.arange(n) % 20 == 19
+    return tmp_path / "cartpole.hdf5"
+
+
+@pytest.fixture
 def compose_bcq(dataset):
     """``cfg`` of the root config of an algorithm, on the file, with these overrides."""
 

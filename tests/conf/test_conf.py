@@ -244,8 +244,9 @@ def test_null_is_a_loss_without_an_actor(compose_bcq):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_each_algorithm_has_a_root_config(compose_bcq, name):
-    cfg = compose_bcq("networks.hidden=[8]", root=name)
+def test_each_algorithm_has_a_root_config(compose_bcq, choices, name):
+    data = [f"dataset.path={choices}", "env.env_name=CartPole-v1"] if ALGORITHMS[name].discrete else []
+    cfg = compose_bcq("networks.hidden=[8]", *data, root=name)
     trainer = instantiate(cfg.trainer)
     trainer.train()
     assert isinstance(trainer.loss_module, ALGORITHMS[name].loss)

@@ -142,10 +142,10 @@ REFUSED = {
         "all 1300 rows are truncated and next_observations is not given, so no row has a next observation; correct "
         "truncated, or give next_observations.",
     ),
-    "actions that are discrete": (
-        do("actions", lambda actions: actions.astype(int)),
-        "actions has dtype int64, so the actions may be discrete, and discrete actions are not supported yet. If these "
-        "actions are continuous, store them as floating-point numbers.",
+    "integers out of bounds": (
+        do("actions", lambda actions: np.full(actions.shape, 2)),
+        "actions has 1300 rows (first: 0) outside the action spec: the actions span [2.0, 2.0] to [2.0, 2.0], the spec "
+        "spans [-1.0, -1.0] to [1.0, 1.0]; clip or rescale the actions.",
     ),
 }
 REPORTED = {

@@ -62,7 +62,7 @@ DEFECTS = {
     "kind": ((*NUMBERS, *FLAGS), of_kind),
     "shape": ((*NUMBERS, *FLAGS), of_shape),
     "length": ((*NUMBERS, *FLAGS), lambda v, rng: np.concatenate([v] * 3)[: len(v) + rng.integers(1, len(v) + 1)]),
-    "whole actions": (("actions",), lambda v, rng: np.ones(v.shape, rng.choice(["i1", "u8", ">i4", "?"]))),
+    "negative choices": (("actions",), lambda v, rng: -np.ones(v.shape, rng.choice(["i1", ">i4", "i8"]))),
     "zero": (NUMBERS[:3], lambda v, rng: v * rng.choice([0.0, -0.0, 1e-60])),
     "turned": (NUMBERS[:2], lambda v, rng: np.stack([v, v, v], axis=rng.integers(3))),
     "width": (("next_observations",), lambda v, rng: np.concatenate([v, v[:, :1]], 1)),
@@ -112,9 +112,21 @@ def test_any_array_in_place_of_a_field(ledger, make_steps, seed, name, data):
         ledger.refuse("any array", lambda: from_arrays(**{**steps, name: values}))
 
 
+def are_choices(values: np.ndarray, rows: int) -> bool:
+    """Whether integers are indices of discrete actions, or one-hot vectors; if all are 0, nothing was recorded."""
+    if not values.size or values.ndim not in (1, 2) or len(values) != rows:
+        return False
+    wide = values.astype(float).reshape(rows, -1)
+    if wide.shape[1] > 1:
+        return bool(np.isin(wide, (0, 1)).all() and (wide.sum(1) == 1).all())
+    return bool((wide >= 0).all() and (wide < 2**20).all() and wide.any())
+
+
 def is_field(name: str, values: np.ndarray, shape: tuple[int, ...]) -> bool:
     """Whether an array is valid as a field of this shape."""
     if name in ("actions", "observations"):
+        if name == "actions" and values.dtype.kind in "biu":
+            return are_choices(values, shape[0])
         fits = values.ndim == 2 and values.shape[0] == shape[0] and values.size > 0
         fits = fits and (name == "actions" or values.shape == shape)
     else:
@@ -208,7 +220,7 @@ ROLLOUT_DEFECTS = {
     "no next": lambda td: td.exclude("next"),
     "no next observation": lambda td: td.exclude(("next", "observation")),
     "not finite": lambda td: td.set("action", td["action"] * float("nan")),
-    "whole actions": lambda td: td.set("action", td["action"].long()),
+    "negative choices": lambda td: td.set("action", -torch.ones_like(td["action"]).long()),
     "flags": lambda td: td.set(("next", "terminated"), td["next", "terminated"] + 2),
     "wide reward": lambda td: td.set(("next", "reward"), td["observation"].repeat(1, 2)),
     "flat reward": lambda td: td.set(("next", "reward"), td["observation"][:, :1, None].repeat(1, 2, 2)),

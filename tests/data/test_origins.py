@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from torchrl_bcq import DatasetError, describe, load_transitions
 from torchrl_bcq.__main__ import main
-from torchrl_bcq.data.checks import Rows
+from torchrl_bcq.data.defects import Rows
 from torchrl_bcq.data.origins import Origins
 
 from ..array_files import write_arrays

@@ -323,11 +323,15 @@ def test_actions_under_another_name():
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
-def test_actions_of_discrete_environments_are_refused(dtype):
+def test_actions_of_discrete_environments_stay_as_they_are(dtype):
     """TorchRL's CartPole has actions of one bit for each choice, in int64."""
     choices = torch.nn.functional.one_hot(torch.tensor([0, 1, 1]), 2).to(dtype)
-    message = (
-        f"^actions has dtype {str(dtype)[6:]}, so the actions may be discrete, and discrete actions are not supported"
-    )
-    with pytest.raises(ValueError, match=message):
-        from_rollouts(rollout(1.0, 3, terminated=[2]).set("action", choices))
+    steps = rollout(1.0, 3, terminated=[2])
+    for actions in (choices, choices.long().argmax(-1)):
+        found = from_rollouts(steps.clone().set("action", actions))["action"]
+        assert torch.equal(found, actions)
+        assert found.dtype == actions.dtype
+    with pytest.raises(
+        ValueError, match=r"^actions has 1 row \(first: 1\) that are not one-hot vectors with a single 1"
+    ):
+        from_rollouts(steps.clone().set("action", choices.long() + torch.tensor([[0, 0], [1, 0], [0, 0]])))

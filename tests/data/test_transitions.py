@@ -7,10 +7,11 @@ import logging
 import numpy as np
 import pytest
 import torch
-from torchrl.data import Bounded, Categorical
+from torchrl.data import Binary, Bounded
 
 from torchrl_bcq import from_arrays
 from torchrl_bcq.data.checks import Checks
+from torchrl_bcq.data.frame_store import FrameStore
 from torchrl_bcq.data.transitions import lay_out
 
 # Two episodes, the second cut off, and an unfinished third: observations are 10 * episode + time.
@@ -129,11 +130,6 @@ BAD = [
     ({"rewards": np.ones((7, 2))}, "rewards has shape (7, 2), expected [N] or [N, 1]."),
     ({"terminated": np.ones((7, 2))}, "terminated has shape (7, 2), expected [N] or [N, 1]."),
     (
-        {"actions": np.ones((7, 1), dtype=int)},
-        "actions has dtype int64, so the actions may be discrete, and discrete actions are not supported yet. If these "
-        "actions are continuous, store them as floating-point numbers.",
-    ),
-    (
         {"rewards": np.array(["1"] * 7)},
         "rewards has dtype <U1, expected real numbers. Convert rewards to floating-point numbers, in Python with "
         "np.asarray(rewards, dtype=float).",
@@ -169,8 +165,8 @@ BAD = [
         "the spec spans [-1.0] to [1.0]; clip or rescale the actions.",
     ),
     (
-        {"action_spec": Categorical(4)},
-        "action_spec must be a continuous Bounded spec, got Categorical of torch.int64.",
+        {"action_spec": Binary(1)},
+        "action_spec must be a continuous Bounded spec, got Binary of torch.int8.",
     ),
     ({"action_spec": Bounded(-1, 1, (2,))}, "actions have shape (7, 1), but the action spec has shape (2,)."),
     (
@@ -244,7 +240,7 @@ def test_rows_laid_out_in_chunks_are_the_same(size, absent, caplog):
         for start in range(0, 7, size)
     ]
     with caplog.at_level(logging.INFO):
-        parts = list(lay_out([("", chunks)]))
+        parts = list(lay_out([("", chunks)], FrameStore()))
     found = torch.cat(parts)
     assert len(found) == len(expected)
     assert (found == expected).all()
@@ -288,7 +284,7 @@ def test_chunks_that_do_not_fit_together_are_refused():
 
 def test_no_chunk_at_all_is_refused():
     with pytest.raises(ValueError, match=r"^the data has no rows; at least one row is needed.$"):
-        list(lay_out([]))
+        list(lay_out([], FrameStore()))
 
 
 def test_warns_of_large_rewards_in_dropped_rows(caplog):
@@ -351,12 +347,3 @@ def test_tensors_of_bfloat16():
     rounded = torch.tensor(OBSERVATIONS, dtype=torch.bfloat16)
     td = from_arrays(**arrays(observations=rounded))
     assert (td == from_arrays(**arrays(observations=rounded.float()))).all()
-
-
-@pytest.mark.parametrize("shape", [(7,), (7, 1)])
-@pytest.mark.parametrize("kind", [np.int64, np.uint8, bool])
-def test_actions_of_integers_are_refused_in_every_shape(shape, kind):
-    with pytest.raises(
-        ValueError, match=r"^actions has dtype \w+, so the actions may be discrete, and discrete actions"
-    ):
-        from_arrays(**arrays(actions=np.ones(shape, kind)))

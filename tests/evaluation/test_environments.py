@@ -6,6 +6,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from torchrl.data import Bounded
 
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation.environments import check_fits, make_env, make_envs, steps_to_compare, time_limit
@@ -85,10 +86,11 @@ def test_what_cannot_be_made_is_refused(env_id, message):
 
 def test_observations_of_another_shape_are_refused():
     made = make_env("Counter-v0")
-    check_fits(made, "Counter-v0", "choose another", whose="the dataset", observations=(2,), actions=(1,))
+    one, two = (Bounded(-1, 1, (size,)) for size in (1, 2))
+    check_fits(made, "Counter-v0", "choose another", whose="the dataset", shapes={"observation": (2,)}, action_spec=one)
     message = r"^Counter-v0 has observations of shape \(2,\), but the dataset has \(3,\); choose another\.$"
     with pytest.raises(RunError, match=message):
-        check_fits(made, "Counter-v0", "choose another", whose="the dataset", observations=(3,))
-    message = r"^Counter-v0 has actions of shape \(1,\), but the run has \(2,\); choose another\.$"
+        check_fits(made, "Counter-v0", "choose another", whose="the dataset", shapes={"observation": (3,)})
+    message = r"^Counter-v0 has actions of shape \(1,\), but the run has actions of shape \(2,\); choose another\.$"
     with pytest.raises(RunError, match=message):
-        check_fits(made, "Counter-v0", "choose another", whose="the run", observations=(2,), actions=(2,))
+        check_fits(made, "Counter-v0", "choose another", whose="the run", shapes={"observation": (2,)}, action_spec=two)

@@ -164,11 +164,14 @@ def test_a_seed_decides_everything_and_disturbs_nobody(is_random):
     ("env_id", "policy", "settings", "message"),
     [
         (
-            "CartPole-v1",
+            "FrozenLake-v1",
             None,
             {},
-            "CartPole-v1 has action space Discrete(2), but only one-dimensional Box spaces can be recorded.",
+            "FrozenLake-v1 has observation space Discrete(16), but only one-dimensional Box spaces, and Dict, can be",
         ),
+        ("CartPole-v1", None, {"epsilon": 1.5}, "epsilon is 1.5, expected a probability between 0 and 1."),
+        ("CartPole-v1", (4, 1), {"noise": 1.0}, "CartPole-v1 has discrete actions, which noise does not change; use e"),
+        ("Walk-v0", (2, 2), {"epsilon": 0.5}, "Walk-v0 has continuous actions, which epsilon does not change; use no"),
         ("Boundless-v0", None, {}, ", but only bounded actions can be recorded."),
         ("Walk-v0", None, {"steps": 0}, "steps is 0, expected at least 1."),
         ("Walk-v0", None, {"seed": -1}, "seed is -1, expected at least 0."),

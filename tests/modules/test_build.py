@@ -83,7 +83,7 @@ def test_dtype_and_device_reach_everything():
 
 
 def test_observations_that_are_not_vectors_are_refused():
-    with pytest.raises(ValueError, match=r"observation 'pixels' has shape \(3, 8, 8\) and dtype torch.float32"):
+    with pytest.raises(ValueError, match=r"frame 'pixels' has dtype torch.float32, expected torch.uint8"):
         make_bcq_modules(Composite(pixels=Unbounded((3, 8, 8))), ACTION_SPEC)
     with pytest.raises(ValueError, match="observation 'step_count' has shape .* and dtype torch.int64"):
         make_bcq_modules(Composite(step_count=Unbounded((1,), dtype=torch.int64)), ACTION_SPEC)

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.data import Categorical, Unbounded
 
 import torchrl_bcq
-from torchrl_bcq import Algorithm, load_policy
+from torchrl_bcq import Algorithm, DiscreteBCQLoss, load_policy, make_discrete_bcq_modules
 from torchrl_bcq.__main__ import main
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.runs import algorithms as module
-from torchrl_bcq.runs.algorithms import ALGORITHMS, find_algorithm, soft_update
+from torchrl_bcq.runs.algorithms import ALGORITHMS, algorithms_of, find_algorithm, soft_or_hard_update, soft_update
 from torchrl_bcq.runs.folder import find_checkpoint, load, read_metadata
 from torchrl_bcq.runs.settings import load_settings
 
@@ -29,14 +30,14 @@ GENERAL = [TINY[0], *TINY[5:]]  # without those of BCQ
 
 
 def test_each_algorithm_has_a_record():
-    assert [*ALGORITHMS] == ["bcq", "cloning"]
+    assert [*ALGORITHMS] == ["bcq", "cloning", "discrete_bcq", "discrete_cloning"]
     assert find_algorithm("cloning") is ALGORITHMS["cloning"]
+    assert (algorithms_of(discrete=False)[0], algorithms_of(discrete=True)[0]) == ("bcq", "discrete_bcq")
     for record in ALGORITHMS.values():
         assert record.baseline is None or record.baseline in ALGORITHMS
-        assert not record.discrete
     with pytest.raises(RunError) as error:
         find_algorithm("bqc")
-    assert str(error.value) == "algorithm is 'bqc', expected one of ['bcq', 'cloning']."
+    assert str(error.value) == f"algorithm is 'bqc', expected one of {[*ALGORITHMS]}."
 
 
 def test_only_the_records_name_algorithms_and_networks():
@@ -47,6 +48,23 @@ def test_only_the_records_name_algorithms_and_networks():
         text = re.sub(r"torchrl[-_]bcq|examples:\n.*?\n\n", "", file.read_text(), flags=re.DOTALL)
         text = re.sub(r'algorithm: str = "bcq"|get\("algorithm", "bcq"\)', "", text)
         assert re.findall(r"(?i)[^\n]*(?:bcq|cloning|\bvae|qvalue|\bactor)[^\n]*", text) == [], file
+
+
+def test_targets_are_copied_after_exactly_this_many_steps():
+    networks = make_discrete_bcq_modules(Unbounded((2,)), Categorical(3), hidden=[4])
+    loss = DiscreteBCQLoss(*networks)
+    updater = soft_or_hard_update(loss, copy_interval=3)
+    copied = []
+    for _ in range(7):
+        with torch.no_grad():
+            for parameter in loss.qvalue_network_params.parameters():
+                parameter.add_(1.0)
+        updater.step()
+        online, target = loss.qvalue_network_params, loss.target_qvalue_network_params
+        copied.append(all(torch.equal(value, target[key]) for key, value in online.items(True, True)))
+    assert copied == [False, False, True, False, False, True, False]
+    with pytest.raises(RunError, match=r"loss.copy_interval is 0, expected at least 1 step, or null for soft updates."):
+        soft_or_hard_update(loss, copy_interval=0)
 
 
 # an algorithm of its own
@@ -154,7 +172,7 @@ def test_it_may_be_a_baseline(train, run):
 def test_without_its_record_its_runs_are_refused(train, run, monkeypatch):
     assert train("steps=10") == 0
     monkeypatch.delitem(module.ALGORITHMS, "own")
-    with pytest.raises(RunError, match=r"algorithm is 'own', expected one of \['bcq', 'cloning'\]"):
+    with pytest.raises(RunError, match=r"algorithm is 'own', expected one of \['bcq', 'cloning', "):
         load_policy(run)
 
 

@@ -14,6 +14,7 @@ from torchrl_bcq.data import episode_weights, make_replay_buffer, return_weights
 from torchrl_bcq.data.episodes import episode_numbers, episode_returns
 from torchrl_bcq.data.sampling import WeightedSampler
 from torchrl_bcq.errors import RunError
+from torchrl_bcq.runs.algorithms import ALGORITHMS
 from torchrl_bcq.runs.assembly import assemble, check_numbers, split
 from torchrl_bcq.runs.folder import open_dataset
 from torchrl_bcq.trainers import NetworkLRScheduler
@@ -158,7 +159,7 @@ def test_cuda_graphs_need_a_gpu(make_trainer):
             "loss.reduction is 'none', expected mean or sum, because a gradient step needs one number.",
         ),
         ("optim.clip_norm=0", "optim.clip_norm is 0.0, expected more than 0, or null for no clipping."),
-        ("baseline=bqc", "algorithm is 'bqc', expected one of ['bcq', 'cloning']."),
+        ("baseline=bqc", f"algorithm is 'bqc', expected one of {[*ALGORITHMS]}."),
         (
             "precision=bf16",
             "precision is 'bf16', expected null or one of ['highest', 'high', 'medium', 'bf16-target', 'bf16-mixed'].",

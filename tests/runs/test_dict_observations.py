@@ -36,7 +36,7 @@ class Reach(gymnasium.Env):
     observation_space = Dict(
         observation=Box(-9, 9, (2,), np.float64),
         goal=Dict(x=Box(-9, 9, (1,), np.float32), y=Box(-9, 9, (), np.float64)),
-        image=Box(0, 255, (2, 2, 3), np.uint8),
+        image=Box(0, 255, (2, 2, 3), np.float32),
     )
     action_space = Box(-1, 1, (2,), np.float32)
 
@@ -51,7 +51,7 @@ class Reach(gymnasium.Env):
 
     def _observe(self):
         goal = {"x": self.goal[:1].astype(np.float32), "y": np.array(self.goal[1])}
-        return {"observation": self.place, "goal": goal, "image": np.zeros((2, 2, 3), np.uint8)}
+        return {"observation": self.place, "goal": goal, "image": np.zeros((2, 2, 3), np.float32)}
 
     def render(self):
         return np.zeros((16, 16, 3), np.uint8)
@@ -127,8 +127,8 @@ def test_dataset_and_environment_join_the_entries_in_the_stated_order(tmp_path):
 
 def test_a_run_is_evaluated_and_recorded_with_the_entries_of_its_dataset(make_run, make_settings, capsys):
     _, task = open_dataset(make_run())
-    assert (task.observation_size, task.observation, str(task.env)) == (
-        4, ENTRIES, "Reach-v0 (observation of observation + goal/y + goal/x)",
+    assert (task.shapes, task.observation, str(task.env)) == (
+        {"observation": [4]}, ENTRIES, "Reach-v0 (observation of observation + goal/y + goal/x)",
     )  # fmt: skip
     train(make_run())
     assert train(make_run("resume=true", "steps=30"))["steps"] == 30
@@ -147,7 +147,7 @@ def test_random_actions_are_recorded_with_all_chosen_entries(capsys):
     words = ["--env", "Reach-v0", "--steps", "8", "--out", "random.hdf5"]
     assert main(["record", *words]) == 1
     error = capsys.readouterr().err
-    assert "only entries that are vectors (Box) can be joined, but {'image': Box(0, 255, (2, 2, 3), uint8)}" in error
+    assert "2 or 3 dimensions) can be read, but {'image': Box(0.0, 255.0, (2, 2, 3), float32)}" in error
     assert main(["record", *words, "--observation", *ENTRIES]) == 0
     with h5py.File("random.hdf5") as file:
         assert file["observations"].shape == (8, 4)
@@ -192,7 +192,7 @@ def test_entries_that_contradict_the_dataset_are_refused(make_run, make_settings
     [
         (
             None,
-            "only entries that are vectors (Box) can be joined, but {'image': Box(0, 255, (2, 2, 3), uint8)} are not",
+            "only vectors (Box) and one image (Box of uint8, 2 or 3 dimensions) can be read, but {'image': Box(0.0, ",
         ),
         (
             ["goal"],
@@ -200,7 +200,7 @@ def test_entries_that_contradict_the_dataset_are_refused(make_run, make_settings
         ),
         ([], "[] is empty or names an entry twice; the entries of the observation are ['goal/x', "),
         (["goal/x", "goal/x"], "['goal/x', 'goal/x'] is empty or names an entry twice"),
-        ("image", "only entries that are vectors (Box) can be joined, but {'image'"),
+        ("image", "only vectors (Box) and one image (Box of uint8, 2 or 3 dimensions) can be read, but {'image'"),
     ],
 )
 def test_entries_that_cannot_be_joined_are_refused(entries, message):
@@ -213,7 +213,7 @@ def test_entries_that_cannot_be_joined_are_refused(entries, message):
 def test_a_matrix_is_no_vector():
     space = gymnasium.spaces.Dict(grid=gymnasium.spaces.Box(0, 1, (2, 2)), place=gymnasium.spaces.Box(0, 1, (2,)))
     assert check_entries(space, ["place"]) == ["place"]
-    with pytest.raises(ValueError, match=r"^only entries that are vectors \(Box\) can be joined, but {'grid': Box\("):
+    with pytest.raises(ValueError, match=r"2 or 3 dimensions\) can be read, but {'grid': Box\("):
         check_entries(space, ["place", "grid"])
 
 

@@ -131,8 +131,8 @@ def test_an_environment_that_does_not_fit_is_blamed_and_not_the_dataset(make_set
     with pytest.raises(RunError) as error:
         open_dataset(make_settings(*bounded, "evaluation.env_kwargs.continuous=false"))
     assert str(error.value).startswith(
-        "Bounded-v0 (reach=1, continuous=False) has the action space Discrete(2), but continuous actions (a Box) are "
-        "needed; choose another with evaluation.env=ID, set its arguments with evaluation.env_kwargs.NAME=VALUE, "
+        "environment Bounded-v0 (reach=1, continuous=False): the actions are discrete, but algorithm=bcq needs "
+        "continuous actions; set algorithm=discrete_bcq or discrete_cloning, or choose another environment with "
     )
     with pytest.raises(
         ValueError, match=r"outside the action spec: .* comes from: environment Bounded-v0 \(reach=1\)\."

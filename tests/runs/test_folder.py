@@ -74,7 +74,7 @@ def test_several_files(make_settings, file, tmp_path):
 
 def test_the_file_names_the_environment_which_gives_the_bounds(make_settings):
     transitions, task = open_dataset(make_settings())
-    assert (len(transitions), task.observation_size, task.env_id) == (200, 3, "Swing-v0")
+    assert (len(transitions), task.shapes, task.env_id) == (200, {"observation": [3]}, "Swing-v0")
     assert (task.action_low, task.action_high) == ([-2.0], [2.0])
     assert task.reference_scores is None
     returns = transitions["next", "reward"].view(10, 20).double().sum(1)
@@ -119,7 +119,7 @@ def test_an_environment_of_the_file_that_cannot_be_made_is_done_without_and_told
         (
             "CartPole-v1",
             RunError,
-            "CartPole-v1 has the action space Discrete(2), but continuous actions (a Box) are needed;",
+            "environment CartPole-v1: the actions are discrete, but algorithm=bcq needs continuous actions; set alg",
         ),
     ],
 )

@@ -336,7 +336,7 @@ def test_a_baseline_may_be_added_later(make_settings, run, with_baseline):
 
 
 def test_a_baseline_that_is_none_is_refused_before_anything_is_made(make_settings, run):
-    with pytest.raises(RunError, match=r"'clonign', expected one of \['bcq', 'cloning'\]"):
+    with pytest.raises(RunError, match=r"'clonign', expected one of \['bcq', 'cloning', 'discrete_bcq', "):
         train(make_settings("baseline=clonign"))
     assert not run.exists()
 

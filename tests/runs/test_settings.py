@@ -32,6 +32,7 @@ from torchrl_bcq.runs.settings import (
 
 YAML = (files("torchrl_bcq.cli") / "train.yaml").read_text(encoding="utf-8")
 PLAIN = yaml.safe_load(YAML)
+DISCRETE = yaml.safe_load((files("torchrl_bcq.cli") / "train_discrete.yaml").read_text(encoding="utf-8"))
 
 
 def leaves(settings: DictConfig, prefix: str = "") -> dict[str, Any]:
@@ -59,6 +60,18 @@ OPTIONAL = [name for name, kind in TYPES.items() if NoneType in get_args(kind)]
 def test_each_setting_is_listed_with_the_value_of_its_signature():
     assert plain(DEFAULTS) == PLAIN
     assert len(TYPES) > 80
+
+
+def test_the_second_list_has_exactly_the_settings_of_discrete_bcq_that_differ():
+    def flat(plain, prefix=""):
+        found = {}
+        for name, value in plain.items():
+            section = isinstance(value, dict) and value
+            found |= flat(value, f"{prefix}{name}.") if section else {f"{prefix}{name}": value}
+        return found
+
+    main, other = (flat(plain(default_settings(name))) for name in ("bcq", "discrete_bcq"))
+    assert flat(DISCRETE) == {name: value for name, value in other.items() if (name, value) not in main.items()}
 
 
 def test_the_list_has_the_order_of_the_signatures():
@@ -119,7 +132,7 @@ def test_an_algorithm_has_the_settings_of_its_own_parts():
     assert [name for name in settings.optim if OmegaConf.is_dict(settings.optim[name])] == [
         *("kwargs", "scheduler_kwargs", "actor")
     ]
-    with pytest.raises(RunError, match=r"algorithm is 'bqc', expected one of \['bcq', 'cloning'\]"):
+    with pytest.raises(RunError, match=r"algorithm is 'bqc', expected one of \['bcq', 'cloning', "):
         default_settings("bqc")
 
 

@@ -31,7 +31,7 @@ def test_all_parts_of_a_run_get_stacked_rows(make_settings, file):
     expected = stack_observations(load_transitions(file), 3)
     assert torch.equal(transitions["observation"], expected["observation"])
     assert torch.equal(transitions["next", "observation"], expected["next", "observation"])
-    assert (task.observation_size, task.observation_spec.shape, task.stack) == (9, (9,), 3)
+    assert (task.shapes, task.observation_spec.shape, task.stack) == ({"observation": [9]}, (9,), 3)
     assert task.env == Environment("Swing-v0", stack=3)
     trainer = assemble(settings, transitions, task)
     rows = trainer._replay.replay_buffer[:]
@@ -44,7 +44,7 @@ def test_all_parts_of_a_run_get_stacked_rows(make_settings, file):
 
 def test_a_checkpoint_holds_the_number(run):
     settings, task, _ = read_metadata(find_checkpoint(run))
-    assert (settings.stack, task.stack, task.observation_size) == (3, 3, 9)
+    assert (settings.stack, task.stack, task.shapes) == (3, 3, {"observation": [9]})
     policy = load_policy(run)
     assert policy.stack == 3
     with pytest.raises(

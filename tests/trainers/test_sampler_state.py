@@ -12,6 +12,7 @@ from torchrl.checkpoint import Checkpoint, CheckpointError, GlobalRNGState
 from torchrl.data import PrioritizedSampler, SliceSampler, TensorDictReplayBuffer
 
 from torchrl_bcq import make_replay_buffer
+from torchrl_bcq.data.frame_stack import FrameStack
 from torchrl_bcq.trainers.checkpoints import SamplerState, dataset_digest, make_checkpoint
 
 from ..conftest import skip_without_extension
@@ -195,6 +196,29 @@ def test_digest_depends_on_the_data_alone(tmp_path, monkeypatch, hashed_at_a_tim
     assert dataset_digest(TensorDict(dict(reversed(DATA.items())), [6])) == digest
     strided = DATA["next", "b"].T.contiguous().T
     assert dataset_digest(TensorDict({**DATA, ("next", "b"): strided}, [6])) == digest
+
+
+def test_digest_of_stored_frames(monkeypatch):
+    """Each frame is hashed once, and neither the order in which frames are stored nor unused frames matter."""
+    frames = torch.arange(5 * 4, dtype=torch.uint8).reshape(5, 1, 2, 2)
+    now, later = torch.tensor([[0, 0], [0, 1], [3, 3]]), torch.tensor([[0, 1], [1, 2], [3, 4]])
+    hashed = []
+
+    def digest(stored: torch.Tensor, *, moved: int = 0, shift: int = 0) -> str:
+        entries = {"o": FrameStack(stored, (now + moved) % 5), ("next", "o"): FrameStack(stored, (later + moved) % 5)}
+        return dataset_digest(TensorDict({**entries, "x": torch.arange(3) + shift}, [3]))
+
+    sha256 = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda *frame: hashed.extend(frame) or sha256(*frame))
+    monkeypatch.setattr(FrameStack, "gathered", lambda self: pytest.fail("frames are copied"))
+    expected = digest(frames)
+    assert len(hashed) == 5
+    assert digest(frames.roll(2, 0), moved=2) == expected
+    assert digest(torch.cat([frames, frames[:1] + 9])) == expected
+    assert digest(frames, shift=1) != expected
+    assert digest(frames.roll(2, 0)) != expected
+    for number in range(5):
+        assert digest(frames + torch.eye(5, dtype=torch.uint8)[number].view(5, 1, 1, 1)) != expected
 
 
 def test_digest_by_hand():

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torchrl.data import TensorSpec
+from torchrl.data import Categorical, TensorSpec
 
 from torchrl_bcq.data import DatasetError, load_transitions
+from torchrl_bcq.data.action_checks import number_of
 from torchrl_bcq.data.origins import Origins
 from torchrl_bcq.data.registry import find_source
 from torchrl_bcq.evaluation.environments import make_env
 from torchrl_bcq.reports.description import describe
 
-_SEVERAL = ("observation", "action", "next_observation")
-_COLUMNS = (*_SEVERAL, "reward", "terminated", "truncated", "episode", "group", "step")
+_SEVERAL = ("observation", "action", "next_observation", "action_mask", "next_action_mask")
+_COLUMNS = (*_SEVERAL, "reward", "terminated", "truncated", "episode", "group", "step", "action_probability")
 _FORMAT = {
-    "action_type": ("TYPE", "continuous: whole numbers in the action columns are amounts, not choices"),
     "delimiter": ("SIGN", "sign between the columns of a CSV file, such as ';' (default: a comma)"),
     "decimal_point": ("SIGN", "decimal point in a CSV file, such as ',' (default: a point)"),
 }
@@ -48,7 +48,9 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     """Add the commands ``describe`` and ``convert`` to the parser. ``args.run(args)`` runs the chosen one."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("source", nargs="+", metavar="SOURCE", help="FILE, PREFIX:ID or FOLDER, as explained below")
-    shared.add_argument("--env", metavar="ID", help="environment whose action bounds are compared with the data")
+    env = "environment whose action bounds, or number of discrete actions, are compared with the data"
+    shared.add_argument("--env", metavar="ID", help=env)
+    shared.add_argument("--n-actions", type=int, metavar="N", help="number of discrete actions")
     for side in ("low", "high"):
         text = f"{side}er bounds".replace("higher", "upper") + " of the actions, one number for each dimension"
         shared.add_argument(f"--action-{side}", nargs="+", type=float, metavar="NUMBER", help=text)
@@ -56,6 +58,8 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     names = "says that ENTRY of the file holds FIELD, such as observations=obs; several entries of a FIELD are joined"
     reading.add_argument("--names", nargs="+", metavar="FIELD=ENTRY", help=names)
     reading.add_argument("--max-episode-steps", type=int, metavar="N", help="time limit, if the file has no time-outs")
+    kinds = "discrete or continuous, such as doses in whole units (default: integers are discrete actions)"
+    shared.add_argument("--action-type", metavar="TYPE", help=kinds)
     columns = shared.add_argument_group("tables")
     for name in _COLUMNS:
         several = name in _SEVERAL
@@ -110,14 +114,19 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _action_spec(args: argparse.Namespace, settings: dict[str, Any]) -> TensorSpec | None:
-    """Return a spec of the bounds in the options, else in the environment or in the dataset; None without bounds."""
+    """Return a spec of the actions in the options, else in the environment or in the dataset; None if unknown."""
     from torchrl_bcq.runs.bounds import choose_bounds
 
-    specs = {}
+    specs: dict[str, Any] = {}
     if args.env is not None:
         specs[args.env] = make_env(args.env, remedy="choose another with --env ID").base_env.action_spec
     elif (source := find_source(args.source, **settings)) is not None:
         specs["dataset's spec"] = source.action_spec
+    if args.n_actions is not None:
+        specs = {"--n-actions": Categorical(args.n_actions), **specs}
+    discrete = next((spec for spec in specs.values() if spec is not None and number_of(spec)), None)
+    if discrete is not None:
+        return discrete
     names = ("--action-low", "--action-high")
     box = choose_bounds(vars(args), specs, names)
     if box is None:
@@ -128,7 +137,7 @@ def _action_spec(args: argparse.Namespace, settings: dict[str, Any]) -> TensorSp
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return a dictionary of the command-line options that are arguments of the dataset's reader."""
-    names = (*_COLUMNS, *_FORMAT, "max_episode_steps")
+    names = (*_COLUMNS, *_FORMAT, "action_type", "max_episode_steps")
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.names:
         pairs = [pair.partition("=") for pair in args.names]

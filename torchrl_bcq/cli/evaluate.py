@@ -34,6 +34,7 @@ _MEANINGS = {
     "held_out_loss": "a loss on data that was not used for training; it cannot be compared between algorithms.",
     "held_out_td_error": "shows how well the values fit other data; a low error does not mean a good policy.",
     "action_distance": "shows how much the policy differs from the recorded actions, not which of them are better.",
+    "action_agreement": "share of the recorded actions that the policy takes too; it does not show which are better.",
     "initial_value": "the critics' estimate of the policy's discounted return; it is not measured, and may be wrong.",
     "return": "mean return of the recorded episodes; without an environment, a policy's return is unknown.",
     "discounted_return": "the same with discount; if initial_value is far above it, the critics may overestimate.",
@@ -136,8 +137,7 @@ def _choose_env(args: argparse.Namespace, trained: Any, runs: dict[str, Any]) ->
         return None
     made = make_env(env, remedy=REMEDY)
     for one in runs.values():
-        shapes = {"observations": (one.task.observation_size,), "actions": tuple(one.task.action_spec.shape)}
-        check_fits(made, env, REMEDY, whose="the run", setting="--observation ENTRY ...", **shapes)
+        check_fits(made, env, REMEDY, whose="the run", setting="--observation ENTRY ...", **one.task.expected)
         if one.task.observation != trained.task.observation:
             pair = f"{trained.task.observation} in {trained.path}, but {one.task.observation} in {one.path}"
             raise RunError(f"the entries of the observation are {pair}; compare runs with the same entries.")

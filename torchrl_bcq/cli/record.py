@@ -12,7 +12,7 @@ from torchrl_bcq.data.episodes import episode_returns
 from torchrl_bcq.data.sources.dict_spaces import check_entries
 from torchrl_bcq.data.writers import check_out, write_hdf5, write_minari
 from torchrl_bcq.errors import RunError
-from torchrl_bcq.evaluation.environments import check_continuous, check_fits, make_env
+from torchrl_bcq.evaluation.environments import check_fits, check_steps, make_env
 from torchrl_bcq.evaluation.recording import DATASET_ENV, DATASET_ID, record, record_default
 
 _STEPS = 10_000
@@ -37,6 +37,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--policy", metavar="RUN", help="folder of a run of torchrl-bcq train, or random (default: random)")
     noise = "standard deviation of Gaussian action noise, as a fraction of half the action range (default: 0)"
     add("--noise", type=float, metavar="SIGMA", help=noise)
+    add("--epsilon", type=float, metavar="P", help="probability of a random discrete action (default: 0)")
     add("--steps", type=int, metavar="N", help=f"number of transitions (default: {_STEPS})")
     add("--seed", type=int, metavar="N", help="seed of initial states and actions (default: 0)")
     add("--out", metavar="OUT", help="FILE.hdf5 or minari:NAMESPACE/DATASET-v0 (default: ./ID.hdf5)")
@@ -47,7 +48,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def _run(args: argparse.Namespace) -> None:
     learned = args.policy not in (None, "random")
     if args.env is None and not learned:
-        names = ("policy", "noise", "steps", "seed", "out", "env_kwargs", "observation")
+        names = ("policy", "noise", "epsilon", "steps", "seed", "out", "env_kwargs", "observation")
         given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
         if given:
             raise RunError(f"{', '.join(given)} needs --env; the default dataset is always recorded in the same way.")
@@ -57,29 +58,31 @@ def _run(args: argparse.Namespace) -> None:
         return
     from gymnasium.spaces import Dict
 
-    noise, trained, policy, algorithm = args.noise or 0.0, None, None, "uniform random actions"
+    noise, epsilon = args.noise or 0.0, args.epsilon or 0.0
+    trained, policy, algorithm = None, None, "uniform random actions"
     if learned:
         from torchrl_bcq.runs.folder import load
 
         trained = load(Path(args.policy), "best", "cpu")
-        policy, algorithm = trained.policy, f"{trained.algorithm.title}, Gaussian noise of {noise} half-ranges"
-    elif noise:
-        raise RunError("--noise needs --policy RUN; random actions are uniform within their bounds, without noise.")
+        how = f"epsilon {epsilon}" if trained.algorithm.discrete else f"Gaussian noise of {noise} half-ranges"
+        policy, algorithm = trained.policy, f"{trained.algorithm.title}, {how}"
+    elif noise or epsilon:
+        name = "--noise" if noise else "--epsilon"
+        raise RunError(f"{name} needs --policy RUN; without a policy, all actions are uniformly random.")
     if (env := choose_environment(args, trained)) is None:
         raise RunError(f"{args.policy} has no environment; name one with --env ID.")
     out = args.out or f"{re.split('[/:]', env.id)[-1]}.hdf5"
     made = make_env(env, remedy=REMEDY)
     if trained is not None:
-        shapes = {"observations": (trained.task.observation_size,), "actions": tuple(trained.task.action_spec.shape)}
-        check_fits(made, env, REMEDY, whose="the run", setting="--observation ENTRY ...", **shapes)
-    check_continuous(made, env, REMEDY)
+        check_fits(made, env, REMEDY, whose="the run", setting="--observation ENTRY ...", **trained.task.expected)
+    check_steps(made, env, REMEDY)
     if isinstance(made.observation_space, Dict):
         env = replace(env, observation=check_entries(made.observation_space, env.observation))
     elif args.observation is not None:
         raise RunError(f"the observation of {env.id} is one vector, without entries; leave --observation out.")
     check_out(out, args.overwrite, env)
     steps = _STEPS if args.steps is None else args.steps
-    transitions = record(env, policy, steps, noise=noise, seed=args.seed or 0)
+    transitions = record(env, policy, steps, noise=noise, epsilon=epsilon, seed=args.seed or 0)
     env = replace(env, stack=1)  # the dataset holds single observations
     if out.startswith("minari:"):
         write_minari(out[7:], transitions, env, algorithm=algorithm, overwrite=args.overwrite)

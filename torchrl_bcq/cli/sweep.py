@@ -10,7 +10,8 @@ from torchrl_bcq.runs.folder import CHECKPOINTS
 from torchrl_bcq.runs.settings import FILE, flat, load_settings
 
 _NOT_SHOWN = ("out", "resume", "threads")  # threads=auto may choose another number in each run
-_OTHERS = ("initial_value", "action_distance")  # shown too, if no policy was evaluated in an environment
+# shown too, if no policy was evaluated in an environment
+_OTHERS = ("initial_value", "action_distance", "action_agreement")
 
 
 def is_sweep(folder: Path) -> bool:

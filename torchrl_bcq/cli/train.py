@@ -17,12 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation.recording import DATASET_ID, record_default
 from torchrl_bcq.runs import processes
-from torchrl_bcq.runs.algorithms import ALGORITHMS, find_algorithm
+from torchrl_bcq.runs.algorithms import ALGORITHMS, algorithms_of, find_algorithm
 from torchrl_bcq.runs.job import train
-from torchrl_bcq.runs.settings import compose, default_settings
+from torchrl_bcq.runs.settings import AUTO, compose, default_settings
 from torchrl_bcq.trainers.distributed import PeerError
 
-YAML = (files("torchrl_bcq.cli") / "train.yaml").read_text(encoding="utf-8")
+_FOLDER = files("torchrl_bcq.cli")
+YAML, YAML_DISCRETE = ((_FOLDER / f"{name}.yaml").read_text("utf-8") for name in ("train", "train_discrete"))
 DEFAULT_TASK = [  # settings if the user names no dataset; this run takes a few minutes on two CPU cores
     f"dataset=minari:{DATASET_ID}",
     "normalize=true",
@@ -50,6 +51,7 @@ examples:
   torchrl-bcq train
   torchrl-bcq train dataset=hopper.hdf5 optim.lr=3e-4 seed=1 out=runs/hopper
   torchrl-bcq train dataset=hopper.hdf5 algorithm=cloning out=runs/hopper-cloning
+  torchrl-bcq train dataset=cartpole.hdf5 loss.unlikely_action_threshold=0.5     discrete actions: discrete BCQ
   torchrl-bcq train dataset=minari:mujoco/hopper/medium-v0 normalize=true
   torchrl-bcq train -m dataset=hopper.hdf5 out=runs/hopper seed=0,1,2     three runs, one after the other
   torchrl-bcq train dataset=trips.csv \\
@@ -63,7 +65,8 @@ The folder of a run holds config.yaml, train.log, log/scalars/*.csv, checkpoints
 torchrl-bcq evaluate and torchrl-bcq plot read it. --cfg prints the settings without training. -m (--multirun) trains
 one run for each combination of values; separate the values of a setting by commas.
 
-{YAML}"""
+{YAML}
+{YAML_DISCRETE}"""
 _logger = logging.getLogger(__name__)
 
 
@@ -95,10 +98,13 @@ def _defaults(overrides: Sequence[str]) -> list[str]:
     given = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
     if "dataset" in given or given.get("resume", "false").lower() not in ("true", "false"):
         return []
-    name = given.get("algorithm", "bcq")
+    name = given.get("algorithm", AUTO)
     if "," in name:
         raise RunError(f"algorithm={name} needs dataset=...; without a dataset, give one algorithm only.")
+    name = algorithms_of(discrete=False)[0] if name == AUTO else name
     record, settings = find_algorithm(name), default_settings(name)
+    if record.discrete:
+        raise RunError(f"algorithm={name} needs dataset=...: the default dataset has continuous actions.")
     loss = [word for word in _DEFAULT_LOSS if OmegaConf.select(settings, word.partition("=")[0]) is not None]
     layers = [f"network.{key}={_DEFAULT_LAYERS}" for key, value in settings.network.items() if OmegaConf.is_list(value)]
     baseline = [] if record.baseline is None else [f"baseline={record.baseline}"]

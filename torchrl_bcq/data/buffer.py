@@ -16,6 +16,7 @@ from torchrl.data import (
 from torchrl.data.replay_buffers.samplers import Sampler
 
 from torchrl_bcq.data.episodes import check_finite, check_outcomes, check_rows
+from torchrl_bcq.data.frame_stack import gather_frames
 from torchrl_bcq.data.sampling import WeightedSampler
 
 PRIORITY_ALPHA, PRIORITY_BETA = 0.6, 0.4  # as in arXiv:1511.05952 (proportional variant), but beta stays constant
@@ -41,7 +42,7 @@ def make_replay_buffer(
 
     Args:
         transitions: TensorDict of batch size ``[N]``, as the readers return it. Transitions that are already on
-            ``device`` are not copied.
+            ``device`` are not copied. Frames that are stored once stay so; each batch gets ordinary tensors.
         batch_size: number of rows in each sample. The default is the batch size in the code of the BCQ author.
         device: device of the dataset and of the samples. By default, the device of ``transitions``.
         seed: seed for the buffer's own random generator. By default, the buffer uses PyTorch's global random state.
@@ -87,6 +88,7 @@ def make_replay_buffer(
         storage=TensorStorage(held, device=device),
         sampler=chosen,
         writer=_FixedWriter(),
+        collate_fn=gather_frames,
         batch_size=batch_size,
         generator=None if seed is None else torch.Generator(device).manual_seed(seed),
     )

@@ -6,7 +6,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from torchrl_bcq.data.checks import DatasetError, Rows
+from torchrl_bcq.data.defects import Rows
+from torchrl_bcq.errors import DatasetError
 
 FLAGS = ("done", "terminated", "truncated")
 CHUNK_VALUES = 2**22  # number of values that check_finite reads at a time

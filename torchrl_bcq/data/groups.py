@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_bcq.data.checks import DatasetError, Rows, listed
+from torchrl_bcq.data.defects import Rows, listed
 from torchrl_bcq.data.origins import Origins
+from torchrl_bcq.errors import DatasetError
 
 _NO_NAME = {"", "nan", "none", "null", "<na>", "nat", "inf", "-inf"}  # texts of missing values, in lower case
 _NAMELESS = "the group is missing in {}; fill in the groups, or drop these rows."

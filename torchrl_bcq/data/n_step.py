@@ -8,9 +8,9 @@ import torch
 from tensordict import TensorDict, TensorDictBase, is_leaf_nontensor, is_tensor_collection
 from torch import Tensor
 
-from torchrl_bcq.data.checks import DatasetError
 from torchrl_bcq.data.episodes import STEPS, episode_numbers, flat_entry
 from torchrl_bcq.data.sources.conversion import load_memmap, write_memmap
+from torchrl_bcq.errors import DatasetError
 from torchrl_bcq.files import home
 
 _CHUNK = 2**16  # number of rows written at a time
@@ -65,7 +65,7 @@ def multi_step(
 
     if folder is None:
         return part(slice(None))
-    write_memmap((part(slice(i, i + _CHUNK)).cpu() for i in range(0, len(steps), _CHUNK)), len(steps), folder)
+    write_memmap((part(slice(i, i + _CHUNK)) for i in range(0, len(steps), _CHUNK)), len(steps), folder)
     return load_memmap(folder)
 
 

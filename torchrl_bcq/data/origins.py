@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from torchrl_bcq.data.checks import Rows
+from torchrl_bcq.data.defects import Rows
 
 _NUMBERS = {"observations", "actions", "rewards"}
 

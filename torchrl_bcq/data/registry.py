@@ -15,7 +15,7 @@ from torchrl.data import ReplayBuffer, TensorDictReplayBuffer, TensorSpec
 from torchrl.data.datasets import load_dataset, register_dataset
 
 from torchrl_bcq.data.buffer import make_replay_buffer
-from torchrl_bcq.data.checks import Checks, DatasetError
+from torchrl_bcq.data.checks import Checks
 from torchrl_bcq.data.origins import Origins
 from torchrl_bcq.data.rollouts import from_rollouts
 from torchrl_bcq.data.sources.array_files import hdf5, load_hdf5, load_npz, npz
@@ -24,7 +24,7 @@ from torchrl_bcq.data.sources.hubs import d4rl, load_d4rl, load_minari, minari
 from torchrl_bcq.data.sources.joined import join
 from torchrl_bcq.data.sources.source import Source
 from torchrl_bcq.data.sources.tables import load_table, table
-from torchrl_bcq.errors import remedy
+from torchrl_bcq.errors import DatasetError, remedy
 from torchrl_bcq.files import home
 
 _SOURCES: dict[str, tuple[Any, Any]] = {  # prefix: (function that makes the Source, reader that users call)
@@ -176,6 +176,13 @@ def _find_one(name: str, settings: dict[str, Any]) -> Source | None:
             f"{name} is a {prefix} source, which does not take the {remedy('arguments', 'settings')} {unused}."
         )
     return open_source(rest, **settings)
+
+
+def has_discrete_actions(name: Name | Sequence[Name], **settings: Any) -> bool:
+    """Return whether the actions of a dataset are discrete. Arguments and errors: as for ``load_transitions``."""
+    if source := find_source(name, **settings):
+        return source.has_discrete_actions()
+    return not load_transitions(name, **settings)["action"].is_floating_point()
 
 
 def find_reader(name: Name | Sequence[Name]) -> Callable | None:

@@ -8,9 +8,10 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.data import TensorSpec
 
-from torchrl_bcq.data.checks import Checks, DatasetError
+from torchrl_bcq.data.checks import Checks
 from torchrl_bcq.data.episodes import FLAGS, check_finite, check_outcomes
 from torchrl_bcq.data.transitions import report_cuts
+from torchrl_bcq.errors import DatasetError
 
 
 def from_rollouts(

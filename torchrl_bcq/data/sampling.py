@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.data import Storage
 from torchrl.data.replay_buffers.samplers import Sampler
 
-from torchrl_bcq.data.checks import Rows
+from torchrl_bcq.data.defects import Rows
 from torchrl_bcq.data.episodes import check_finite, episode_numbers, episode_returns, group_numbers
 from torchrl_bcq.errors import remedy
 

@@ -11,11 +11,16 @@ from numpy.typing import ArrayLike
 from tensordict import TensorDict
 from torchrl.data import TensorSpec
 
-from torchrl_bcq.data.checks import FIELDS, Checks, DatasetError, Rows
+from torchrl_bcq.data.checks import FIELDS, FRAMES, Checks
+from torchrl_bcq.data.defects import Rows
+from torchrl_bcq.data.frame_store import FramesInMemory, FrameStore, equal_rows
 from torchrl_bcq.data.groups import Groups
 from torchrl_bcq.data.origins import Origins
+from torchrl_bcq.errors import DatasetError
 
 _logger = logging.getLogger(__name__)
+# fields of states and of next states, and their entry in the transitions
+_STATES = (("observations", "next_observations", "observation"), ("frames", "next_frames", "pixels"))
 # A warning is logged if the mean absolute reward of the dropped rows is more than 10 times the mean absolute reward of
 # the other rows. Rows at a time limit have normal rewards, so much larger rewards suggest a final state.
 _PAID_AT_THE_END = 10
@@ -29,10 +34,16 @@ def from_arrays(
     truncated: ArrayLike | None = None,
     next_observations: ArrayLike | None = None,
     groups: ArrayLike | None = None,
+    frames: ArrayLike | None = None,
+    next_frames: ArrayLike | None = None,
     *,
+    action_masks: ArrayLike | None = None,
+    next_action_masks: ArrayLike | None = None,
+    action_probabilities: ArrayLike | None = None,
+    action_type: str | None = None,
     action_spec: TensorSpec | None = None,
 ) -> TensorDict:
-    """Check arrays of ``N`` steps and convert them to TorchRL transitions in float32.
+    """Check arrays of ``N`` steps and convert them to TorchRL transitions.
 
     The rows of an episode must follow each other in order of time. An episode ends where ``terminated`` or
     ``truncated`` is set, and at the last row, which is marked as truncated unless it is terminated. Without
@@ -45,27 +56,44 @@ def from_arrays(
     this copy. In the result, the last row of each episode has ``done``.
 
     Args:
-        observations: observation before each step, ``[N, D]``.
-        actions: continuous actions in the units of the environment, ``[N, A]``.
+        observations: observation before each step, ``[N, D]``, or frames of bytes (``uint8``), ``[N, H, W]`` or ``[N,
+            C, H, W]``. If the last dimension of frames is clearly the smallest, as in ``[N, 96, 96, 3]``, the channels
+            are last, and are moved to the front.
+        actions: continuous actions in the units of the environment, ``[N, A]``; or discrete actions of ``K`` choices:
+            indices ``[N]`` or ``[N, 1]``, or one-hot vectors ``[N, K]``.
         rewards: reward of each step, ``[N]`` or ``[N, 1]``.
         terminated: whether the step led to a final state, ``[N]`` or ``[N, 1]``. The value of a final state is 0.
         truncated: whether the episode was cut off after the step, for example by a time limit, ``[N]`` or ``[N, 1]``.
             The next state still has a value.
-        next_observations: observation after each step, ``[N, D]``.
+        next_observations: observation after each step, in the shape of ``observations``.
         groups: number or name of the group of each row, such as a patient or a user, ``[N]`` or ``[N, 1]``. All rows of
             an episode have the same group. ``split_episodes`` never splits a group. 7, 7.0 and "7" are the same group.
-        action_spec: bounded spec of one action. If given, all actions must lie within its bounds.
+        frames: frames beside the vectors ``observations``, in the same shapes as frames of ``observations``.
+        next_frames: frames after each step. Without ``next_frames``, ``next_observations`` are not used.
+        action_masks: whether each discrete action was available before the step, ``[N, K]``.
+        next_action_masks: whether each discrete action was available after the step, ``[N, K]``. Without them, the mask
+            of the next row is used, and truncated rows are dropped.
+        action_probabilities: probability with which the recorded policy chose the action of each row, ``[N]`` or ``[N,
+            1]``.
+        action_type: ``"continuous"`` or ``"discrete"``. By default, the dtype decides: integers and booleans are
+            discrete actions.
+        action_spec: spec of one action. If given, all actions must lie within its bounds, or be one of its discrete
+            actions, which are then stored as in the spec: as an index, or as a one-hot vector.
 
     Returns:
-        Transitions of batch size ``[M]`` with ``M <= N``: ``observation [M, D]``, ``action [M, A]``, the episode number
-        ``episode [M]``, and under ``"next"``: ``observation [M, D]``, and ``reward``, ``done``, ``terminated`` and
-        ``truncated``, each ``[M, 1]``. With ``groups``, also the group number ``group [M]``: the first group has number
-        0, the next one 1, etc.
+        Transitions of batch size ``[M]`` with ``M <= N``, in float32: ``observation [M, D]``, ``action [M, A]`` (the
+        index ``[M]`` of a discrete action, in int64), the episode number ``episode [M]``, and under ``"next"``:
+        ``observation [M, D]``, and ``reward``, ``done``, ``terminated`` and ``truncated``, each ``[M, 1]``. With
+        ``groups``, also the group number ``group [M]``: the first group has number 0, the next one 1, etc. With masks
+        and probabilities, also the booleans ``action_mask`` and ``("next", "action_mask")``, each ``[M, K]``, and
+        ``action_probability [M]``. Frames of ``observations`` are ``observation [M, C, H, W]``, and ``frames`` are
+        ``pixels [M, C, H, W]``, each also under ``"next"``; these tensors share their frames, so each frame is held
+        once.
 
     Raises:
         DatasetError: if ``truncated`` and ``next_observations`` are both missing; if a field has a wrong shape, dtype
             or length, or is empty; if a field other than the flags has only zeros; if a value is not finite; if an
-            action is out of bounds; or if a group is missing or changes within an episode.
+            action is out of bounds or was not available; or if a group is missing or changes within an episode.
 
     Example:
         >>> import numpy as np
@@ -80,23 +108,26 @@ def from_arrays(
             "truncated and next_observations are both missing, so it is unknown where episodes were cut off; pass one "
             "of them, or truncated=np.zeros(N) if no episode was cut off."
         )
-    checks = Checks(action_spec)
+    checks, store = Checks(action_spec, action_type), FramesInMemory()
     given = (observations, actions, rewards, terminated, truncated, next_observations, groups)
-    checked = checks(dict(zip(FIELDS, given, strict=True)))
+    others = (action_masks, next_action_masks, action_probabilities, frames, next_frames)
+    checked = checks(dict(zip((*FIELDS, *FRAMES), (*given, *others), strict=True)))
     checks.finish()
-    parts = list(lay_out([("", [checked])]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    parts = list(lay_out([("", [checked])], store))
+    return store.view(checks.actions.convert(parts[0] if len(parts) == 1 else torch.cat(parts)))
 
 
 def lay_out(
     recordings: Iterable[tuple[str, Iterable[dict[str, np.ndarray]]]],
+    store: FrameStore,
     *,
     report: bool = True,
     origins: Origins | None = None,
 ) -> Iterator[TensorDict]:
     """Convert recordings to transitions; each recording has a name and consists of chunks of checked arrays.
 
-    An episode ends at the last row of its recording. If ``report`` is true, log which rows were dropped. ``origins``
+    The transitions hold the numbers of frames in ``store``, which gets the frames. An episode ends at the last row of
+    its recording. If ``report`` is true, log which rows were dropped. ``origins``
     gets the rows that were read and dropped.
     """
     origins, groups = Origins() if origins is None else origins, Groups()
@@ -106,7 +137,7 @@ def lay_out(
         origins.begin(name)
         held: TensorDict | None = None  # kept back until it is known whether it holds the last row of the recording
         for fields, is_last in with_successors(chunks):
-            part, keep, ends = _part(fields, episode, is_last)
+            part, keep, ends = _part(fields, episode, is_last, store)
             guessed += 0 if "truncated" in fields or is_last else int(part["next", "truncated"].sum())
             episode += int(ends.sum())
             reward = np.abs(fields["rewards"][:-1].astype(np.float64))
@@ -184,9 +215,10 @@ def _report_dropped(dropped: Rows, lost: float, kept: float) -> None:
         _logger.info(what)
 
 
-def _part(fields: dict[str, np.ndarray], episode: int, is_last: bool) -> tuple[TensorDict, np.ndarray, np.ndarray]:
+def _part(
+    fields: dict[str, np.ndarray], episode: int, is_last: bool, store: FrameStore
+) -> tuple[TensorDict, np.ndarray, np.ndarray]:
     """Convert all rows except the last. Also return masks of the rows to keep, and of the rows that end an episode."""
-    observation, following = fields["observations"][:-1], fields["observations"][1:]
     terminated = fields["terminated"][:-1]
     given = fields.get("next_observations")
     if "truncated" in fields:
@@ -194,30 +226,50 @@ def _part(fields: dict[str, np.ndarray], episode: int, is_last: bool) -> tuple[T
     elif given is None or is_last:
         truncated = np.zeros_like(terminated)
     else:
-        truncated = ~terminated & (given[:-1] != following).any(1)
+        pairs = [(fields[name][1:], fields[after][:-1]) for name, after, _ in _STATES if after in fields]
+        truncated = ~terminated & ~np.logical_and.reduce([equal_rows(*pair) for pair in pairs])
     if is_last:
         truncated = truncated | ~terminated
     ends = terminated | truncated
-    if given is None:
-        next_observation = np.where(terminated[:, None], observation, following)
+    masks, next_masks = fields.get("action_masks"), fields.get("next_action_masks")
+    if given is None or (masks is not None and next_masks is None):  # truncated rows lack the next state or its mask
+        if "truncated" not in fields:
+            raise DatasetError("truncated and next_action_masks are both missing; give one of them.")
         keep = terminated | ~truncated
-        # a row before a dropped row is the last row of its episode
-        truncated = truncated | (~ends & (fields["truncated"] & ~fields["terminated"])[1:])
+        short = fields["truncated"] & ~fields["terminated"]
     else:
-        next_observation = given[:-1]
         short = fields.get("incomplete", np.zeros(len(given), bool))  # the last row of an episode, to be dropped
-        keep, truncated = ~short[:-1], truncated | (~ends & short[1:])
+        keep = ~short[:-1]
+    truncated = truncated | (~ends & short[1:])  # a row before a dropped row is the last row of its episode
     done = terminated | truncated
+    states = {names[2]: _states(fields, *names, is_last, store) for names in _STATES if names[0] in fields}
     columns = {
-        "observation": observation,
+        **{key: now for key, (now, _) in states.items()},
         "action": fields["actions"][:-1],
         "episode": episode + np.cumsum(ends) - ends,  # - ends, because the last row still belongs to its episode
         "next": {
-            "observation": next_observation,
+            **{key: after for key, (_, after) in states.items()},
             "reward": fields["rewards"][:-1, None],
             "done": done[:, None],
             "terminated": terminated[:, None],
             "truncated": truncated[:, None],
         },
     }
-    return TensorDict(columns, batch_size=[len(done)]), keep, ends
+    part = TensorDict(columns, batch_size=[len(done)])
+    if masks is not None:
+        part["action_mask"] = masks[:-1]
+        following = np.where(terminated[:, None], masks[:-1], masks[1:])
+        part["next", "action_mask"] = following if next_masks is None else next_masks[:-1]
+    if "action_probabilities" in fields:
+        part["action_probability"] = fields["action_probabilities"][:-1]
+    return part, keep, ends
+
+
+def _states(
+    fields: dict[str, np.ndarray], name: str, after: str, key: str, is_last: bool, store: FrameStore
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the states and next states of all rows except the last; the states of frames are their numbers."""
+    now, given, terminated = fields[name], fields.get(after), fields["terminated"][:-1]
+    if now.ndim == 4:
+        return store.add(key, now, given, terminated, is_last)
+    return now[:-1], np.where(terminated[:, None], now[:-1], now[1:]) if given is None else given[:-1]

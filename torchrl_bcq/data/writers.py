@@ -54,6 +54,9 @@ def write_hdf5(
         "terminals": after["terminated"].squeeze(-1),
         "timeouts": after["truncated"].squeeze(-1),
     }
+    for name, entry in (("action_masks", transitions), ("next_action_masks", after)):
+        if (mask := entry.get("action_mask", None)) is not None:
+            fields[name] = mask
     with write_whole(home(path)) as aside, h5py.File(aside, "w") as file:
         for name, values in fields.items():
             file.create_dataset(name, data=values.cpu().numpy(), compression="gzip", shuffle=True)

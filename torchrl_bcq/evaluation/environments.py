@@ -6,32 +6,42 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from tensordict import unravel_key
-from torchrl.data import Composite
+from torchrl.data import Composite, TensorSpec
 from torchrl.data.tensor_specs import ContinuousBox
 from torchrl.envs import (
+    ActionMask,
     CatFrames,
     CatTensors,
     DoubleToFloat,
     EnvBase,
     GymWrapper,
+    PermuteTransform,
     RemoveEmptySpecs,
+    RenameTransform,
     SelectTransform,
     SerialEnv,
     TransformedEnv,
+    UnaryTransform,
+    UnsqueezeTransform,
 )
 
 from torchrl_bcq.bounds import round_inwards
-from torchrl_bcq.data.sources.dict_spaces import check_entries, entries_of
+from torchrl_bcq.data.action_checks import number_of
+from torchrl_bcq.data.frame_layout import layout_of
+from torchrl_bcq.data.sources.dict_spaces import MASK, check_entries, entries_of, holds_mask, split_image
 from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.errors import RunError
 
 _REST = 0.005  # episodes should continue until the weight gamma**t of a reward is at most this number
 _LONGEST = 1_000  # steps_to_compare raises a time limit to at most this many steps; more steps take too long
 _DEFAULT_LIMIT = 1_000  # time limit in steps of an environment that has none
+_CODING = {"categorical_action_encoding": True}  # discrete actions are indices, as the readers return them
 _logger = logging.getLogger(__name__)
 
 
@@ -53,11 +63,13 @@ class _ToFloat(DoubleToFloat):
 
 
 def make_env(env: str | Environment, *, remedy: str = "choose another environment", **settings: Any) -> EnvBase:
-    """Make a Gymnasium environment with observations, rewards and actions in float32.
+    """Make a Gymnasium environment with observations, rewards and continuous actions in float32.
 
-    The action bounds of ``made.action_spec`` are rounded inwards; ``made.base_env.action_spec`` holds the exact bounds.
-    If the observation is a ``Dict``, its entries are joined to one vector, as ``env.observation`` says. If
-    ``env.stack`` is above 1, TorchRL's ``CatFrames`` joins the last observations of the episode.
+    Discrete actions are indices. The bounds of continuous actions in ``made.action_spec`` are rounded inwards;
+    ``made.base_env.action_spec`` holds the exact bounds. If the observation is a ``Dict``, its vectors are joined to
+    one vector, as ``env.observation`` says. The entry ``action_mask`` is not joined; it holds booleans. Frames of bytes
+    are ``[C, H, W]``, in the entry ``observation``, or in ``pixels`` if there are vectors. If ``env.stack`` is above 1,
+    TorchRL's ``CatFrames`` joins the last observations of the episode; of frames, it joins the channels.
 
     Args:
         env: the environment or its Gymnasium id. If the id is ``MODULE:ID``, Gymnasium imports the module, from the
@@ -75,7 +87,7 @@ def make_env(env: str | Environment, *, remedy: str = "choose another environmen
         sys.path.append(here)
     arguments = {"max_episode_steps": env.max_episode_steps, **env.kwargs, **settings}
     try:
-        made = TransformedEnv(GymWrapper(gymnasium.make(env.id, **arguments)), _ToFloat())
+        made = TransformedEnv(GymWrapper(gymnasium.make(env.id, **arguments), **_CODING), _ToFloat())
     except Exception as error:  # the code of an environment raises any exception, TorchRL a KeyError for a space
         raise RunError(f"environment {str(env)!r} cannot be made: {error or repr(error)}; {remedy}.") from error
     if isinstance(made.observation_space, gymnasium.spaces.Dict):
@@ -84,16 +96,45 @@ def make_env(env: str | Environment, *, remedy: str = "choose another environmen
         except ValueError as error:
             how = "evaluation.observation=[...] in torchrl-bcq train, --observation in other commands"
             raise RunError(f"environment {env.id}: {error}; name them with {how}.") from error
-        keys = [unravel_key(tuple(name.split("/"))) for name in names]
-        for transform in (
-            CatTensors(keys, "observation", sort=False),
-            SelectTransform("observation"),
-            RemoveEmptySpecs(),
-        ):
-            made.append_transform(transform)
-    if env.stack > 1:
-        made.append_transform(CatFrames(env.stack, dim=-1, in_keys=["observation"]))
+        _choose_entries(made, *split_image(made.observation_space, names))
+        if holds_mask(made.observation_space):
+            made.append_transform(UnaryTransform([MASK], [MASK], fn=lambda mask: mask != 0))
+            made.append_transform(ActionMask())
+    elif "pixels" in made.observation_spec.keys():  # TorchRL's name of frames with the channels last
+        made.append_transform(RenameTransform(["pixels"], ["observation"]))
+    for key in ("observation", "pixels"):
+        if key in made.observation_spec.keys():
+            _stack_entry(made, key, env.stack)
     return made
+
+
+def _choose_entries(made: TransformedEnv, vectors: list[str], image: str | None) -> None:
+    """Join the vectors of a Dict observation to the entry ``observation``, rename the image, and keep the mask."""
+    keys = [unravel_key(tuple(name.split("/"))) for name in vectors]
+    kept, mask = ["observation"] if vectors else [], [MASK] if holds_mask(made.observation_space) else []
+    if image is not None:  # renamed twice, because a vector may have the final name
+        made.append_transform(RenameTransform([unravel_key(tuple(image.split("/")))], ["frames_of_image"]))
+    if vectors:
+        made.append_transform(CatTensors(keys, "observation", sort=False))
+    if image is not None:
+        kept.append("pixels" if vectors else "observation")
+        made.append_transform(SelectTransform(*kept[:-1], *mask, "frames_of_image"))
+        made.append_transform(RenameTransform(["frames_of_image"], kept[-1:]))
+    made.append_transform(SelectTransform(*kept, *mask))
+    made.append_transform(RemoveEmptySpecs())
+
+
+def _stack_entry(made: TransformedEnv, key: str, stack: int) -> None:
+    """Move the channels of frames to the front; join the last vectors, or the last frames, of the episode."""
+    spec, is_frames = made.observation_spec[key], False
+    if spec.dtype == torch.uint8 and len(spec.shape) in (2, 3):
+        is_frames, layout = True, layout_of(spec.shape)
+        if layout == "HW":
+            made.append_transform(UnsqueezeTransform(-3, in_keys=[key]))
+        elif layout == "HWC":
+            made.append_transform(PermuteTransform((-1, -3, -2), in_keys=[key]))
+    if stack > 1:
+        made.append_transform(CatFrames(stack, dim=-3 if is_frames else -1, in_keys=[key]))
 
 
 def make_envs(env: str | Environment, episodes: int, device: Any = None, *, max_steps: int | None = None) -> EnvBase:
@@ -146,8 +187,9 @@ def check_fits(
     remedy: str,
     *,
     whose: str,
-    observations: tuple[int, ...],
-    actions: tuple[int, ...] | None = None,
+    shapes: Mapping[str, tuple[int, ...]],
+    action_spec: TensorSpec | None = None,
+    has_mask: bool = False,
     setting: str = "evaluation.observation=[...]",
 ) -> None:
     """Raise a RunError if the environment does not fit a dataset or a run.
@@ -156,7 +198,9 @@ def check_fits(
         made: the environment, made by ``make_env(env)``.
         env, remedy: as for ``make_env``; used in the message.
         whose: whose observations and actions the environment must have, such as "the dataset".
-        observations, actions: their shapes; None if the shape of the actions is not checked.
+        shapes: shape of ``observation``, and of ``pixels`` if there are frames beside vectors.
+        action_spec: spec of one action; None if the actions are not checked.
+        has_mask: whether the policy needs masks of the available actions.
         setting: how the user names the entries of a Dict observation; used in the message.
     """
     from gymnasium.spaces import Dict
@@ -167,20 +211,33 @@ def check_fits(
     if not isinstance(made.observation_space, Dict) and (joined := Environment.of(env).observation) is not None:
         message = "the observation of %s is one vector; its numbers must be those of the entries %s, in this order"
         _logger.warning(message, Environment.of(env).id, list(joined))
-    if (shape := tuple(made.observation_spec["observation"].shape)) != observations:
-        raise RunError(f"{env} has observations of shape {shape}, but {whose} has {observations}; {remedy}.")
-    check_continuous(made, env, remedy)
-    if actions is not None and (shape := tuple(made.action_spec.shape)) != actions:
-        raise RunError(f"{env} has actions of shape {shape}, but {whose} has {actions}; {remedy}.")
+    if (shape := tuple(made.observation_spec["observation"].shape)) != shapes["observation"]:
+        raise RunError(f"{env} has observations of shape {shape}, but {whose} has {shapes['observation']}; {remedy}.")
+    spec, pixels = made.observation_spec.get("pixels", None), shapes.get("pixels")
+    if (frames := None if spec is None else tuple(spec.shape)) != pixels:
+        found = [f"frames of shape {shape}" if shape else "no frames" for shape in (frames, pixels)]
+        raise RunError(f"{env} has {found[0]} beside its vectors, but {whose} has {found[1]}; {remedy}.")
+    check_steps(made, env, remedy)
+    if has_mask and MASK not in made.observation_spec.keys():
+        raise RunError(f"{whose} has masks of the available actions, but {env} has no entry {MASK}; {remedy}.")
+    sizes = [None if spec is None else _size(spec) for spec in (made.action_spec, action_spec)]
+    if sizes[1] is not None and sizes[0] != sizes[1]:
+        raise RunError(f"{env} has {sizes[0]}, but {whose} has {sizes[1]}; {remedy}.")
 
 
-def check_continuous(made: EnvBase, env: str | Environment, remedy: str) -> None:
-    """Raise a RunError if the actions of the environment are not continuous, or if its first step fails."""
-    from gymnasium.spaces import Box
+def _size(action_spec: TensorSpec) -> str:
+    number = number_of(action_spec)
+    return f"actions of shape {tuple(action_spec.shape)}" if number is None else f"{number} discrete actions"
 
-    if not isinstance(made.action_space, Box):
-        found = f"{env} has the action space {made.action_space}"
-        raise RunError(f"{found}, but continuous actions (a Box) are needed; {remedy}.")
+
+def check_steps(made: EnvBase, env: str | Environment, remedy: str) -> None:
+    """Raise a RunError if the actions of the environment cannot be used, or if its first step fails."""
+    from gymnasium.spaces import Box, Discrete
+
+    space = made.action_space
+    if not isinstance(space, (Box, Discrete)) or getattr(space, "start", 0) != 0:
+        found = f"{env} has the action space {space}"
+        raise RunError(f"{found}, but a Box, or a Discrete whose first action is 0, is needed; {remedy}.")
     try:
         made.step(made.reset().set("action", made.action_spec.project(made.action_spec.zero())))
     except (

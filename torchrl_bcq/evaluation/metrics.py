@@ -14,6 +14,7 @@ from torchrl.envs import EnvBase
 from torchrl.trainers.trainers import Trainer, TrainerHookBase
 
 from torchrl_bcq.data.episodes import episode_numbers
+from torchrl_bcq.data.frame_stack import gather_frames
 from torchrl_bcq.evaluation.rollouts import Policy, Value, evaluate, in_eval_mode, own_random_state, summarize
 from torchrl_bcq.objectives import OfflineLoss
 
@@ -126,7 +127,8 @@ class DatasetMetrics(_PeriodicMetrics):
     """Logs metrics on transitions, without an environment. If possible, pass held-out episodes.
 
     The hook logs ``action_distance``, the mean Euclidean distance between the policy's actions and the dataset's
-    actions, in the units of the actions. If the objective learns values, the hook also logs ``initial_value``, the mean
+    actions, in the units of the actions. For discrete actions, the hook logs ``action_agreement`` instead, the share of
+    rows in which both are equal. If the objective learns values, the hook also logs ``initial_value``, the mean
     value of the policy's actions in the first states of the episodes. For held-out transitions, the hook also logs
     ``held_out_{key}``, the mean of each out-key of the loss module, such as ``held_out_td_error``. The metrics on a
     dataset can show that training goes wrong, but only returns show which of two policies is better.
@@ -161,7 +163,7 @@ class DatasetMetrics(_PeriodicMetrics):
         self.held_out = held_out
         self.seed = seed
         shown = "td_error" if "td_error" in loss_module.out_keys else loss_module.out_keys[0]
-        self.main = f"held_out_{shown}" if held_out else "action_distance"
+        self.main = f"held_out_{shown}" if held_out else loss_module.action_metric
         device = next(loss_module.parameters()).device
         numbers = episode_numbers(transitions)
         starts = numbers.diff(prepend=numbers.new_tensor([-1])).nonzero().squeeze(1)
@@ -178,13 +180,14 @@ class DatasetMetrics(_PeriodicMetrics):
     def names(self) -> list[str]:
         """Names of the metrics that ``measure`` returns."""
         losses = [f"held_out_{key}" for key in self.loss_module.out_keys] if self.held_out else []
-        return [*losses, "action_distance", *(["initial_value"] if self.loss_module.has_values else [])]
+        return [*losses, self.loss_module.action_metric, *(["initial_value"] if self.loss_module.has_values else [])]
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """Compute the metrics on the transitions and return them by name."""
         with own_random_state(self.seed, self._rows.device), in_eval_mode(self.policy, *self.loss_module.networks):
-            chunks = [(len(rows), self._measure_rows(rows)) for rows in self._rows.split(_CHUNK)]
+            parts = map(gather_frames, self._rows.split(_CHUNK))
+            chunks = [(len(rows), self._measure_rows(rows)) for rows in parts]
             values = [self.loss_module.value(self.policy(states)) for states in self._starts.copy().split(_CHUNK)]
         total = len(self._rows)
         means = {name: sum(n * float(chunk[name]) for n, chunk in chunks) / total for name in chunks[0][1]}
@@ -197,4 +200,5 @@ class DatasetMetrics(_PeriodicMetrics):
             found = {f"held_out_{key}": value.mean() for key, value in self.loss_module(rows.copy()).items()}
         key = self.loss_module.tensor_keys.action
         action = self.policy(rows.exclude(key)).get(key)
-        return {**found, "action_distance": (action - rows.get(key)).norm(dim=-1).mean()}
+        loss = self.loss_module
+        return {**found, loss.action_metric: loss.compare_actions(action, rows.get(key)).mean()}

@@ -11,10 +11,12 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
+from torchrl.modules import EGreedyModule
 
+from torchrl_bcq.data.sources.dict_spaces import MASK, holds_mask
 from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.data.writers import write_minari
-from torchrl_bcq.errors import RunError
+from torchrl_bcq.errors import RunError, remedy
 from torchrl_bcq.evaluation.environments import make_env
 
 DATASET_ID = "torchrl-bcq/pendulum/swing-up-v0"  # id of the default dataset in Minari's local store
@@ -39,28 +41,37 @@ def swing_up(observation: torch.Tensor, noise: float) -> torch.Tensor:
 
 
 def record(
-    env_id: str | Environment, policy: TensorDictModuleBase | None, steps: int, *, noise: float = 0.0, seed: int = 0
+    env_id: str | Environment,
+    policy: TensorDictModuleBase | None,
+    steps: int,
+    *,
+    noise: float = 0.0,
+    epsilon: float = 0.0,
+    seed: int = 0,
 ) -> TensorDictBase:
     """Record the transitions of a policy, one episode after another.
 
     Args:
-        env_id: the environment or its Gymnasium id. Its observation and action spaces must be one-dimensional ``Box``
-            spaces, and its actions must be bounded. The entries of a ``Dict`` observation are joined to one vector.
-        policy: reads ``observation [D]`` in float32 and writes ``action [A]``. If None, actions are uniformly random.
+        env_id: the environment or its Gymnasium id. Its observation space must be a one-dimensional ``Box``, or a
+            ``Dict``, whose entries are joined to one vector. Its action space must be a bounded one-dimensional
+            ``Box``, or ``Discrete``.
+        policy: reads ``observation [D]`` in float32 and writes ``action [A]``, or the index of a discrete action. If
+            None, actions are uniformly random.
             With ``env_id.stack`` above 1, the policy reads the last observations, ``[stack * D]``.
         steps: number of transitions; the last one is marked as truncated if it does not end an episode.
         noise: standard deviation of Gaussian noise that is added to the actions, as a multiple of half the action
             range. Actions with noise are clipped to the action bounds.
+        epsilon: probability of a uniformly random discrete action instead of the policy's.
         seed: random seed of the initial states, the policy and the noise.
 
     Returns:
         Transitions in TorchRL's layout, batch size ``[steps]``: ``observation [steps, D]`` in float32, the executed
-        ``action [steps, A]``, and under ``next``: ``observation [steps, D]``, ``reward``, ``done``, ``terminated`` and
-        ``truncated`` (``[steps, 1]`` each).
+        ``action [steps, A]`` (``[steps]`` if it is discrete), and under ``next``: ``observation [steps, D]``,
+        ``reward``, ``done``, ``terminated`` and ``truncated`` (``[steps, 1]`` each).
 
     Raises:
         RunError: if the environment cannot be made or recorded, the policy does not fit the environment, or ``steps``,
-            ``noise`` or ``seed`` is invalid.
+            ``noise``, ``epsilon`` or ``seed`` is invalid.
     """
     import gymnasium
 
@@ -68,17 +79,32 @@ def record(
         raise RunError(f"steps is {steps}, expected at least 1.")
     if not 0 <= noise < math.inf:
         raise RunError(f"noise is {noise}, expected a finite number of at least 0.")
+    if not 0 <= epsilon <= 1:
+        raise RunError(f"epsilon is {epsilon}, expected a probability between 0 and 1.")
     if seed < 0:
         raise RunError(f"seed is {seed}, expected at least 0.")
     env = make_env(env_id)
+    others = {"observation": gymnasium.spaces.Dict, "action": gymnasium.spaces.Discrete}  # make_env joins a Dict
     for name, space in (("observation", env.observation_space), ("action", env.action_space)):
-        is_joined = name == "observation" and isinstance(space, gymnasium.spaces.Dict)  # make_env joins its entries
-        if not is_joined and (not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1):
-            raise RunError(f"{env_id} has {name} space {space}, but only one-dimensional Box spaces can be recorded.")
-    if not env.action_space.is_bounded():
+        is_vector = isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1
+        if not is_vector and not isinstance(space, others[name]):
+            found, also = f"{env_id} has {name} space {space}", others[name].__name__
+            raise RunError(f"{found}, but only one-dimensional Box spaces, and {also}, can be recorded.")
+    if any(spec.dtype == torch.uint8 for spec in env.observation_spec.values(True, True)):
+        how = remedy("pass an Environment with observation=[...]", "use --observation")
+        raise RunError(f"{env_id} has frames, which cannot be recorded; {how} to choose entries that are vectors.")
+    discrete = isinstance(env.action_space, gymnasium.spaces.Discrete)
+    if not discrete and not env.action_space.is_bounded():
         raise RunError(f"{env_id} has action space {env.action_space}, but only bounded actions can be recorded.")
+    if (noise and discrete) or (epsilon and not discrete):
+        kind, own, other = ("discrete", "epsilon", "noise") if discrete else ("continuous", "noise", "epsilon")
+        raise RunError(f"{env_id} has {kind} actions, which {other} does not change; use {own}.")
     if policy is not None:
         _check_policy(policy, env, env_id)
+    if policy is not None and epsilon:
+        mask = MASK if holds_mask(env.observation_space) else None
+        greedy = {"spec": env.action_spec, "eps_init": epsilon, "eps_end": epsilon, "action_mask_key": mask}
+        policy = TensorDictSequential(policy, EGreedyModule(**greedy))
     if policy is not None and noise:
         low, high = env.action_spec.space.low, env.action_spec.space.high
 
@@ -115,7 +141,7 @@ def _check_policy(policy: TensorDictModuleBase, env: EnvBase, env_id: str | Envi
     """Raise a RunError if the policy does not fit the observation shape or action shape of ``env``."""
     try:
         with torch.random.fork_rng(devices=[]):
-            action = policy(env.fake_tensordict().select("observation"))["action"]
+            action = policy(env.reset())["action"]
     except RuntimeError as error:
         raise RunError(f"the policy does not fit the observations of {env_id}: {error}") from error
     if action.shape != env.action_spec.shape:
@@ -143,7 +169,7 @@ def _collect(
                 length = min(_BATCH, share - start)
                 batch = env.rollout(length, policy, auto_reset=False, break_when_any_done=False, tensordict=state)
                 state = env.maybe_reset(step_mdp(batch[-1]))
-                parts.append(batch.select("observation", "action", "next"))
+                parts.append(batch.select("observation", "action", MASK, "next", strict=False))
                 progress_bar.update(length)
             last = parts[-1]["next"][-1:]  # mark the last step in this environment as truncated, unless it is terminal
             last["truncated"] |= ~last["terminated"]

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
+from torchrl_bcq.data.sources.dict_spaces import MASK
 from torchrl_bcq.functional import discounted_sum
 
 _STEPS = 1_000_000  # largest number of steps of an episode, if the environment has no time limit
@@ -39,7 +41,8 @@ def evaluate(
 
     Args:
         envs: environments of batch size ``[E]``, such as TorchRL's ``SerialEnv`` or ``ParallelEnv``.
-        policy: policy that chooses the actions. If None, actions are uniformly random.
+        policy: policy that chooses the actions. If None, actions are uniformly random, among those that ``action_mask``
+            allows.
         value: function that estimates the value of state-action pairs ``[E]``, such as ``loss.value``.
         gamma: discount factor of ``discounted_return``.
         seed: random seed of the environments and the policy.
@@ -60,6 +63,8 @@ def evaluate(
         if should_stop():
             raise _BrokenOff
 
+    if policy is None and MASK in envs.observation_spec.keys():
+        policy = TensorDictModule(lambda mask: torch.rand(mask.shape).mul(mask).argmax(-1), [MASK], ["action"])
     with own_random_state(seed, envs.device), in_eval_mode(policy), torch.no_grad():
         envs.set_seed(seed)
         try:

@@ -14,6 +14,7 @@ from torchrl.modules import MLP
 
 from torchrl_bcq.bounds import action_bounds
 from torchrl_bcq.modules.actors import DeterministicActor, PerturbationActor
+from torchrl_bcq.modules.frame_trunk import FrameNetwork, FrameTrunk, split_frames
 from torchrl_bcq.modules.normalization import Normalization, Rescale, Standardize, observation_leaves
 from torchrl_bcq.modules.q_ensemble import QEnsemble
 from torchrl_bcq.modules.vae import ActionVAE
@@ -38,9 +39,12 @@ def make_bcq_modules(
 ) -> tuple[ActionVAE, PerturbationActor, QEnsemble]:
     """Build the networks of the BCQ author's code: ReLU MLPs that read their inputs as one concatenated vector.
 
+    In each network, frames pass through convolutions of its own, those of Nature DQN. The MLP reads their features.
+
     Args:
-        observation_spec: spec of one observation ``[D]``, which the networks read from the entry ``"observation"``. Or
-            a Composite with one such spec for each entry that the networks read.
+        observation_spec: spec of one observation, which the networks read from the entry ``"observation"``: a vector
+            ``[D]``, or a frame ``[C, H, W]`` of ``torch.uint8``, which the networks divide by 255. Or a Composite with
+            one such spec for each entry that the networks read.
         action_spec: bounded spec of one action ``[A]``.
         hidden: sizes of the hidden layers of the perturbation actor and of each critic.
         vae_hidden: sizes of the hidden layers of the VAE's encoder and decoder.
@@ -52,7 +56,7 @@ def make_bcq_modules(
         action_key: entry of the action.
         value_key: entry of the critics' values.
         normalization: scaling that was fitted to the dataset. The networks get it as additional layers. These layers
-            standardise observations, scale actions to [-1, 1] and multiply values by ``reward_scale``. Without
+            standardise vectors, scale actions to [-1, 1] and multiply values by ``reward_scale``. Without
             ``normalization``, the networks are those of the BCQ paper.
         device: device of the parameters.
         dtype: dtype of the parameters; PyTorch's default dtype if not given.
@@ -62,8 +66,8 @@ def make_bcq_modules(
 
     Raises:
         TypeError: if ``normalization`` is not a ``Normalization``.
-        ValueError: if an observation is not a vector of ``dtype``, the action space is not a finite box, or the
-            normalization was fitted to other observations.
+        ValueError: if an observation is neither a vector of ``dtype`` nor a frame, the action space is not a finite
+            box, or the normalization was fitted to other observations.
 
     Example:
         >>> from torchrl.data import Bounded, Unbounded
@@ -85,8 +89,8 @@ def make_bcq_modules(
     latent_input = torch.zeros(latents), torch.ones(latents)
     keys = {"observation_keys": networks.keys, "action_key": action_key}
     vae = ActionVAE(
-        networks.mlp(2 * latents, vae_hidden, *action_input),
-        networks.mlp(actions, vae_hidden, *latent_input),
+        networks.network(2 * latents, vae_hidden, *action_input),
+        networks.network(actions, vae_hidden, *latent_input),
         action_spec,
         latent_dim=latents,
         latent_clip=latent_clip,
@@ -95,12 +99,13 @@ def make_bcq_modules(
         observation_specs=networks.specs,
         **keys,
     )
-    actor = PerturbationActor(networks.mlp(actions, hidden, *action_input), action_spec, phi=phi, **keys)
+    actor = PerturbationActor(networks.network(actions, hidden, *action_input), action_spec, phi=phi, **keys)
     critics = []
     for _ in range(num_critics):
-        network = networks.mlp(1, hidden, *action_input)
+        network = networks.network(1, hidden, *action_input)
         if normalization is not None:
-            network.append(Rescale(normalization.reward_scale, networks.dtype))
+            last = network.mlp if isinstance(network, FrameNetwork) else network
+            last.append(Rescale(normalization.reward_scale, networks.dtype))
         critics.append(TensorDictModule(network, in_keys=[*networks.keys, action_key], out_keys=[value_key]))
     return networks.place(vae, actor, QEnsemble(critics))
 
@@ -117,6 +122,8 @@ def make_cloning_modules(
 ) -> tuple[DeterministicActor]:
     """Build the network of behaviour cloning: a ReLU MLP that reads the concatenated observations.
 
+    Frames pass through convolutions, as in ``make_bcq_modules``.
+
     Args:
         observation_spec: as in ``make_bcq_modules``.
         action_spec: bounded spec of one action ``[A]``.
@@ -132,16 +139,16 @@ def make_cloning_modules(
     """
     networks = NetworkBuilder(observation_leaves(observation_spec), normalization, device, dtype)
     action_spec = networks.bounded(action_spec)
-    network = networks.mlp(action_spec.shape[0], hidden)
+    network = networks.network(action_spec.shape[0], hidden)
     keys = {"observation_keys": networks.keys, "action_key": action_key}
     return networks.place(DeterministicActor(network, action_spec, **keys, observation_specs=networks.specs))
 
 
 class NetworkBuilder:
-    """Builds ReLU MLPs that all read the same observations.
+    """Builds networks that all read the same observations: ReLU MLPs, behind convolutions if there are frames.
 
     Args:
-        specs: spec of one observation ``[D]`` for each key that the networks read.
+        specs: spec of one vector ``[D]`` or frame ``[C, H, W]`` for each key that the networks read.
         normalization, device, dtype: as in ``make_bcq_modules``.
     """
 
@@ -160,20 +167,22 @@ class NetworkBuilder:
             )
         self.device = device
         self.dtype = dtype or torch.get_default_dtype()
-        self.specs = dict(specs)
-        for key, leaf in self.specs.items():
+        vectors, self.frames = split_frames(specs)
+        for key, leaf in vectors.items():
             if len(leaf.shape) != 1 or not leaf.dtype.is_floating_point:
                 raise ValueError(
                     f"observation {key!r} has shape {tuple(leaf.shape)} and dtype {leaf.dtype}, expected a float "
-                    "vector [D]; pass only the leaves that the networks should read, or build your own networks."
+                    "vector [D], or a frame [C, H, W] of torch.uint8; pass only the leaves that the networks should "
+                    "read, or build your own networks."
                 )
             if leaf.dtype != self.dtype:
                 raise ValueError(
                     f"observation {key!r} has dtype {leaf.dtype}, but the networks have dtype {self.dtype}: wrap the "
                     f"environment in TransformedEnv(env, DoubleToFloat()), or pass dtype={leaf.dtype}."
                 )
-        sizes = {key: leaf.shape[0] for key, leaf in self.specs.items()}
-        self.keys = list(sizes)
+        self.specs = {**vectors, **self.frames}  # in the order in which a trunk reads them
+        self.keys = list(self.specs)
+        sizes = {key: leaf.shape[0] for key, leaf in vectors.items()}
         self.width = sum(sizes.values())
         self.statistics = normalization.columns(sizes) if normalization is not None and sizes else None
 
@@ -182,8 +191,17 @@ class NetworkBuilder:
         low, high = action_bounds(action_spec, self.dtype)
         return Bounded(low, high, low.shape, dtype=self.dtype)
 
+    def network(self, out_features: int, num_cells: Sequence[int], *other: Tensor) -> MLP | FrameNetwork:
+        """Build a network of the observations. ``other``: as for ``mlp``."""
+        if not self.frames:
+            return self.mlp(out_features, num_cells, *other)
+        trunk = FrameTrunk(len(self.keys) - len(self.frames), [leaf.shape for leaf in self.frames.values()])
+        features = torch.zeros(trunk.num_frame_features), torch.ones(trunk.num_frame_features)
+        joined = [torch.cat(pair) for pair in zip(features, other, strict=True)] if other else features
+        return FrameNetwork(trunk, self.mlp(out_features, num_cells, *joined))
+
     def mlp(self, out_features: int, num_cells: Sequence[int], *other: Tensor) -> MLP:
-        """Build an MLP of the observations. ``other``: mean ``[F]`` and scale ``[F]`` of a second input."""
+        """Build an MLP of the vectors. ``other``: mean ``[F]`` and scale ``[F]`` of a second input."""
         loc, scale = other or (torch.zeros(0), torch.ones(0))
         network = MLP(
             in_features=self.width + len(loc),

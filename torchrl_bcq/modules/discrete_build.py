@@ -11,7 +11,8 @@ from torchrl.data import TensorSpec
 
 from torchrl_bcq.actions import DiscreteActions
 from torchrl_bcq.modules.build import NetworkBuilder
-from torchrl_bcq.modules.multi_head import FrameTrunk, MultiHeadNetwork
+from torchrl_bcq.modules.frame_trunk import FrameTrunk, split_frames
+from torchrl_bcq.modules.multi_head import MultiHeadNetwork
 from torchrl_bcq.modules.normalization import Normalization, Rescale, observation_leaves
 
 
@@ -135,14 +136,7 @@ class _Builder:
                     f"({self.number},): True for each available action; if it is an observation, pass another "
                     "action_mask_key."
                 )
-        frames = {key: leaf for key, leaf in leaves.items() if len(leaf.shape) == 3 and key not in self.mask}
-        for key, leaf in frames.items():
-            if leaf.dtype != torch.uint8:
-                raise ValueError(
-                    f"frame {key!r} has dtype {leaf.dtype}, expected torch.uint8: the network scales the bytes; leave "
-                    "out transforms such as ToTensorImage, or build your own network."
-                )
-        vectors = {key: leaf for key, leaf in leaves.items() if key not in frames and key not in self.mask}
+        vectors, frames = split_frames({key: leaf for key, leaf in leaves.items() if key not in self.mask})
         if not frames and not vectors:
             raise ValueError(f"observation_spec has the entries {[*leaves]}, expected an observation.")
         self.layers = NetworkBuilder(vectors, normalization, device, dtype)

@@ -17,9 +17,11 @@ class History:
 
     Args:
         num_frames: number of observations in a state, such as ``policy.stack`` of a policy from ``load_policy``.
+        dim: dimension along which the observations are joined: -1 for vectors ``[*B, D]``, -3 for the channels of
+            frames ``[*B, C, H, W]``.
 
     Raises:
-        ValueError: if ``num_frames`` is not a whole number of at least 1.
+        ValueError: if ``num_frames`` is not a whole number of at least 1, or ``dim`` is not negative.
 
     Example:
         >>> from torchrl_bcq import History
@@ -31,35 +33,42 @@ class History:
         array([ 5., 50.,  5., 50.,  5., 50.])
     """
 
-    def __init__(self, num_frames: int) -> None:
+    def __init__(self, num_frames: int, dim: int = -1) -> None:
         if not isinstance(num_frames, int) or num_frames < 1:
             raise ValueError(f"num_frames is {num_frames!r}, expected a whole number of at least 1.")
-        self.num_frames = num_frames
-        self._frames: Tensor | None = None  # [*B, num_frames, D]
+        if not isinstance(dim, int) or dim >= 0:
+            raise ValueError(f"dim is {dim!r}, expected -1 for vectors, or -3 for frames.")
+        self.num_frames, self.dim = num_frames, dim
+        self._frames: Tensor | None = None  # [*B, num_frames, D], or [*B, num_frames, C, H, W] if dim is -3
         self._starts = torch.tensor(False)  # [*B], True where the next observation starts an episode
 
     def __call__(self, observation: Any) -> Any:
         """Add an observation ``[*B, D]``; return a new array (for a tensor: a tensor) ``[*B, num_frames * D]``.
 
+        With ``dim=-3``, add a frame ``[*B, C, H, W]``, and return an array ``[*B, num_frames * C, H, W]``.
+
         Raises:
-            ValueError: if the observation has no dimension, or another shape than the observation before.
+            ValueError: if the observation has too few dimensions, or another shape than the observation before.
         """
+        dim = self.dim
         is_tensor = isinstance(observation, Tensor)
         frame = observation.detach() if is_tensor else _copy(observation)  # a copy: environments reuse arrays
-        if frame is None or not frame.ndim or frame.layout != torch.strided or frame.is_nested:
-            raise ValueError(f"the observation is {observation!r:.60}, expected an array of numbers, [D] or [B, D].")
-        frames = frame.unsqueeze(-2).repeat_interleave(self.num_frames, -2)  # [*B, D] -> [*B, num_frames, D]
+        if frame is None or frame.ndim < -dim or frame.layout != torch.strided or frame.is_nested:
+            shapes = "[D] or [B, D]" if dim == -1 else "[C, H, W] or [B, C, H, W]"
+            raise ValueError(f"the observation is {observation!r:.60}, expected an array of numbers, {shapes}.")
+        frames = frame.unsqueeze(dim - 1).repeat_interleave(self.num_frames, dim - 1)  # [*B, D] -> [*B, num_frames, D]
         if self._frames is None:
-            self._starts = torch.zeros(frame.shape[:-1], dtype=torch.bool, device=frame.device)
+            self._starts = torch.zeros(frame.shape[:dim], dtype=torch.bool, device=frame.device)
         else:
             if frames.shape != self._frames.shape:
-                found, before = tuple(frame.shape), (*self._starts.shape, self._frames.shape[-1])
+                found, before = tuple(frame.shape), (*self._starts.shape, *self._frames.shape[dim:])
                 raise ValueError(f"the observation has shape {found}, but the one before has {before}; call reset().")
-            longer = torch.cat([self._frames[..., 1:, :], frames[..., -1:, :]], -2)
-            frames = frames.where(self._starts[..., None, None], longer)
+            kept = self._frames.narrow(dim - 1, 1, self.num_frames - 1)
+            longer = torch.cat([kept, frame.unsqueeze(dim - 1)], dim - 1)
+            frames = frames.where(self._starts.reshape(*self._starts.shape, *[1] * (1 - dim)), longer)
             self._starts.zero_()
         self._frames = frames
-        state = frames.flatten(-2).clone()  # a copy, so that changes to the state do not change the history
+        state = frames.flatten(dim - 1, dim).clone()  # a copy, so that changes to the state do not change the history
         return state if is_tensor else state.numpy()
 
     def reset(self, mask: Any = None) -> None:

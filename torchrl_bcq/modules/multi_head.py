@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
-from torch import Tensor, nn
+from torch import nn
 from torchrl.data import TensorSpec
-from torchrl.modules import ConvNet
 
 from torchrl_bcq.modules.dispatch import accepts_tensors
 
@@ -84,55 +82,3 @@ class MultiHeadNetwork(TensorDictModuleBase):
         for key, head in zip(self.out_keys[:number], self.heads, strict=False):
             tensordict.set(key, head(*inputs))
         return tensordict
-
-
-class FrameTrunk(nn.Module):
-    """Joins vectors and the features of frames: ``[*B, D], [*B, C, H, W] -> [*B, F]``.
-
-    Frames are bytes. The trunk divides them by 255, and passes them through the convolutions of Nature DQN.
-
-    Args:
-        num_vectors: number of vectors, which come before the frames.
-        shapes: shape ``(C, H, W)`` of each frame; ``H`` and ``W`` are at least 36.
-
-    Raises:
-        ValueError: if the shape of a frame does not fit the convolutions. A call raises this error if a frame holds no
-            bytes.
-
-    Source: Mnih et al., "Human-level control through deep reinforcement learning", 2015.
-    """
-
-    def __init__(self, num_vectors: int, shapes: Sequence[Sequence[int]]) -> None:
-        """Build the convolutions of each frame."""
-        super().__init__()
-        for shape in shapes:
-            if len(shape) != 3 or min(shape[1:]) < 36:
-                raise ValueError(
-                    f"a frame has shape {tuple(shape)}, expected [C, H, W] with H and W of at least 36; move the "
-                    "channels with torchrl.envs.PermuteTransform, enlarge the frames, or build your own network."
-                )
-        self.num_vectors = num_vectors
-        self.convolutions = nn.ModuleList(
-            ConvNet(
-                channels, num_cells=[32, 64, 64], kernel_sizes=[8, 4, 3], strides=[4, 2, 1], activation_class=nn.ReLU
-            )
-            for channels, *_ in shapes
-        )
-        self.num_frame_features = sum(64 * _reduced(height) * _reduced(width) for _, height, width in shapes)
-
-    def forward(self, *observations: Tensor) -> Tensor:
-        """Return the vectors and the features of the frames in one vector."""
-        features = [*observations[: self.num_vectors]]
-        for frame, convolutions in zip(observations[self.num_vectors :], self.convolutions, strict=True):
-            if frame.dtype != torch.uint8:
-                raise ValueError(
-                    f"a frame has dtype {frame.dtype}, expected torch.uint8: the network scales the bytes."
-                )
-            dtype = next(convolutions.parameters()).dtype
-            features.append(convolutions(frame.to(dtype) / 255))
-        return torch.cat(features, -1)
-
-
-def _reduced(size: int) -> int:
-    """Height or width after the three convolutions."""
-    return ((size - 8) // 4 + 1 - 4) // 2 + 1 - 3 + 1

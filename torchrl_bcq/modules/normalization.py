@@ -99,7 +99,8 @@ class Normalization:
 
         Args:
             transitions: dataset with the batch size ``[N]``; it may be memory-mapped and larger than memory.
-            observation_keys: observation entries ``[N, D]`` that the networks read.
+            observation_keys: observation entries ``[N, D]`` that the networks read. Frames, ``[N, C, H, W]`` of
+                ``torch.uint8``, are left out, because the networks divide them by 255.
             reward_key: entry of the reward, ``[N, 1]``.
             scale_observations: if False, observations get the location 0 and the scale 1.
             scale_rewards: if False, ``reward_scale`` is 1.
@@ -109,6 +110,7 @@ class Normalization:
                 finite. For rows that are not finite, the message names the entry, the number of rows and the first row.
         """
         observations = [unravel_key(key) for key in observation_keys]
+        observations = [key for key in observations if not _are_frames(transitions, key)]
         keys = [*observations, *([unravel_key(reward_key)] if scale_rewards else [])]
         _check_entries(transitions, keys)
         rows = transitions.select(*keys)
@@ -126,9 +128,10 @@ class Normalization:
         too. A checkpoint of the networks alone must be loaded before you make the loss.
 
         Args:
-            observation_spec: spec of one observation ``[D]``, or a Composite of such specs.
+            observation_spec: spec of one observation, as for ``make_bcq_modules``. Frames are not scaled.
         """
-        return cls({key: _unscaled(leaf.shape[-1]) for key, leaf in observation_leaves(observation_spec).items()})
+        leaves = observation_leaves(observation_spec).items()
+        return cls({key: _unscaled(leaf.shape[-1]) for key, leaf in leaves if _is_vector(leaf)})
 
     def columns(self, sizes: Mapping[NestedKey, int]) -> tuple[Tensor, ...]:
         """Return all locations in one vector and all scales in another. ``sizes``: number of features by key.
@@ -147,6 +150,11 @@ class Normalization:
                     f"{key!r} has {size} features, but the normalization was fitted on {fitted}; fit it again."
                 )
         return tuple(torch.cat(parts).cpu() for parts in zip(*(self.observations[key] for key in sizes), strict=True))
+
+
+def _is_vector(spec: TensorSpec) -> bool:
+    """Return whether an entry is scaled: frames and masks are not."""
+    return len(spec.shape) == 1 and spec.dtype.is_floating_point
 
 
 def observation_leaves(spec: TensorSpec) -> dict[NestedKey, TensorSpec]:
@@ -174,6 +182,11 @@ def _mean_and_scale(transitions: TensorDictBase, key: NestedKey) -> tuple[Tensor
     scale, resolution = (square / count).sqrt(), torch.finfo(values.dtype)
     rounding = (resolution.eps * mean.abs()).clamp_min(resolution.tiny)
     return mean, torch.where(scale > rounding, scale, 1.0)
+
+
+def _are_frames(transitions: TensorDictBase, key: NestedKey) -> bool:
+    entry = transitions.get(key, None)
+    return entry is not None and entry.dtype == torch.uint8 and entry.ndim == 4
 
 
 def _unscaled(width: int) -> tuple[Tensor, Tensor]:

@@ -76,6 +76,7 @@ class OfflineLoss(LossModule):
 
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
+    action_metric = "action_distance"  # name of the mean of compare_actions
     deterministic_sampling_mode = ExplorationType.RANDOM  # TorchRL's default would turn off random sampling
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -170,6 +171,10 @@ class OfflineLoss(LossModule):
         keywords = {"action_key": self.tensor_keys.action, "dtype": self._like.dtype, "batch_of": self._batch_of}
         return select_inputs(tensordict, keys, **keywords, **outcome)
 
+    def compare_actions(self, action: Tensor, recorded: Tensor) -> Tensor:
+        """Return the distance between each action and the recorded action. ``[*B, A], [*B, A] -> [*B]``."""
+        return (action - recorded).norm(dim=-1)
+
     def _batch_of(self, action: Tensor, ndim: int) -> Size:
         """Return the batch dimensions of actions ``[*B, A]``, the entry of a tensordict of ``ndim`` dimensions."""
         return action.shape[:-1]
@@ -198,8 +203,6 @@ class OfflineLoss(LossModule):
             key, shape = self.tensor_keys.priority_weight, tuple(weights.shape)
             raise ValueError(f"{key} has shape {shape}, expected {tuple(loss.shape)}: one weight for each row.")
         return self._reduce_loss(loss, tensordict=tensordict, weights=weights)
-
-    # parameters of the networks
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict.
@@ -253,8 +256,6 @@ class OfflineLoss(LossModule):
     def _find_own_slots(self) -> list:
         pairs = ((self._modules[f"{name}_network_params"], getattr(self, f"{name}_network")) for name in self._own)
         return [slot for pair in pairs for slot in find_slots(*pair)]
-
-    # keys
 
     @property
     def in_keys(self) -> list[NestedKey]:

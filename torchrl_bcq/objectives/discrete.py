@@ -38,6 +38,7 @@ class DiscreteLoss(OfflineLoss):
 
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
+    action_metric = "action_agreement"
 
     def __init__(
         self, networks: Mapping[str, DiscreteNetwork], *, action_space: str | TensorSpec | None = None, **settings: Any
@@ -97,6 +98,11 @@ class DiscreteLoss(OfflineLoss):
             check_available(mask, index, str(self.tensor_keys.action_mask))
         best = available_logits(logits, mask).argmax(-1, keepdim=True)
         return imitation_nll(logits, index, mask), (best == index).squeeze(-1).to(logits.dtype)
+
+    def compare_actions(self, action: Tensor, recorded: Tensor) -> Tensor:
+        """Return 1 where an action equals the recorded action, else 0. ``[*B, ...], [*B, ...] -> [*B, ...]``."""
+        is_equal = action == recorded
+        return (is_equal.all(-1) if self.actions.one_hot else is_equal).to(self._like.dtype)
 
     def _batch_of(self, action: Tensor, ndim: int) -> Size:
         return self.actions.batch_size(action, ndim)

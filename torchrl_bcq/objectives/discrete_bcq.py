@@ -64,7 +64,7 @@ class DiscreteBCQLoss(DiscreteLoss, ValueLoss):
         >>> from torchrl_bcq import DiscreteBCQLoss, make_discrete_bcq_modules
         >>> env = GymEnv("CartPole-v1")
         >>> loss = DiscreteBCQLoss(*make_discrete_bcq_modules(env.observation_spec, env.action_spec))
-        >>> updater = SoftUpdate(loss, tau=0.005)  # or HardUpdate(loss, value_network_update_interval=8000)
+        >>> updater = SoftUpdate(loss, tau=0.005)  # or HardUpdate(loss, value_network_update_interval=7999)
         >>> [key for key in loss(env.rollout(100)).keys() if key.startswith("loss_")]
         ['loss_qvalue', 'loss_imitation', 'loss_penalty']
 

@@ -40,17 +40,17 @@ def select_inputs(
     Raises:
         ValueError: if an entry is missing, or has a wrong shape or dtype.
     """
-    missing = [key for key in keys if tensordict.get(key, None) is None]
-    if missing:
+    entries = {key: tensordict.get(key, None) for key in keys}
+    if missing := [key for key, value in entries.items() if value is None]:
         present = sorted(map(str, tensordict.keys(True, True)))
         raise ValueError(
             f"the batch lacks {missing}; it holds {present}. If your entries have different names, pass the names of "
             "rewards and flags to loss.set_keys(...), and the names of observations and actions to the networks."
         )
-    action = tensordict.get(action_key)
+    action = entries[action_key]
     batch = batch_of(action, tensordict.ndim)
-    for key in keys:
-        value, is_flag = tensordict.get(key), key in flag_keys
+    for key, value in entries.items():
+        is_flag = key in flag_keys
         wanted = torch.bool if is_flag else dtype
         if value.dtype != wanted and (is_flag or key == reward_key or value.dtype.is_floating_point):
             hint = "" if is_flag else " or the loss"
@@ -64,8 +64,8 @@ def select_inputs(
             )
     names = [*tensordict.names, *[None] * (len(batch) - tensordict.ndim)][: len(batch)]
     selected = TensorDict(batch_size=batch, names=names, device=tensordict.device)
-    for key in keys:  # a loop, because torch.compile does not support tensordict's select() with nested keys
-        selected.set(key, tensordict.get(key))
+    for key, value in entries.items():  # torch.compile does not support tensordict's select() with nested keys
+        selected.set(key, value)
     return selected
 
 

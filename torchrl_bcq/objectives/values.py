@@ -79,8 +79,7 @@ class ValueLoss(OfflineLoss):
         """Compute the target from the values of the next states, with the value estimator. ``[*B, 1] -> [*B, 1]``."""
         if not isinstance(self.value_estimator, TD0Estimator):
             check_time_dimension(batch)
-        batch = batch.copy().set(("next", self.tensor_keys.state_action_value), next_value)
-        return self.value_estimator.value_estimate(batch)
+        return self.value_estimator.value_estimate(batch, next_value=next_value)
 
     def td_distance(
         self, pred_value: Tensor, target_value: Tensor, tensordict: TensorDictBase
@@ -89,12 +88,8 @@ class ValueLoss(OfflineLoss):
 
         Also write the largest absolute TD error over critics, ``[*B]``, to ``tensordict`` as the priority.
         """
-        td_error = pred_value - target_value
-        if self.loss_function == "l2":
-            distance = td_error.square()
-        else:
-            distance = distance_loss(td_error, torch.zeros_like(td_error), self.loss_function)
-        td_error = td_error.detach().abs()
+        distance = distance_loss(pred_value, target_value.expand_as(pred_value), self.loss_function)
+        td_error = (pred_value.detach() - target_value).abs()
         tensordict.set(self.tensor_keys.priority, td_error.amax(-1))
         metadata = {"td_error": td_error, "pred_value": pred_value.detach(), "target_value": target_value.squeeze(-1)}
         return self.reduce(distance.sum(-1), tensordict), metadata

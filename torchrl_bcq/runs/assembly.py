@@ -28,7 +28,7 @@ from torchrl_bcq.evaluation.environments import make_envs, steps_to_compare, tim
 from torchrl_bcq.functional import change_reward
 from torchrl_bcq.runs import processes
 from torchrl_bcq.runs.algorithms import find_algorithm
-from torchrl_bcq.runs.build import make_objective, make_policy
+from torchrl_bcq.runs.build import make_objective, make_run_policy
 from torchrl_bcq.runs.folder import BEST, CHECKPOINTS, Task, choose_device
 from torchrl_bcq.runs.loggers import make_loggers
 from torchrl_bcq.runs.optimizers import make_scheduler_hooks, make_stepper
@@ -178,7 +178,7 @@ def _add_metrics(
 ) -> None:
     """Add the hooks for evaluation, the best checkpoint and early stopping, in this order."""
     loss, evaluation = trainer.loss_module, settings.evaluation
-    policy = make_policy(settings.algorithm, *loss.networks, **settings.policy)
+    policy = make_run_policy(settings, loss)
     shared: dict[str, Any] = {"interval": evaluation.interval, "seed": evaluation.seed}
     metrics = DatasetMetrics(loss, policy, transitions, held_out=held_out, max_rows=evaluation.max_rows, **shared)
     known = [*metrics.names, *loss.out_keys]

@@ -70,6 +70,12 @@ def make_policy(algorithm: str, *networks: Any, **settings: Any) -> TensorDictMo
     return find_algorithm(algorithm).policy(*networks, **settings)
 
 
+def make_run_policy(settings: DictConfig, loss: OfflineLoss) -> TensorDictModuleBase:
+    """Build the policy of a run. Settings that the loss and the policy share are those of the loss."""
+    shared = taken_by(find_algorithm(settings.algorithm).policy, settings.loss)
+    return make_policy(settings.algorithm, *loss.networks, **{**shared, **settings.policy})
+
+
 def make_objective(
     settings: DictConfig, observation_spec: TensorSpec, action_spec: TensorSpec, **given: Any
 ) -> tuple[OfflineLoss, TargetNetUpdater | None]:

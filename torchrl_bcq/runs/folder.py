@@ -13,23 +13,20 @@ from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation
-from torchrl.data import Bounded, TensorSpec, Unbounded
+from torchrl.data import Binary, Bounded, Categorical, Composite, TensorSpec, Unbounded
 
 from torchrl_bcq.bounds import round_inwards
-from torchrl_bcq.data import DatasetError, load_transitions, stack_observations
 from torchrl_bcq.data.episodes import episode_returns
-from torchrl_bcq.data.frames import stack_in_folder
 from torchrl_bcq.data.registry import find_source
 from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.data.sources.source import scores_or_none
 from torchrl_bcq.errors import RunError, on_command_line
-from torchrl_bcq.evaluation.environments import check_continuous, check_fits
+from torchrl_bcq.evaluation.environments import check_fits, check_steps
 from torchrl_bcq.files import home
 from torchrl_bcq.objectives import OfflineLoss
-from torchrl_bcq.runs import processes
+from torchrl_bcq.runs.actions import check_kinds, read
 from torchrl_bcq.runs.algorithms import Algorithm, find_algorithm
-from torchrl_bcq.runs.bounds import DATA, Box, check_actions, choose_bounds, clip_actions
-from torchrl_bcq.runs.build import make_objective, make_policy
+from torchrl_bcq.runs.build import make_objective, make_run_policy
 from torchrl_bcq.runs.environment import REMEDY, choose_environment
 from torchrl_bcq.runs.settings import to_settings
 from torchrl_bcq.trainers import make_checkpoint
@@ -42,9 +39,7 @@ CHECKPOINTS, BEST, BASELINE = "checkpoints", "best", "baseline"  # subfolders of
 class Task:
     """Facts about the dataset of a run. Each checkpoint of the run contains these facts."""
 
-    observation_size: int  # of a state, which joins ``stack`` observations
-    action_low: list[float]  # lower bound of each action dimension
-    action_high: list[float]  # upper bound of each action dimension
+    shapes: dict[str, list[int]]  # of the entries of a state, which joins ``stack`` observations; [C, H, W] of frames
     env_id: str | None  # Gymnasium id of the environment in which the policy is evaluated
     reference_scores: Sequence[float] | None  # mean returns of a random policy and of an expert
     behaviour: dict[str, float]  # mean and std of the dataset's returns, and the number of the dataset's episodes
@@ -52,6 +47,10 @@ class Task:
     max_episode_steps: int | None = None  # None: the time limit that is registered for env_id
     observation: list[str] | None = None  # entries of a Dict observation that are joined, in this order
     stack: int = 1  # number of observations in a state
+    action_low: list[float] = field(default_factory=list)  # lower bound of each dimension of a continuous action
+    action_high: list[float] = field(default_factory=list)  # upper bound of each dimension of a continuous action
+    n_actions: int | None = None  # number of discrete actions
+    has_mask: bool = False  # whether the dataset has masks of the available actions
 
     @property
     def env(self) -> Environment | None:
@@ -63,12 +62,26 @@ class Task:
 
     @property
     def observation_spec(self) -> TensorSpec:
-        """Spec of one state."""
-        return Unbounded((self.observation_size,))
+        """Spec of one state, with the mask of the available actions if there is one."""
+        specs = {
+            name: Unbounded(shape, dtype=torch.uint8 if len(shape) == 3 else torch.float32)
+            for name, shape in self.shapes.items()
+        }
+        if self.has_mask:
+            specs["action_mask"] = Binary(self.n_actions, dtype=torch.bool)
+        return Composite(specs) if len(specs) > 1 else specs["observation"]
+
+    @property
+    def expected(self) -> dict[str, Any]:
+        """What an environment must have, as arguments of ``check_fits``."""
+        shapes = {name: tuple(shape) for name, shape in self.shapes.items()}
+        return {"shapes": shapes, "action_spec": self.action_spec, "has_mask": self.has_mask}
 
     @property
     def action_spec(self) -> TensorSpec:
-        """Spec of one action in float32; its bounds are rounded inwards."""
+        """Spec of one action: its number of choices, or its bounds in float32, rounded inwards."""
+        if self.n_actions is not None:
+            return Categorical(self.n_actions)
         low, high = (torch.tensor(bound, dtype=torch.float64) for bound in (self.action_low, self.action_high))
         return Bounded(*round_inwards(low, high, torch.float32), low.shape)
 
@@ -90,13 +103,17 @@ def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
     if settings.init_from is not None:
         specs["run of init_from"] = _earlier_bounds(settings.out, settings.init_from)
     if made is not None:
-        check_continuous(made, str(env), REMEDY)
         specs[f"environment {env}"] = made.base_env.action_spec  # bounds that are not rounded
-    transitions, box = _read_in_bounds(settings, specs, reader)
+    check_kinds(settings.algorithm, specs)
+    if made is not None:
+        check_steps(made, str(env), REMEDY)
+    transitions, actions = read(settings, specs, reader)
+    shapes = {name: [*transitions[name].shape[1:]] for name in ("observation", "pixels") if name in transitions.keys()}
     if env is not None and made is not None:
-        states = transitions["observation"]
-        shape = tuple(states[..., : states.shape[-1] // settings.stack].shape[1:])  # of one observation
-        check_fits(made, env, REMEDY, whose="the dataset", observations=shape)
+        singles = {name: (shape[0] // settings.stack, *shape[1:]) for name, shape in shapes.items()}
+        number = Categorical(actions["n_actions"]) if "n_actions" in actions else None
+        fits = {"shapes": singles, "action_spec": number, "has_mask": actions.get("has_mask", False)}
+        check_fits(made, env, REMEDY, whose="the dataset", **fits)
     scores = settings.evaluation.reference_scores
     scores = getattr(source, "reference_scores", None) if scores == "auto" else scores
     references = scores_or_none(scores)
@@ -104,12 +121,8 @@ def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
         raise RunError(f"evaluation.reference_scores is {scores}, expected [random, expert], where expert is higher.")
     returns = episode_returns(transitions)
     entries = settings.evaluation.observation or getattr(env or recorded, "observation", None)
-    if processes.is_first():
-        box.report()
     return transitions, Task(
-        observation_size=transitions["observation"].shape[-1],
-        action_low=box.low.tolist(),
-        action_high=box.high.tolist(),
+        shapes=shapes,
         env_id=None if env is None else env.id,
         reference_scores=references,
         behaviour={"mean": returns.mean().item(), "std": returns.std(correction=0).item(), "episodes": len(returns)},
@@ -117,39 +130,8 @@ def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
         max_episode_steps=None if env is None else env.max_episode_steps,
         observation=None if entries is None else list(entries),
         stack=settings.stack,
+        **actions,
     )
-
-
-def _read_in_bounds(
-    settings: DictConfig, specs: dict[str, TensorSpec | None], reader: dict[str, Any]
-) -> tuple[TensorDictBase, Box]:
-    """Read the transitions; check or clip their actions. Bounds that no source has are the range of the data."""
-    box, spec = choose_bounds(settings, specs), None
-    chosen = box
-    if box is not None:
-        box.check()
-        spec = Unbounded(box.low.shape) if settings.action_clip else box.spec
-    try:
-        transitions = load_transitions(settings.dataset, action_spec=spec, root=settings.root, **reader)
-        if settings.stack > 1 and settings.root is not None and transitions.is_memmap():
-            transitions = stack_in_folder(transitions, settings.stack)
-        elif settings.stack > 1:
-            transitions = stack_observations(transitions, settings.stack)
-        low, high = transitions["action"].aminmax(dim=0)
-        chosen = choose_bounds(settings, {**specs, DATA: Bounded(low, high, low.shape)})
-        assert chosen is not None
-        chosen.check()
-        if settings.action_clip:
-            transitions = clip_actions(transitions, chosen)
-        elif box is None:
-            check_actions(transitions, chosen)
-    except DatasetError as error:
-        message = str(error)
-        if chosen is not None and "action spec" in message:
-            origins = " and ".join(dict.fromkeys(source for side in chosen.origins for source in side))
-            message += f" The action spec comes from: {origins}."
-        raise DatasetError(message) from error.__cause__
-    return transitions, chosen
 
 
 def _earlier_bounds(*runs: str) -> TensorSpec | None:
@@ -210,7 +192,7 @@ class Trained:
     @property
     def policy(self) -> TensorDictModuleBase:
         """The policy of the algorithm, made from the networks."""
-        policy: Any = make_policy(self.settings.algorithm, *self.loss.networks, **self.settings.policy)
+        policy: Any = make_run_policy(self.settings, self.loss)
         policy.stack = self.task.stack
         return policy
 
@@ -219,8 +201,12 @@ def read_metadata(path: Path) -> tuple[DictConfig, Task, int]:
     """Return settings, task and step of a checkpoint, or raise a RunError if ``path`` is not from a run."""
     try:
         metadata = Checkpoint.manifest(path)["metadata"]
-        settings, facts, step = metadata["config"], metadata["task"], int(metadata["optim_steps"])
+        settings, facts, step = metadata["config"], dict(metadata["task"]), int(metadata["optim_steps"])
+        if (size := facts.pop("observation_size", None)) is not None:  # of checkpoints of an earlier version
+            facts["shapes"] = {"observation": [size]}
         task = Task(**{fact.name: facts[fact.name] for fact in fields(Task) if fact.name in facts})
+        if task.n_actions is None and not (task.action_low and task.action_high):
+            raise ValueError("it has neither action bounds nor a number of actions")
         if task.env is not None and not re.fullmatch(r"([\w.]+:)?[\w./-]+", str(task.env_id)):
             raise ValueError(f"{task.env_id!r} is not the id of an environment")
     except Exception as error:

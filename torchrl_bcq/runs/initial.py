@@ -33,10 +33,11 @@ def load_networks(loss: OfflineLoss, settings: DictConfig, task: Task) -> None:
         raise RunError(f"{path} is of algorithm {saved.algorithm}, not {settings.algorithm}; set another init_from.")
     if then.stack != task.stack:
         raise RunError(f"{path} was trained with stack={then.stack}, not {task.stack}; set stack={then.stack}.")
-    if then.observation_size != task.observation_size or len(then.action_low) != len(task.action_low):
-        there, here = ((one.observation_size, len(one.action_low)) for one in (then, task))
+    there, here = ((one.shapes, one.n_actions or len(one.action_low)) for one in (then, task))
+    if there != here:
+        what = "action dimensions" if task.n_actions is None else "discrete actions"
         raise RunError(
-            f"{path} has {there[0]} observation and {there[1]} action dimensions, but the dataset has {here[0]} and "
+            f"{path} has states of the shapes {there[0]} and {there[1]} {what}, but the dataset has {here[0]} and "
             f"{here[1]}; set another init_from, or another dataset."
         )
     if (then.action_low, then.action_high) != (task.action_low, task.action_high):

@@ -30,9 +30,9 @@ from torchrl_bcq.trainers.checkpoints import tidy_rotation
 
 RESULTS = "results.json"
 _SAME_IN_BASELINE = (
-    "dataset", "reader", "root", "action_low", "action_high", "action_clip", "reward", "sampler", "weights",
-    "stack", "normalize", "held_out", "steps", "batch_size", "seed", "device", "threads", "log_interval", "logger",
-    "logger_kwargs", "progress_bar", "evaluation",
+    "dataset", "reader", "root", "action_low", "action_high", "action_clip", "n_actions", "reward", "sampler",
+    "weights", "stack", "normalize", "held_out", "steps", "batch_size", "seed", "device", "threads", "log_interval",
+    "logger", "logger_kwargs", "progress_bar", "evaluation",
 )  # fmt: skip
 _logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def train(settings: DictConfig) -> dict[str, Any]:
 def baseline_settings(settings: DictConfig) -> DictConfig:
     """Return the settings of the baseline: mostly those of the run, but with a subfolder as ``out``."""
     plain, own = to_plain(settings), default_settings(settings.baseline)
-    values = {name: plain[name] for name in ("version", *_SAME_IN_BASELINE)}
+    values = {name: plain[name] for name in ("version", *_SAME_IN_BASELINE) if name in plain}
     values |= {"algorithm": settings.baseline, "out": str(Path(settings.out) / BASELINE), "resume": True}
     values["network"] = {name: value for name, value in plain["network"].items() if name in own.network}
     values["checkpoint"] = {"interval": settings.checkpoint.interval}
@@ -119,7 +119,10 @@ def _train(settings: DictConfig, start: Path | None) -> dict[str, Any]:
 
 
 def _check_bounds(task: Task, saved: Task, start: Path) -> None:
-    """Raise a RunError if the bounds of the actions differ from the bounds in the checkpoint ``start``."""
+    """Raise a RunError if the actions differ from those of the checkpoint ``start``."""
+    if task.n_actions != saved.n_actions:
+        found = f"{start} was trained with {saved.n_actions} actions, but there are now {task.n_actions}"
+        raise RunError(f"{found}; set n_actions={saved.n_actions}.")
     before, now = ([one.action_low, one.action_high] for one in (saved, task))
     if not torch.equal(torch.tensor(before), torch.tensor(now)):  # float32: a few digits of a file may differ
         remedy = f"set action_low={before[0]} action_high={before[1]}".replace(", ", ",")  # words without spaces

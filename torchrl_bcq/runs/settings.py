@@ -18,19 +18,23 @@ from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation import DatasetMetrics
 from torchrl_bcq.files import write_whole
 from torchrl_bcq.functional import change_reward
-from torchrl_bcq.runs.algorithms import ALGORITHMS, find_algorithm
+from torchrl_bcq.runs.actions import suitable_algorithm
+from torchrl_bcq.runs.algorithms import ALGORITHMS, algorithms_of, find_algorithm
 from torchrl_bcq.runs.optimizers import make_optimizer, make_scheduler, optim_settings
 from torchrl_bcq.runs.overrides import check_name, check_reader, read_words, set_value
 from torchrl_bcq.runs.signatures import Settings, make_section, settings_of
 from torchrl_bcq.trainers import KeepBest, OfflineTrainer
 from torchrl_bcq.version import __version__
 
+AUTO = "auto"  # value of algorithm: chosen by the actions of the dataset
 FILE = "config.yaml"  # name of the settings file in the folder of a run
 # A resumed run may change these settings. The path of the dataset may change, but not its contents: checkpoints hold a
 # digest of the contents. The settings of the action bounds may change, but not the bounds.
 FREE = {"steps", "out", "resume", "progress_bar", "threads", "device", "root", "dataset", "reader", "compile",
         "precision", "cudagraph", "baseline", "evaluation", "checkpoint", "early_stopping", "logger", "logger_kwargs",
-        "policy", "action_low", "action_high"}  # fmt: skip
+        "policy", "action_low", "action_high", "n_actions"}  # fmt: skip
+_CONTINUOUS: Settings = {"action_low": (Any, None), "action_high": (Any, None), "action_clip": (bool, False)}
+_DISCRETE: Settings = {"n_actions": (int | None, None)}
 
 
 def default_settings(algorithm: str = "bcq") -> DictConfig:
@@ -40,15 +44,14 @@ def default_settings(algorithm: str = "bcq") -> DictConfig:
     """
     record = find_algorithm(algorithm)
     networks = [name.removesuffix("_network") for name in record.loss.network_arguments()]
+    of_loss = settings_of(record.loss)
     settings: Settings = {
         "algorithm": (str, algorithm),
         "baseline": (str | None, None),
         "dataset": (Any, MISSING),  # a name or a list of names
         "reader": (dict[str, Any], {}),
         "root": (str | None, None),
-        "action_low": (Any, None),
-        "action_high": (Any, None),
-        "action_clip": (bool, False),
+        **(_DISCRETE if record.discrete else _CONTINUOUS),
         "sampler": (str, "uniform"),
         "weights": (str | None, None),
         "reward": settings_of(change_reward),
@@ -66,14 +69,14 @@ def default_settings(algorithm: str = "bcq") -> DictConfig:
         "network": settings_of(record.make_modules),
         "loss": {
             **settings_of(record.loss.make_value_estimator),
-            **settings_of(record.loss),
+            **of_loss,
             **(settings_of(record.make_updater) if record.make_updater else {}),
         },
         "optim": {
             **optim_settings(networks, make_optimizer, make_scheduler),
             **settings_of(OfflineTrainer, "clip_norm"),
         },
-        "policy": settings_of(record.policy),
+        "policy": {name: setting for name, setting in settings_of(record.policy).items() if name not in of_loss},
         "evaluation": {
             "interval": (int, 5_000),
             "env": (str | None, "auto"),
@@ -104,7 +107,10 @@ def default_settings(algorithm: str = "bcq") -> DictConfig:
         "init_from": (str | None, None),
         "resume": (bool, False),
     }
-    return OmegaConf.structured(make_section("Settings", settings))
+    made = OmegaConf.structured(make_section("Settings", settings))
+    for name, value in record.defaults.items():
+        OmegaConf.update(made, name, value)
+    return made
 
 
 def compose(overrides: Sequence[str], *, sweep: bool = False) -> list[DictConfig]:
@@ -132,7 +138,9 @@ def _override(values: dict[str, Any]) -> DictConfig:
     """Return the default settings, or those of a resumed run, changed by the overrides ``values``."""
     resumed = values.get("resume", False)
     if resumed is None or isinstance(resumed, bool):
-        settings = default_settings(str(values.get("algorithm", "bcq")))
+        name = str(values.get("algorithm", AUTO))
+        settings = default_settings(suitable_algorithm(values) if name == AUTO else name)
+        values.pop("algorithm", None)
     else:
         settings = load_settings(Path(str(resumed)))
         if (asked := values.get("algorithm", settings.algorithm)) != settings.algorithm:
@@ -144,11 +152,11 @@ def _override(values: dict[str, Any]) -> DictConfig:
     free = tuple(f"{name}." for name, value in known.items() if isinstance(value, dict))  # these accept any name
     for name, value in values.items():
         if not (isinstance(value, dict) or name.startswith(free)):
-            check_name(name, [*known])
+            _check_name(name, [*known], settings.algorithm)
         try:
             set_value(settings, name, value)
         except (ConfigAttributeError, ConfigKeyError) as error:
-            check_name(str(error.full_key or name), [*known])
+            _check_name(str(error.full_key or name), [*known], settings.algorithm)
             raise
     _as_text(OmegaConf.to_container(settings))  # raises a RunError if the settings contain `_target_`
     try:
@@ -159,6 +167,23 @@ def _override(values: dict[str, Any]) -> DictConfig:
     if not OmegaConf.is_missing(settings, "dataset"):
         settings.reader = check_reader(settings.dataset, OmegaConf.to_container(settings.reader))  # type: ignore[arg-type]
     return settings
+
+
+def _check_name(name: str, known: Sequence[str], algorithm: str) -> None:
+    """Raise a RunError if a setting is unknown. The error names the algorithms for other actions that have it."""
+    if name in known:
+        return
+    discrete = find_algorithm(algorithm).discrete
+    same, others = (
+        [other for other in algorithms_of(kind) if name in flat(default_settings(other))]
+        for kind in (discrete, not discrete)
+    )
+    if others and not same:
+        raise RunError(
+            f"{name} is a setting of {' and '.join(others)}, but this run has algorithm={algorithm}, for "
+            f"{'discrete' if discrete else 'continuous'} actions; leave {name} out."
+        )
+    check_name(name, known)
 
 
 @cache

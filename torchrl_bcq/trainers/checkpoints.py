@@ -20,6 +20,7 @@ from torchrl.data import PrioritizedSampler, ReplayBuffer, SamplerWithoutReplace
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.record.loggers import Logger
 
+from torchrl_bcq.data.frame_stack import FrameStack
 from torchrl_bcq.errors import remedy
 
 _DIGEST_BYTES = 1 << 24  # number of bytes that are hashed at a time
@@ -182,8 +183,10 @@ class SamplerState:
 def dataset_digest(data: TensorDictBase) -> str:
     """Return a digest of the names, dtypes, shapes and values of all tensors; large tensors are read in parts."""
     digest = hashlib.sha256()
+    known: dict[int, torch.Tensor] = {}  # digests of stored frames
     for key, value in sorted(data.items(True, True), key=lambda item: str(item[0])):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        value = value.digests(known) if isinstance(value, FrameStack) else value
         rows = max(1, _DIGEST_BYTES * len(value) // max(value.nbytes, 1))
         for part in value.split(rows) if value.numel() else ():
             digest.update(part.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)

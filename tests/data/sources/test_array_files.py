@@ -160,7 +160,8 @@ def test_wrong_names_are_refused(form):
     path = write(steps())
     assert refusal(load, path, names={"reward": "rewards", "action": "actions"}) == (
         f"{path.name}: names has the unknown fields ['action', 'reward']; the known fields are ['observations', "
-        "'actions', 'rewards', 'terminated', 'truncated', 'next_observations', 'groups', 'episode_terminals', "
+        "'actions', 'rewards', 'terminated', 'truncated', 'next_observations', 'groups', 'action_masks', "
+        "'next_action_masks', 'action_probabilities', 'frames', 'next_frames', 'episode_terminals', "
         "'episode_starts', 'lengths']."
     )
     assert refusal(load, path, names={"observations": "obs/robot"}) == (

@@ -67,8 +67,8 @@ def test_fields_of_zeros_and_whole_actions(refusal):
     assert refusal({**COLUMNS, **zeros}, ["x", "y"]) == (
         "observations is zero in all 9 rows, in columns x, y; check that it was written and read correctly."
     )
-    whole = refusal({**COLUMNS, "a": [1.0, 2.0, 3.0] * 3}, ["x"], name="d.csv")
-    assert whole.startswith("actions has only whole numbers in all 9 rows, in column a, so the actions may be discrete")
+    whole = refusal({**COLUMNS, "a": [1.0, 20.0, 3.0] * 3}, ["x"], name="d.csv")
+    assert whole.startswith("actions has only whole numbers in all 9 rows, in column a, and only 3 of the numbers 0 to")
 
 
 def test_many_columns_are_counted(refusal):

@@ -468,9 +468,9 @@ def test_sources_that_change_meanwhile_are_refused(file, root, monkeypatch):
     """The file changes between checking and writing, with the same number of rows; its digest differs then."""
     written = conversion.write_memmap
 
-    def change_and_write(parts, rows, folder):
+    def change_and_write(*settings):
         write(file, rewards=TIME + 500)
-        written(parts, rows, folder)
+        written(*settings)
 
     monkeypatch.setattr(source, "write_memmap", change_and_write)
     with pytest.raises(ValueError, match=r"^d.hdf5: it changed during the conversion; try again when no program"):

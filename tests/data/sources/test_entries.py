@@ -122,7 +122,7 @@ def test_padded_episodes_and_actions_of_several_entries(write):
             {},
             "actions has the dtypes {'actions': 'float64', 'obs/weight': 'int64'}; store all of them as floating",
         ),
-        ({"actions": ["obs/weight", "whole"]}, {"whole": WEIGHT}, "actions has dtype int64, so the actions may be dis"),
+        ({"actions": ["obs/weight", "whole"]}, {"whole": WEIGHT}, "actions has 16 rows (first: 0) that are not one-ho"),
     ],
 )
 def test_entries_that_cannot_be_joined_are_refused(write, kind, names, changes, message):

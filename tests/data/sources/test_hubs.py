@@ -86,17 +86,15 @@ def test_minari_refusals(store):
     create("test/wild-v0", [wild])
     with pytest.raises(ValueError, match=r"actions has 1 row \(first: 1\) outside the action spec"):
         load_minari("test/wild-v0")
-    discrete = dataclasses.replace(episode(1, 3, True, False), actions=np.array([0, 1, 0]))
-    create("test/discrete-v0", [discrete], action_space=gymnasium.spaces.Discrete(2))
-    message = (
-        r"test/discrete-v0 has action space Discrete\(2\); only Box can be read; discrete actions are not supported"
-    )
+    shifted = dataclasses.replace(episode(1, 3, True, False), actions=np.array([1, 2, 1]))
+    create("test/shifted-v0", [shifted], action_space=gymnasium.spaces.Discrete(2, start=1))
+    message = r"test/shifted-v0 has action space Discrete\(2, start=1\); only Box of floats, and Discrete whose first"
     with pytest.raises(ValueError, match=message):
-        load_minari("test/discrete-v0")
+        load_minari("test/shifted-v0")
     whole = dataclasses.replace(episode(1, 3, True, False), actions=np.array([[0], [1], [0]]))
     create("test/whole-v0", [whole], action_space=gymnasium.spaces.Box(0, 2, (1,), np.int64))
     with pytest.raises(
-        ValueError, match=r"test/whole-v0: actions has dtype int64, so the actions may be discrete, and"
+        ValueError, match=r"test/whole-v0 has action space Box\(0, 2, \(1,\), int64\); only Box of floats"
     ):
         load_minari("test/whole-v0")
 

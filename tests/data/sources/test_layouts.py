@@ -276,13 +276,12 @@ def test_incomplete_dumps_of_d3rlpy_2(tmp_path):
 
 
 def test_discrete_actions_of_d3rlpy_2(tmp_path):
-    path = write_arrays(
-        tmp_path / "d.h5", dump(**{f"actions_{n}": np.ones((size, 1), int) for n, size in enumerate(EPISODES)})
-    )
-    assert refusal(path) == (
-        "d.h5: actions has dtype int64, so the actions may be discrete, and discrete actions are not supported yet. If "
-        "these actions are continuous, store them as floating-point numbers."
-    )
+    steps = {f"actions_{n}": np.arange(size)[:, None] for n, size in enumerate(EPISODES)}
+    found = load_hdf5(write_arrays(tmp_path / "d.h5", dump(**steps)))["action"]
+    numbered = {f"actions_{n}": np.arange(size)[:, None] + 0.5 for n, size in enumerate(EPISODES)}
+    kept = load_hdf5(write_arrays(tmp_path / "d.h5", dump(**numbered)))["action"]
+    assert found.dtype == torch.int64
+    assert found.tolist() == (kept[:, 0] - 0.5).tolist()
 
 
 # padded arrays [E, T, D], and flat arrays, with the number of steps of each episode
@@ -381,7 +380,7 @@ def test_an_episode_whose_fields_differ_in_length_is_named(tmp_path):
     assert refusal(write_groups(tmp_path / "d.hdf5", **changes)) == (
         "d.hdf5: episode 1 (counted from 0) has fields of different lengths: {'observations': 5, 'actions': 5, "
         "'rewards': 4, 'terminated': 5, 'next_observations': 5}; each field needs one row per step, and observations "
-        "may have one more."
+        "and frames may have one more."
     )
 
 

@@ -386,53 +386,104 @@ def test_column_of_the_episode_is_no_number_of_a_step(write):
     )
 
 
-DISCRETE = [0, 1, 2, 24, 3, 4, 5, 6, 7]
-REMEDY = (
-    ", so the actions may be discrete, and discrete actions are not supported yet. If these actions are continuous, "
-    "such as doses in whole units, set action_type='continuous'."
-)
+WHOLE = [0, 1, 2, 24, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("cell", [int, float, "{:.2f}".format])
-def test_whole_numbers_in_a_csv_may_be_choices(tmp_path, cell):
-    """Sepsis data with actions 0 to 24; one number with a fraction makes the actions continuous."""
-    path = write_csv(tmp_path / "d.csv", COLUMNS | {"dose": [cell(value) for value in DISCRETE]})
+def test_whole_numbers_in_a_csv_may_be_choices(tmp_path, cell, caplog):
+    """One number with a fraction makes the actions continuous; with most indices missing, the reader asks."""
+    path = write_csv(tmp_path / "d.csv", COLUMNS | {"dose": [cell(value) for value in WHOLE]})
     roles = {**ROLES, "episode": "episode"}
-    found = "d.csv: actions has only whole numbers in all 9 rows, in column dose"
-    assert refusal(path, episode="episode") == found + REMEDY
+    assert refusal(path, episode="episode") == (
+        "d.csv: actions has only whole numbers in all 9 rows, in column dose, and only 9 of the numbers 0 to 24 occur. "
+        "If the actions are continuous, such as doses in whole units, pass action_type='continuous'; if they are "
+        "discrete actions, pass action_type='discrete'."
+    )
     td = load_table(path, **roles, action_type="continuous")
     assert td["action"].flatten().tolist() == [0, 1, 2, 24, 3, 4, 6]  # the last rows of bob and cy are cut off
     assert load_table(path, **{**roles, "action": ["dose", "pressure"]})["action"][3].tolist() == [24, 6.5]
-    path = write_csv(tmp_path / "d.csv", COLUMNS | {"dose": [*DISCRETE[:-1], 7.5]})
-    assert len(load_table(path, **roles)) == 7
+    td = load_table(path, **roles, action_type="discrete")
+    assert td["action"].tolist() == [0, 1, 2, 24, 3, 4, 6]
+    path = write_csv(tmp_path / "d.csv", COLUMNS | {"dose": [*WHOLE[:-1], 7.5]})
+    assert load_table(path, **roles)["action"].shape == (7, 1)
+    assert "discrete" not in caplog.text
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("root", [None, "copies"])
+def test_indices_in_a_csv_are_discrete_actions(tmp_path, root, caplog):
+    path = write_csv(tmp_path / "d.csv", COLUMNS | {"dose": [0, 1, 2, 4, 3, 4, 0, 1, 2]})
+    root = root and tmp_path / root
+    td = load_table(path, **{**ROLES, "episode": "episode"}, root=root)
+    assert (td["action"].tolist(), td["action"].dtype) == ([0, 1, 2, 4, 3, 4, 1], torch.int64)
+    assert (
+        "d.csv: the actions are read as discrete actions (0 to 4), because all of them are whole numbers. If the "
+        "actions are continuous, such as doses in whole units, pass action_type='continuous'."
+    ) in caplog.messages
+
+
+def test_one_hot_columns_are_discrete_actions(tmp_path):
+    choices = np.eye(3, dtype=int)[[0, 1, 2, 2, 1, 0, 0, 1, 2]]
+    columns = COLUMNS | {f"a{at}": choices[:, at].tolist() for at in range(3)}
+    roles = {**ROLES, "episode": "episode", "action": ["a0", "a1", "a2"]}
+    odd = {"a1": [1] * 9}
+    for write, name, found in (
+        (write_csv, "d.csv", "in columns a0, a1, a2, and 6 rows (first: 0) are no one-hot vectors, such as [1.0, 1.0"),
+        (write_parquet, "d.parquet", "actions has 6 rows (first: 0) that are not one-hot vectors with a single 1"),
+    ):
+        assert load_table(write(tmp_path / name, columns), **roles)["action"].tolist() == [0, 1, 2, 2, 1, 0, 1]
+        assert found in refusal(write(tmp_path / name, columns | odd), episode="episode", action=roles["action"])
 
 
 @pytest.mark.parametrize("kind", [pa.int64(), pa.uint8(), pa.list_(pa.int32()), pa.list_(pa.int8(), 1), pa.bool_()])
-def test_integers_in_parquet_may_be_choices(tmp_path, kind):
-    values = [value % 2 == 1 for value in DISCRETE] if kind == pa.bool_() else DISCRETE
+def test_integers_in_parquet_are_choices(tmp_path, kind):
+    values = [value % 2 == 1 for value in WHOLE] if kind == pa.bool_() else WHOLE
     cells = pa.array([[value] for value in values] if hasattr(kind, "value_type") else values, kind)
     path = write_parquet(tmp_path / "d.parquet", COLUMNS | {"choice": cells})
-    for columns in (["choice"], ["dose", "choice"]):
-        assert refusal(path, action=columns, truncated="cut") == (
-            f"d.parquet: column 'choice' of the actions holds {getattr(kind, 'value_type', kind)}{REMEDY}"
-        )
-    td = load_table(path, **{**ROLES, "action": ["choice"]}, truncated="cut", action_type="continuous")
-    assert td["action"].flatten().tolist() == [*values[:6], values[7]]
-
-
-def test_the_kind_of_the_actions_is_continuous_or_not_given(write):
-    assert refusal(write(), truncated="cut", action_type="discrete") == (
-        "action_type is 'discrete', but only 'continuous' actions are supported."
+    held = str(getattr(kind, "value_type", kind))
+    assert refusal(path, action=["dose", "choice"], truncated="cut") == (
+        f"d.parquet: the action columns have the types {{'dose': 'double', 'choice': '{held}'}}; store all of them as "
+        "floating-point numbers, or pass action_type='continuous'."
     )
+    roles = {**ROLES, "action": ["choice"], "truncated": "cut"}
+    for action_type, dtype in (("continuous", torch.float32), ("discrete", torch.int64), (None, torch.int64)):
+        td = load_table(path, **roles, action_type=action_type)
+        assert td["action"].flatten().tolist() == [*values[:6], values[7]]
+        assert td["action"].dtype == dtype
+
+
+def test_empty_cells_among_integers_are_reported(tmp_path):
+    cells = pa.array([1, 2, None, 0, 1, 2, 0, 1, 2], pa.int64())
+    path = write_parquet(tmp_path / "d.parquet", COLUMNS | {"choice": cells})
+    found = refusal(path, action=["choice"], truncated="cut")
+    assert "actions has 1 row (first: 2) that are not finite in float32, in column choice" in found
+
+
+def test_the_kind_of_the_actions(write):
+    assert refusal(write(), truncated="cut", action_type="whole").endswith(
+        "action_type is 'whole', expected one of ['continuous', 'discrete']."
+    )
+    found = refusal(write(), truncated="cut", action_type="discrete")
+    assert "actions has 9 rows (first: 0) that are not whole numbers from 0, such as 0.1, in column dose" in found
 
 
 def test_a_copy_of_whole_actions_needs_the_setting_again(tmp_path):
-    path = write_csv(tmp_path / "d.csv", COLUMNS | {"dose": DISCRETE})
+    path = write_csv(tmp_path / "d.csv", COLUMNS | {"dose": WHOLE})
     roles = {**ROLES, "truncated": "cut", "root": tmp_path / "copies"}
     load_table(path, **roles, action_type="continuous")
     with pytest.raises(ValueError, match="actions has only whole numbers"):
         load_table(path, **roles)
+
+
+def test_masks_and_probabilities_are_columns(tmp_path):
+    masks = {"m0": [1] * 9, "m1": [1, 0] * 4 + [1]}
+    columns = COLUMNS | {"dose": [0, 0, 1, 0, 0, 0, 1, 0, 1], **masks, "p": np.linspace(0.1, 0.9, 9).round(2).tolist()}
+    roles = {**ROLES, "episode": "episode", "action_mask": ["m0", "m1"], "action_probability": "p"}
+    for write, name in ((write_csv, "d.csv"), (write_parquet, "d.parquet")):
+        td = load_table(write(tmp_path / name, columns), **roles, action_type="discrete")
+        assert td["action_mask"].tolist() == [[True, row % 2 == 0] for row in (0, 1, 2, 3, 4, 5, 7)]
+        assert td["action_probability"].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8])
 
 
 def check_true_and_false(path):

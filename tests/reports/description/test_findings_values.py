@@ -83,7 +83,8 @@ def test_actions_of_whole_numbers(data):
     data["action"].copy_((data["action"] * 10).round())
     assert messages(data, Bounded(-10, 10, (2,))) == [
         "actions has only whole numbers in all 1212 rows (first: 0), from -9 to 9; this is normal for bang-bang "
-        "control, otherwise the actions are rounded or discrete, but BCQ needs continuous actions."
+        "control, otherwise the actions are rounded, or they are discrete: then pass action_type='discrete' to the "
+        "reader."
     ]
 
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 from tensordict import TensorDict
-from torchrl.data import TensorSpec
+from torchrl.data import Categorical, TensorSpec
 
-from torchrl_bcq.data.checks import Columns, DatasetError
+from torchrl_bcq.data.checks import Columns
 from torchrl_bcq.data.sources.entries import Names
 from torchrl_bcq.data.sources.environment import recorded_in_hdf5
 from torchrl_bcq.data.sources.hdf5_storage import open_hdf5
 from torchrl_bcq.data.sources.layouts import read_steps
 from torchrl_bcq.data.sources.source import Source, existing_file, scores_or_none
-from torchrl_bcq.errors import remedy
+from torchrl_bcq.errors import DatasetError, remedy
 
 
 def load_hdf5(
@@ -27,6 +27,7 @@ def load_hdf5(
     *,
     names: Names | None = None,
     max_episode_steps: int | None = None,
+    action_type: str | None = None,
     action_spec: TensorSpec | None = None,
     root: str | Path | None = None,
 ) -> TensorDict:
@@ -39,13 +40,16 @@ def load_hdf5(
             robomimic. Such a group may also hold the observation after its last step. In place of ``timeouts``, the
             ends of episodes may be in ``episode_terminals [N]``, ``episode_starts [N]`` or ``lengths [E]``. With
             ``lengths``, the fields may be padded: ``[E, T, D]``. Buffers of Tianshou and dumps of d3rlpy also work.
+            Actions may be discrete, as in ``from_arrays``. Their number may be in the attribute ``n_actions``. The
+            entries ``action_masks``, ``next_action_masks`` and ``action_probabilities`` are read, if there are any.
         names: mapping from arguments of ``from_arrays``, ``episode_terminals``, ``episode_starts`` or ``lengths`` to
             entries of the file, such as ``{"observations": "obs/robot"}``. ``names`` is needed only for entries with
             uncommon names, and for groups, such as ``{"groups": "patient_id"}``: one group for each step, or one for
             each episode if the episodes are HDF5 groups or have ``lengths``. A list of entries, such as ``["obs/robot",
             "obs/object"]``, is joined to one vector in this order.
         max_episode_steps: time limit in steps at which episodes were cut off, for files without ``timeouts``.
-        action_spec: if given, the actions must lie within its bounds.
+        action_type: ``"continuous"`` or ``"discrete"``. By default, the dtype decides, as in ``from_arrays``.
+        action_spec: if given, all actions must lie within its bounds, or be one of its discrete actions.
         root: folder for a memory-mapped copy, for data larger than memory. Later calls reuse the copy.
 
     Raises:
@@ -63,7 +67,8 @@ def load_hdf5(
 
     Source: D4RL, arXiv:2004.07219.
     """
-    return hdf5(path, names=names, max_episode_steps=max_episode_steps).read(action_spec=action_spec, root=root)
+    source = hdf5(path, names=names, max_episode_steps=max_episode_steps, action_type=action_type)
+    return source.read(action_spec=action_spec, root=root)
 
 
 def load_npz(
@@ -71,6 +76,7 @@ def load_npz(
     *,
     names: Names | None = None,
     max_episode_steps: int | None = None,
+    action_type: str | None = None,
     action_spec: TensorSpec | None = None,
     root: str | Path | None = None,
 ) -> TensorDict:
@@ -84,10 +90,17 @@ def load_npz(
         >>> load_npz("steps.npz").batch_size
         torch.Size([4])
     """
-    return npz(path, names=names, max_episode_steps=max_episode_steps).read(action_spec=action_spec, root=root)
+    source = npz(path, names=names, max_episode_steps=max_episode_steps, action_type=action_type)
+    return source.read(action_spec=action_spec, root=root)
 
 
-def hdf5(path: str | Path, *, names: Names | None = None, max_episode_steps: int | None = None) -> Source:
+def hdf5(
+    path: str | Path,
+    *,
+    names: Names | None = None,
+    max_episode_steps: int | None = None,
+    action_type: str | None = None,
+) -> Source:
     """Return a ``Source`` that reads the HDF5 file ``path`` in chunks."""
     path = existing_file(path)
 
@@ -95,10 +108,16 @@ def hdf5(path: str | Path, *, names: Names | None = None, max_episode_steps: int
         with open_hdf5(path) as file:
             yield from read_steps(file, names)
 
-    return replace(_source(path, chunks, names, max_episode_steps), **_hdf5_attributes(path))
+    return replace(_source(path, chunks, names, max_episode_steps, action_type), **_hdf5_attributes(path))
 
 
-def npz(path: str | Path, *, names: Names | None = None, max_episode_steps: int | None = None) -> Source:
+def npz(
+    path: str | Path,
+    *,
+    names: Names | None = None,
+    max_episode_steps: int | None = None,
+    action_type: str | None = None,
+) -> Source:
     """Return a ``Source`` that reads the NPZ file ``path`` in chunks."""
     path = existing_file(path)
 
@@ -121,16 +140,20 @@ def npz(path: str | Path, *, names: Names | None = None, max_episode_steps: int 
         with np.load(path, allow_pickle=False) as file:
             yield from read_steps(file, names)
 
-    return _source(path, chunks, names, max_episode_steps)
+    return _source(path, chunks, names, max_episode_steps, action_type)
 
 
 def _source(
-    path: Path, chunks: Callable[[], Iterator[Columns]], names: Names | None, max_episode_steps: int | None
+    path: Path,
+    chunks: Callable[[], Iterator[Columns]],
+    names: Names | None,
+    max_episode_steps: int | None,
+    action_type: str | None,
 ) -> Source:
     if max_episode_steps is not None and (not isinstance(max_episode_steps, int) or max_episode_steps < 1):
         raise DatasetError(f"max_episode_steps is {max_episode_steps!r}, expected a whole number of at least 1.")
-    settings = {"names": names, "max_episode_steps": max_episode_steps}
-    return Source(path.name, lambda: _with_ends(chunks(), max_episode_steps), [path], settings)
+    settings = {"names": names, "max_episode_steps": max_episode_steps, "action_type": action_type}
+    return Source(path.name, lambda: _with_ends(chunks(), max_episode_steps), [path], settings, action_type=action_type)
 
 
 def _with_ends(chunks: Iterator[Columns], max_episode_steps: int | None) -> Iterator[Columns]:
@@ -159,12 +182,14 @@ def _with_ends(chunks: Iterator[Columns], max_episode_steps: int | None) -> Iter
 
 
 def _hdf5_attributes(path: Path) -> dict[str, Any]:
-    """Return the environment and the reference scores, or ``{}`` if the file is damaged."""
+    """Return the environment, the reference scores and the action spec, or ``{}`` if the file is damaged."""
     import h5py
 
     try:
         with h5py.File(path, "r") as file:
             env, scores = recorded_in_hdf5(file.attrs), [file.attrs.get(n) for n in ("ref_min_score", "ref_max_score")]
+            number = file.attrs.get("n_actions")
     except Exception:  # h5py raises various exceptions for damaged files
         return {}
-    return {"env": env, "reference_scores": scores_or_none(scores)}
+    spec = Categorical(int(number)) if isinstance(number, (int, np.integer)) and number > 1 else None
+    return {"env": env, "reference_scores": scores_or_none(scores), "action_spec": spec}

@@ -9,16 +9,19 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import _encode_key_for_filesystem
+from torch import Tensor
 
-from torchrl_bcq.data.checks import DatasetError
+from torchrl_bcq.data.frame_store import FramesInFolder, read_frames, without_frames, write_frames
+from torchrl_bcq.errors import DatasetError
 from torchrl_bcq.files import UNFINISHED, home, write_whole
 
 _FORMAT = 2  # increase this number when the conversion changes, so that old copies are not reused
@@ -35,13 +38,23 @@ def fingerprint(files: Iterable[Path], settings: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_memmap(parts: Iterator[TensorDict], rows: int, folder: Path) -> None:
-    """Write all parts, ``rows`` rows in total, to a new folder. After an error, the folder is removed."""
+def write_memmap(parts: Iterator[TensorDictBase], rows: int, folder: Path, store: FramesInFolder | None = None) -> None:
+    """Write all parts, ``rows`` rows in total, to a new folder. After an error, the folder is removed.
+
+    If the parts hold frames, the folder gets links to memory-mapped frames, or copies of other frames. If the parts
+    hold the numbers of frames in ``store``, then ``store`` writes these frames to the folder.
+    """
+    frames: dict[Any, Tensor] = {}
+    store = FramesInFolder() if store is None else store
+    parts = (without_frames(part, frames).cpu() for part in parts)
     try:
         with write_whole(folder) as aside, ExitStack() as stack:
             aside.mkdir()
+            store.folder = aside
+            stack.callback(store.close)
             first = next(parts)
-            size, free = first.bytes() / len(first) * rows, shutil.disk_usage(folder.parent).free
+            size = (first.bytes() / len(first) + sum(map(prod, store.shapes.values()))) * rows
+            free = shutil.disk_usage(folder.parent).free
             if free < size:
                 raise OSError(f"the copy needs {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free")
             target = first[:1].expand(rows).memmap_like(str(aside))  # creates the files; the rows are written below
@@ -56,6 +69,7 @@ def write_memmap(parts: Iterator[TensorDict], rows: int, folder: Path) -> None:
                 changed = f"it had {rows} transitions in the first pass and {written} in the second"
                 raise DatasetError(f"{changed}; try again when no program writes to the source.")
             stack.close()
+            write_frames(frames, aside)
             for path in (*aside.rglob("*"), aside):
                 _sync(path)
         _sync(folder.parent)
@@ -105,7 +119,7 @@ def load_memmap(path: str | Path) -> TensorDict:
         raise DatasetError(f"{folder} is not a memory-mapped copy; it holds {held[:5]}. Choose another folder.")
     try:
         batch = _check_files(folder)
-        transitions = TensorDict.load_memmap(folder, allow_pickle=False)
+        transitions = read_frames(folder, TensorDict.load_memmap(folder, allow_pickle=False))
     except DatasetError:
         raise
     except Exception as error:  # a damaged meta.json raises various exceptions

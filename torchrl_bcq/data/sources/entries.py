@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_bcq.data.checks import FIELDS, DatasetError
+from torchrl_bcq.data.checks import FIELDS, FRAMES
 from torchrl_bcq.data.sources.hdf5_storage import check_stored
-from torchrl_bcq.errors import remedy
+from torchrl_bcq.errors import DatasetError, remedy
 
 Names = Mapping[str, str | Sequence[str]]  # maps fields to the entry that holds the field, or to entries to join
 
@@ -23,13 +23,19 @@ _NAMES = {
     "truncated": ("timeouts", "timeout", "truncations", "truncated"),
     "next_observations": ("next_observations", "next_observation", "obs_next", "next_obs", "next_states", "next_state"),
     "groups": (),
+    "action_masks": ("action_masks", "action_mask", "infos/action_mask"),
+    "next_action_masks": ("next_action_masks", "next_action_mask"),
+    "action_probabilities": ("action_probabilities", "action_probability", "infos/action_probability"),
+    **dict.fromkeys(FRAMES, ()),
     # fields that replace truncated: flags of the last row or of the first row of each episode, or numbers of steps
     "episode_terminals": ("episode_terminals",),
     "episode_starts": ("episode_starts",),
     "lengths": ("lengths", "episode_lengths", "traj_lengths"),
 }
 _REQUIRED = FIELDS[:4]
-_JOINABLE = ("observations", "actions", "next_observations")
+# fields after each step
+LATER = {"observations": "next_observations", "frames": "next_frames", "action_masks": "next_action_masks"}
+_JOINABLE = ("observations", "actions", "next_observations", "action_masks", "next_action_masks")
 WAYS = ("truncated", "episode_terminals", "episode_starts")
 _NO_KIND = ("dones", "done", "episode_starts")  # entries that people take for terminated
 
@@ -51,6 +57,8 @@ class Joined:
         kinds = {name: str(entry.dtype) for name, entry in entries.items() if entry.dtype.kind not in "fiub"}
         if kinds:
             raise DatasetError(f"entries with the dtypes {kinds} cannot be joined; they need real numbers.")
+        if rank > 2 and all(entry.dtype == np.uint8 for entry in self._entries):
+            raise DatasetError(f"entries with the shapes {shapes} hold frames, which cannot be joined; choose one.")
         self.shape = (*wide[0][:-1], sum(shape[-1] for shape in wide))
         self.dtype = np.result_type(*(entry.dtype for entry in self._entries))
 
@@ -124,17 +132,20 @@ def open_fields(group: Any, names: Names | None) -> dict[str, Any]:
     """Return each field, without reading it. A group in place of a field raises ``DatasetError``.
 
     If the next observations are a group, and ``names`` does not name entries of this group, the entries with the same
-    names as those of the observations are read: ``next_obs/arm`` for ``obs/arm``.
+    names as those of the observations, and of the frames, are read: ``next_obs/arm`` for ``obs/arm``.
     """
     given = as_lists(names)
     named = [entry for entries in given.values() for entry in entries]
-    found = dict.fromkeys([*group, *(entry for entry in named if entry in group)])
+    nested = [name for names in _NAMES.values() for name in names if "/" in name]
+    found = dict.fromkeys([*group, *(entry for entry in [*named, *nested] if entry in group)])
     opened: dict[str, Any] = {}
-    for field, entries in find_fields([*found], names).items():
-        if field == "next_observations" and field not in given and is_group(after := group[entries[0]]):
-            tails = [name.partition("/")[2] for name in given.get("observations", [])]
-            if tails and all(tail in after for tail in tails):
-                entries = [f"{entries[0]}/{tail}" for tail in tails]
+    fields = find_fields([*found], names)
+    after = "" if "next_observations" in given else fields.get("next_observations", [""])[0]
+    for field, later in LATER.items() if after and is_group(group[after]) else ():
+        tails = [name.partition("/")[2] for name in given.get(field, [])]
+        if tails and later not in given and all(tail in group[after] for tail in tails):
+            fields[later] = [f"{after}/{tail}" for tail in tails]
+    for field, entries in fields.items():
         items = {entry: group[entry] for entry in entries}
         for entry, item in items.items():
             if not hasattr(item, "shape"):

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from torchrl_bcq.data.checks import DatasetError
+from torchrl_bcq.errors import DatasetError
 
 
 @contextmanager

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torchrl.data import Bounded, TensorSpec
+from torchrl.data import Bounded, Categorical, TensorSpec
 
-from torchrl_bcq.data.checks import Columns, DatasetError
+from torchrl_bcq.data.checks import Columns
 from torchrl_bcq.data.sources.array_files import hdf5
-from torchrl_bcq.data.sources.dict_spaces import check_entries
+from torchrl_bcq.data.sources.dict_spaces import MASK, check_entries, holds_mask, split_image
 from torchrl_bcq.data.sources.entries import Joined
 from torchrl_bcq.data.sources.environment import recorded_environment, recorded_in_minari
 from torchrl_bcq.data.sources.hdf5_storage import check_hdf5
 from torchrl_bcq.data.sources.layouts import joined
 from torchrl_bcq.data.sources.source import Source, scores_or_none
-from torchrl_bcq.errors import remedy
+from torchrl_bcq.errors import DatasetError, remedy
 from torchrl_bcq.files import home, write_whole
 
 _MINARI_NAMES = {name: name for name in ("observations", "actions", "rewards")}
@@ -51,13 +51,14 @@ def load_minari(
     """Download a Minari dataset if needed, and return it as transitions in the layout of ``from_arrays``.
 
     Args:
-        dataset_id: Minari id, such as ``"mujoco/hopper/medium-v0"``. The action space of the dataset must be a ``Box``;
-            the observation space must be a ``Box``, or a ``Dict`` of ``Box`` spaces.
-        observation: names of the entries of a ``Dict`` observation, which are joined to one vector in this order, such
-            as ``["observation", "desired_goal"]``; ``"a/b"`` is the entry ``b`` of the entry ``a``. By default, all
-            entries are joined, in the order of the space.
-        action_spec: bounded spec of one action; all actions must lie within its bounds. By default, the bounds of the
-            dataset's action space are used.
+        dataset_id: Minari id, such as ``"mujoco/hopper/medium-v0"``. The action space of the dataset must be a ``Box``
+            or ``Discrete``; the observation space must be a ``Box`` of vectors or frames of bytes, or a ``Dict`` of
+            such spaces.
+        observation: names of the entries of a ``Dict`` observation. Vectors are joined to one vector in this order,
+            such as ``["observation", "desired_goal"]``; ``"a/b"`` is the entry ``b`` of the entry ``a``. One entry may
+            be frames; beside vectors, they become the entry ``pixels``. By default, all entries are read, in the order
+            of the space, except ``action_mask``: this entry holds the masks of the available discrete actions.
+        action_spec: spec of one action, as for ``load_hdf5``. By default, that of the dataset's action space.
         root: as for ``load_hdf5``.
 
     Raises:
@@ -106,28 +107,34 @@ def load_d4rl(
 
 def minari(dataset_id: str, *, observation: Sequence[str] | None = None) -> Source:
     """Open a Minari dataset, after a download if needed, and return it as a ``Source``."""
-    dataset = _open_minari(dataset_id)
-    entries = _joined_entries(dataset, observation)
+    from gymnasium.spaces import Discrete
 
-    def read(episode: Any, name: str) -> Any:
-        values = getattr(episode, name)
-        if name != "observations" or entries is None:
-            return values
-        return Joined({entry: reduce(getitem, entry.split("/"), values) for entry in entries})[()]
+    dataset = _open_minari(dataset_id)
+    entries, masked = _joined_entries(dataset, observation), holds_mask(dataset.observation_space)
+
+    vectors, image = ([], None) if entries is None else split_image(dataset.observation_space, entries)
+
+    def read(episode: Any) -> Columns:
+        fields = {field: getattr(episode, name) for field, name in _MINARI_NAMES.items()}
+        if entries is None:
+            return fields
+        parts = {entry: reduce(getitem, entry.split("/"), fields["observations"]) for entry in entries}
+        fields |= {"action_masks": episode.observations[MASK]} if masked else {}
+        fields |= {"frames" if vectors else "observations": parts.pop(image)} if image else {}
+        return fields | ({"observations": Joined(parts)[()]} if vectors else {})
 
     def chunks() -> Iterator[Columns]:
         for file in files:
             if file.suffix == ".hdf5":
                 check_hdf5(file, _MINARI_NAMES.values())
-        yield from joined(
-            {field: read(episode, name) for field, name in _MINARI_NAMES.items()}
-            for episode in dataset.iterate_episodes()
-        )
+        return joined(map(read, dataset.iterate_episodes()))
 
-    box, spec = dataset.action_space, None
-    if len(box.shape) == 1 and box.dtype.kind == "f":
-        low, high = torch.tensor(box.low), torch.tensor(box.high)
-        spec = Bounded(low, high, box.shape, dtype=low.dtype)
+    space, spec = dataset.action_space, None
+    if isinstance(space, Discrete):
+        spec = Categorical(int(space.n))
+    elif len(space.shape) == 1:
+        low, high = torch.tensor(space.low), torch.tensor(space.high)
+        spec = Bounded(low, high, space.shape, dtype=low.dtype)
     files = sorted(path for path in Path(dataset.storage.data_path).rglob("*") if path.is_file())
     metadata = dataset.storage.metadata
     env = recorded_in_minari(metadata)
@@ -144,7 +151,7 @@ def minari(dataset_id: str, *, observation: Sequence[str] | None = None) -> Sour
 
 def _open_minari(dataset_id: str) -> Any:
     import minari
-    from gymnasium.spaces import Box
+    from gymnasium.spaces import Box, Discrete
 
     try:
         dataset = minari.load_dataset(dataset_id, download=True)
@@ -153,9 +160,11 @@ def _open_minari(dataset_id: str) -> Any:
             f"Minari dataset {dataset_id!r} can be neither opened nor downloaded ({error}). Use an id such as "
             "'mujoco/hopper/medium-v0'; `minari list local` and `minari list remote` show all ids."
         ) from error
-    if not isinstance(space := dataset.action_space, Box):
+    space = dataset.action_space
+    first = getattr(space, "start", 0)
+    if not isinstance(space, (Box, Discrete)) or first != 0 or (isinstance(space, Box) and space.dtype.kind != "f"):
         found = f"{dataset_id} has action space {space}"
-        raise DatasetError(f"{found}; only Box can be read; discrete actions are not supported yet.")
+        raise DatasetError(f"{found}; only Box of floats, and Discrete whose first action is 0, can be read.")
     if not dataset.total_episodes:
         raise DatasetError(f"{dataset_id} holds no episodes; choose another dataset.")
     return dataset

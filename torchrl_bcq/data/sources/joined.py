@@ -11,8 +11,11 @@ from typing import Any
 
 from tensordict import TensorDict
 
-from torchrl_bcq.data.checks import Checks, DatasetError, spec_bounds
+from torchrl_bcq.data.action_checks import ActionChecks
+from torchrl_bcq.data.checks import Checks
+from torchrl_bcq.data.frame_layout import width_of
 from torchrl_bcq.data.sources.source import Chunks, Recordings, Source
+from torchrl_bcq.errors import DatasetError
 
 # facts that are unknown for the joined source if its parts disagree, and the settings of torchrl-bcq train for them
 _FACTS = {"env": "evaluation.env", "reference_scores": "evaluation.reference_scores"}
@@ -35,23 +38,24 @@ class JoinedSource(Source):
         return super().read(**reading)
 
     def _recordings(self, checks: Checks) -> Recordings:
-        widths: dict[str, tuple[str, int]] = {}  # for each field: name of the first source, and number of features
+        widths: dict[str, tuple[str, Any]] = {}  # for each field: name of the first source, and its width_of
         for source in self.sources:
-            own = checks.alike()
+            own = checks.alike(source.typed)
             with closing(_checked(source, own, widths)) as chunks:
                 yield source.name, chunks
             checks.add(source.name, own)
 
 
-def _checked(source: Source, checks: Checks, widths: dict[str, tuple[str, int]]) -> Chunks:
+def _checked(source: Source, checks: Checks, widths: dict[str, tuple[str, Any]]) -> Chunks:
     """Yield the checked chunks of one source; its name is added to each error."""
     try:
         for fields in source._checked_chunks(checks):
-            for name in ("observations", "actions"):
-                width = fields[name].shape[1]
+            for name in {"observations", "actions", "frames"} & fields.keys():
+                width = width_of(fields[name])
                 first, expected = widths.setdefault(name, (source.name, width))
                 if width != expected:
-                    found = f"{name} has {width} features, but {expected} in {first}"
+                    kind = "features" if isinstance(width, int) else "as the shape of its frames"
+                    found = f"{name} has {width} {kind}, but {expected} in {first}"
                     raise DatasetError(f"{found}; join only datasets of the same task.")
             yield fields
         if not checks.rows:
@@ -74,11 +78,12 @@ def join(sources: Sequence[Source]) -> Source:
         names |= {file.resolve(): source.name for file in source.files}
     known = [source for source in sources if source.action_spec is not None]
     for source in known[1:]:
-        bounds = [[bound.tolist() for bound in spec_bounds(each.action_spec)] for each in (known[0], source)]
+        bounds = [ActionChecks(each.action_spec).expected for each in (known[0], source)]
         if bounds[0] != bounds[1]:
+            what = "action bounds are" if isinstance(bounds[1], list) else "number of actions is"
             raise DatasetError(
-                f"the action bounds are {bounds[1]} in {source.name}, but {bounds[0]} in {known[0].name}; join only "
-                "datasets of the same task."
+                f"the {what} {bounds[1]} in {source.name}, but {bounds[0]} in {known[0].name}; join only datasets of "
+                "the same task."
             )
     found = {source.name: getattr(source.env, "observation", None) for source in sources}
     entries = [(name, list(names)) for name, names in found.items() if names is not None]
@@ -96,8 +101,9 @@ def join(sources: Sequence[Source]) -> Source:
         {"sources": [[len(source.files), source.settings] for source in sources]},
         known[0].action_spec if known else None,
         **{fact: None if isinstance(value, list) else value for fact, value in facts.items()},
-        refuse_whole=sources[0].refuse_whole if all(source.refuse_whole for source in sources) else None,
-        columns=sources[0].columns,  # all sources are read with the same settings
+        action_type=sources[0].action_type,  # all sources are read with the same settings
+        typed=all(source.typed for source in sources),
+        columns=sources[0].columns,
         sources=tuple(sources),
     )
 

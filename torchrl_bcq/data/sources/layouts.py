@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_bcq.data.checks import Columns, DatasetError, Rows, check_lengths
-from torchrl_bcq.data.sources.entries import WAYS, Names, as_lists, is_group, open_fields
+from torchrl_bcq.data.arrays import check_lengths
+from torchrl_bcq.data.checks import Columns
+from torchrl_bcq.data.defects import Rows
+from torchrl_bcq.data.sources.entries import LATER, WAYS, Names, as_lists, is_group, open_fields
+from torchrl_bcq.errors import DatasetError
 
 CHUNK_BYTES = 16 << 20  # limit in bytes for the largest field of a chunk, or for a chunk of whole episodes
 
@@ -26,7 +29,7 @@ def read_steps(file: Any, names: Names | None) -> Iterator[Columns]:
             parts = (open_fields(group, names) for group in groups)
             return joined({name: field[()] for name, field in part.items()} for part in parts)
     fields = open_fields(file, names)
-    shape, is_padded = fields["actions"].shape, len(fields["actions"].shape) == 3
+    shape, is_padded = fields["actions"].shape, _is_padded(fields)
     if is_padded and "lengths" not in fields:
         raise DatasetError(
             f"actions has shape {shape}. If this is [episode, step, feature], add an entry lengths with the number of "
@@ -36,6 +39,14 @@ def read_steps(file: Any, names: Names | None) -> Iterator[Columns]:
     if is_padded or "lengths" in as_lists(names) or (lengths is not None and not fields.keys() & set(WAYS)):
         return joined(_episodes_of_lengths(fields, np.asarray(lengths[()])))
     return _slices(fields, range(shape[0] if shape else 0))
+
+
+def _is_padded(fields: Mapping[str, Any]) -> bool:
+    """Return whether the actions are ``[E, T, A]``, or the indices ``[E, T]`` of discrete actions."""
+    shape = fields["actions"].shape
+    if len(shape) != 2 or "lengths" not in fields:
+        return len(shape) == 3
+    return fields["lengths"].shape == shape[:1] and fields["rewards"].shape[:2] == shape and shape[1] > 1
 
 
 def _slices(fields: Mapping[str, Any], rows: range) -> Iterator[Columns]:
@@ -128,7 +139,7 @@ def _episodes_of_lengths(fields: Mapping[str, Any], lengths: np.ndarray) -> Iter
     # groups may also hold one group for each episode
     whole = {name for name, field in fields.items() if name == "groups" and field.shape == lengths.shape}
     shapes = {name: field.shape for name, field in fields.items() if name not in whole}
-    padded = len(shapes["actions"]) == 3
+    padded = _is_padded({**fields, "lengths": lengths})
     if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
         found = f"shape {lengths.shape} and dtype {lengths.dtype}"
         raise DatasetError(f"lengths has {found}, expected one integer for each episode.")
@@ -136,7 +147,7 @@ def _episodes_of_lengths(fields: Mapping[str, Any], lengths: np.ndarray) -> Iter
         steps = shapes["actions"][1]
         stored = (len(lengths), steps)
         # observations may also hold the observation after the last step
-        last = {"observations": (len(lengths), steps + 1)}
+        last = dict.fromkeys(LATER, (len(lengths), steps + 1))
         if any(shape[:2] not in (stored, last.get(name)) for name, shape in shapes.items()):
             raise DatasetError(f"lengths has {len(lengths)} episodes, but the fields have the shapes {shapes}.")
     else:
@@ -180,27 +191,29 @@ def _cut_off(steps: Columns) -> np.ndarray:
 
 
 def _end_episode(episode: Columns, number: int) -> Columns:
-    """Return the episode with one observation per step, and whether each step has no next observation."""
+    """Return the episode with one state per step, and whether each step has no next state."""
     fields = {name: values for name, values in episode.items() if name not in WAYS[1:] and name != "lengths"}
-    observations, steps = fields["observations"], len(fields["actions"])
+    steps = len(fields["actions"])
     if "groups" in fields:  # one group for each step, or one for the whole episode
         groups = np.ravel(fields["groups"]).astype(object)
         fields["groups"] = np.repeat(groups, steps) if len(groups) == 1 else groups
-    is_short = "next_observations" not in fields
-    if is_short and len(observations) == steps + 1:
-        is_short, fields["observations"], fields["next_observations"] = False, observations[:-1], observations[1:]
+    is_short = False
+    for name, later in LATER.items():
+        if name in fields and later not in fields and len(states := fields[name]) == steps + 1:
+            fields[name], fields[later] = states[:-1], states[1:]
+        is_short |= name in fields and later not in fields and name != "action_masks"
     lengths = {name: len(values) for name, values in fields.items()}
     if not steps:
         raise DatasetError(f"episode {number} (counted from 0) has no steps; leave it out.")
     if len(set(lengths.values())) > 1:
         raise DatasetError(
             f"episode {number} (counted from 0) has fields of different lengths: {lengths}; each field needs one row "
-            "per step, and observations may have one more."
+            "per step, and observations and frames may have one more."
         )
     fields["truncated"] = _cut_off(fields)
     fields["incomplete"] = np.zeros(steps, dtype=bool)
     if is_short:
-        fields["next_observations"] = np.concatenate([observations[1:], observations[-1:]])
+        fields |= {LATER[name]: np.r_[fields[name][1:], fields[name][-1:]] for name in LATER.keys() & fields.keys()}
         ended, cut = (np.reshape(fields[name], -1) == 1 for name in ("terminated", "truncated"))
         fields["incomplete"] = cut & ~ended if cut.shape == ended.shape else cut
     return fields

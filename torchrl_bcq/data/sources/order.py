@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from torchrl_bcq.data.checks import Columns, DatasetError, Rows, listed
+from torchrl_bcq.data.checks import Columns
+from torchrl_bcq.data.defects import Rows, listed
 from torchrl_bcq.data.transitions import with_successors
+from torchrl_bcq.errors import DatasetError
 
 # messages about rows in a wrong order, or with a wrong episode name, step number or flag
 _NAMELESS = "the episode column has {} without a name or number; fill in the cells, or drop these rows."

@@ -17,11 +17,13 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import TensorSpec
 
-from torchrl_bcq.data.checks import Checks, Columns, DatasetError, spec_bounds
+from torchrl_bcq.data.checks import Checks, Columns
+from torchrl_bcq.data.frame_store import FramesInFolder, FramesInMemory, FrameStore
 from torchrl_bcq.data.origins import Origins
 from torchrl_bcq.data.sources.conversion import fingerprint, load_or_write, write_memmap
 from torchrl_bcq.data.sources.environment import RecordedEnvironment
 from torchrl_bcq.data.transitions import lay_out
+from torchrl_bcq.errors import DatasetError
 from torchrl_bcq.files import home
 
 _logger = logging.getLogger(__name__)
@@ -64,8 +66,9 @@ class Source:
     action_spec: TensorSpec | None = None
     env: RecordedEnvironment | None = None  # the environment for evaluation, as the dataset names it
     reference_scores: tuple[float, float] | None = None  # mean returns of a random and of an expert policy
-    refuse_whole: str | None = None  # as for Checks; for formats without data types
-    columns: Mapping[str, Sequence[str]] | None = None  # as for Checks
+    action_type: str | None = None  # as for Checks, like the next two
+    typed: bool = True
+    columns: Mapping[str, Sequence[str]] | None = None
 
     def read(
         self,
@@ -83,15 +86,28 @@ class Source:
         try:
             if root is not None:
                 return self._convert(home(root), action_spec, strict, origins)
-            checks = Checks(action_spec, self.refuse_whole, self.columns)
-            return torch.cat(list(self._parts(checks, "reading", strict=strict, origins=origins)))
+            checks, store = self._checks(action_spec), FramesInMemory()
+            parts = list(self._parts(checks, "reading", store, strict=strict, origins=origins))
+            return store.view(checks.actions.convert(torch.cat(parts)))
         except DatasetError as error:
             raise DatasetError(f"{self.name}: {error}") from error.__cause__
 
+    def has_discrete_actions(self) -> bool:
+        """Return whether the actions are discrete. Without data types, all steps are read, else the first steps."""
+        checks = self._checks(self.action_spec)
+        try:
+            with closing(self._checked_chunks(checks)) as chunks:
+                for _ in chunks:
+                    if self.typed or not checks.actions.discrete:
+                        break
+        except DatasetError as error:
+            raise DatasetError(f"{self.name}: {error}") from error.__cause__
+        return checks.actions.discrete
+
     def _convert(self, root: Path, action_spec: TensorSpec | None, strict: bool, origins: Origins | None) -> TensorDict:
         """Return the memory-mapped copy in ``root``. If there is no copy, check all steps and write one first."""
-        bounds = None if action_spec is None else [bound.tolist() for bound in spec_bounds(action_spec)]
-        settings = {**self.settings, "action_spec": bounds, "strict": strict}
+        checks = self._checks(action_spec)
+        settings = {**self.settings, "action_spec": checks.actions.expected, "strict": strict}
         digest = fingerprint(self.files, settings)
         folder = root / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(self.name).stem)[:100]}-{digest}"
         # find the copy by its digest, because the source file may have been renamed since the conversion
@@ -102,20 +118,23 @@ class Source:
             raise OSError(f"{root} cannot be a folder for copies ({error}); choose another folder.") from error
 
         def write() -> None:
-            checks = Checks(action_spec, self.refuse_whole, self.columns)
-            rows = sum(len(part) for part in self._parts(checks, "checking", strict=strict, origins=origins))
-            with closing(self._unchanged_parts(rows, digest, settings)) as parts:
-                write_memmap(parts, rows, folder)
+            parts = self._parts(checks, "checking", FrameStore(), strict=strict, origins=origins)
+            rows, store = sum(map(len, parts)), FramesInFolder()
+            with closing(self._unchanged_parts(rows, digest, settings, store)) as parts:
+                write_memmap(map(checks.actions.convert, parts), rows, folder, store)
 
         copy = load_or_write(folder, write)
         if origins is not None and not origins.rows:  # an earlier copy does not tell which rows were dropped
-            for _ in self._parts(Checks(), "counting", strict=False, origins=origins):
+            for _ in self._parts(self._checks(), "counting", FrameStore(), strict=False, origins=origins):
                 pass
         _logger.info("%s: memory-mapped from %s", self.name, folder)
         return copy
 
-    def _unchanged_parts(self, rows: int, digest: str, settings: Mapping[str, Any]) -> _Parts:
-        yield from self._parts(Checks(), "converting", rows=rows, strict=False)
+    def _checks(self, action_spec: TensorSpec | None = None) -> Checks:
+        return Checks(action_spec, self.action_type, self.columns, typed=self.typed)
+
+    def _unchanged_parts(self, rows: int, digest: str, settings: Mapping[str, Any], store: FrameStore) -> _Parts:
+        yield from self._parts(self._checks(), "converting", store, rows=rows, strict=False)
         if fingerprint(self.files, settings) != digest:
             raise DatasetError("it changed during the conversion; try again when no program writes to it.")
 
@@ -123,19 +142,22 @@ class Source:
         self,
         checks: Checks,
         verb: str,
+        store: FrameStore,
         rows: int | None = None,
         strict: bool = True,
         origins: Origins | None = None,
     ) -> _Parts:
         is_first = rows is None  # only the first pass logs its rows
         with closing(self._recordings(checks)) as recordings, _progress_bar(f"{verb} {self.name}", rows) as bar:
-            for part in lay_out(recordings, report=is_first, origins=origins):
+            for part in lay_out(recordings, store, report=is_first, origins=origins):
                 yield part
                 if bar is not None:
                     bar.update(len(part))
         for name, count in checks.counts.items() if is_first else ():
             _logger.info("%s: %d rows", name, count)
         checks.finish(strict=strict)
+        if is_first and (guess := checks.actions.guess):
+            _logger.warning("%s: %s", self.name, guess)
 
     def _recordings(self, checks: Checks) -> Recordings:
         """Yield name and checked chunks of each recording; an episode does not continue in another recording."""

@@ -11,15 +11,17 @@ import numpy as np
 from tensordict import TensorDict
 from torchrl.data import TensorSpec
 
-from torchrl_bcq.data.checks import FIELDS, Columns, DatasetError
+from torchrl_bcq.data.checks import FIELDS, Columns
 from torchrl_bcq.data.sources.order import in_order
 from torchrl_bcq.data.sources.source import Source, existing_file
-from torchrl_bcq.errors import remedy
+from torchrl_bcq.errors import DatasetError, remedy
 
 _ROWS, _CHUNK_BYTES = 65_536, 8 << 20  # largest number of rows, and approximate size in bytes, of one Parquet batch
 _TRUE, _FALSE = ("1", "1.0", "true", "True", "TRUE"), ("0", "0.0", "false", "False", "FALSE")
 # arguments of load_table, in the same order as FIELDS, the arguments of from_arrays
-_ARGUMENTS = ("observation", "action", "reward", "terminated", "truncated", "next_observation", "group")
+_ARGUMENTS = ("observation", "action", "reward", "terminated", "truncated", "next_observation", "group",
+              "action_mask", "next_action_mask", "action_probability")  # fmt: skip
+_FLAGS = ("terminated", "truncated", "action_masks", "next_action_masks")
 _NAMES = ("episode", "groups")  # fields whose columns hold names or numbers
 
 
@@ -35,6 +37,9 @@ def load_table(
     episode: str | None = None,
     group: str | None = None,
     step: str | None = None,
+    action_mask: Sequence[str] | None = None,
+    next_action_mask: Sequence[str] | None = None,
+    action_probability: str | None = None,
     action_type: str | None = None,
     delimiter: str = ",",
     decimal_point: str = ".",
@@ -60,9 +65,13 @@ def load_table(
             ``from_arrays``.
         step: name of the column with the step number in the episode. If given, missing rows and rows out of order raise
             a ``DatasetError``.
-        action_type: ``"continuous"`` if whole numbers in the action columns are amounts, such as doses, and not
-            choices. If not given, a Parquet file with an action column of integers, or a CSV file whose action columns
-            hold only whole numbers, raises a ``DatasetError``.
+        action_mask, next_action_mask: names of the ``K`` columns of flags that tell which discrete actions were
+            available before and after the step. See ``action_masks`` of ``from_arrays``.
+        action_probability: name of the column with the probability with which the recorded policy chose the action.
+        action_type: ``"discrete"`` if the action column holds the index of a discrete action, from 0 on, or if the
+            action columns hold one-hot vectors; ``"continuous"`` if whole numbers are amounts, such as doses. By
+            default, actions are discrete in a Parquet file if their columns hold integers, and in a CSV file if all
+            actions are whole numbers.
         delimiter, decimal_point: column separator and decimal separator of a CSV file, such as ``";"`` and ``","``.
         action_spec, root: as for ``load_hdf5``.
 
@@ -82,7 +91,8 @@ def load_table(
         [0, 0, 1, 1]
     """
     given = (observation, action, reward, terminated, truncated, next_observation, group)
-    columns = {**dict(zip(_ARGUMENTS, given, strict=True)), "episode": episode, "step": step}
+    masks = (action_mask, next_action_mask, action_probability)
+    columns = {**dict(zip(_ARGUMENTS, (*given, *masks), strict=True)), "episode": episode, "step": step}
     source = table(path, action_type=action_type, delimiter=delimiter, decimal_point=decimal_point, **columns)
     return source.read(action_spec=action_spec, root=root)
 
@@ -104,8 +114,6 @@ def table(
         if not isinstance(sign, str) or len(sign) != 1 or not sign.isascii():
             how = remedy(f"{name}=';'", f"reader.{name}=';', or with a tab, reader.{name}=$'\\t'")
             raise DatasetError(f"{name} is {sign!r}, expected one ASCII character, as in {how}.")
-    if action_type not in (None, "continuous"):
-        raise DatasetError(f"action_type is {action_type!r}, but only 'continuous' actions are supported.")
     if missing := [field for field in FIELDS[:4] if field not in named]:
         how = remedy("pass", "set in reader")
         raise DatasetError(f"no columns are given for {missing}; {how} the names of these columns.")
@@ -121,20 +129,15 @@ def table(
     for field in named.keys() & set(_NAMES):
         _check_name_column(field, named)
 
-    typed = [] if action_type else named["actions"]  # action columns that must not hold integers
     is_csv = path.name.lower().endswith((".csv", ".csv.gz"))
 
     def chunks() -> Iterator[Columns]:
-        if is_csv:
-            batches = _csv_batches(path, named, delimiter, decimal_point)
-        else:
-            batches = _parquet_batches(path, named, typed)
-        steps = (_fields(batch, named) for batch in batches)
+        batches = _csv_batches(path, named, delimiter, decimal_point) if is_csv else _parquet_batches(path, named)
+        steps = (_fields(batch, named, whole=action_type is None and not is_csv) for batch in batches)
         return in_order(steps) if named.keys() & {"episode", "step"} else steps
 
     settings = {**named, "action_type": action_type, "delimiter": delimiter, "decimal_point": decimal_point}
-    refuse_whole = _whole() if is_csv and typed else None
-    return Source(path.name, chunks, [path], settings, refuse_whole=refuse_whole, columns=named)
+    return Source(path.name, chunks, [path], settings, action_type=action_type, typed=not is_csv, columns=named)
 
 
 def _check_name_column(field: str, named: Mapping[str, list[str]]) -> None:
@@ -146,8 +149,8 @@ def _check_name_column(field: str, named: Mapping[str, list[str]]) -> None:
         raise DatasetError(f"column {name!r} names the {what}, so it cannot also hold another field.")
 
 
-def _parquet_batches(path: Path, named: Mapping[str, list[str]], typed: list[str]) -> Iterator[Any]:
-    """Yield parts of a Parquet file. Integers in the columns ``typed`` raise a ``DatasetError``."""
+def _parquet_batches(path: Path, named: Mapping[str, list[str]]) -> Iterator[Any]:
+    """Yield parts of a Parquet file."""
     from pyarrow import parquet
 
     if not path.name.lower().endswith((".parquet", ".pq")):
@@ -157,11 +160,6 @@ def _parquet_batches(path: Path, named: Mapping[str, list[str]], typed: list[str
     flat = {"pre_buffer": False, "buffer_size": 1 << 20}
     with parquet.ParquetFile(path, page_checksum_verification=True, **flat) as file:
         _check_columns(file.schema_arrow.names, wanted)
-        for name in typed:
-            kind = file.schema_arrow.field(name).type
-            kind = getattr(kind, "value_type", kind)  # of the numbers in lists
-            if _holds(kind, "integer", "boolean"):
-                raise DatasetError(f"column {name!r} of the actions holds {kind}{_whole()}")
         size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
         rows = _CHUNK_BYTES * file.metadata.num_rows // max(1, size)
         yield from file.iter_batches(min(max(1, rows), _ROWS), columns=wanted)
@@ -182,7 +180,7 @@ def _csv_batches(path: Path, named: Mapping[str, list[str]], delimiter: str, dec
         numbers = {name: pyarrow.float64() for field, names in named.items() if field not in _NAMES for name in names}
         # cells such as True and False become 1 and 0, as in Parquet
         flags = {name: pyarrow.bool_() for name in numbers if _holds(guessed[name], "boolean")}
-        flags |= {name: pyarrow.bool_() for field in ("terminated", "truncated") for name in named.get(field, ())}
+        flags |= {name: pyarrow.bool_() for field in _FLAGS for name in named.get(field, ())}
         texts = {name: pyarrow.string() for field in _NAMES for name in named.get(field, ())}
         convert = csv.ConvertOptions(
             include_columns=_wanted(named),
@@ -211,15 +209,6 @@ def _as_list(names: Any) -> list[Any]:
     return list(names) if isinstance(names, Iterable) else [names]
 
 
-def _whole() -> str:
-    """Return the end of the messages about actions that are whole numbers."""
-    return (
-        ", so the actions may be discrete, and discrete actions are not supported yet. If these actions are "
-        "continuous, such as doses in whole units, set "
-        + remedy("action_type='continuous'.", "reader.action_type=continuous.")
-    )
-
-
 def _wanted(named: Mapping[str, list[str]]) -> list[str]:
     return list(dict.fromkeys(name for names in named.values() for name in names))
 
@@ -240,13 +229,24 @@ def _check_columns(found: Sequence[str], wanted: Sequence[str]) -> None:
         raise DatasetError(f"the table has the columns {repeated} more than once; rename these columns.")
 
 
-def _fields(batch: Any, named: Mapping[str, list[str]]) -> dict[str, np.ndarray]:
-    return {
+def _fields(batch: Any, named: Mapping[str, list[str]], whole: bool) -> dict[str, np.ndarray]:
+    """Return the fields of a batch. If ``whole`` is true, integers in the action columns remain integers."""
+    fields = {
         field: _names(batch.column(names[0]), names[0])
         if field in _NAMES
         else np.concatenate([_numbers(batch.column(name), name) for name in names], axis=1)
         for field, names in named.items()
     }
+    kinds = {name: batch.schema.field(name).type for name in named["actions"]} if whole else {}
+    kinds = {name: getattr(kind, "value_type", kind) for name, kind in kinds.items()}  # of the numbers in lists
+    integers = [_holds(kind, "integer", "boolean") for kind in kinds.values()]
+    if any(integers) and not all(integers):
+        found = f"the action columns have the types { {name: str(kind) for name, kind in kinds.items()} }"
+        how = remedy("pass action_type='continuous'", "set reader.action_type=continuous")
+        raise DatasetError(f"{found}; store all of them as floating-point numbers, or {how}.")
+    if any(integers) and np.isfinite(fields["actions"]).all():
+        fields["actions"] = fields["actions"].astype(np.int64)
+    return fields
 
 
 def _names(column: Any, name: str) -> np.ndarray:

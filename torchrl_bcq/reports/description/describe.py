@@ -20,6 +20,7 @@ from torchrl_bcq.reports.pictures import save
 
 WIDTH = 100  # width of a terminal, in characters
 SHOWN = 20  # largest number of columns that the table shows for one entry of the dataset
+CHOICES = 50  # largest number of discrete actions that the table shows
 NAME = 32  # length to which the table cuts an entry's name, in characters
 
 
@@ -32,15 +33,15 @@ def describe(
 ) -> Description:
     """Return a description of a dataset: ``print`` it as a table, ``plot`` it, or read its ``findings``.
 
-    Statistics are exact and leave out values that are not finite. Rows are read in chunks, so the transitions may be
-    memory-mapped and larger than memory.
+    Statistics are exact and leave out values that are not finite. Of frames from a reader, a sample is read. Rows are
+    read in chunks, so the transitions may be memory-mapped and larger than memory.
 
     Args:
         transitions: transitions ``[N]`` from the readers, or a rollout ``[T]`` or ``[B, T]``, with ``action``,
             ``("next", "reward")``, ``("next", "terminated")`` and observations. Observations are the other entries that
             also exist under ``"next"``; if no such entry exists, all other entries are observations. The entry
             ``episode`` holds the episode number of each row; without this entry, the flags show where episodes end.
-        action_spec: spec whose bounds are compared with the actions.
+        action_spec: spec whose bounds, or whose number of discrete actions, is compared with the actions.
         column_names: names of the columns of ``actions`` or ``observations``, such as ``{"actions": ["force"]}``, for
             the table and the findings. By default, columns have numbers.
         origins: rows that ``load_transitions(..., origins=origins)`` has read. The description then counts the dropped
@@ -48,7 +49,7 @@ def describe(
 
     Raises:
         DatasetError: if there are no rows, an entry is missing, a row is a multi-step transition, ``action_spec`` is
-            not Bounded, or its size differs from the size of an action.
+            neither Bounded nor discrete, or its size differs from the size of an action.
 
     Example:
         >>> from torchrl.envs import GymEnv
@@ -80,7 +81,8 @@ class Description:
 
     def __str__(self) -> str:
         """Return the table and the findings as text, for a terminal that is 100 characters wide."""
-        return "\n\n".join("\n".join(block) for block in (_summary(self.survey), _table(self.survey), self._advice()))
+        blocks = [_summary(self.survey), _table(self.survey), _frequencies(self.survey), self._advice()]
+        return "\n\n".join(text for block in blocks if (text := "\n".join(block)))
 
     def _advice(self) -> Iterator[str]:
         count = len(self.findings)
@@ -106,17 +108,20 @@ def _summary(survey: Survey) -> Iterator[str]:
     yield f"{'ends':<16}{ends[0]:,} terminated  {ends[1]:,} truncated  {unflagged:,} without a flag"
     if (dropped := survey.origins.dropped).count:
         yield f"{'dropped':<16}{dropped} without a next observation"
-    for image in survey.images.values():
+    for image in (*survey.images.values(), *survey.stored):
         kind = str(image.dtype).removeprefix("torch.")
-        yield f"{image.name:<16}{list(image.shape)} {kind}  min {image.low:g}  max {image.high:g}"
+        yield f"{image.name:<16}{list(image.shape)} {kind}  min {image.low:g}  max {image.high:g}{image.note}"
 
 
 def _table(survey: Survey) -> Iterator[str]:
-    """Yield a header, then a line of statistics for each column of the observations and actions."""
-    fields = *survey.observations, survey.actions
+    """Yield a header, then a line of statistics for each column of the observations and of continuous actions."""
+    fields = [*survey.observations, *([survey.actions] if survey.frequencies is None else [])]
+    if not fields:
+        return
     longest = max(len(label) for field in fields for label in field.labels[:SHOWN])
     width = min(max(len(field.name) for field in fields), NAME) + 2 + max(longest, 2)
-    yield f"{'column':<{width}}{'min':>11}{'mean':>11}{'std':>11}{'max':>11}   {'spec':<15}{'at bounds':>10}"
+    of_actions = f"   {'spec':<15}{'at bounds':>10}" if survey.frequencies is None else ""
+    yield f"{'column':<{width}}{'min':>11}{'mean':>11}{'std':>11}{'max':>11}{of_actions}"
     for field in fields:
         for at in range(min(len(field.low), SHOWN)):
             values = [float(value[at]) for value in (field.low, field.mean, field.std, field.high)]
@@ -125,6 +130,17 @@ def _table(survey: Survey) -> Iterator[str]:
             yield f"{f'{field.name[:NAME]} {field.labels[at]}':<{width}}{numbers}   {bound}".rstrip()
         if len(field.low) > SHOWN:
             yield f"... {len(field.low) - SHOWN} more columns"
+
+
+def _frequencies(survey: Survey) -> Iterator[str]:
+    """Yield a header, then a line for each discrete action."""
+    if (counts := survey.frequencies) is None:
+        return
+    yield f"{'action':<10}{'rows':>14}{'share':>10}"
+    for index, count in enumerate(counts[:CHOICES].tolist()):
+        yield f"{index:<10}{count:>14,}{count / survey.rows:>10.1%}"
+    if len(counts) > CHOICES:
+        yield f"... {len(counts) - CHOICES} more actions"
 
 
 def _bound(survey: Survey, column: int) -> str:

@@ -9,13 +9,15 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from torchrl_bcq.data.checks import DatasetError
+from torchrl_bcq.data.frame_stack import FrameStack
+from torchrl_bcq.errors import DatasetError
 from torchrl_bcq.functional import merge_moments
 
 Key = tuple[str, ...]
 
 CHUNK_BYTES = 8 * 2**20  # size of a chunk of rows, which fits the caches of a CPU
 ACTION, REWARD, TERMINATED = ("action",), ("next", "reward"), ("next", "terminated")
+SAMPLE_FRAMES, SAMPLE_BYTES = 1_000, 64 * 2**20  # limits of the sample of stored frames
 _STEPS = ("steps_to_next_obs",)
 _NAMES = {
     ("observation",): "observations",
@@ -23,8 +25,8 @@ _NAMES = {
     ACTION: "actions",
     REWARD: "rewards",
 }
-_NOT_OBSERVED = {"action", "episode", "group", "next", "reward", "done", "terminated", "truncated", "collector",
-                 "index", "is_init", *_STEPS}  # fmt: skip
+_NOT_OBSERVED = {"action", "action_mask", "action_probability", "episode", "group", "next", "reward", "done",
+                 "terminated", "truncated", "collector", "index", "is_init", *_STEPS}  # fmt: skip
 
 
 def name_of(key: Key) -> str:
@@ -42,12 +44,15 @@ class Reader:
             )
         self.steps = transitions.batch_size[-1] if transitions.batch_dims > 1 else 0  # [B, T]: T rows are a rollout
         flat = transitions.reshape(-1)
-        self.leaves: dict[Key, Tensor] = {
-            # convert memory-mapped tensors to plain tensors, because slices of plain tensors are faster
-            (key,) if isinstance(key, str) else key: leaf.as_subclass(Tensor)
-            for key, leaf in flat.items(include_nested=True, leaves_only=True)
-            if isinstance(leaf, Tensor)
-        }
+        self.leaves: dict[Key, Tensor] = {}
+        self.stored: dict[Key, FrameStack] = {}  # frames that are stored once; only a sample of these is read
+        for key, leaf in flat.items(include_nested=True, leaves_only=True):
+            key = (key,) if isinstance(key, str) else key
+            if isinstance(leaf, FrameStack):
+                self.stored[key] = leaf
+            elif isinstance(leaf, Tensor):
+                # convert memory-mapped tensors to plain tensors, because slices of plain tensors are faster
+                self.leaves[key] = leaf.as_subclass(Tensor)
         missing = [".".join(key) for key in (ACTION, REWARD, TERMINATED) if key not in self.leaves]
         if missing:
             present = sorted(map(".".join, self.leaves))
@@ -61,7 +66,9 @@ class Reader:
                 "observations are several steps later; describe the one-step transitions from which they were made."
             )
         self.rows = len(flat)
-        self.nbytes = sum(leaf.nbytes for leaf in self.leaves.values())
+        stores = {id(leaf.frames): leaf.frames for leaf in self.stored.values()}
+        numbers = [leaf.index for leaf in self.stored.values()]
+        self.nbytes = sum(leaf.nbytes for leaf in (*self.leaves.values(), *stores.values(), *numbers))
         # Observations are the entries that also exist under "next". If no such entry exists, all entries except
         # actions, rewards, flags and the like are observations.
         observed = [key for key in self.leaves if key[0] not in _NOT_OBSERVED]
@@ -72,6 +79,17 @@ class Reader:
         self.images = [key for image in images for key in (image, ("next", *image)) if key in self.leaves]
         self.vectors = [key for key in observed if ranks[key] <= 2 and self.leaves[key].numel()]
         self.successors = {key: ("next", *key) for key in self.vectors if ("next", *key) in self.leaves}
+
+    def choices(self) -> Tensor | None:
+        """Return the indices ``[N]`` of discrete actions, or None if the actions are continuous."""
+        action = self.leaves[ACTION]
+        if action.is_floating_point():
+            return None
+        values = self.entry(ACTION)
+        if values.shape[1] == 1:
+            return values[:, 0].long()
+        is_one_hot = bool(((values != 0).sum(1) == 1).all())
+        return values.to(torch.uint8).argmax(1) if is_one_hot else None
 
     def chunks(self, *keys: Key) -> Iterator[slice]:
         """Return slices of successive rows; a slice of the fields ``keys`` has about ``CHUNK_BYTES`` bytes."""
@@ -149,3 +167,15 @@ class Images:
         self.name = name
         self.shape, self.dtype = tuple(values.shape[1:]), values.dtype
         self.low, self.high = float("inf"), float("-inf")
+        self.note = ""  # how many images were read, if not all
+
+    @classmethod
+    def of_stored(cls, name: str, stack: FrameStack) -> Images:
+        """Describe frames that are stored once, by a random sample of them."""
+        count = max(1, min(SAMPLE_FRAMES, SAMPLE_BYTES // stack.frames[0].nbytes))
+        rows = torch.randperm(len(stack), generator=torch.Generator().manual_seed(0))[:count].sort().values
+        frames = stack.with_index(stack.index[rows, -1:]).gathered().cpu().flatten(1)
+        found, constant = cls(name, stack), int((frames == frames[:, :1]).all(1).sum())
+        found.low, found.high = float(frames.min()), float(frames.max())
+        found.note = f"  ({len(frames):,} sampled frames, {constant:,} of one colour)"
+        return found

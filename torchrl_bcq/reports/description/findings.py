@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torchrl_bcq.data.checks import Rows, listed_columns
+from torchrl_bcq.data.defects import Rows, listed_columns
+from torchrl_bcq.errors import remedy
 from torchrl_bcq.reports.description.fields import ColumnStats
 from torchrl_bcq.reports.description.scan import HUGE, OUTLIER, Survey
 
@@ -93,7 +94,12 @@ TEXTS = {  # a message for each kind of defect; the most certain kinds come firs
     "same": "{field} has equal values in {columns}, in all {rows}; check that each column was recorded.",
     "whole": (
         "actions has only whole numbers in all {rows}, from {low:g} to {high:g}; this is normal for bang-bang control, "
-        "otherwise the actions are rounded or discrete, but BCQ needs continuous actions."
+        "otherwise the actions are rounded, or they are discrete: then {how}."
+    ),
+    "no action": "actions has {rows} with no action of the spec, such as {rows.example}; correct the actions.",
+    "never": (
+        "actions has {absent} of {number} discrete actions in no row: {listed}; BCQ avoids them, because the data does "
+        "not show what they lead to; check the number of actions."
     ),
     "outside": "actions has {rows} outside the action spec, such as {rows.example}; clip or rescale the actions.",
     "at bounds": (
@@ -159,7 +165,7 @@ def _counted(survey: Survey) -> Iterator[_Report]:
     for (kind, field), rows in survey.counts.items():
         if kind not in ("still", "not continued", "joined"):  # _continuity reports these kinds
             yield from _report(kind, field, rows)
-    if not survey.observations and not survey.images:
+    if not (survey.observations or survey.images or survey.stored):
         yield from _report("no observations", "observations", survey.all_rows)
     if survey.rows < FEW_ROWS:
         yield from _report("few rows", "transitions", survey.all_rows)
@@ -214,11 +220,18 @@ def _columns(survey: Survey) -> Iterator[_Report]:
 
 
 def _actions(survey: Survey) -> Iterator[_Report]:
-    """Find actions that are all whole numbers, are often at a bound, or span little of the spec's range."""
+    """Find discrete actions that never occur, and actions that are whole, often at a bound, or in a small range."""
     actions, spec = survey.actions, survey.bounds
     low, high = actions.low, actions.high
+    if (frequencies := survey.frequencies) is not None:
+        absent = [str(index) for index in (frequencies == 0).nonzero().flatten().tolist()]
+        listed = ", ".join(absent[:10]) + (f" and {len(absent) - 10} more" if len(absent) > 10 else "")
+        rows = survey.all_rows if absent else Rows()
+        yield from _report("never", "actions", rows, absent=len(absent), number=len(frequencies), listed=listed)
+        return
     if actions.whole and not actions.constant.all():
-        yield from _report("whole", "actions", survey.all_rows, low=low.min(), high=high.max())
+        how = remedy("pass action_type='discrete' to the reader", "set reader.action_type=discrete")
+        yield from _report("whole", "actions", survey.all_rows, low=low.min(), high=high.max(), how=how)
     often = [at for at, rows in enumerate(survey.at_bound) if rows.count > MOST * survey.rows and low[at] < high[at]]
     if often:
         rows = max((survey.at_bound[at] for at in often), key=lambda rows: rows.count)

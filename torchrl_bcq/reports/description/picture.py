@@ -76,7 +76,19 @@ def _histogram(axes: Axes, values: Tensor, label: str, counted: str, log: bool =
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _choices(counts: Tensor, figure: SubFigure) -> None:
+    """Draw a bar for each discrete action."""
+    figure.suptitle("discrete actions", fontsize=11)
+    axes: Any = figure.subplots()
+    axes.bar(range(len(counts)), counts.numpy(), color=BLUE)
+    axes.set(xlabel="action", ylabel="rows", xlim=(-0.7, len(counts) - 0.3))
+    axes.locator_params(axis="x", integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _actions(survey: Survey, figure: SubFigure) -> None:
+    if survey.frequencies is not None:
+        return _choices(survey.frequencies, figure)
     sample, bounds = survey.actions.sample[:, :ACTIONS], survey.bounds or ()
     rows, shown = sample.shape
     width = len(survey.actions.low)

@@ -9,8 +9,10 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import TensorSpec
 
-from torchrl_bcq.data.checks import DatasetError, Rows, spec_bounds
+from torchrl_bcq.data.action_checks import number_of, spec_bounds
+from torchrl_bcq.data.defects import Rows
 from torchrl_bcq.data.origins import Origins
+from torchrl_bcq.errors import DatasetError
 from torchrl_bcq.reports.description.fields import ACTION, REWARD, TERMINATED, ColumnStats, Images, Key, Reader, name_of
 
 SAMPLE_ROWS = 100_000  # number of sampled rows for pictures and percentiles, whose error is about 0.1 percent
@@ -40,9 +42,16 @@ class Survey:
         self.rows, self.nbytes, self.all_rows = reader.rows, reader.nbytes, Rows(reader.rows)
         self.counts: dict[tuple[str, str], Rows] = defaultdict(Rows)  # bad rows, by kind of defect and name of field
         self.images = {key: Images(name_of(key), reader.leaves[key]) for key in reader.images}
+        now = {key: stack for key, stack in reader.stored.items() if key[0] != "next"}
+        self.stored = [Images.of_stored(name_of(key), stack) for key, stack in now.items()]
         sampled, keys = _sampled_rows(reader), (REWARD, ACTION, *reader.vectors)
         fields = {key: ColumnStats(name_of(key), reader.matrix(key, sampled).float()) for key in keys}
         self.rewards, self.actions, *self.observations = fields.values()
+        self.frequencies: Tensor | None = None  # number of rows with each discrete action, [K]
+        if (choices := reader.choices()) is not None:
+            number = None if action_spec is None else number_of(action_spec)
+            self.frequencies = _count_choices(choices, number, self.counts["no action", "actions"])
+            action_spec = None
         # lower and upper bounds [A] of the spec
         self.bounds = None if action_spec is None else tuple(map(torch.from_numpy, spec_bounds(action_spec)))
         if action_spec is not None and action_spec.shape != self.actions.low.shape:
@@ -180,6 +189,8 @@ class Survey:
         low, high = (bound.float().double() for bound in self.bounds or (self.actions.low, self.actions.high))
         near = torch.nan_to_num(AT_BOUND * (high - low), 0.0, 0.0, 0.0)
         self.at_bound = [Rows() for _ in low]  # one for each column
+        if self.frequencies is not None:
+            return
         for rows in reader.chunks(ACTION):
             values = reader.matrix(ACTION, rows).float().double()  # float32, because the readers return float32 actions
             near_bound = ((values - low).abs() <= near) | ((values - high).abs() <= near)
@@ -199,6 +210,18 @@ class Survey:
             values = reader.matrix(REWARD)[:, 0]
             outlier = (values.abs() > OUTLIER * usual) & values.isfinite() & ~stops
             self.counts["outlier", "rewards"].add(outlier)
+
+
+def _count_choices(choices: Tensor, number: int | None, odd: Rows) -> Tensor:
+    """Return how often each discrete action occurs, ``[K]``. Add rows whose action is no action of the spec to ``odd``.
+
+    If the ``number`` of actions is not given, the largest index in the data is the last action.
+    """
+    number = int(choices.max()) + 1 if number is None else number
+    outside = (choices < 0) | (choices >= number)
+    odd.add(outside)
+    odd.example = f"{choices[odd.first]}, where the spec has 0 to {number - 1}" if odd.count else ""
+    return choices[~outside].bincount(minlength=number)
 
 
 def _count_far(reader: Reader, key: Key, field: ColumnStats, far: Rows) -> None:
@@ -247,5 +270,6 @@ def _again(numbers: Tensor) -> Tensor:
 def _hash_rows(reader: Reader, rows: slice) -> Tensor:
     """Return a tensor ``[R]`` that contains a hash of each row."""
     keys = (REWARD, ACTION, TERMINATED, *reader.vectors, *reader.successors.values(), *reader.images)
+    numbers = [stack.index[rows].cpu().contiguous().view(torch.uint8) for stack in reader.stored.values()]
     entries = [(reader.entry(key, rows) + 0).contiguous().view(torch.uint8) for key in keys]  # + 0 turns -0.0 into 0.0
-    return torch.tensor([hash(bytes(row)) for row in torch.cat(entries, 1).numpy()])
+    return torch.tensor([hash(bytes(row)) for row in torch.cat([*entries, *numbers], 1).numpy()])
