@@ -1,15 +1,12 @@
 """Pong from frames: discrete BCQ and cloning learn from the pictures of a noisy player, and play against the computer.
 
-The player reads the places of the ball and of the paddle in the memory of the game. The policies see only the last four
-pictures. Run::
+The player reads the places of ball and paddle in the memory of the game. Policies see only the last four pictures::
 
     pip install -e ".[train,atari]"
-    python examples/pong.py
-    python examples/pong.py --frames 2000 --steps 50 --episodes 1
+    python examples/pong.py --frames 2000 --steps 50 --episodes 1 seed=1
 
-The words after the options are settings of ``torchrl-bcq train``, such as ``seed=1``. If the script is stopped, the
-same command resumes the training. Later, run ``torchrl-bcq evaluate`` in the folder ``examples``, where it finds the
-module ``pong``.
+After the options come settings of ``torchrl-bcq train``. The same command resumes a stopped training. Later, run
+``torchrl-bcq evaluate`` in the folder ``examples``, where it finds the module ``pong``.
 """
 
 from __future__ import annotations
@@ -50,9 +47,7 @@ def follow(now: np.ndarray, before: np.ndarray) -> int:
     ball, paddle = int(now[BALL]), int(now[PADDLE])
     moved = ball - int(before[BALL]) if before[BALL] else 0
     gap = ball + moved - 6 - (paddle + 0.7 * (paddle - int(before[PADDLE])))  # the paddle glides on
-    if not ball or abs(gap) <= 8:
-        return STAY
-    return UP if gap < 0 else DOWN
+    return STAY if not ball or abs(gap) <= 8 else UP if gap < 0 else DOWN
 
 
 def play(env: gymnasium.Env, noise: float, rng: np.random.Generator, limit: int) -> dict[str, list]:
@@ -67,8 +62,7 @@ def play(env: gymnasium.Env, noise: float, rng: np.random.Generator, limit: int)
         action = int(rng.integers(number)) if rng.random() < noise else best
         after, reward, terminated, truncated, _ = env.step(action)
         truncated = not terminated and (truncated or len(rows["actions"]) + 1 == limit)
-        probability = noise / number + (1 - noise) * (action == best)
-        step = (frame, action, reward, terminated, truncated, probability)
+        step = (frame, action, reward, terminated, truncated, noise / number + (1 - noise) * (action == best))
         for name, value in zip(names, step, strict=True):
             rows[name].append(value)
         frame, before, now, ended = after, now, env.unwrapped.ale.getRAM(), terminated or truncated
@@ -87,7 +81,11 @@ def record(path: Path, frames: int, seed: int = 0) -> None:
             if rows and rows + len(episode["actions"]) == frames and episode["timeouts"][-1]:
                 break
             for name, values in episode.items():
-                append(file, name, np.array(values))
+                if name not in file:
+                    shape, kind = np.shape(values)[1:], np.array(values[0]).dtype
+                    file.create_dataset(name, (0, *shape), kind, maxshape=(None, *shape), compression="gzip")
+                file[name].resize(rows + len(values), 0)
+                file[name][rows:] = values
             rows += len(episode["actions"])
             returns[noise].append(sum(episode["rewards"]))
     env.close()
@@ -95,16 +93,6 @@ def record(path: Path, frames: int, seed: int = 0) -> None:
     for noise, some in returns.items():
         if some:
             print(f"{noise:.0%} random actions: episodes {len(some)}, mean return {np.mean(some):.1f}", flush=True)
-
-
-def append(file: h5py.File, name: str, values: np.ndarray) -> None:
-    """Add rows to an entry of the file."""
-    if name not in file:
-        settings = {"maxshape": (None, *values.shape[1:]), "chunks": (64, *values.shape[1:]), "compression": "gzip"}
-        file.create_dataset(name, data=values, **settings)
-        return
-    file[name].resize(len(file[name]) + len(values), 0)
-    file[name][-len(values) :] = values
 
 
 def main(arguments: list[str] | None = None) -> int:

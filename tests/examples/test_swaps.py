@@ -51,7 +51,7 @@ def test_an_example_is_short_and_says_what_it_shows(path):
     text = path.read_text()
     docstring = ast.get_docstring(ast.parse(text))
     assert docstring
-    assert len(text.splitlines()) < (60 if path.stem in SWAPS else 135)
+    assert len(text.splitlines()) < (60 if path.stem in SWAPS else 120)
     if path.stem in SWAPS:
         assert f"python examples/{path.name}" in docstring
 
