@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchrl.objectives import SoftUpdate
@@ -147,7 +147,7 @@ def read(loss, batch):
 
 
 def test_copies_and_reads_are_found(fake):
-    with pytest.raises(FakeTensorDeviceMismatchError, match="cpu and cuda"):
+    with pytest.raises(RuntimeError, match="cpu,? (and )?cuda"):
         update(fake, on_the_cpu)
     with pytest.raises(DataDependentOutputException, match="_local_scalar_dense"):
         update(fake, read)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -163,7 +164,9 @@ class OfflineOptimizationStepper(OptimizationStepper):
                     out["priority"] = priority
                 return TensorDict(out)
 
-            self._graphs[kind] = CudaGraphModule(update, in_keys=[], out_keys=[])
+            with warnings.catch_warnings():  # tensordict removes its classes from pytree's registry; no result changes
+                warnings.filterwarnings("ignore", "Tensordict is registered in PyTree", UserWarning)
+                self._graphs[kind] = CudaGraphModule(update, in_keys=[], out_keys=[])
         out = self._graphs[kind](batch.exclude("index", priority_key))
         if (priority := out.get("priority", None)) is not None:
             batch.set(priority_key, priority)
