@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.envs import SerialEnv
+from torchrl.data import Composite, Unbounded
+from torchrl.envs import SerialEnv, StepCounter, TransformedEnv
 
 from torchrl_bcq import BCQLoss, CloningLoss, evaluate, make_cloning_modules
 from torchrl_bcq.evaluation.rollouts import summarize
@@ -15,6 +17,8 @@ from torchrl_bcq.functional import change_reward
 
 from ..conftest import ACTION_SPEC, OBSERVATION_SPEC
 from .conftest import Stairs, Watching, stairs
+
+WIDTH = 1234
 
 
 def test_returns_lengths_and_discounted_returns_by_hand():
@@ -137,3 +141,38 @@ def test_changed_rewards_count_in_the_discounted_return_only():
     found = evaluate(stairs(2, 3), Watching(), gamma=0.5, reward=partial(change_reward, shift=1, clip=3))
     assert found["return"].tolist() == [3, 6]
     assert found["discounted_return"].tolist() == [2 + 1.5, 2 + 1.5 + 0.75]
+
+
+@pytest.mark.parametrize("transform", [lambda envs: envs, lambda envs: TransformedEnv(envs, StepCounter())])
+@pytest.mark.parametrize("limit", [{}, {"time_limit": 3}])
+def test_large_observations_give_the_same_numbers(modules, monkeypatch, transform, limit):
+    settings = {"value": BCQLoss(*modules).value, "gamma": 0.5, **limit}
+    found = []
+    for large in (4096, 0):  # bytes
+        monkeypatch.setattr("torchrl_bcq.evaluation.rollouts._LARGE", large)
+        envs, policy = transform(stairs(2, 5, 3, 1, by_action=True)), Watching()
+        found.append(evaluate(envs, policy, **settings))
+        assert len(policy.seen) == 5
+    assert (found[0] == found[1]).all()
+
+
+@pytest.mark.parametrize(("large", "kept"), [(10**9, True), (4096, False)])
+def test_large_observations_are_not_kept(monkeypatch, large, kept):
+    monkeypatch.setattr("torchrl_bcq.evaluation.rollouts._LARGE", large)
+    alive = []
+
+    def policy(tensordict):
+        tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+        alive.append(sum(thing.shape[-1:] == (WIDTH,) for thing in tensors))
+        return tensordict.set("action", torch.zeros(len(tensordict), 2))
+
+    class Wide(Stairs):
+        def __init__(self) -> None:
+            super().__init__(30)
+            self.observation_spec = Composite(observation=Unbounded((WIDTH,)))
+
+        def _observe(self):
+            return torch.zeros(WIDTH)
+
+    evaluate(SerialEnv(2, Wide), policy)
+    assert (alive[-1] >= alive[10] + 15) == kept

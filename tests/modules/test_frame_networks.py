@@ -75,9 +75,49 @@ def test_vectors_are_scaled_and_frames_are_divided_by_255():
     for layer in list(network.mlp)[1:-1]:
         x = layer(x)
     torch.testing.assert_close(critics(seen)["state_action_value"][:, :1], 3 * x)
-    fitted = Normalization.fit(stack_observations(rows(), 2), observation_keys=["observation", "pixels"])
-    assert [*fitted.observations] == ["observation"]
-    assert [*Normalization.identity(BOTH).observations] == ["observation"]
+
+
+def test_the_channels_of_frames_are_scaled():
+    data = stack_observations(rows(), 2)
+    fitted = Normalization.fit(data, observation_keys=["observation", "pixels"])
+    pixels = data["pixels"].numpy().astype(float)
+    mean, scale = fitted.observations["pixels"]
+    np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)))
+    np.testing.assert_allclose(scale, pixels.std((0, 2, 3)))
+    (network,) = make_cloning_modules(BOTH, ACTION, hidden=(8,), normalization=fitted)
+    (plain,) = make_cloning_modules(BOTH, ACTION, hidden=(8,), normalization=Normalization.identity(BOTH))
+    (trunk,), (plain_trunk,) = ([m for m in one.modules() if hasattr(m, "num_vectors")] for one in (network, plain))
+    plain_trunk.convolutions.load_state_dict(trunk.convolutions.state_dict())
+    by_hand = (data["pixels"][:4].float() - mean.float().view(2, 1, 1)) / scale.float().view(2, 1, 1)
+    features = trunk.convolutions[0](by_hand)
+    torch.testing.assert_close(trunk(data["observation"][:4], data["pixels"][:4])[:, 6:], features)
+    plain.load_state_dict(network.state_dict())  # the scaling is a part of the weights
+    torch.testing.assert_close(plain_trunk(data["observation"][:4], data["pixels"][:4])[:, 6:], features)
+    assert (
+        "pixels"
+        not in Normalization.fit(
+            data, observation_keys=["observation", "pixels"], scale_observations=False
+        ).observations
+    )
+
+
+def test_the_scaling_of_frames_is_that_of_rows_spread_evenly(monkeypatch):
+    """The rows 0, 3, 6 and 9 of ten, in parts of three; bytes that do not vary are divided by 255."""
+    monkeypatch.setattr("torchrl_bcq.modules.normalization.FRAME_ROWS", 4)
+    monkeypatch.setattr("torchrl_bcq.modules.normalization.FRAME_CHUNK", 3)
+    frames = torch.full((10, 2, 36, 36), 7, dtype=torch.uint8)
+    frames[:, 0] = 100
+    frames[[0, 3, 6, 9], 0] = torch.tensor([1, 2, 3, 6], dtype=torch.uint8).view(4, 1, 1)
+    data = TensorDict({"observation": frames}, [10])
+    mean, scale = Normalization.fit(data, scale_rewards=False).observations["observation"]
+    assert mean.tolist() == [3, 7]
+    np.testing.assert_allclose(scale, [3.5**0.5, 255])  # ((-2)^2 + (-1)^2 + 0 + 3^2) / 4
+    with pytest.raises(ValueError, match="'observation' has 3 features, but the normalization was fitted on 2"):
+        make_cloning_modules(
+            Unbounded((3, 36, 36), dtype=torch.uint8),
+            ACTION,
+            normalization=Normalization({"observation": (mean, scale)}),
+        )
 
 
 def test_frames_of_candidates_are_processed_once():

@@ -11,11 +11,13 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.envs import EnvBase
+from torchrl.envs.utils import step_mdp
 
 from torchrl_bcq.data.sources.dict_spaces import MASK
 from torchrl_bcq.functional import discounted_sum
 
 _STEPS = 1_000_000  # largest number of steps of an episode, if the environment has no time limit
+_LARGE = 4096  # bytes of an observation; larger observations of earlier steps are not kept in memory
 Policy = Callable[[TensorDictBase], TensorDictBase]
 Value = Callable[[TensorDictBase], Tensor | None]
 
@@ -67,20 +69,41 @@ def evaluate(
         policy = TensorDictModule(lambda mask: torch.rand(mask.shape).mul(mask).argmax(-1), [MASK], ["action"])
     with own_random_state(seed, envs.device), in_eval_mode(policy), torch.no_grad():
         envs.set_seed(seed)
+        limit = _STEPS if time_limit is None or value is not None else time_limit
         try:
-            limit = _STEPS if time_limit is None or value is not None else time_limit
-            steps = envs.rollout(limit, policy, watch, break_when_any_done=False, break_when_all_done=True)  # [E, T]
+            first, given, running = _run(envs, policy, limit, watch)
         except _BrokenOff:
             return None
-        done = steps["next", "done"].squeeze(-1).long()
-        running = done.cumsum(1) == done  # True up to the first done; later steps do not count
-        given = steps["next", "reward"].squeeze(-1).double()
         rewards = given * running
         discounted = discounted_sum(rewards if reward is None else reward(given) * running, gamma)
         counted, counted_steps = rewards[:, :time_limit].sum(1), running[:, :time_limit].sum(1)
         out = {"return": counted, "length": counted_steps, "discounted_return": discounted}
-        estimate = None if value is None else value(steps[:, 0])
+        estimate = None if value is None else value(first)
         return TensorDict(out if estimate is None else {**out, "value_estimate": estimate}, envs.batch_size)
+
+
+def _run(
+    envs: EnvBase, policy: Policy | None, limit: int, watch: Callable[..., None]
+) -> tuple[TensorDictBase, Tensor, Tensor]:
+    """Return the first step ``[E]``, all rewards ``[E, T]``, and True for each step up to the first done, ``[E, T]``.
+
+    With large observations, the rollout is made step by step, and keeps no observations.
+    """
+    leaves = envs.observation_spec.values(True, True)
+    size = sum(leaf.shape.numel() * leaf.dtype.itemsize for leaf in leaves) // max(1, envs.batch_size.numel())
+    together = {"break_when_any_done": False, "break_when_all_done": True}
+    first = steps = envs.rollout(1 if size > _LARGE else limit, policy, watch, **together)
+    rewards, dones = [steps["next", "reward"].squeeze(-1).double()], [steps["next", "done"].squeeze(-1)]
+    ended = dones[0].any(1)
+    while size > _LARGE and len(dones) < limit and not ended.all():
+        watch()
+        state = step_mdp(steps[:, -1]).set("_step", ~ended)  # as in a longer rollout: ended environments do not go on
+        steps = envs.rollout(1, policy, auto_reset=False, tensordict=state, **together)
+        rewards.append(steps["next", "reward"].squeeze(-1).double())
+        dones.append(steps["next", "done"].squeeze(-1))
+        ended |= dones[-1][:, 0]
+    done = torch.cat(dones, 1).long()
+    return first[:, 0], torch.cat(rewards, 1), done.cumsum(1) == done  # True up to the first done
 
 
 def summarize(episodes: TensorDictBase, reference_scores: Sequence[float] | None = None) -> dict[str, float]:

@@ -56,8 +56,8 @@ def make_bcq_modules(
         action_key: entry of the action.
         value_key: entry of the critics' values.
         normalization: scaling that was fitted to the dataset. The networks get it as additional layers. These layers
-            standardise vectors, scale actions to [-1, 1] and multiply values by ``reward_scale``. Without
-            ``normalization``, the networks are those of the BCQ paper.
+            standardise vectors and the channels of frames, scale actions to [-1, 1], and multiply values by
+            ``reward_scale``. Without ``normalization``, the networks are those of the BCQ paper.
         device: device of the parameters.
         dtype: dtype of the parameters; PyTorch's default dtype if not given.
 
@@ -185,6 +185,8 @@ class NetworkBuilder:
         sizes = {key: leaf.shape[0] for key, leaf in vectors.items()}
         self.width = sum(sizes.values())
         self.statistics = normalization.columns(sizes) if normalization is not None and sizes else None
+        fitted = normalization or Normalization({})
+        self.byte_scales = [fitted.byte_scale(key, leaf.shape[0]) for key, leaf in self.frames.items()]
 
     def bounded(self, action_spec: TensorSpec) -> Bounded:
         """Return the action spec in ``self.dtype``; its bounds are rounded inwards."""
@@ -193,12 +195,17 @@ class NetworkBuilder:
 
     def network(self, out_features: int, num_cells: Sequence[int], *other: Tensor) -> MLP | FrameNetwork:
         """Build a network of the observations. ``other``: as for ``mlp``."""
-        if not self.frames:
+        trunk = self.trunk()
+        if trunk is None:
             return self.mlp(out_features, num_cells, *other)
-        trunk = FrameTrunk(len(self.keys) - len(self.frames), [leaf.shape for leaf in self.frames.values()])
         features = torch.zeros(trunk.num_frame_features), torch.ones(trunk.num_frame_features)
         joined = [torch.cat(pair) for pair in zip(features, other, strict=True)] if other else features
         return FrameNetwork(trunk, self.mlp(out_features, num_cells, *joined))
+
+    def trunk(self) -> FrameTrunk | None:
+        """Build the convolutions of the frames; None if there is no frame."""
+        shapes = [leaf.shape for leaf in self.frames.values()]
+        return FrameTrunk(len(self.keys) - len(shapes), shapes, self.byte_scales) if shapes else None
 
     def mlp(self, out_features: int, num_cells: Sequence[int], *other: Tensor) -> MLP:
         """Build an MLP of the vectors. ``other``: mean ``[F]`` and scale ``[F]`` of a second input."""

@@ -11,7 +11,6 @@ from torchrl.data import TensorSpec
 
 from torchrl_bcq.actions import DiscreteActions
 from torchrl_bcq.modules.build import NetworkBuilder
-from torchrl_bcq.modules.frame_trunk import FrameTrunk, split_frames
 from torchrl_bcq.modules.multi_head import MultiHeadNetwork
 from torchrl_bcq.modules.normalization import Normalization, Rescale, observation_leaves
 
@@ -48,7 +47,7 @@ def make_discrete_bcq_modules(
             losses and policies of the network read it.
         value_key, logits_key: entries of the outputs, each ``[*B, K]``.
         normalization: scaling that was fitted to the dataset. The network gets it as additional layers, which
-            standardise vectors and multiply values by ``reward_scale``. Frames are not changed.
+            standardise vectors and the channels of frames, and multiply values by ``reward_scale``.
         device, dtype: device and dtype of the parameters, as in ``make_bcq_modules``.
 
     Returns:
@@ -136,12 +135,11 @@ class _Builder:
                     f"({self.number},): True for each available action; if it is an observation, pass another "
                     "action_mask_key."
                 )
-        vectors, frames = split_frames({key: leaf for key, leaf in leaves.items() if key not in self.mask})
-        if not frames and not vectors:
+        observations = {key: leaf for key, leaf in leaves.items() if key not in self.mask}
+        if not observations:
             raise ValueError(f"observation_spec has the entries {[*leaves]}, expected an observation.")
-        self.layers = NetworkBuilder(vectors, normalization, device, dtype)
-        self.specs = {**vectors, **frames}
-        self.trunk = FrameTrunk(len(vectors), [leaf.shape for leaf in frames.values()]) if frames else None
+        self.layers = NetworkBuilder(observations, normalization, device, dtype)
+        self.trunk = self.layers.trunk()
 
     def head(self, hidden: Sequence[int], frame_hidden: Sequence[int]) -> nn.Sequential:
         """Build the MLP of one output."""
@@ -156,9 +154,9 @@ class _Builder:
             heads,
             self.action_spec,
             trunk=self.trunk,
-            observation_keys=[*self.specs],
+            observation_keys=self.layers.keys,
             action_key=action_key,
             action_mask_key=next(iter(self.mask), None),
-            observation_specs={**self.specs, **self.mask},
+            observation_specs={**self.layers.specs, **self.mask},
         )
         return self.layers.place(made)

@@ -14,11 +14,13 @@ from torchrl.modules import MLP, ConvNet
 class FrameTrunk(nn.Module):
     """Joins vectors and the features of frames: ``[*B, D], [*B, C, H, W] -> [*B, F]``.
 
-    Frames are bytes. The trunk divides them by 255, and passes them through the convolutions of Nature DQN.
+    Frames are bytes. The trunk scales them, and passes them through the convolutions of Nature DQN.
 
     Args:
         num_vectors: number of vectors, which come before the frames.
         shapes: shape ``(C, H, W)`` of each frame; ``H`` and ``W`` are at least 36.
+        scales: for each frame, the mean ``[C]`` that is subtracted from its bytes, and the scale ``[C]`` by which they
+            are then divided. By default, bytes are divided by 255.
 
     Raises:
         ValueError: if the shape of a frame does not fit the convolutions. A call raises this error if a frame holds no
@@ -27,7 +29,12 @@ class FrameTrunk(nn.Module):
     Source: Mnih et al., "Human-level control through deep reinforcement learning", 2015.
     """
 
-    def __init__(self, num_vectors: int, shapes: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        num_vectors: int,
+        shapes: Sequence[Sequence[int]],
+        scales: Sequence[Sequence[Tensor]] | None = None,
+    ) -> None:
         """Build the convolutions of each frame."""
         super().__init__()
         for shape in shapes:
@@ -37,6 +44,9 @@ class FrameTrunk(nn.Module):
                     "channels with torchrl.envs.PermuteTransform, enlarge the frames, or build your own network."
                 )
         self.num_vectors = num_vectors
+        if scales is None:
+            scales = [(torch.zeros(channels), torch.full((channels,), 255.0)) for channels, *_ in shapes]
+        self.scales = nn.ModuleList(_ByteScale(*scale) for scale in scales)
         self.convolutions = nn.ModuleList(
             ConvNet(
                 channels,
@@ -53,12 +63,13 @@ class FrameTrunk(nn.Module):
     def forward(self, *observations: Tensor) -> Tensor:
         """Return the vectors and the features of the frames in one vector."""
         features = [*observations[: self.num_vectors]]
-        for frame, convolutions in zip(observations[self.num_vectors :], self.convolutions, strict=True):
+        frames = observations[self.num_vectors :]
+        for frame, scale, convolutions in zip(frames, self.scales, self.convolutions, strict=True):
             if frame.dtype != torch.uint8:
                 raise ValueError(
                     f"a frame has dtype {frame.dtype}, expected torch.uint8: the network scales the bytes."
                 )
-            features.append(_features(frame, convolutions))
+            features.append(_features(frame, scale, convolutions))
         return torch.cat(features, -1)
 
 
@@ -99,7 +110,18 @@ def split_frames(
     return {key: leaf for key, leaf in specs.items() if key not in frames}, frames
 
 
-def _features(frames: Tensor, convolutions: nn.Module) -> Tensor:
+class _ByteScale(nn.Module):
+    """Scales the bytes of frames by channel: ``[*B, C, H, W] -> [*B, C, H, W]``."""
+
+    def __init__(self, loc: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.loc, self.scale = (nn.Buffer(part.cpu().view(-1, 1, 1)) for part in (loc, scale))
+
+    def forward(self, frames: Tensor, dtype: torch.dtype) -> Tensor:
+        return frames.to(dtype).sub_(self.loc.to(dtype)).div_(self.scale.to(dtype))
+
+
+def _features(frames: Tensor, scale: nn.Module, convolutions: nn.Module) -> Tensor:
     """Return the features of frames, ``[*B, C, H, W] -> [*B, F]``.
 
     The frames of expanded dimensions are equal, as for the candidate actions of a state; they are processed once.
@@ -108,7 +130,7 @@ def _features(frames: Tensor, convolutions: nn.Module) -> Tensor:
     for dim, (size, stride) in enumerate(zip(batch, frames.stride(), strict=False)):
         once = once.narrow(dim, 0, 1) if size > 1 and stride == 0 else once
     dtype = next(convolutions.parameters()).dtype
-    return convolutions(once.to(dtype).div_(255)).expand(*batch, -1)
+    return convolutions(scale(once, dtype)).expand(*batch, -1)
 
 
 def _reduced(size: int) -> int:

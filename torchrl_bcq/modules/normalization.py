@@ -14,6 +14,7 @@ from torchrl.data import Composite, TensorSpec
 from torchrl_bcq.functional import merge_moments
 
 CHUNK_ROWS = 65_536  # number of dataset rows that are read at a time
+FRAME_ROWS, FRAME_CHUNK = 10_000, 100  # number of rows whose frames are read, in all and at a time
 
 
 class Standardize(nn.Module):
@@ -74,7 +75,8 @@ class Normalization:
     steps of Adam, except through ``eps`` and ``clip_norm``.
 
     Args:
-        observations: for each observation key, ``(location [D], scale [D])`` on the CPU in float64.
+        observations: for each observation key, ``(location [D], scale [D])`` on the CPU in float64. For frames, these
+            are numbers of each channel, ``[C]``. Frames without an entry are divided by 255.
         reward_scale: factor by which the critics multiply their output.
 
     Source: the scaling of observations follows TD3+BC, arXiv:2106.06860.
@@ -99,8 +101,9 @@ class Normalization:
 
         Args:
             transitions: dataset with the batch size ``[N]``; it may be memory-mapped and larger than memory.
-            observation_keys: observation entries ``[N, D]`` that the networks read. Frames, ``[N, C, H, W]`` of
-                ``torch.uint8``, are left out, because the networks divide them by 255.
+            observation_keys: observation entries that the networks read: vectors ``[N, D]``, or frames ``[N, C, H, W]``
+                of ``torch.uint8``, whose channels are scaled. If there are more than 10,000 rows, the mean and the
+                standard deviation of the frames are those of 10,000 rows, spread evenly.
             reward_key: entry of the reward, ``[N, 1]``.
             scale_observations: if False, observations get the location 0 and the scale 1.
             scale_rewards: if False, ``reward_scale`` is 1.
@@ -110,15 +113,17 @@ class Normalization:
                 finite. For rows that are not finite, the message names the entry, the number of rows and the first row.
         """
         observations = [unravel_key(key) for key in observation_keys]
-        observations = [key for key in observations if not _are_frames(transitions, key)]
-        keys = [*observations, *([unravel_key(reward_key)] if scale_rewards else [])]
+        frames = [key for key in observations if _are_frames(transitions, key)]
+        vectors = [key for key in observations if key not in frames]
+        keys = [*vectors, *([unravel_key(reward_key)] if scale_rewards else [])]
         _check_entries(transitions, keys)
         rows = transitions.select(*keys)
         fitted = {key: _mean_and_scale(rows, key) for key in keys}
         reward_scale = fitted[keys[-1]][1].item() if scale_rewards else 1.0
+        fitted |= {key: _byte_mean_and_scale(transitions[key]) for key in frames if scale_observations}
         if not scale_observations:
-            fitted = {key: _unscaled(rows[key].shape[-1]) for key in observations}
-        return cls({key: fitted[key] for key in observations}, reward_scale)
+            fitted = {key: _unscaled(rows[key].shape[-1]) for key in vectors}
+        return cls({key: fitted[key] for key in observations if key in fitted}, reward_scale)
 
     @classmethod
     def identity(cls, observation_spec: TensorSpec) -> Normalization:
@@ -128,10 +133,12 @@ class Normalization:
         too. A checkpoint of the networks alone must be loaded before you make the loss.
 
         Args:
-            observation_spec: spec of one observation, as for ``make_bcq_modules``. Frames are not scaled.
+            observation_spec: spec of one observation, as for ``make_bcq_modules``.
         """
         leaves = observation_leaves(observation_spec).items()
-        return cls({key: _unscaled(leaf.shape[-1]) for key, leaf in leaves if _is_vector(leaf)})
+        vectors = {key: _unscaled(leaf.shape[-1]) for key, leaf in leaves if _is_vector(leaf)}
+        frames = {key: _bytes_by_255(leaf.shape[0]) for key, leaf in leaves if _is_frame(leaf)}
+        return cls({**vectors, **frames})
 
     def columns(self, sizes: Mapping[NestedKey, int]) -> tuple[Tensor, ...]:
         """Return all locations in one vector and all scales in another. ``sizes``: number of features by key.
@@ -151,10 +158,18 @@ class Normalization:
                 )
         return tuple(torch.cat(parts).cpu() for parts in zip(*(self.observations[key] for key in sizes), strict=True))
 
+    def byte_scale(self, key: NestedKey, channels: int) -> tuple[Tensor, ...]:
+        """Return the mean ``[C]`` and the scale ``[C]`` of the bytes of a frame; raise as ``columns`` does."""
+        return self.columns({key: channels}) if key in self.observations else _bytes_by_255(channels)
+
 
 def _is_vector(spec: TensorSpec) -> bool:
-    """Return whether an entry is scaled: frames and masks are not."""
+    """Return whether an entry is a vector, and not a mask."""
     return len(spec.shape) == 1 and spec.dtype.is_floating_point
+
+
+def _is_frame(spec: TensorSpec) -> bool:
+    return len(spec.shape) == 3 and spec.dtype == torch.uint8
 
 
 def observation_leaves(spec: TensorSpec) -> dict[NestedKey, TensorSpec]:
@@ -187,6 +202,23 @@ def _mean_and_scale(transitions: TensorDictBase, key: NestedKey) -> tuple[Tensor
 def _are_frames(transitions: TensorDictBase, key: NestedKey) -> bool:
     entry = transitions.get(key, None)
     return entry is not None and entry.dtype == torch.uint8 and entry.ndim == 4
+
+
+def _byte_mean_and_scale(frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the scale ``[C]`` of each channel: the standard deviation, or 255 for constant bytes."""
+    rows = torch.linspace(0, len(frames) - 1, min(len(frames), FRAME_ROWS), dtype=torch.float64).round().long()
+    means, variances = [], []
+    for some in rows.to(frames.device).split(FRAME_CHUNK):
+        variance, mean = torch.var_mean(frames[some].cpu().double().flatten(2), -1, correction=0)  # [N, C]
+        means.append(mean)
+        variances.append(variance)
+    mean, variance = torch.cat(means), torch.cat(variances)
+    scale = (variance.mean(0) + mean.var(0, correction=0)).sqrt()
+    return mean.mean(0), torch.where(scale > 0, scale, 255.0)
+
+
+def _bytes_by_255(channels: int) -> tuple[Tensor, Tensor]:
+    return torch.zeros(channels, dtype=torch.float64), torch.full((channels,), 255.0, dtype=torch.float64)
 
 
 def _unscaled(width: int) -> tuple[Tensor, Tensor]:
