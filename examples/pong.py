@@ -26,7 +26,7 @@ ID = "PongFrames-v0"
 NOISES = (0.1, 0.2, 0.3, 0.5)  # probability of a random action in the first episode, in the second one, and so on
 STAY, UP, DOWN = 0, 2, 3
 BALL, PADDLE = 54, 51  # bytes of the memory: the height of the ball, or 0 if there is none, and of the player's paddle
-SETTINGS = [  # "normalize": most bytes are background; the target is copied more often than by the author, every 8,000 steps
+SETTINGS = [  # most bytes are background, so they are scaled; the author copies the target every 8,000 steps
     "stack=4", "batch_size=32", "normalize=true", "loss.copy_interval=1000", "policy.epsilon=0.001", "reward.clip=1",
     "baseline=discrete_cloning", "checkpoint.keep=1",
 ]  # fmt: skip

@@ -171,3 +171,53 @@ def test_merge_moments_keeps_small_deviations_from_a_large_mean():
     for part in values.split(2):
         merged = F.merge_moments(*merged, torch.tensor(2.0), part.mean(), (part - part.mean()).square().sum())
     assert [value.item() for value in merged] == [6, 1e9 + 2.5, 17.5]  # 2 * (0.5^2 + 1.5^2 + 2.5^2)
+
+
+# off-policy evaluation
+
+
+def test_importance_weights_by_hand():
+    ratio = torch.tensor([[2.0, 0.5, 3.0], [1.0, 0.0, 4.0]])
+    weights = F.importance_weights(ratio)
+    torch.testing.assert_close(weights, torch.tensor([[2.0, 1.0, 3.0], [1.0, 0.0, 0.0]]))
+    normalized = F.normalized_weights(weights)
+    torch.testing.assert_close(normalized, torch.tensor([[4 / 3, 2.0, 2.0], [2 / 3, 0.0, 0.0]]))
+    assert F.normalized_weights(torch.zeros(2, 1)).tolist() == [[0], [0]]
+    reward = torch.tensor([[1.0, 2.0, 4.0], [8.0, 1.0, 1.0]])
+    torch.testing.assert_close(F.per_decision_values(weights, reward, 0.5), torch.tensor([2 + 1 + 3.0, 8.0]))
+
+
+def test_the_effective_sample_size_by_hand():
+    assert F.effective_sample_size(torch.full((7,), 0.1)).item() == pytest.approx(7)
+    assert F.effective_sample_size(torch.tensor([0.0, 3.0, 0.0])).item() == 1
+    assert F.effective_sample_size(torch.tensor([1.0, 3.0])).item() == pytest.approx(1.6)  # 16 / 10
+    assert F.effective_sample_size(torch.zeros(3)).item() == 0
+
+
+def test_estimates_have_no_bias():
+    """All four episodes of two steps with two actions each, and their probabilities under the recorded policy."""
+    gamma, rng = 0.9, torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.rand(shape, generator=rng, dtype=torch.float64)
+
+    first_reward, second_reward = draw(2), draw(2, 2)  # of the first action; of both actions
+    recorded, policy = ([draw(2).softmax(0), draw(2, 2).softmax(1)] for _ in range(2))
+    one, two = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    occurs, wanted = (p[0][one] * p[1][one, two] for p in (recorded, policy))
+    reward = torch.stack([first_reward[one], second_reward[one, two]], 1)
+    exact = (wanted * F.discounted_sum(reward, gamma)).sum()
+    ratio = torch.stack([policy[0][one] / recorded[0][one], policy[1][one, two] / recorded[1][one, two]], 1)
+    weights = F.importance_weights(ratio)
+    torch.testing.assert_close((occurs * F.per_decision_values(weights, reward, gamma)).sum(), exact)
+    second_q = second_reward
+    first_q = first_reward + gamma * (policy[1] * second_q).sum(1)
+    for wrong in (1.0, 0.0):  # any values, and the exact ones
+        q1, q2 = first_q + wrong * draw(2), second_q + wrong * draw(2, 2)
+        v1, v2 = (policy[0] * q1).sum(), (policy[1] * q2).sum(1)
+        qvalue = torch.stack([q1[one], q2[one, two]], 1)
+        state_value = torch.stack([v1.expand(4), v2[one]], 1)
+        next_value = torch.stack([v2[one], torch.zeros(4, dtype=torch.float64)], 1)
+        found = F.doubly_robust_values(weights, reward, qvalue, state_value, next_value, gamma)
+        torch.testing.assert_close((occurs * found).sum(), exact)
+    torch.testing.assert_close(found, exact.expand(4))  # with exact values, each episode gives the exact value

@@ -30,7 +30,7 @@ from .data import (
     split_episodes,
     stack_observations,
 )
-from .evaluation import DatasetMetrics, EnvironmentMetrics, evaluate
+from .evaluation import DatasetMetrics, EnvironmentMetrics, add_policy_actions, evaluate
 from .modules import (
     ActionVAE,
     BCQPolicy,
@@ -49,8 +49,19 @@ from .modules import (
     make_cloning_modules,
     make_discrete_bcq_modules,
     make_discrete_cloning_modules,
+    make_fqe_modules,
 )
-from .objectives import BCQLoss, CloningLoss, DiscreteBCQLoss, DiscreteCloningLoss, DiscreteLoss, OfflineLoss, ValueLoss
+from .objectives import (
+    BCQLoss,
+    CloningLoss,
+    DiscreteBCQLoss,
+    DiscreteCloningLoss,
+    DiscreteFQELoss,
+    DiscreteLoss,
+    FQELoss,
+    OfflineLoss,
+    ValueLoss,
+)
 from .protocols import CriticEnsemble, DiscreteNetwork, GenerativeModel
 from .reports import describe
 from .runs import Algorithm, load_policy
@@ -85,9 +96,11 @@ __all__ = [
     "DiscreteBCQPolicy",
     "DiscreteCloningLoss",
     "DiscreteCloningPolicy",
+    "DiscreteFQELoss",
     "DiscreteLoss",
     "DiscreteNetwork",
     "EnvironmentMetrics",
+    "FQELoss",
     "GenerativeModel",
     "History",
     "KeepBest",
@@ -105,6 +118,7 @@ __all__ = [
     "Standardize",
     "ValueLoss",
     "WeightedSampler",
+    "add_policy_actions",
     "describe",
     "episode_weights",
     "evaluate",
@@ -123,6 +137,7 @@ __all__ = [
     "make_cloning_modules",
     "make_discrete_bcq_modules",
     "make_discrete_cloning_modules",
+    "make_fqe_modules",
     "make_replay_buffer",
     "multi_step",
     "return_weights",

@@ -1,7 +1,8 @@
 """The equations of BCQ as pure functions of tensors. This module needs only torch.
 
 Shapes: ``*B`` is any batch shape, ``n`` the number of sampled actions, ``A`` the size of an action, ``L`` the size of a
-latent, ``C`` the number of critics, and ``K`` the number of discrete actions.
+latent, ``C`` the number of critics, and ``K`` the number of discrete actions. Episodes have the shape ``[E, T]``; after
+the end of an episode, rewards are 0, ratios are 1, and values are 0.
 
 Sources: Fujimoto, Meger, Precup, "Off-Policy Deep Reinforcement Learning without Exploration", arXiv:1812.02900.
 Discrete actions: Fujimoto, Conti, Ghavamzadeh, Pineau, "Benchmarking Batch Deep Reinforcement Learning Algorithms",
@@ -114,6 +115,59 @@ def change_reward(reward: Tensor, shift: float = 0.0, scale: float = 1.0, clip: 
 def discounted_sum(rewards: Tensor, gamma: float) -> Tensor:
     """Return the discounted return ``sum_t gamma^t r_t``. ``[*B, T] -> [*B]``."""
     return (rewards * gamma ** torch.arange(rewards.shape[-1], device=rewards.device)).sum(-1)
+
+
+def importance_weights(ratio: Tensor) -> Tensor:
+    """Return the products of the ratios ``pi(a|s) / b(a|s)`` of all steps up to each step. ``[E, T] -> [E, T]``."""
+    return ratio.log().cumsum(-1).exp()
+
+
+def normalized_weights(weights: Tensor) -> Tensor:
+    """Divide the weights of each step by their mean over episodes. ``[E, T] -> [E, T]``.
+
+    If all weights of a step are 0, the policy takes none of the recorded actions, and these weights remain 0.
+    """
+    mean = weights.mean(0, keepdim=True)
+    return weights / torch.where(mean > 0, mean, 1.0)
+
+
+def per_decision_values(weights: Tensor, reward: Tensor, gamma: float) -> Tensor:
+    """Return the importance-sampling estimate of each episode, ``sum_t gamma^t w_t r_t``. ``[E, T], [E, T] -> [E]``.
+
+    Their mean estimates the value of the policy. With ``normalized_weights``, the estimate is the weighted one, which
+    has a bias but a smaller variance.
+
+    Source: Precup, Sutton, Singh, "Eligibility Traces for Off-Policy Policy Evaluation", 2000.
+    """
+    return discounted_sum(weights * reward, gamma)
+
+
+def doubly_robust_values(
+    weights: Tensor, reward: Tensor, qvalue: Tensor, state_value: Tensor, next_value: Tensor, gamma: float
+) -> Tensor:
+    """Return the doubly robust estimate of each episode. All tensors are ``[E, T]``; the result is ``[E]``.
+
+    The estimate is ``V(s_0) + sum_t gamma^t w_t (r_t + gamma V(s_{t+1}) - Q(s_t, a_t))``. It has no bias if the ratios
+    or the values are exact. With ``normalized_weights``, it is the weighted estimate.
+
+    Args:
+        weights: ``importance_weights``, or ``normalized_weights`` of them.
+        reward: rewards; 0 after the end.
+        qvalue, state_value: values of the recorded actions and of the states, under the policy.
+        next_value: values of the next states; 0 after a terminal step.
+        gamma: discount factor.
+
+    Source: Jiang, Li, "Doubly Robust Off-policy Value Evaluation for Reinforcement Learning", arXiv:1511.03722; in the
+    form of Thomas, Brunskill, arXiv:1604.00923.
+    """
+    correction = weights * (reward + gamma * next_value - qvalue)
+    return state_value[..., 0] + discounted_sum(correction, gamma)
+
+
+def effective_sample_size(weights: Tensor) -> Tensor:
+    """Return ``(sum w)^2 / sum w^2``: the number of equally weighted episodes with the same variance. ``[E] -> []``."""
+    square = weights.square().sum()
+    return torch.where(square > 0, weights.sum().square() / torch.where(square > 0, square, 1.0), 0.0)
 
 
 def merge_moments(

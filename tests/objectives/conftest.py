@@ -15,11 +15,14 @@ from torchrl_bcq import (
     CloningLoss,
     DiscreteBCQLoss,
     DiscreteCloningLoss,
+    DiscreteFQELoss,
+    FQELoss,
     OfflineLoss,
     make_bcq_modules,
     make_cloning_modules,
     make_discrete_bcq_modules,
     make_discrete_cloning_modules,
+    make_fqe_modules,
 )
 
 from ..conftest import ACTION_SPEC, OBSERVATION_SPEC, random_transitions
@@ -46,6 +49,8 @@ OBJECTIVES = {  # each makes a loss of new networks
     "discrete bcq": lambda: DiscreteBCQLoss(*discrete_modules()),
     "discrete bcq, one-hot": lambda: DiscreteBCQLoss(*discrete_modules(kind=OneHot, key="one_hot")),
     "discrete bcq, masked": lambda: DiscreteBCQLoss(*discrete_modules(masked=True)),
+    "fqe": lambda: FQELoss(*make_fqe_modules(OBSERVATION_SPEC, ACTION_SPEC, hidden=(8,))),
+    "discrete fqe": lambda: DiscreteFQELoss(*discrete_modules(make_fqe_modules)),
     "discrete cloning": lambda: DiscreteCloningLoss(*discrete_modules(make_discrete_cloning_modules)),
     "own": lambda: OwnLoss(*make_own_modules(OBSERVATION_SPEC, ACTION_SPEC)),
 }
@@ -58,7 +63,7 @@ def with_updater(loss: OfflineLoss) -> OfflineLoss:
     return loss
 
 
-DELAYED = ("bcq", "discrete bcq", "discrete bcq, one-hot", "discrete bcq, masked", "own")
+DELAYED = ("bcq", "fqe", "discrete fqe", "discrete bcq", "discrete bcq, one-hot", "discrete bcq, masked", "own")
 
 
 @pytest.fixture
@@ -73,6 +78,8 @@ def make_batch() -> Callable[..., TensorDict]:
         transitions["available"] = transitions["one_hot"].bool() | (torch.rand(*batch, NUM_ACTIONS) < 0.5)
         transitions["next", "available"] = torch.rand(*batch, NUM_ACTIONS) < 0.5
         transitions["next", "available"][..., 0] = True
+        transitions["next", "policy_action"] = random_transitions(*batch, 3, dtype=dtype)["action"]  # three per state
+        transitions["next", "policy_probability"] = torch.randn(*batch, NUM_ACTIONS, dtype=dtype).softmax(-1)
         return transitions
 
     return make

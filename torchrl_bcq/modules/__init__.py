@@ -5,6 +5,7 @@ from torchrl_bcq.modules.actors import DeterministicActor, PerturbationActor
 from torchrl_bcq.modules.build import make_bcq_modules, make_cloning_modules
 from torchrl_bcq.modules.discrete_build import make_discrete_bcq_modules, make_discrete_cloning_modules
 from torchrl_bcq.modules.discrete_policy import DiscreteBCQPolicy, DiscreteCloningPolicy
+from torchrl_bcq.modules.fqe_build import make_fqe_modules
 from torchrl_bcq.modules.history import History
 from torchrl_bcq.modules.multi_head import MultiHeadNetwork
 from torchrl_bcq.modules.normalization import Normalization, Standardize
@@ -30,4 +31,5 @@ __all__ = [
     "make_cloning_modules",
     "make_discrete_bcq_modules",
     "make_discrete_cloning_modules",
+    "make_fqe_modules",
 ]

@@ -100,14 +100,8 @@ def make_bcq_modules(
         **keys,
     )
     actor = PerturbationActor(networks.network(actions, hidden, *action_input), action_spec, phi=phi, **keys)
-    critics = []
-    for _ in range(num_critics):
-        network = networks.network(1, hidden, *action_input)
-        if normalization is not None:
-            last = network.mlp if isinstance(network, FrameNetwork) else network
-            last.append(Rescale(normalization.reward_scale, networks.dtype))
-        critics.append(TensorDictModule(network, in_keys=[*networks.keys, action_key], out_keys=[value_key]))
-    return networks.place(vae, actor, QEnsemble(critics))
+    critics = networks.critics(num_critics, hidden, action_input, action_key, value_key)
+    return networks.place(vae, actor, critics)
 
 
 def make_cloning_modules(
@@ -185,6 +179,7 @@ class NetworkBuilder:
         sizes = {key: leaf.shape[0] for key, leaf in vectors.items()}
         self.width = sum(sizes.values())
         self.statistics = normalization.columns(sizes) if normalization is not None and sizes else None
+        self.reward_scale = None if normalization is None else normalization.reward_scale
         fitted = normalization or Normalization({})
         self.byte_scales = [fitted.byte_scale(key, leaf.shape[0]) for key, leaf in self.frames.items()]
 
@@ -201,6 +196,24 @@ class NetworkBuilder:
         features = torch.zeros(trunk.num_frame_features), torch.ones(trunk.num_frame_features)
         joined = [torch.cat(pair) for pair in zip(features, other, strict=True)] if other else features
         return FrameNetwork(trunk, self.mlp(out_features, num_cells, *joined))
+
+    def critics(
+        self,
+        number: int,
+        hidden: Sequence[int],
+        action_input: tuple[Tensor, Tensor],
+        action_key: NestedKey,
+        value_key: NestedKey,
+    ) -> QEnsemble:
+        """Build critics of state-action pairs. ``action_input``: mean ``[A]`` and scale ``[A]`` of the actions."""
+        critics = []
+        for _ in range(number):
+            network = self.network(1, hidden, *action_input)
+            if self.reward_scale is not None:
+                last = network.mlp if isinstance(network, FrameNetwork) else network
+                last.append(Rescale(self.reward_scale, self.dtype))
+            critics.append(TensorDictModule(network, in_keys=[*self.keys, action_key], out_keys=[value_key]))
+        return QEnsemble(critics)
 
     def trunk(self) -> FrameTrunk | None:
         """Build the convolutions of the frames; None if there is no frame."""

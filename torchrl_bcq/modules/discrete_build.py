@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from tensordict.utils import NestedKey
@@ -72,11 +73,9 @@ def make_discrete_bcq_modules(
 
     Source: the networks of the author's code of arXiv:1910.01708.
     """
-    builder = _Builder(observation_spec, action_spec, action_mask_key, normalization, device, dtype)
-    value = builder.head(hidden, frame_hidden)
-    if normalization is not None:
-        value.append(Rescale(normalization.reward_scale, builder.layers.dtype))
-    return builder.network({value_key: value, logits_key: builder.head(hidden, frame_hidden)}, action_key)
+    builder = DiscreteNetworkBuilder(observation_spec, action_spec, action_mask_key, normalization, device, dtype)
+    heads = {value_key: builder.value_head(hidden, frame_hidden), logits_key: builder.head(hidden, frame_hidden)}
+    return builder.network(heads, action_key)
 
 
 def make_discrete_cloning_modules(
@@ -104,11 +103,11 @@ def make_discrete_cloning_modules(
     Raises:
         TypeError, ValueError: in the same cases as ``make_discrete_bcq_modules``.
     """
-    builder = _Builder(observation_spec, action_spec, action_mask_key, normalization, device, dtype)
+    builder = DiscreteNetworkBuilder(observation_spec, action_spec, action_mask_key, normalization, device, dtype)
     return builder.network({logits_key: builder.head(hidden, frame_hidden)}, action_key)
 
 
-class _Builder:
+class DiscreteNetworkBuilder:
     """Builds the trunk and the heads of a network for discrete actions."""
 
     def __init__(
@@ -148,7 +147,14 @@ class _Builder:
         features = self.trunk.num_frame_features
         return self.layers.mlp(self.number, frame_hidden, torch.zeros(features), torch.ones(features))
 
-    def network(self, heads: dict[NestedKey, nn.Module], action_key: NestedKey) -> tuple[MultiHeadNetwork]:
+    def value_head(self, hidden: Sequence[int], frame_hidden: Sequence[int]) -> nn.Sequential:
+        """Build the MLP of an output of values, which are in the units of the rewards."""
+        head = self.head(hidden, frame_hidden)
+        if self.layers.reward_scale is not None:
+            head.append(Rescale(self.layers.reward_scale, self.layers.dtype))
+        return head
+
+    def network(self, heads: Mapping[Any, nn.Module], action_key: NestedKey) -> tuple[MultiHeadNetwork]:
         """Join the heads, and place the network on its device."""
         made = MultiHeadNetwork(
             heads,

@@ -207,12 +207,12 @@ def _are_frames(transitions: TensorDictBase, key: NestedKey) -> bool:
 def _byte_mean_and_scale(frames: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and the scale ``[C]`` of each channel: the standard deviation, or 255 for constant bytes."""
     rows = torch.linspace(0, len(frames) - 1, min(len(frames), FRAME_ROWS), dtype=torch.float64).round().long()
-    means, variances = [], []
-    for some in rows.to(frames.device).split(FRAME_CHUNK):
-        variance, mean = torch.var_mean(frames[some].cpu().double().flatten(2), -1, correction=0)  # [N, C]
-        means.append(mean)
-        variances.append(variance)
-    mean, variance = torch.cat(means), torch.cat(variances)
+    moments = torch.empty((2, len(rows), frames.shape[1]), dtype=torch.float64)
+    chunk = moments.new_empty((FRAME_CHUNK, *frames.shape[1:]))  # one buffer for all: new ones would fragment the heap
+    for some, found in zip(rows.to(frames.device).split(FRAME_CHUNK), moments.split(FRAME_CHUNK, 1), strict=True):
+        x = chunk[: len(some)].copy_(frames[some]).flatten(2)
+        found[0], found[1] = torch.var_mean(x, -1, correction=0)  # [N, C]
+    variance, mean = moments
     scale = (variance.mean(0) + mean.var(0, correction=0)).sqrt()
     return mean.mean(0), torch.where(scale > 0, scale, 255.0)
 

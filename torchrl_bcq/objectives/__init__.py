@@ -6,6 +6,7 @@ from torchrl_bcq.objectives.cloning import CloningLoss
 from torchrl_bcq.objectives.discrete import DiscreteLoss
 from torchrl_bcq.objectives.discrete_bcq import DiscreteBCQLoss
 from torchrl_bcq.objectives.discrete_cloning import DiscreteCloningLoss
+from torchrl_bcq.objectives.fqe import DiscreteFQELoss, FQELoss
 from torchrl_bcq.objectives.values import ValueLoss
 
 __all__ = [
@@ -13,7 +14,9 @@ __all__ = [
     "CloningLoss",
     "DiscreteBCQLoss",
     "DiscreteCloningLoss",
+    "DiscreteFQELoss",
     "DiscreteLoss",
+    "FQELoss",
     "OfflineLoss",
     "ValueLoss",
 ]

@@ -76,7 +76,11 @@ class ValueLoss(OfflineLoss):
         return self._select(tensordict, keys, reward_key=reward, flag_keys=flags)
 
     def td_target(self, batch: TensorDictBase, next_value: Tensor) -> Tensor:
-        """Compute the target from the values of the next states, with the value estimator. ``[*B, 1] -> [*B, 1]``."""
+        """Compute the target from the values of the next states, with the value estimator. ``[*B, C] -> [*B, C]``."""
+        if (critics := next_value.shape[-1]) > 1:  # TorchRL's estimators need rewards and flags of the same shape
+            batch = batch.copy()
+            for key in self._outcome_keys:
+                batch.set(key, batch.get(key).expand(*batch.shape, critics))
         if not isinstance(self.value_estimator, TD0Estimator):
             check_time_dimension(batch)
         return self.value_estimator.value_estimate(batch, next_value=next_value)
@@ -84,9 +88,10 @@ class ValueLoss(OfflineLoss):
     def td_distance(
         self, pred_value: Tensor, target_value: Tensor, tensordict: TensorDictBase
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the TD loss of values ``[*B, C]`` for a target ``[*B, 1]``, summed over critics, and metadata.
+        """Return the TD loss of values ``[*B, C]``, summed over critics, and metadata.
 
-        Also write the largest absolute TD error over critics, ``[*B]``, to ``tensordict`` as the priority.
+        The target is one for all critics, ``[*B, 1]``, or one for each, ``[*B, C]``. Also write the largest absolute
+        TD error over critics, ``[*B]``, to ``tensordict`` as the priority.
         """
         distance = distance_loss(pred_value, target_value.expand_as(pred_value), self.loss_function)
         td_error = (pred_value.detach() - target_value).abs()

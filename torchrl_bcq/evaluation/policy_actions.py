@@ -1,0 +1,127 @@
+"""The choices of a policy in the states of a dataset, for off-policy evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.data import TensorSpec
+
+from torchrl_bcq.actions import DiscreteActions
+from torchrl_bcq.data.action_checks import number_of
+from torchrl_bcq.data.episodes import episode_numbers
+from torchrl_bcq.evaluation.rollouts import in_eval_mode, own_random_state
+
+ACTIONS, PROBABILITIES = "policy_action", "policy_probability"
+
+
+def add_policy_actions(
+    transitions: TensorDictBase, policy: TensorDictModuleBase, action_spec: TensorSpec, **settings: Any
+) -> TensorDictBase:
+    """Return the transitions with the policy's choices in the next states, as ``FQELoss`` and ``DiscreteFQELoss`` read.
+
+    Args:
+        transitions: dataset of batch size ``[N]``. Its entries are not copied.
+        policy, action_spec, settings: as in ``policy_actions``.
+
+    Returns:
+        Transitions with one more entry: ``("next", "policy_action") [N, n, A]``, or for discrete actions ``("next",
+        "policy_probability") [N, K]``.
+
+    Raises:
+        ValueError: in the same cases as ``policy_actions``.
+
+    Example:
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl_bcq import add_policy_actions, make_cloning_modules
+        >>> env = GymEnv("Pendulum-v1")
+        >>> (policy,) = make_cloning_modules(env.observation_spec, env.action_spec)
+        >>> data = add_policy_actions(env.rollout(100), policy, env.action_spec)
+        >>> data["next", "policy_action"].shape
+        torch.Size([100, 1, 1])
+    """
+    labelled = transitions.copy()
+    name = ACTIONS if number_of(action_spec) is None else PROBABILITIES
+    return labelled.set(("next", name), policy_actions(policy, transitions["next"], action_spec, **settings))
+
+
+def policy_actions(
+    policy: TensorDictModuleBase,
+    states: TensorDictBase,
+    action_spec: TensorSpec,
+    *,
+    num_samples: int = 1,
+    batch_size: int = 4096,
+    seed: int = 0,
+    progress_bar: bool | None = None,
+) -> Tensor:
+    """Return what a policy does in each state: its actions ``[N, n, A]``, or its probabilities ``[N, K]``.
+
+    A discrete policy with a method ``get_dist``, such as ``ProbabilisticActor``, gives its exact probabilities. For
+    other discrete policies, they are the frequencies of ``num_samples`` actions.
+
+    Args:
+        policy: any TensorDict policy. It acts in evaluation mode, in TorchRL's present exploration type.
+        states: observations that the policy reads, ``[N]``.
+        action_spec: spec of one action.
+        num_samples: number of actions in each state; 1 is enough for a deterministic policy.
+        batch_size: number of states in one call of the policy.
+        seed: random seed of the policy's samples. PyTorch's random state does not change.
+        progress_bar: whether to show a progress bar; None shows it only on a terminal.
+
+    Raises:
+        ValueError: if ``num_samples`` is below 1, or the policy writes actions that do not fit ``action_spec``.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
+    from tqdm import tqdm
+
+    first = next(policy.parameters(), None) if isinstance(policy, nn.Module) else None
+    device = torch.device("cpu") if first is None else first.device
+    parts = range(0, len(states), batch_size)
+    hidden = None if progress_bar is None else not progress_bar
+    found = []
+    with own_random_state(seed, device), in_eval_mode(policy), torch.no_grad():
+        for start in tqdm(parts, desc="actions of the policy", unit="batch", disable=hidden):
+            rows = states[start : start + batch_size].select(*policy.in_keys, "done", strict=False).to(device)
+            found.append(_choices(policy, rows, action_spec, num_samples).to(states.device or "cpu"))
+    return torch.cat(found)
+
+
+def initial_states(transitions: TensorDictBase) -> TensorDictBase:
+    """Return the first row of each episode, ``[E]``.
+
+    Raises:
+        DatasetError: if the episodes are not known (see ``episode_numbers``).
+    """
+    episode = episode_numbers(transitions)
+    starts = torch.ones_like(episode, dtype=torch.bool)
+    starts[1:] = episode[1:] != episode[:-1]
+    return transitions[starts]
+
+
+def _choices(policy: Any, states: TensorDictBase, action_spec: TensorSpec, num_samples: int) -> Tensor:
+    number = number_of(action_spec)
+    if number is not None and hasattr(policy, "get_dist"):
+        return _check(policy.get_dist(states.copy()).probs, (len(states), number), "probabilities")
+    drawn = [policy(states.copy())["action"] for _ in range(num_samples)]
+    if number is None:
+        return torch.stack([_check(action, (len(states), *action_spec.shape), "actions") for action in drawn], 1)
+    kind = DiscreteActions.of(action_spec)
+    frequency = torch.zeros(len(states), number, device=states.device)
+    for action in drawn:
+        index = kind.to_index(action, states.batch_size, number)
+        frequency.scatter_add_(1, index, frequency.new_full(index.shape, 1 / num_samples))
+    return frequency
+
+
+def _check(given: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
+    if given.shape != shape:
+        raise ValueError(
+            f"the policy gives {what} of shape {tuple(given.shape)}, expected {shape}: those of one action in "
+            "action_spec for each state."
+        )
+    return given

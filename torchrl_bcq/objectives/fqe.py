@@ -1,0 +1,197 @@
+"""Fitted Q evaluation: critics of a given policy, learned from a fixed dataset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDictBase, unravel_key
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torchrl.data import TensorSpec
+
+from torchrl_bcq.objectives.discrete import DiscreteLoss
+from torchrl_bcq.objectives.values import ValueLoss
+from torchrl_bcq.protocols import CriticEnsemble, DiscreteNetwork, check_initialized, require
+
+_METADATA = ("td_error", "pred_value", "target_value")
+
+
+class _PolicyValueLoss(ValueLoss):
+    """Learns the values of a policy, whose choices in each next state the batch holds."""
+
+    policy_key: NestedKey
+
+    def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the TD loss, summed over critics, and metadata."""
+        batch = self.select_transitions(tensordict)
+        with torch.no_grad(), self.target_autocast(), self.target_networks():
+            target = self.td_target(batch, self.state_values(batch.get("next")))
+        return self.td_distance(self.values(batch), target, tensordict)
+
+    def value(self, tensordict: TensorDictBase) -> Tensor:
+        """Return the values of state-action pairs, the mean over critics, ``[*B]``."""
+        return self.values(tensordict).mean(-1)
+
+    def values(self, tensordict: TensorDictBase) -> Tensor:
+        """Return the values of state-action pairs by each critic, ``[*B, C]``."""
+        raise NotImplementedError
+
+    def state_values(self, states: TensorDictBase) -> Tensor:
+        """Return the values of states by each critic, ``[*B, C]``: the expectations over the policy's actions."""
+        raise NotImplementedError
+
+    def _find_in_keys(self) -> list[NestedKey]:
+        return [*super()._find_in_keys(), unravel_key(("next", self.policy_key))]
+
+
+class FQELoss(_PolicyValueLoss):
+    """Loss of fitted Q evaluation (FQE): critics learn the values of a policy from data of another policy.
+
+    The batch holds actions of the policy in the next states, which ``add_policy_actions`` writes once for the whole
+    dataset. So the policy is not called during training. Each critic bootstraps from its own target network, so that
+    the critics differ and their spread can be measured.
+
+    Args:
+        qvalue_network: all critics in one module, such as that of ``make_fqe_modules``.
+        action_key: entry of the action ``[*B, A]``, which the critics read.
+        policy_action_key: entry of the policy's actions in a state, ``[*B, n, A]``. The value of a state is the mean
+            over these ``n`` actions.
+        delay_qvalue: if True, add target critics. A target updater changes them.
+        loss_function, reduction, deactivate_vmap, use_prioritized_weights: as in ``BCQLoss``.
+
+    Reads: observations and the action. Under ``"next"``, the loss reads the observations, the policy's actions, and
+    ``reward``, ``done`` and ``terminated`` of shape ``[*B, 1]``. The target does not bootstrap if ``terminated`` is
+    True. Set the discount factor with ``loss.make_value_estimator(gamma=0.99)``; for finite episodes, it may be 1.
+
+    Returns: ``loss_qvalue``, summed over critics, and the detached metadata ``td_error``, ``pred_value`` and
+    ``target_value``, each ``[*B, C]``.
+
+    Raises:
+        TypeError: at construction, if the network lacks a member of ``CriticEnsemble``.
+        ValueError: if a setting is out of range. A call of the loss also raises this error if the batch lacks an entry
+            or an entry has a wrong shape or dtype.
+
+    Source: Le, Voloshin, Yue, "Batch Policy Learning under Constraints", arXiv:1903.08738, algorithm 3.
+    """
+
+    def __init__(
+        self,
+        qvalue_network: CriticEnsemble,
+        *,
+        action_key: NestedKey = "action",
+        policy_action_key: NestedKey = "policy_action",
+        delay_qvalue: bool = True,
+        loss_function: str = "l2",
+        reduction: str | None = "mean",
+        deactivate_vmap: bool = False,
+        use_prioritized_weights: str | bool = "auto",
+    ) -> None:
+        """Build the loss from its critics."""
+        require("qvalue_network", qvalue_network, CriticEnsemble)
+        check_initialized("qvalue_network", qvalue_network)
+        super().__init__(
+            {"qvalue": qvalue_network},
+            delayed=["qvalue"] if delay_qvalue else [],
+            metadata={"qvalue": _METADATA},
+            action_key=action_key,
+            value_key=qvalue_network.out_keys[-1],
+            loss_function=loss_function,
+            reduction=reduction,
+            deactivate_vmap=deactivate_vmap,
+            use_prioritized_weights=use_prioritized_weights,
+        )
+        self.delay_qvalue = delay_qvalue
+        self.policy_key = policy_action_key
+
+    def values(self, tensordict: TensorDictBase) -> Tensor:
+        """Return the values of state-action pairs by each critic, ``[*B, C]``."""
+        written = self.qvalue_network(tensordict.select(*self.qvalue_network.in_keys))
+        return written.get(self.tensor_keys.state_action_value).to(self._like.dtype)
+
+    def state_values(self, states: TensorDictBase) -> Tensor:
+        """Return the values of states by each critic: the means over the policy's actions, ``[*B, C]``."""
+        actions = states.get(self.policy_key)
+        if actions.ndim != states.ndim + 2:
+            raise ValueError(
+                f"{self.policy_key!r} has shape {tuple(actions.shape)}, expected {(*states.shape, 'n', 'A')}: n "
+                "actions for each state."
+            )
+        pairs = states.select(*self._observation_keys).unsqueeze(-1).expand(*states.shape, actions.shape[-2]).copy()
+        return self.values(pairs.set(self.tensor_keys.action, actions)).mean(-2)
+
+
+class DiscreteFQELoss(DiscreteLoss, _PolicyValueLoss):
+    """Loss of fitted Q evaluation for discrete actions; each critic values all ``K`` actions of a state.
+
+    The batch holds the policy's probabilities of all actions in the next states, which ``add_policy_actions`` writes
+    once for the whole dataset. The value of a state is the expectation over the actions.
+
+    Args:
+        qvalue_network: network with one output ``[*B, K]`` for each critic, such as that of ``make_fqe_modules``.
+        action_space: as in ``DiscreteBCQLoss``.
+        policy_probability_key: entry of the policy's probabilities in a state, ``[*B, K]``.
+        delay_qvalue, loss_function, reduction, deactivate_vmap, use_prioritized_weights: as in ``FQELoss``.
+
+    Reads and returns: the same as ``FQELoss``, but probabilities instead of actions of the policy.
+
+    Raises:
+        TypeError, ValueError: in the same cases as ``FQELoss``, or if the action space is not known.
+
+    Source: Le, Voloshin, Yue, "Batch Policy Learning under Constraints", arXiv:1903.08738, algorithm 3.
+    """
+
+    @dataclass
+    class _AcceptedKeys(ValueLoss._AcceptedKeys):
+        """Keys of the batch's entries. ``action_mask`` is None if all actions are always available."""
+
+        action_mask: NestedKey | None = None
+
+    tensor_keys: _AcceptedKeys  # type: ignore[assignment]
+    default_keys = _AcceptedKeys  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        qvalue_network: DiscreteNetwork,
+        *,
+        action_space: str | TensorSpec | None = None,
+        policy_probability_key: NestedKey = "policy_probability",
+        delay_qvalue: bool = True,
+        loss_function: str = "l2",
+        reduction: str | None = "mean",
+        deactivate_vmap: bool = False,
+        use_prioritized_weights: str | bool = "auto",
+    ) -> None:
+        """Build the loss from its network."""
+        require("qvalue_network", qvalue_network, DiscreteNetwork)
+        check_initialized("qvalue_network", qvalue_network)
+        super().__init__(
+            {"qvalue": qvalue_network},
+            action_space=action_space,
+            delayed=["qvalue"] if delay_qvalue else [],
+            metadata={"qvalue": _METADATA},
+            value_key=qvalue_network.out_keys[0],
+            loss_function=loss_function,
+            reduction=reduction,
+            deactivate_vmap=deactivate_vmap,
+            use_prioritized_weights=use_prioritized_weights,
+        )
+        self.delay_qvalue = delay_qvalue
+        self.policy_key = policy_probability_key
+
+    def values(self, tensordict: TensorDictBase) -> Tensor:
+        """Return the values of state-action pairs by each critic, ``[*B, C]``."""
+        scores = self.scores(tensordict)
+        index = self.action_index(tensordict, scores[0])
+        return torch.cat([score.gather(-1, index) for score in scores], -1)
+
+    def state_values(self, states: TensorDictBase) -> Tensor:
+        """Return the values of states by each critic: the expectations over the policy's actions, ``[*B, C]``."""
+        scores = torch.stack(self.scores(states), -2)  # [*B, C, K]
+        probability = states.get(self.policy_key)
+        if probability.shape != (*states.shape, scores.shape[-1]):
+            raise ValueError(
+                f"{self.policy_key!r} has shape {tuple(probability.shape)}, expected "
+                f"{(*states.shape, scores.shape[-1])}: one probability for each action."
+            )
+        return (scores * probability.unsqueeze(-2)).sum(-1)
