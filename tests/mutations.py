@@ -79,7 +79,38 @@ BREAKS = {
         "if self.epsilon > 0 and is_random():",
         "if self.epsilon > 0:",
     ),
-    "discrete: frames are not scaled": ("modules/frame_trunk.py", "once.to(dtype).div_(255)", "once.to(dtype)"),
+    "discrete: frames are not scaled": (
+        "modules/frame_trunk.py",
+        "frames.to(dtype).sub_(self.loc.to(dtype)).div_(self.scale.to(dtype))",
+        "frames.to(dtype)",
+    ),
+    "frames are not centred": ("modules/frame_trunk.py", ".sub_(self.loc.to(dtype))", ""),
+    # fitted Q evaluation
+    "fqe: mean over critics instead of over actions": (
+        "objectives/fqe.py",
+        ".set(self.tensor_keys.action, actions)).mean(-2)",
+        ".set(self.tensor_keys.action, actions)).mean(-1, keepdim=True).mean(-2)",
+    ),
+    "fqe: target with trained weights": (
+        "objectives/fqe.py",
+        "self.target_autocast(), self.target_networks():",
+        "self.target_autocast():",
+    ),
+    "fqe: actions are equally likely": (
+        "objectives/fqe.py",
+        "(scores * probability.unsqueeze(-2)).sum(-1)",
+        "scores.mean(-1)",
+    ),
+    "doubly robust: no correction": (
+        "functional.py",
+        "state_value[..., 0] + discounted_sum(correction, gamma)",
+        "state_value[..., 0]",
+    ),
+    "doubly robust: bootstrap without gamma": (
+        "functional.py",
+        "(reward + gamma * next_value - qvalue)",
+        "(reward + next_value - qvalue)",
+    ),
     # targets
     "target perturbation dropped": (
         "objectives/bcq.py",
