@@ -1,12 +1,12 @@
-"""Treatments in hospital: discrete BCQ and cloning learn from clinicians' decisions, and each policy's value is exact.
+"""Treatments in hospital: discrete BCQ and cloning learn from clinicians' decisions; the values are exact.
 
-This example simulates patients of a published model (see sepsis_model.py), whom clinicians treat, trains policies on
-these treatments, and computes the probability of survival under each policy from the tables of the model. It is for
+This example simulates patients of a published model (see sepsis_model.py) with the clinicians' treatments, trains
+policies on them, and computes the probability of survival under each policy from the tables of the model. It is for
 testing software, not for medical conclusions. Run::
 
     pip install -e ".[hospital]"
     python examples/hospital.py
-    python examples/hospital.py --rows 20000 --steps 10000 --admissible
+    python examples/hospital.py --rows 20000 --steps 6000 --admissible
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Pong from frames: discrete BCQ and cloning learn from the pictures of a noisy player, and play against the computer.
+"""Pong from frames: discrete BCQ and cloning learn from recorded games, and then play against the computer.
 
-The player reads the places of ball and paddle in the memory of the game. Policies see only the last four pictures::
+A script plays the recorded games; it reads the game's memory. The learned policies see only the last four frames::
 
     pip install -e ".[train,atari]"
     python examples/pong.py --frames 2000 --steps 50 --episodes 1 seed=1
 
-After the options come settings of ``torchrl-bcq train``. The same command resumes a stopped training. Later, run
-``torchrl-bcq evaluate`` in the folder ``examples``, where it finds the module ``pong``.
+Settings of ``torchrl-bcq train`` may follow. The same command resumes a stopped training. To evaluate the run again:
+``PYTHONPATH=examples torchrl-bcq evaluate runs/pong/run``.
 """
 
 from __future__ import annotations

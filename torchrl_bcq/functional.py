@@ -1,4 +1,4 @@
-"""The equations of BCQ as pure functions of tensors. This module needs only torch.
+"""The equations of BCQ and of off-policy evaluation as pure functions of tensors. This module needs only torch.
 
 Shapes: ``*B`` is any batch shape, ``n`` the number of sampled actions, ``A`` the size of an action, ``L`` the size of a
 latent, ``C`` the number of critics, and ``K`` the number of discrete actions. Episodes have the shape ``[E, T]``; after
@@ -83,7 +83,7 @@ def likely_actions(logits: Tensor, threshold: float, mask: Tensor | None = None)
 
     Args:
         logits: logits of the behaviour policy.
-        threshold: smallest ratio, which itself does not pass; at least 0 and below 1.
+        threshold: the ratio must be above this number; at least 0 and below 1.
         mask: True for each available action; None means that all are available.
     """
     logits = available_logits(logits, mask)
@@ -134,8 +134,8 @@ def normalized_weights(weights: Tensor) -> Tensor:
 def per_decision_values(weights: Tensor, reward: Tensor, gamma: float) -> Tensor:
     """Return the importance-sampling estimate of each episode, ``sum_t gamma^t w_t r_t``. ``[E, T], [E, T] -> [E]``.
 
-    Their mean estimates the value of the policy. With ``normalized_weights``, the estimate is the weighted one, which
-    has a bias but a smaller variance.
+    The mean over episodes estimates the value of the policy. ``w_t`` are ``importance_weights``, or
+    ``normalized_weights`` of them for weighted importance sampling, which has a bias but usually a smaller variance.
 
     Source: Precup, Sutton, Singh, "Eligibility Traces for Off-Policy Policy Evaluation", 2000.
     """
@@ -147,8 +147,9 @@ def doubly_robust_values(
 ) -> Tensor:
     """Return the doubly robust estimate of each episode. All tensors are ``[E, T]``; the result is ``[E]``.
 
-    The estimate is ``V(s_0) + sum_t gamma^t w_t (r_t + gamma V(s_{t+1}) - Q(s_t, a_t))``. It has no bias if the ratios
-    or the values are exact. With ``normalized_weights``, it is the weighted estimate.
+    The estimate is ``V(s_0) + sum_t gamma^t w_t (r_t + gamma V(s_{t+1}) - Q(s_t, a_t))``. The mean
+    over episodes has no bias if the ratios or the values are exact. With ``normalized_weights``, the estimate is the
+    weighted one, which has a bias.
 
     Args:
         weights: ``importance_weights``, or ``normalized_weights`` of them.

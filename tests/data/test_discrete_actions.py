@@ -129,12 +129,13 @@ REFUSED = [
     ),
     (
         {"actions": np.ones((8, 1)) / 2, "action_masks": MASKS},
-        "action_masks is given, but the actions are continuous; leave action_masks out.",
+        "action_masks is given, but the actions are continuous; if they are discrete, pass action_type='discrete'; "
+        "otherwise remove action_masks from the data.",
     ),
     (
         {"action_probabilities": np.array([0.5, 0, 1, 1.5, 1, 1, 1, 1])},
-        "action_probabilities has 2 rows (first: 1) that are no probability above 0 and at most 1; the recorded action "
-        "of a row had this probability, so it cannot be 0.",
+        "action_probabilities has 2 rows (first: 1) that are not above 0 or, for discrete actions, are above 1; give "
+        "the probability with which the recorded policy chose the action of the row.",
     ),
     (
         {"truncated": None, "action_masks": MASKS},

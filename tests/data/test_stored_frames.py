@@ -342,7 +342,10 @@ def test_without_one_of_the_next_fields(caplog, lacking):
     rows = from_arrays(**{name: values for name, values in fields.items() if name != lacking})
     assert same_states(rows.select("next").set("observation", rows["pixels"]).set(("next", "observation"),
                        rows["next", "pixels"]), as_vectors(steps(following=False)))  # fmt: skip
-    assert any("is not used: each next state is the state of the next row" in message for message in caplog.messages)
+    assert any(
+        "is not used, because the other next field is missing: each next state is the state of the next row" in message
+        for message in caplog.messages
+    )
     del fields["truncated"], fields[lacking]
     if lacking == "next_observations":
         return  # from_arrays refuses this before

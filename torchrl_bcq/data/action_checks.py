@@ -25,8 +25,8 @@ _OTHERS = {  # defects of masks and probabilities
     "next_action_masks": "next_action_masks allows no action in {} that do not end in a final state; correct them.",
     "action": "actions has {} with an action that action_masks does not allow; correct the actions or the masks.",
     "probability": (
-        "action_probabilities has {} that are no probability above 0 and at most 1; the recorded action of a row had "
-        "this probability, so it cannot be 0."
+        "action_probabilities has {} that are not above 0 or, for discrete actions, are above 1; give the probability "
+        "with which the recorded policy chose the action of the row."
     ),
 }
 
@@ -145,7 +145,10 @@ class ActionChecks:
                 continue
             mask: Any = fields[name]
             if not self.discrete:
-                raise DatasetError(f"{name} is given, but the actions are continuous; leave {name} out.")
+                raise DatasetError(
+                    f"{name} is given, but the actions are continuous; if they are discrete, {_setting('discrete')}; "
+                    f"otherwise remove {name} from the data."
+                )
             number = self._width if self._width > 1 else self.number
             if number not in (None, mask.shape[1]):
                 raise DatasetError(f"{name} has {mask.shape[1]} columns, but there are {number} discrete actions.")

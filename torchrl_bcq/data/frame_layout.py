@@ -64,7 +64,7 @@ def width_of(values: np.ndarray) -> Any:
 
 
 def paired(given: Mapping[str, Any], *, report: bool) -> Mapping[str, Any]:
-    """Leave out next observations, or next frames, of data that holds only one of these two beside frames.
+    """Drop ``next_observations`` or ``next_frames`` if data with ``frames`` holds only one of these two fields.
 
     Raises:
         DatasetError: if the rows then show no ends of episodes, or if ``next_frames`` are given without ``frames``.
@@ -79,5 +79,8 @@ def paired(given: Mapping[str, Any], *, report: bool) -> Mapping[str, Any]:
         (missing,) = {"next_observations", "next_frames"} - alone
         raise DatasetError(f"{name} is given, but {missing} and truncated are missing; give one of these two.")
     if report:
-        _logger.info("%s is not used: each next state is the state of the next row, as for the other field.", name)
+        _logger.info(
+            "%s is not used, because the other next field is missing: each next state is the state of the next row.",
+            name,
+        )
     return {field: values for field, values in given.items() if field != name}

@@ -30,10 +30,10 @@ _moved: Mapping[Any, dict[torch.device, Any]] = WeakIdKeyDictionary()
 class FrameStack(Tensor):
     """Read-only tensor ``[*B, k * C, H, W]`` that joins ``k`` stored frames for each row, oldest first.
 
-    The tensor keeps a reference to the frames and the numbers of the frames of each row. Choosing rows, moving to
-    another device and ``clone`` only choose, move and copy these numbers; the frames are shared. A move to another
-    device also moves the stored frames, or the frames of the chosen rows if these need less memory. All other
-    operations gather the frames of all rows in memory, and so return ordinary tensors.
+    The tensor keeps a reference to the frames and the numbers of the frames of each row. Choosing rows and
+    ``clone`` choose or copy only these numbers; the frames are shared. A move to another device moves the stored frames
+    once. If the chosen rows need at most half as many frames as are stored, the move copies only their frames and
+    returns an ordinary tensor. Almost all other operations copy the frames of all rows and return ordinary tensors.
 
     Args:
         frames: stored frames, ``[F, C, H, W]``, in memory or memory-mapped.

@@ -21,7 +21,7 @@ ACTIONS, PROBABILITIES = "policy_action", "policy_probability"
 def add_policy_actions(
     transitions: TensorDictBase, policy: TensorDictModuleBase, action_spec: TensorSpec, **settings: Any
 ) -> TensorDictBase:
-    """Return the transitions with the policy's choices in the next states, as ``FQELoss`` and ``DiscreteFQELoss`` read.
+    """Add the policy's actions or probabilities in the next states, which ``FQELoss`` and ``DiscreteFQELoss`` read.
 
     Args:
         transitions: dataset of batch size ``[N]``. Its entries are not copied.
@@ -58,13 +58,13 @@ def policy_actions(
     seed: int = 0,
     progress_bar: bool | None = None,
 ) -> Tensor:
-    """Return what a policy does in each state: its actions ``[N, n, A]``, or its probabilities ``[N, K]``.
+    """Return a policy's actions in each state, ``[N, n, A]``, or for discrete actions its probabilities, ``[N, K]``.
 
     A discrete policy with a method ``get_dist``, such as ``ProbabilisticActor``, gives its exact probabilities. For
     other discrete policies, they are the frequencies of ``num_samples`` actions.
 
     Args:
-        policy: any TensorDict policy. It acts in evaluation mode, in TorchRL's present exploration type.
+        policy: any TensorDict policy. It acts in evaluation mode and under TorchRL's current exploration type.
         states: observations that the policy reads, ``[N]``.
         action_spec: spec of one action.
         num_samples: number of actions in each state; 1 is enough for a deterministic policy.
@@ -121,7 +121,7 @@ def _choices(policy: Any, states: TensorDictBase, action_spec: TensorSpec, num_s
 def _check(given: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
     if given.shape != shape:
         raise ValueError(
-            f"the policy gives {what} of shape {tuple(given.shape)}, expected {shape}: those of one action in "
-            "action_spec for each state."
+            f"the policy gives {what} of shape {tuple(given.shape)}, expected {shape}, as "
+            "action_spec says; pass the spec of one action of this policy."
         )
     return given

@@ -88,7 +88,8 @@ class DiscreteBCQPolicy(_DiscretePolicy):
     Raises:
         TypeError: if the network lacks a member of ``DiscreteNetwork``.
         ValueError: if a setting is out of range, or the action space is not known. A call of the policy also raises
-            this error if an observation and the networks have different dtypes, or a mask does not fit.
+            this error if an observation and the networks have different dtypes, or a mask has a wrong shape or dtype
+            or, on the CPU, allows no action.
 
     Example:
         >>> from torchrl.envs import GymEnv

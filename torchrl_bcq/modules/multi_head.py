@@ -17,8 +17,8 @@ class MultiHeadNetwork(TensorDictModuleBase):
     """Network with one output ``[*B, K]`` per head, such as the values and the logits of ``K`` discrete actions.
 
     Args:
-        heads: network of each output, by the key of the output's entry. A head gets the observations, or the trunk's
-            output.
+        heads: network of each output, by the key of the output's entry, in the order that the loss expects: for BCQ,
+            first the values, then the logits. A head gets the observations, or the trunk's output.
         action_space: spec of one action, or ``"categorical"`` or ``"one-hot"``; losses and policies read it.
         trunk: network ``(*observations) -> features`` that all heads share; None means that the heads share nothing.
         observation_keys: observation entries that the network reads, in this order.
@@ -72,7 +72,7 @@ class MultiHeadNetwork(TensorDictModuleBase):
         return self._write(tensordict, len(self.heads))
 
     def first(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the first output alone, ``[*B, K]``: the values, which are all that a target network is used for."""
+        """Write only the first output, ``[*B, K]``. The target of ``DiscreteBCQLoss`` needs no other."""
         return self._write(tensordict, 1)
 
     def _write(self, tensordict: TensorDictBase, number: int) -> TensorDictBase:

@@ -97,7 +97,8 @@ class Normalization:
     ) -> Normalization:
         """Fit the scaling: compute mean and population standard deviation of all rows, in float64, in one pass.
 
-        The scale is 1 for a column that is constant or varies only by rounding errors.
+        The scale is 1 for a column that is constant or varies only by rounding errors, and 255 for a constant channel
+        of frames.
 
         Args:
             transitions: dataset with the batch size ``[N]``; it may be memory-mapped and larger than memory.
@@ -105,7 +106,7 @@ class Normalization:
                 of ``torch.uint8``, whose channels are scaled. If there are more than 10,000 rows, the mean and the
                 standard deviation of the frames are those of 10,000 rows, spread evenly.
             reward_key: entry of the reward, ``[N, 1]``.
-            scale_observations: if False, observations get the location 0 and the scale 1.
+            scale_observations: if False, vectors get the location 0 and the scale 1, and frames are divided by 255.
             scale_rewards: if False, ``reward_scale`` is 1.
 
         Raises:
@@ -241,7 +242,7 @@ def _check_entries(transitions: TensorDictBase, keys: Sequence[NestedKey]) -> No
         if entry.ndim != 2 or not entry.dtype.is_floating_point:
             raise ValueError(
                 f"{key!r} has shape {(len(transitions), *entry.shape[1:])} and dtype {entry.dtype}, expected floats "
-                "[N, D]; scale images inside the image encoder."
+                "[N, D], or for an observation frames [N, C, H, W] of torch.uint8; scale other images in your network."
             )
 
 

@@ -26,8 +26,8 @@ class DiscreteBCQLoss(DiscreteLoss, ValueLoss):
     ``qvalue_loss`` is the sum of three terms, which ``forward`` returns one by one.
 
     Args:
-        qvalue_network: network with two outputs ``[*B, K]``, ``action_value`` and ``imitation_logits``: that of
-            ``make_discrete_bcq_modules``, or any ``DiscreteNetwork``.
+        qvalue_network: network with two outputs ``[*B, K]``: first the values, then the logits of the behaviour policy.
+            Pass the network of ``make_discrete_bcq_modules``, or any ``DiscreteNetwork``.
         action_space: ``"categorical"`` for indices ``[*B]`` or ``[*B, 1]``, ``"one-hot"`` for vectors ``[*B, K]``, or
             the spec of one action, such as ``env.action_spec``. By default, ``qvalue_network.action_space``.
         unlikely_action_threshold: the next action must have ``p(a|s) / max_b p(b|s)`` above this number. 0 allows each

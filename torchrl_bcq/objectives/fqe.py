@@ -62,10 +62,15 @@ class FQELoss(_PolicyValueLoss):
 
     Reads: observations and the action. Under ``"next"``, the loss reads the observations, the policy's actions, and
     ``reward``, ``done`` and ``terminated`` of shape ``[*B, 1]``. The target does not bootstrap if ``terminated`` is
-    True. Set the discount factor with ``loss.make_value_estimator(gamma=0.99)``; for finite episodes, it may be 1.
+    True. If the batch has ``steps_to_next_obs [*B, 1]``, the loss also reads this entry (see ``ValueLoss``). Writes the
+    largest absolute TD error over critics to the input tensordict, as the priority ``td_error [*B]``. Set the discount
+    factor with ``loss.make_value_estimator(gamma=0.99)``; for finite episodes, it may be 1.
 
-    Returns: ``loss_qvalue``, summed over critics, and the detached metadata ``td_error``, ``pred_value`` and
-    ``target_value``, each ``[*B, C]``.
+    Returns: ``loss_qvalue``, summed over critics, and the detached metadata ``td_error [*B, C]``, ``pred_value [*B,
+    C]`` and ``target_value [*B, C]`` (``[*B]`` for a single critic).
+
+    To estimate the value of the policy, average ``loss.state_values(states)`` over initial states that hold the
+    policy's actions, the result of ``policy_actions``.
 
     Raises:
         TypeError: at construction, if the network lacks a member of ``CriticEnsemble``.
@@ -122,7 +127,7 @@ class FQELoss(_PolicyValueLoss):
 
 
 class DiscreteFQELoss(DiscreteLoss, _PolicyValueLoss):
-    """Loss of fitted Q evaluation for discrete actions; each critic values all ``K`` actions of a state.
+    """Loss of fitted Q evaluation for discrete actions; each critic computes the values of all ``K`` actions.
 
     The batch holds the policy's probabilities of all actions in the next states, which ``add_policy_actions`` writes
     once for the whole dataset. The value of a state is the expectation over the actions.
@@ -133,7 +138,9 @@ class DiscreteFQELoss(DiscreteLoss, _PolicyValueLoss):
         policy_probability_key: entry of the policy's probabilities in a state, ``[*B, K]``.
         delay_qvalue, loss_function, reduction, deactivate_vmap, use_prioritized_weights: as in ``FQELoss``.
 
-    Reads and returns: the same as ``FQELoss``, but probabilities instead of actions of the policy.
+    Reads and returns: the same as ``FQELoss``, but the policy's probabilities instead of its actions. If the network
+    has an ``action_mask_key``, the batch must hold the masks of both states. The loss does not apply these masks: the
+    policy's probability of an action that is not available must be 0.
 
     Raises:
         TypeError, ValueError: in the same cases as ``FQELoss``, or if the action space is not known.
