@@ -178,7 +178,9 @@ def test_merge_moments_keeps_small_deviations_from_a_large_mean():
 
 def test_importance_weights_by_hand():
     ratio = torch.tensor([[2.0, 0.5, 3.0], [1.0, 0.0, 4.0]])
-    weights = F.importance_weights(ratio)
+    exact = F.importance_weights(ratio)
+    assert exact.dtype == torch.float64
+    weights = exact.float()
     torch.testing.assert_close(weights, torch.tensor([[2.0, 1.0, 3.0], [1.0, 0.0, 0.0]]))
     normalized = F.normalized_weights(weights)
     torch.testing.assert_close(normalized, torch.tensor([[4 / 3, 2.0, 2.0], [2 / 3, 0.0, 0.0]]))
@@ -221,3 +223,12 @@ def test_estimates_have_no_bias():
         found = F.doubly_robust_values(weights, reward, qvalue, state_value, next_value, gamma)
         torch.testing.assert_close((occurs * found).sum(), exact)
     torch.testing.assert_close(found, exact.expand(4))  # with exact values, each episode gives the exact value
+
+
+def test_weights_of_long_episodes_are_finite():
+    """A thousand steps with the ratio 1.2: the weight is 1.2 ** 1000, about 1e79, which float32 cannot hold."""
+    weights = F.importance_weights(torch.full((2, 1000), 1.2))
+    assert weights[0, -1].log10().item() == pytest.approx(1000 * math.log10(1.2), rel=1e-6)
+    assert F.effective_sample_size(weights[:, -1]).item() == pytest.approx(2)
+    assert F.effective_sample_size(torch.full((3,), 3e20)).item() == pytest.approx(3)
+    torch.testing.assert_close(F.normalized_weights(weights), torch.ones_like(weights))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchrl.data import Binary, Categorical, Composite, MultiOneHot, OneHot, TensorSpec
+from torchrl.data import Binary, Categorical, Composite, MultiCategorical, MultiOneHot, OneHot, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class DiscreteActions:
             )
         spec: Any = action_space
         is_one_hot = isinstance(spec, OneHot) and not isinstance(spec, MultiOneHot)
-        is_index = isinstance(spec, Categorical) and not isinstance(spec, Binary)
+        is_index = isinstance(spec, Categorical) and not isinstance(spec, (Binary, MultiCategorical))
         if not is_one_hot and not is_index:
             found = repr(spec) if spec is None or isinstance(spec, str) else f"a {type(spec).__name__}"
             raise ValueError(
@@ -83,7 +83,7 @@ class DiscreteActions:
             if can_check(action) and not bool(((action != 0).sum(-1) == 1).all()):
                 row = ((action != 0).sum(-1) != 1).nonzero()[0].tolist()
                 raise ValueError(f"the action at {row} is no one-hot vector; it must have exactly one 1.")
-            return action.to(torch.int64).argmax(-1, keepdim=True)
+            return (action != 0).to(torch.int64).argmax(-1, keepdim=True)
         if action.dtype.is_floating_point or action.dtype == torch.bool:
             raise ValueError(
                 f"the action has dtype {action.dtype}, expected indices, which are whole numbers; cast the actions, or "
@@ -95,6 +95,11 @@ class DiscreteActions:
                 raise ValueError(
                     f"the actions are {low} to {high}, expected 0 to {number - 1}: the networks have {number} actions."
                 )
+        if action.shape not in (batch, (*batch, 1)):
+            raise ValueError(
+                f"the action has shape {tuple(action.shape)}, expected indices {tuple(batch)} or {(*batch, 1)}; for "
+                "one-hot vectors, use action_space='one-hot' or a OneHot spec."
+            )
         return action.reshape((*batch, 1)).long()
 
     def from_index(self, index: Tensor, number: int) -> Tensor:

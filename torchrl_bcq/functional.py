@@ -118,8 +118,11 @@ def discounted_sum(rewards: Tensor, gamma: float) -> Tensor:
 
 
 def importance_weights(ratio: Tensor) -> Tensor:
-    """Return the products of the ratios ``pi(a|s) / b(a|s)`` of all steps up to each step. ``[E, T] -> [E, T]``."""
-    return ratio.log().cumsum(-1).exp()
+    """Return the products of the ratios ``pi(a|s) / b(a|s)`` of all steps up to each step. ``[E, T] -> [E, T]``.
+
+    The result has the dtype float64: in float32, the products of a few hundred steps overflow.
+    """
+    return ratio.double().log().cumsum(-1).exp()
 
 
 def normalized_weights(weights: Tensor) -> Tensor:
@@ -167,8 +170,8 @@ def doubly_robust_values(
 
 def effective_sample_size(weights: Tensor) -> Tensor:
     """Return ``(sum w)^2 / sum w^2``: the number of equally weighted episodes with the same variance. ``[E] -> []``."""
-    square = weights.square().sum()
-    return torch.where(square > 0, weights.sum().square() / torch.where(square > 0, square, 1.0), 0.0)
+    weights = weights / weights.amax().clamp_min(torch.finfo(weights.dtype).tiny)  # the squares could overflow
+    return weights.sum().square() / weights.square().sum().clamp_min(torch.finfo(weights.dtype).tiny)
 
 
 def merge_moments(

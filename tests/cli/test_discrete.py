@@ -12,8 +12,9 @@ import pytest
 import torch
 import yaml
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
+from torchrl.envs import GymWrapper, SerialEnv, TransformedEnv, UnaryTransform
 
-from torchrl_bcq import load_hdf5, load_policy
+from torchrl_bcq import from_rollouts, load_hdf5, load_policy
 from torchrl_bcq.__main__ import main
 from torchrl_bcq.evaluation.environments import make_env, make_envs
 from torchrl_bcq.evaluation.rollouts import evaluate
@@ -182,7 +183,7 @@ def test_the_algorithm_must_fit_the_actions(recorded, capsys, file):
     found = error_of(capsys, discrete, "algorithm=cloning")
     assert f"environment Lights-v0: {message}choose another environment with evaluation.env=ID." in found
     found = error_of(capsys, discrete, "algorithm=cloning", "evaluation.env=null")
-    assert f"Lights-v0.hdf5: {message}set reader.action_type=continuous if the actions are continuous." in found
+    assert f"dataset's spec: {message}set reader.action_type=continuous if the actions are continuous." in found
     for env in ("auto", "null"):
         found = error_of(capsys, f"dataset={file}", "algorithm=discrete_bcq", f"evaluation.env={env}")
         assert (
@@ -194,7 +195,10 @@ def test_the_algorithm_must_fit_the_actions(recorded, capsys, file):
 
 
 def test_the_number_of_actions(recorded, tmp_path, capsys):
-    discrete = [f"dataset={recorded('Lights-v0')}", *SMALL, "steps=5", "log_interval=5"]
+    path = recorded("Lights-v0")
+    with h5py.File(path, "a") as recording:
+        del recording.attrs["n_actions"]  # as other programs write files
+    discrete = [f"dataset={path}", *SMALL, "steps=5", "log_interval=5"]
     discrete += ["evaluation.interval=5", "checkpoint.interval=5"]
     assert "Lights-v0 has 3 discrete actions, but the dataset has 4 discrete actions" in error_of(
         capsys, *discrete, "n_actions=4"
@@ -312,3 +316,56 @@ def test_probabilities_travel_along(tmp_path):
     tiny = ["steps=5", "log_interval=5", "evaluation.interval=5", "checkpoint.interval=5", "batch_size=4"]
     assert main(["train", f"dataset={path}", *tiny, f"out={tmp_path / 'run'}", f"root={tmp_path / 'copies'}"]) == 0
     assert load_hdf5(path, root=tmp_path / "copies")["action_probability"].tolist() == [0.25] * 20
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_a_copy_of_rollouts(tmp_path, capsys, one_hot):
+    """Of one-hot actions, also an action that never occurs counts; agreement compares each row with itself."""
+    env = make_env("Lights-v0")
+    data = from_rollouts(env.rollout(60, break_when_any_done=False))
+    index = data["action"].clone() % 2
+    data["action"] = torch.nn.functional.one_hot(index, 3) if one_hot else index.unsqueeze(-1)
+    data.memmap(tmp_path / "copy")
+    words = [f"dataset={tmp_path / 'copy'}", *SMALL, "evaluation.env=null", f"out={tmp_path / 'run'}"]
+    assert main(["train", *words]) == 0
+    assert f"number of actions: {3 if one_hot else 2} " in (tmp_path / "run" / "train.log").read_text()
+    policy = load_policy(tmp_path / "run", "last")
+    agreement = (torch.from_numpy(policy.act(data["observation"].numpy())) == index).float().mean().item()
+    assert scalars(tmp_path / "run", "action_agreement")[-1] == pytest.approx(agreement)
+    assert "2 columns" not in capsys.readouterr().err
+    if one_hot:
+        assert main(["train", *words[:-1], "n_actions=4", f"out={tmp_path / 'other'}"]) == 1
+        assert "actions has 3 columns, but there are 4 discrete actions." in capsys.readouterr().err
+
+
+def test_recorded_files_hold_the_number_of_actions(recorded):
+    with h5py.File(recorded("Lights-v0", 12)) as file:
+        assert file.attrs["n_actions"] == 3
+
+
+def test_an_environment_with_masks_that_the_dataset_lacks(recorded, caplog, monkeypatch):
+    monkeypatch.setattr(MaskedLights, "step", Lights.step)  # without the check of the action
+    monkeypatch.setattr(
+        MaskedLights, "_observe", lambda self: {"light": Lights._observe(self), "action_mask": np.ones(3, np.int8)}
+    )
+    words = [f"dataset={recorded('Lights-v0')}", *SMALL, "steps=10", "out=run", "evaluation.env=MaskedLights-v0"]
+    assert main(["train", *words, "evaluation.observation=[light]"]) == 0
+    assert "has masks of the available actions, but the dataset has none" in caplog.text
+
+
+@pytest.mark.parametrize("number", ["-1", "0", "1"])
+def test_odd_numbers_of_actions(recorded, capsys, number):
+    assert main(["describe", str(recorded("Lights-v0", 12)), "--n-actions", number]) == 1
+    assert f"--n-actions is {number}, expected at least 2." in capsys.readouterr().err
+
+
+def test_the_random_policy_takes_available_actions_of_one_hot_environments():
+    """MaskedLights asserts that no masked action is taken."""
+    keys = ["action_mask"], ["action_mask"]
+    for categorical in (False, True):
+
+        def make(categorical=categorical):
+            env = GymWrapper(gymnasium.make("MaskedLights-v0"), categorical_action_encoding=categorical)
+            return TransformedEnv(env, UnaryTransform(*keys, fn=lambda mask: mask != 0))
+
+        assert evaluate(SerialEnv(3, make), None)["length"].tolist() == [LENGTH] * 3

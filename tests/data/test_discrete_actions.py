@@ -9,7 +9,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 from minari.data_collector import EpisodeBuffer
-from torchrl.data import Bounded, Categorical, OneHot
+from torchrl.data import Bounded, Categorical, MultiCategorical, OneHot
 
 from torchrl_bcq import DatasetError, from_arrays, load_hdf5, load_minari, load_npz, load_transitions
 
@@ -216,3 +216,47 @@ def test_joined_files_have_the_same_kind_of_actions(tmp_path):
     assert load_transitions([one, write_arrays(tmp_path / "copy.npz", steps())])["action"].tolist() == [*CHOICES] * 2
     with pytest.raises(DatasetError, match=r"two.npz: its actions are continuous, but discrete in the sources before"):
         load_transitions([one, two])
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"action_masks": MASKS},
+            r"it holds \['action_masks'\], but .*a.npz holds \[\]",
+        ),
+        ({"action_probabilities": np.full(8, 0.5)}, r"it holds \['action_probabilities'\], but .*a.npz holds \[\]"),
+    ],
+)
+def test_joined_files_have_the_same_fields(tmp_path, changes, message, first):
+    files = [{}, changes][:: -1 if first else 1]
+    names = {"truncated": "timeouts", "terminated": "terminals"}
+    paths = []
+    for name, more in zip("ab", files, strict=True):
+        fields = {names.get(key, key): value for key, value in steps(**more).items()}
+        paths.append(str(write_arrays(tmp_path / f"{name}.npz", fields)))
+    with pytest.raises(DatasetError, match="holds .*all sources need the same fields" if first else message):
+        load_transitions(paths)
+
+
+def test_masks_of_joined_files_have_the_same_width(tmp_path):
+    paths = []
+    for name, width in (("a", 3), ("b", 4)):
+        fields = steps(action_masks=np.ones((8, width), bool))
+        fields |= {"timeouts": fields.pop("truncated"), "terminals": fields.pop("terminated")}
+        paths.append(str(write_arrays(tmp_path / f"{name}.npz", fields)))
+    with pytest.raises(DatasetError, match="action_masks"):
+        load_transitions(paths)
+
+
+def test_masks_of_next_states_alone_are_refused():
+    assert (
+        refusal(next_action_masks=MASKS) == "next_action_masks is given without action_masks; also give action_masks."
+    )
+
+
+def test_a_spec_of_several_choices_is_refused(tmp_path):
+    path = write_arrays(tmp_path / "a.npz", steps())
+    with pytest.raises(ValueError, match="MultiCategorical"):
+        load_npz(path, action_spec=MultiCategorical((3, 2)))

@@ -110,3 +110,17 @@ def test_wrong_probabilities_and_numbers():
         policy_actions(policy, states(), Categorical(4))
     with pytest.raises(ValueError, match="num_samples is 0, expected at least 1"):
         policy_actions(policy, states(), Categorical(3), num_samples=0)
+
+
+def test_a_policy_with_its_own_action_key():
+    specs = Unbounded((3,)), Categorical(3)
+    (network,) = make_discrete_bcq_modules(*specs, hidden=(8,), action_key=("agent", "choice"))
+    found = policy_actions(DiscreteBCQPolicy(network), states(), specs[1])
+    index = DiscreteBCQPolicy(network)(states())["agent", "choice"]
+    assert torch.equal(found.argmax(-1), index)
+
+
+def test_one_hot_actions_where_indices_are_expected():
+    policy = policy_of(lambda observation: torch.eye(3, dtype=torch.int64)[observation[:, 0].long() % 3])
+    with pytest.raises(ValueError, match=r"shape \(10, 3\), expected indices \(10,\) or \(10, 1\); for one-hot"):
+        policy_actions(policy, states(), Categorical(3))

@@ -315,3 +315,11 @@ def test_collectors_receive_new_weights(one_hot):
     collector.shutdown()
     assert found[0] == {0}
     assert found[2] == {1}
+
+
+def test_masks_move_to_the_device_of_the_networks():
+    spec = Composite(observation=Unbounded((1,)), free=Binary(3, dtype=torch.bool))
+    (network,) = make_discrete_bcq_modules(spec, Categorical(3), hidden=(8,), action_mask_key="free")
+    policy = DiscreteBCQPolicy(network.to("meta"))
+    states = policy._to_states({"observation": [0.0], "free": [1, 0, 1]})
+    assert {value.device.type for value in states.values()} == {"meta"}

@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
-from torchrl.data import Bounded, Categorical, Unbounded
+from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
 from torchrl.objectives import SoftUpdate
 
 from torchrl_bcq import DiscreteFQELoss, FQELoss, MultiHeadNetwork, QEnsemble, make_fqe_modules
@@ -208,3 +208,19 @@ def test_actions_without_samples_are_refused(make_batch):
     batch["next", "policy_action"] = batch["action"]
     with pytest.raises(ValueError, match=r"'policy_action' has shape \(5, 2\), expected \(5, 'n', 'A'\)"):
         loss(batch)
+
+
+def test_n_step_targets_of_several_critics():
+    """Two steps to the next state: 1 + 0.25 * 7, and 1 + 0.25 * 3."""
+    heads = {"q0": table([[1.0, 2.0], [4.0, 8.0]]), "q1": table([[3.0, 5.0], [0.0, 4.0]])}
+    loss = DiscreteFQELoss(MultiHeadNetwork(heads, Categorical(2)), delay_qvalue=False)
+    loss.make_value_estimator(gamma=0.5)
+    batch = discrete_batch().set("steps_to_next_obs", torch.full((2, 1), 2))
+    assert loss(batch)["target_value"].tolist() == [[2.75, 1.75], [2, 2]]
+
+
+def test_masks_are_not_read():
+    spec = Composite(observation=Unbounded((2,)), action_mask=Binary(2, dtype=torch.bool))
+    loss = DiscreteFQELoss(*make_fqe_modules(spec, Categorical(2), hidden=(8,)), delay_qvalue=False)
+    assert not any("mask" in str(key) for key in loss.in_keys)
+    assert loss(discrete_batch())["loss_qvalue"].isfinite()

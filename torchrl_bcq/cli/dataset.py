@@ -14,6 +14,7 @@ from torchrl_bcq.data import DatasetError, load_transitions
 from torchrl_bcq.data.action_checks import number_of
 from torchrl_bcq.data.origins import Origins
 from torchrl_bcq.data.registry import find_source
+from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation.environments import make_env
 from torchrl_bcq.reports.description import describe
 
@@ -123,6 +124,8 @@ def _action_spec(args: argparse.Namespace, settings: dict[str, Any]) -> TensorSp
     elif (source := find_source(args.source, **settings)) is not None:
         specs["dataset's spec"] = source.action_spec
     if args.n_actions is not None:
+        if args.n_actions < 2:
+            raise RunError(f"--n-actions is {args.n_actions}, expected at least 2.")
         specs = {"--n-actions": Categorical(args.n_actions), **specs}
     discrete = next((spec for spec in specs.values() if spec is not None and number_of(spec)), None)
     if discrete is not None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from torchrl_bcq.cli.environment import REMEDY, add_options, choose_environment
+from torchrl_bcq.data.action_checks import number_of
 from torchrl_bcq.data.episodes import episode_returns
 from torchrl_bcq.data.sources.dict_spaces import check_entries
 from torchrl_bcq.data.writers import check_out, write_hdf5, write_minari
@@ -87,7 +88,7 @@ def _run(args: argparse.Namespace) -> None:
     if out.startswith("minari:"):
         write_minari(out[7:], transitions, env, algorithm=algorithm, overwrite=args.overwrite)
     else:
-        write_hdf5(out, transitions, env, overwrite=args.overwrite)
+        write_hdf5(out, transitions, env, n_actions=number_of(made.action_spec), overwrite=args.overwrite)
     returns = episode_returns(transitions)
     rows, episodes, mean = len(transitions), len(returns), returns.mean().item()
     print(f"{out}: {rows:,} steps of {env} in {episodes:,} episodes, mean return {mean:.1f}")

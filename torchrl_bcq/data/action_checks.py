@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from tensordict import TensorDict
-from torchrl.data import Binary, Categorical, MultiOneHot, OneHot, TensorSpec
+from torchrl.data import Binary, Categorical, MultiCategorical, MultiOneHot, OneHot, TensorSpec
 
 from torchrl_bcq.actions import DiscreteActions
 from torchrl_bcq.bounds import action_box
@@ -99,7 +99,7 @@ class ActionChecks:
         self._rows += len(actions)
         self._finite = self._finite and bool(finite.all())
         if self._whole:
-            self._whole = bool((actions == actions.round()).all())
+            self._whole = bool((actions == actions.round())[finite].all())
         if self._bounds is not None:
             self._check_bounds(actions, finite, start)
         elif self.discrete:
@@ -255,7 +255,9 @@ class ActionChecks:
 
 def number_of(spec: TensorSpec) -> int | None:
     """Return the number of discrete actions of a spec, or None if the spec is not discrete."""
-    is_discrete = isinstance(spec, (Categorical, OneHot)) and not isinstance(spec, (Binary, MultiOneHot))
+    is_discrete = isinstance(spec, (Categorical, OneHot)) and not isinstance(
+        spec, (Binary, MultiCategorical, MultiOneHot)
+    )
     return DiscreteActions.of(spec).number if is_discrete else None
 
 

@@ -71,6 +71,8 @@ def paired(given: Mapping[str, Any], *, report: bool) -> Mapping[str, Any]:
     """
     if "next_frames" in given and "frames" not in given:
         raise DatasetError("next_frames is given without frames; also give frames.")
+    if "next_action_masks" in given and "action_masks" not in given:
+        raise DatasetError("next_action_masks is given without action_masks; also give action_masks.")
     alone = given.keys() & {"next_observations", "next_frames"}
     if "frames" not in given or len(alone) != 1:
         return given

@@ -155,7 +155,8 @@ _READ_ONLY = (
 
 
 def gather_frames(batch: TensorDictBase) -> TensorDictBase:
-    """Replace each ``FrameStack`` of a batch by an ordinary tensor, in place; return the batch."""
+    """Return the batch with an ordinary tensor in place of each ``FrameStack``."""
+    batch = batch.copy()  # buffer[:] passes the TensorDict of the storage itself
     for key, value in list(batch.items(True, True)):
         if isinstance(value, FrameStack):
             batch.set(key, value.gathered())

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 
 def write_hdf5(
-    path: str | Path, transitions: TensorDictBase, env: str | Environment, *, overwrite: bool = False
+    path: str | Path,
+    transitions: TensorDictBase,
+    env: str | Environment,
+    *,
+    n_actions: int | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write transitions to an HDF5 file in D4RL's layout; if this fails, no partial file is left.
 
@@ -33,6 +38,7 @@ def write_hdf5(
         env: environment for evaluation, or its Gymnasium id. The file stores the id, the arguments (as JSON) and the
             time limit in its attributes ``env_id``, ``env_kwargs`` and ``max_episode_steps``, and the entries of a Dict
             observation (as JSON) in ``observation_entries``.
+        n_actions: number of discrete actions, which the file stores in its attribute ``n_actions``.
         overwrite: whether to replace an existing file.
 
     Raises:
@@ -61,6 +67,8 @@ def write_hdf5(
         for name, values in fields.items():
             file.create_dataset(name, data=values.cpu().numpy(), compression="gzip", shuffle=True)
         file.attrs["env_id"] = env.id
+        if n_actions is not None:
+            file.attrs["n_actions"] = n_actions
         if env.kwargs:
             file.attrs["env_kwargs"] = json.dumps(env.kwargs)
         if env.max_episode_steps is not None:

@@ -218,7 +218,11 @@ def check_fits(
         found = [f"frames of shape {shape}" if shape else "no frames" for shape in (frames, pixels)]
         raise RunError(f"{env} has {found[0]} beside its vectors, but {whose} has {found[1]}; {remedy}.")
     check_steps(made, env, remedy)
-    if has_mask and MASK not in made.observation_spec.keys():
+    masked = MASK in made.observation_spec.keys()
+    if masked and not has_mask:
+        message = "%s has masks of the available actions, but %s has none: the policy may choose other actions, too"
+        _logger.warning(message, env, whose)
+    if has_mask and not masked:
         raise RunError(f"{whose} has masks of the available actions, but {env} has no entry {MASK}; {remedy}.")
     sizes = [None if spec is None else _size(spec) for spec in (made.action_spec, action_spec)]
     if sizes[1] is not None and sizes[0] != sizes[1]:

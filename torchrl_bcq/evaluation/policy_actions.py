@@ -60,8 +60,9 @@ def policy_actions(
 ) -> Tensor:
     """Return a policy's actions in each state, ``[N, n, A]``, or for discrete actions its probabilities, ``[N, K]``.
 
-    A discrete policy with a method ``get_dist``, such as ``ProbabilisticActor``, gives its exact probabilities. For
-    other discrete policies, they are the frequencies of ``num_samples`` actions.
+    A discrete policy with a method ``get_dist``, such as ``ProbabilisticActor``, gives its exact probabilities, which
+    are those of its random actions in any exploration type. For other discrete policies, they are the frequencies of
+    ``num_samples`` actions.
 
     Args:
         policy: any TensorDict policy. It acts in evaluation mode and under TorchRL's current exploration type.
@@ -107,7 +108,8 @@ def _choices(policy: Any, states: TensorDictBase, action_spec: TensorSpec, num_s
     number = number_of(action_spec)
     if number is not None and hasattr(policy, "get_dist"):
         return _check(policy.get_dist(states.copy()).probs, (len(states), number), "probabilities")
-    drawn = [policy(states.copy())["action"] for _ in range(num_samples)]
+    key = getattr(policy, "action_key", "action")
+    drawn = [policy(states.copy()).get(key) for _ in range(num_samples)]
     if number is None:
         return torch.stack([_check(action, (len(states), *action_spec.shape), "actions") for action in drawn], 1)
     kind = DiscreteActions.of(action_spec)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import step_mdp
 
+from torchrl_bcq.actions import DiscreteActions
 from torchrl_bcq.data.sources.dict_spaces import MASK
 from torchrl_bcq.functional import discounted_sum
 
@@ -66,7 +67,12 @@ def evaluate(
             raise _BrokenOff
 
     if policy is None and MASK in envs.observation_spec.keys():
-        policy = TensorDictModule(lambda mask: torch.rand(mask.shape).mul(mask).argmax(-1), [MASK], ["action"])
+        actions = DiscreteActions.of(envs.action_spec_unbatched)
+
+        def choose(mask: Tensor) -> Tensor:
+            return actions.from_index(torch.rand(mask.shape, device=mask.device).mul(mask).argmax(-1), mask.shape[-1])
+
+        policy = TensorDictModule(choose, [MASK], ["action"])
     with own_random_state(seed, envs.device), in_eval_mode(policy), torch.no_grad():
         envs.set_seed(seed)
         limit = _STEPS if time_limit is None or value is not None else time_limit

@@ -68,7 +68,9 @@ class Policy(TensorDictModuleBase):
         specs = self.observation_specs or {}
         found = {key: _find(given, key) for key in self.in_keys}
         entries = {
-            key: _to_mask(key, value) if key == self.mask_key else _to_tensor(key, value, specs.get(key), like)
+            key: _to_mask(key, value).to(like.device)
+            if key == self.mask_key
+            else _to_tensor(key, value, specs.get(key), like)
             for key, value in found.items()
         }
         batches = {key: _batch_of(key, value, specs.get(key), self.stack) for key, value in entries.items()}

@@ -101,6 +101,8 @@ class DiscreteLoss(OfflineLoss):
 
     def compare_actions(self, action: Tensor, recorded: Tensor) -> Tensor:
         """Return 1 where an action equals the recorded action, else 0. ``[*B, ...], [*B, ...] -> [*B, ...]``."""
+        if not self.actions.one_hot:  # [*B] or [*B, 1]; never broadcast one against the other
+            action = action.reshape(recorded.shape)
         is_equal = action == recorded
         return (is_equal.all(-1) if self.actions.one_hot else is_equal).to(self._like.dtype)
 

@@ -138,9 +138,8 @@ class DiscreteFQELoss(DiscreteLoss, _PolicyValueLoss):
         policy_probability_key: entry of the policy's probabilities in a state, ``[*B, K]``.
         delay_qvalue, loss_function, reduction, deactivate_vmap, use_prioritized_weights: as in ``FQELoss``.
 
-    Reads and returns: the same as ``FQELoss``, but the policy's probabilities instead of its actions. If the network
-    has an ``action_mask_key``, the batch must hold the masks of both states. The loss does not apply these masks: the
-    policy's probability of an action that is not available must be 0.
+    Reads and returns: the same as ``FQELoss``, but the policy's probabilities instead of its actions. Masks are
+    not read: the policy's probability of an action that is not available must be 0.
 
     Raises:
         TypeError, ValueError: in the same cases as ``FQELoss``, or if the action space is not known.
@@ -202,3 +201,6 @@ class DiscreteFQELoss(DiscreteLoss, _PolicyValueLoss):
                 f"{(*states.shape, scores.shape[-1])}: one probability for each action."
             )
         return (scores * probability.unsqueeze(-2)).sum(-1)
+
+    def _other_state_keys(self) -> list[NestedKey]:
+        return []  # no mask

@@ -79,7 +79,8 @@ class ValueLoss(OfflineLoss):
         """Compute the target from the values of the next states, with the value estimator. ``[*B, C] -> [*B, C]``."""
         if (critics := next_value.shape[-1]) > 1:  # TorchRL's estimators need rewards and flags of the same shape
             batch = batch.copy()
-            for key in self._outcome_keys:
+            steps = self.tensor_keys.steps_to_next_obs
+            for key in [*self._outcome_keys, *([steps] if steps in batch.keys(True) else [])]:
                 batch.set(key, batch.get(key).expand(*batch.shape, critics))
         if not isinstance(self.value_estimator, TD0Estimator):
             check_time_dimension(batch)

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
 from torchrl.data import Bounded, Categorical, TensorSpec, Unbounded
 
+from torchrl_bcq.actions import DiscreteActions
 from torchrl_bcq.data import DatasetError, load_transitions, stack_observations
 from torchrl_bcq.data.action_checks import number_of
 from torchrl_bcq.data.frames import stack_in_folder
@@ -22,6 +23,7 @@ from torchrl_bcq.runs.overrides import check_reader, set_value
 
 Specs = Mapping[str, TensorSpec | None]  # action specs by the names of their sources; the first has priority
 _KINDS = ("continuous", "discrete")
+_ONE_HOT = DiscreteActions.of("one-hot")
 _logger = logging.getLogger(__name__)
 
 
@@ -92,7 +94,12 @@ def _read_discrete(settings: DictConfig, specs: Specs, reader: Mapping[str, Any]
         raise RunError(f"n_actions is {settings.n_actions}, expected at least 2, or null.")
     origin, number = next(((origin, found) for origin, found in known.items() if found), (DATA, None))
     transitions = _load(settings, None if number is None else Categorical(number), reader)
-    masks = transitions.get("action_mask", None)
+    masks, stored = transitions.get("action_mask", None), transitions["action"]
+    if stored.ndim == 2:  # copies of rollouts hold indices [N, 1], or one-hot vectors [N, K]
+        width = stored.shape[1]
+        index = stored if width == 1 else _ONE_HOT.to_index(stored, transitions.batch_size, width)
+        transitions = transitions.copy().set("action", index.reshape(-1).long())
+        origin, number = ("one-hot actions", width) if width > 1 and number is None else (origin, number)
     if number is None:
         origin, number = (DATA, int(transitions["action"].max()) + 1) if masks is None else ("masks", masks.shape[-1])
     if masks is not None and masks.shape[-1] != number:

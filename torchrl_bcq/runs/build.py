@@ -192,4 +192,5 @@ def _make_normalization(setting: Any, transitions: Any, observation_spec: Tensor
             "normalization=identity."
         )
     fit = {} if setting is True else setting
-    return Normalization.fit(transitions[:], **{"observation_keys": list(identity.observations), **fit})
+    rows = getattr(transitions, "storage", transitions)[:]  # a replay buffer would gather the frames of all rows
+    return Normalization.fit(rows, **{"observation_keys": list(identity.observations), **fit})

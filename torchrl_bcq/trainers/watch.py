@@ -12,6 +12,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 
+from torchrl_bcq.data.frame_stack import gather_frames
 from torchrl_bcq.files import write_whole
 from torchrl_bcq.objectives import OfflineLoss
 
@@ -76,7 +77,8 @@ class LossWatch:
 
     def _write(self, rows: Tensor, target: Path) -> None:
         content = io.BytesIO()
-        torch.save(self._buffer.storage[rows].clone().set("index", rows).cpu().to_dict(), content)
+        batch = gather_frames(self._buffer.storage[rows]).clone()
+        torch.save(batch.set("index", rows).cpu().to_dict(), content)
         with write_whole(target) as aside:
             aside.write_bytes(content.getbuffer())
 

@@ -50,7 +50,11 @@ def _checked(source: Source, checks: Checks, widths: dict[str, tuple[str, Any]])
     """Yield the checked chunks of one source; its name is added to each error."""
     try:
         for fields in source._checked_chunks(checks):
-            for name in {"observations", "actions", "frames"} & fields.keys():
+            own = sorted({"frames", "action_masks", "action_probabilities", "groups"} & fields.keys())
+            first, expected = widths.setdefault("", (source.name, own))
+            if own != expected:
+                raise DatasetError(f"it holds {own}, but {first} holds {expected}; all sources need the same fields.")
+            for name in {"observations", "actions", "frames", "action_masks"} & fields.keys():
                 width = width_of(fields[name])
                 first, expected = widths.setdefault(name, (source.name, width))
                 if width != expected:
