@@ -93,7 +93,6 @@ def test_odd_numbers_take_one_line(words, stack, capsys):
 
 
 def test_a_video(words, run, monkeypatch):
-    pytest.importorskip("imageio.v3")
     monkeypatch.setattr("imageio.v3.imwrite", lambda file, frames, **_: file.write_text(str(len(frames))))
 
     class Painted(Swing):

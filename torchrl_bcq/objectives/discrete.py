@@ -14,6 +14,7 @@ from torchrl.data import TensorSpec
 from torchrl_bcq.actions import DiscreteActions, check_available, check_mask
 from torchrl_bcq.functional import available_logits, imitation_nll
 from torchrl_bcq.objectives.base import OfflineLoss
+from torchrl_bcq.objectives.values import ValueLoss
 from torchrl_bcq.protocols import DiscreteNetwork
 
 
@@ -112,3 +113,16 @@ class DiscreteLoss(OfflineLoss):
     def _other_state_keys(self) -> list[NestedKey]:
         mask = self.tensor_keys.action_mask
         return [] if mask is None else [mask]
+
+
+class DiscreteValueLoss(DiscreteLoss, ValueLoss):
+    """Base class of objectives that learn the values of discrete actions; see its two base classes."""
+
+    @dataclass
+    class _AcceptedKeys(ValueLoss._AcceptedKeys):
+        """Keys of the batch's entries. ``action_mask`` is None if all actions are always available."""
+
+        action_mask: NestedKey | None = None
+
+    tensor_keys: _AcceptedKeys  # type: ignore[assignment]
+    default_keys = _AcceptedKeys  # type: ignore[assignment]

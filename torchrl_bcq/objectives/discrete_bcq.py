@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from tensordict import TensorDictBase
-from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.actions import check_threshold
 from torchrl_bcq.functional import best_allowed, likely_actions, logit_penalty
-from torchrl_bcq.objectives.discrete import DiscreteLoss
-from torchrl_bcq.objectives.values import ValueLoss
+from torchrl_bcq.objectives.discrete import DiscreteValueLoss
 from torchrl_bcq.protocols import DiscreteNetwork, check_discrete_network
 
 _TERMS = ("loss_qvalue", "loss_imitation", "loss_penalty")
 
 
-class DiscreteBCQLoss(DiscreteLoss, ValueLoss):
+class DiscreteBCQLoss(DiscreteValueLoss):
     """Loss of discrete BCQ: double Q-learning over the actions that are likely in the dataset, and imitation.
 
     One network writes the values and the logits of the behaviour policy, and one optimizer trains the network.
@@ -70,15 +66,6 @@ class DiscreteBCQLoss(DiscreteLoss, ValueLoss):
 
     Source: arXiv:1910.01708, with the settings of the author's code.
     """
-
-    @dataclass
-    class _AcceptedKeys(ValueLoss._AcceptedKeys):
-        """Keys of the batch's entries. ``action_mask`` is None if all actions are always available."""
-
-        action_mask: NestedKey | None = None
-
-    tensor_keys: _AcceptedKeys  # type: ignore[assignment]
-    default_keys = _AcceptedKeys  # type: ignore[assignment]
 
     def __init__(
         self,

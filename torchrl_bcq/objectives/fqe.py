@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase, unravel_key
@@ -10,7 +11,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.data import TensorSpec
 
-from torchrl_bcq.objectives.discrete import DiscreteLoss
+from torchrl_bcq.objectives.discrete import DiscreteValueLoss
 from torchrl_bcq.objectives.values import ValueLoss
 from torchrl_bcq.protocols import CriticEnsemble, DiscreteNetwork, check_initialized, require
 
@@ -20,7 +21,14 @@ _METADATA = ("td_error", "pred_value", "target_value")
 class _PolicyValueLoss(ValueLoss):
     """Learns the values of a policy, whose choices in each next state the batch holds."""
 
-    policy_key: NestedKey
+    def __init__(
+        self, networks: Mapping[str, Any], *, policy_key: NestedKey, delay_qvalue: bool, **settings: Any
+    ) -> None:
+        check_initialized("qvalue_network", networks["qvalue"])
+        delayed, metadata = (["qvalue"] if delay_qvalue else []), {"qvalue": _METADATA}
+        super().__init__(networks, delayed=delayed, metadata=metadata, **settings)
+        self.delay_qvalue = delay_qvalue
+        self.policy_key = policy_key
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the TD loss, summed over critics, and metadata."""
@@ -94,11 +102,10 @@ class FQELoss(_PolicyValueLoss):
     ) -> None:
         """Build the loss from its critics."""
         require("qvalue_network", qvalue_network, CriticEnsemble)
-        check_initialized("qvalue_network", qvalue_network)
         super().__init__(
             {"qvalue": qvalue_network},
-            delayed=["qvalue"] if delay_qvalue else [],
-            metadata={"qvalue": _METADATA},
+            policy_key=policy_action_key,
+            delay_qvalue=delay_qvalue,
             action_key=action_key,
             value_key=qvalue_network.out_keys[-1],
             loss_function=loss_function,
@@ -106,8 +113,6 @@ class FQELoss(_PolicyValueLoss):
             deactivate_vmap=deactivate_vmap,
             use_prioritized_weights=use_prioritized_weights,
         )
-        self.delay_qvalue = delay_qvalue
-        self.policy_key = policy_action_key
 
     def values(self, tensordict: TensorDictBase) -> Tensor:
         """Return the values of state-action pairs by each critic, ``[*B, C]``."""
@@ -126,7 +131,7 @@ class FQELoss(_PolicyValueLoss):
         return self.values(pairs.set(self.tensor_keys.action, actions)).mean(-2)
 
 
-class DiscreteFQELoss(DiscreteLoss, _PolicyValueLoss):
+class DiscreteFQELoss(DiscreteValueLoss, _PolicyValueLoss):
     """Loss of fitted Q evaluation for discrete actions; each critic computes the values of all ``K`` actions.
 
     The batch holds the policy's probabilities of all actions in the next states, which ``add_policy_actions`` writes
@@ -147,15 +152,6 @@ class DiscreteFQELoss(DiscreteLoss, _PolicyValueLoss):
     Source: Le, Voloshin, Yue, "Batch Policy Learning under Constraints", arXiv:1903.08738, algorithm 3.
     """
 
-    @dataclass
-    class _AcceptedKeys(ValueLoss._AcceptedKeys):
-        """Keys of the batch's entries. ``action_mask`` is None if all actions are always available."""
-
-        action_mask: NestedKey | None = None
-
-    tensor_keys: _AcceptedKeys  # type: ignore[assignment]
-    default_keys = _AcceptedKeys  # type: ignore[assignment]
-
     def __init__(
         self,
         qvalue_network: DiscreteNetwork,
@@ -170,20 +166,17 @@ class DiscreteFQELoss(DiscreteLoss, _PolicyValueLoss):
     ) -> None:
         """Build the loss from its network."""
         require("qvalue_network", qvalue_network, DiscreteNetwork)
-        check_initialized("qvalue_network", qvalue_network)
         super().__init__(
             {"qvalue": qvalue_network},
             action_space=action_space,
-            delayed=["qvalue"] if delay_qvalue else [],
-            metadata={"qvalue": _METADATA},
+            policy_key=policy_probability_key,
+            delay_qvalue=delay_qvalue,
             value_key=qvalue_network.out_keys[0],
             loss_function=loss_function,
             reduction=reduction,
             deactivate_vmap=deactivate_vmap,
             use_prioritized_weights=use_prioritized_weights,
         )
-        self.delay_qvalue = delay_qvalue
-        self.policy_key = policy_probability_key
 
     def values(self, tensordict: TensorDictBase) -> Tensor:
         """Return the values of state-action pairs by each critic, ``[*B, C]``."""
