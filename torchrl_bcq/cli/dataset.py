@@ -110,7 +110,8 @@ def _convert(args: argparse.Namespace) -> None:
     settings = _settings(args)
     transitions = load_transitions(args.source, action_spec=_action_spec(args, settings), root=args.folder, **settings)
     folder = Path(transitions["action"].filename).parent
-    print(f"{len(transitions):,} transitions, {transitions.bytes() / 1e6:.1f} MB, in {folder}")
+    size = sum(file.stat().st_size for file in folder.rglob("*"))
+    print(f"{len(transitions):,} transitions, {size / 1e6:.1f} MB, in {folder}")
     print(f"Use the copy with dataset={folder}, or with load_memmap({str(folder)!r}) in Python.")
 
 
