@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "objectives": SHARED | {"objectives"},
     "data": SHARED | {"data"},
     "trainers": LEARNING | {"trainers"},
-    "evaluation": LEARNING | {"evaluation"},
+    "evaluation": LEARNING | {"trainers", "evaluation"},
     "reports": LEARNING | {"trainers", "evaluation", "reports"},
     "runs": LEARNING | {"trainers", "evaluation", "reports", "runs"},
     "conf": LEARNING | {"trainers", "evaluation", "runs", "conf"},

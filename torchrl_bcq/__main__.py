@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from torchrl_bcq.cli import dataset, evaluate, plot, record
+from torchrl_bcq.cli import dataset, evaluate, plot, rank, record
 from torchrl_bcq.data import DatasetError
 from torchrl_bcq.errors import RunError, on_command_line
 from torchrl_bcq.version import __version__
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     # only --help uses this entry, because main runs the train command without this parser
     commands.add_parser("train", help="Train a policy on a dataset.", add_help=False)
     evaluate.add_parser(commands)
+    rank.add_parser(commands)
     plot.add_parser(commands)
     record.add_parser(commands)
     dataset.add_parsers(commands)

@@ -81,7 +81,7 @@ def _run(command: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         return print_runs(args.folder)
     trained = load(args.folder, args.checkpoint, args.device)
     runs = {trained.algorithm.title: trained, **_load_baseline(args, trained)}
-    if env := _choose_env(args, trained, runs):
+    if env := choose_fitting(args, trained, runs):
         facts: dict[str, Any] = {"env_id": env.id, "env_kwargs": env.kwargs, "max_episode_steps": env.max_episode_steps}
         trained = replace(trained, task=replace(trained.task, **facts))
     for one in runs.values():
@@ -128,7 +128,7 @@ def _load_baseline(args: argparse.Namespace, trained: Any) -> dict[str, Any]:
     return {title if title != trained.algorithm.title else f"{title}, {folder}": baseline}
 
 
-def _choose_env(args: argparse.Namespace, trained: Any, runs: dict[str, Any]) -> Environment | None:
+def choose_fitting(args: argparse.Namespace, trained: Any, runs: dict[str, Any]) -> Environment | None:
     """Return the environment in which the runs are evaluated; raises a RunError if it does not fit a run."""
     from torchrl_bcq.evaluation.environments import check_fits, make_env, with_time_limit
 

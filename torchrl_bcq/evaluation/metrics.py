@@ -22,7 +22,7 @@ _CHUNK = 4_096  # number of rows that are evaluated at a time
 _logger = logging.getLogger(__name__)
 
 
-class _PeriodicMetrics(TrainerHookBase):
+class PeriodicMetrics(TrainerHookBase):
     """Measures and logs metrics every ``interval`` gradient steps, and before the first and after the last step."""
 
     main: str  # name of the metric that the progress bar shows
@@ -68,7 +68,7 @@ class _PeriodicMetrics(TrainerHookBase):
         trainer.register_op("post_steps_log", self)
 
 
-class EnvironmentMetrics(_PeriodicMetrics):
+class EnvironmentMetrics(PeriodicMetrics):
     """Logs the returns of a policy in one episode per environment, always from the same initial states.
 
     The hook logs ``return`` (mean undiscounted return of the episodes), the standard deviation ``return_std`` of the
@@ -123,7 +123,7 @@ class EnvironmentMetrics(_PeriodicMetrics):
         return None if found is None else summarize(found, self.reference_scores)
 
 
-class DatasetMetrics(_PeriodicMetrics):
+class DatasetMetrics(PeriodicMetrics):
     """Logs metrics on transitions, without an environment. If possible, pass held-out episodes.
 
     The hook logs ``action_distance``, the mean Euclidean distance between the policy's actions and the dataset's

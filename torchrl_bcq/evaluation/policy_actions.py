@@ -43,9 +43,39 @@ def add_policy_actions(
         >>> data["next", "policy_action"].shape
         torch.Size([100, 1, 1])
     """
-    labelled = transitions.copy()
     name = ACTIONS if number_of(action_spec) is None else PROBABILITIES
-    return labelled.set(("next", name), policy_actions(policy, transitions["next"], action_spec, **settings))
+    choices = policy_actions(policy, transitions["next"], action_spec, **settings)
+    return transitions.copy().set(("next", name), choices)
+
+
+def add_recorded_actions(transitions: TensorDictBase, action_spec: TensorSpec) -> TensorDictBase:
+    """Add the recorded actions of the next states, in the form of ``add_policy_actions``.
+
+    With them, fitted Q evaluation estimates the values of the policy that recorded the dataset. The last row of an
+    episode that was cut off has no next action, so it is left out.
+
+    Args:
+        transitions: dataset of batch size ``[N]``, with the entry ``episode`` or ``("next", "done")``.
+        action_spec: spec of one action.
+
+    Raises:
+        DatasetError: if the episodes are not known (see ``episode_numbers``).
+    """
+    episode = episode_numbers(transitions)
+    goes_on = torch.zeros_like(episode, dtype=torch.bool)
+    goes_on[:-1] = episode[1:] == episode[:-1]
+    name, recorded = recorded_actions(transitions, action_spec)
+    labelled = transitions.copy().set(("next", name), recorded.roll(-1, 0))  # not read in a terminal state
+    return labelled[goes_on | transitions["next", "terminated"].squeeze(-1)]
+
+
+def recorded_actions(transitions: TensorDictBase, action_spec: TensorSpec) -> tuple[str, Tensor]:
+    """Return the recorded actions as choices of a policy, ``[N, 1, A]`` or ``[N, K]``, and the name of their entry."""
+    number, action = number_of(action_spec), transitions["action"]
+    if number is None:
+        return ACTIONS, action.unsqueeze(1)
+    index = DiscreteActions.of(action_spec).to_index(action, transitions.batch_size, number)
+    return PROBABILITIES, torch.zeros(len(transitions), number, device=action.device).scatter_(1, index, 1.0)
 
 
 def policy_actions(

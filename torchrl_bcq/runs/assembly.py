@@ -23,7 +23,7 @@ from torchrl.trainers import EarlyStopping
 from torchrl_bcq.data import episode_weights, make_replay_buffer, multi_step, return_weights, split_episodes
 from torchrl_bcq.data.episodes import episode_numbers, group_numbers
 from torchrl_bcq.errors import RunError
-from torchrl_bcq.evaluation import DatasetMetrics, EnvironmentMetrics
+from torchrl_bcq.evaluation import DatasetMetrics, EnvironmentMetrics, FQEMetrics
 from torchrl_bcq.evaluation.environments import make_envs, steps_to_compare, time_limit
 from torchrl_bcq.functional import change_reward
 from torchrl_bcq.runs import processes
@@ -38,7 +38,7 @@ from torchrl_bcq.trainers.execution import PRECISIONS
 
 _logger = logging.getLogger(__name__)
 _FROM_ONE = ("steps", "batch_size", "stack", "n_step", "log_interval", "evaluation.episodes", "evaluation.max_rows",
-             "evaluation.max_episode_steps", "checkpoint.keep")  # fmt: skip
+             "evaluation.fqe_steps", "evaluation.max_episode_steps", "checkpoint.keep")  # fmt: skip
 _SEEDS = ("seed", "evaluation.seed", "policy.seed")
 _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     *((name, lambda value: value >= 1, "at least 1") for name in _FROM_ONE),
@@ -105,7 +105,7 @@ def assemble(settings: DictConfig, transitions: TensorDictBase, task: Task) -> O
     for hook in make_scheduler_hooks(trainer.optimization_stepper, **plain["optim"]):
         hook.register(trainer)
     if processes.is_first():
-        _add_metrics(trainer, settings, task, transitions if held_out is None else held_out, held_out is not None)
+        _add_metrics(trainer, settings, task, transitions, held_out)
     return trainer
 
 
@@ -174,13 +174,19 @@ def _make_buffer(
 
 
 def _add_metrics(
-    trainer: OfflineTrainer, settings: DictConfig, task: Task, transitions: TensorDictBase, held_out: bool
+    trainer: OfflineTrainer,
+    settings: DictConfig,
+    task: Task,
+    transitions: TensorDictBase,
+    held_out: TensorDictBase | None,
 ) -> None:
     """Add the hooks for evaluation, the best checkpoint and early stopping, in this order."""
     loss, evaluation = trainer.loss_module, settings.evaluation
     policy = make_run_policy(settings, loss)
     shared: dict[str, Any] = {"interval": evaluation.interval, "seed": evaluation.seed}
-    metrics = DatasetMetrics(loss, policy, transitions, held_out=held_out, max_rows=evaluation.max_rows, **shared)
+    rows = transitions if held_out is None else held_out
+    is_held_out = {"held_out": held_out is not None, "max_rows": evaluation.max_rows}
+    metrics = DatasetMetrics(loss, policy, rows, **is_held_out, **shared)
     known = [*metrics.names, *loss.out_keys]
     if task.env is not None:
         discount = {"gamma": settings.loss.gamma} if "gamma" in settings.loss else {}
@@ -196,6 +202,9 @@ def _add_metrics(
     metrics.register(trainer)
     checkpoint, stopping = settings.checkpoint, settings.early_stopping
     monitor = checkpoint.monitor
+    if not {monitor, stopping.monitor}.isdisjoint(FQEMetrics.names):
+        FQEMetrics(transitions, policy, task.action_spec, **_fqe_settings(settings, task)).register(trainer)
+        known += FQEMetrics.names
     if monitor == "auto":
         monitor = None if task.env_id is None else "return"
     for section, name in (("checkpoint", monitor), ("early_stopping", stopping.monitor)):
@@ -206,6 +215,18 @@ def _add_metrics(
         KeepBest(best, monitor, checkpoint.mode, wait_for=checkpoint.wait_for).register(trainer)
     if stopping.monitor is not None:
         _EarlyStopping(**stopping).register(trainer)
+
+
+def _fqe_settings(settings: DictConfig, task: Task) -> dict[str, Any]:
+    """Return the arguments of ``FQEMetrics``: the episodes that the run holds out, or a part of its own."""
+    return {
+        "interval": settings.evaluation.interval,
+        "fqe_steps": settings.evaluation.fqe_steps,
+        "gamma": settings.loss.get("gamma", 0.99),
+        "seed": settings.seed,
+        "observation_keys": list(task.shapes),
+        **({"held_out": settings.held_out} if settings.held_out else {}),
+    }
 
 
 def check_numbers(settings: DictConfig) -> None:

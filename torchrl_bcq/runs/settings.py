@@ -15,7 +15,7 @@ from torchrl.trainers import EarlyStopping
 
 from torchrl_bcq.data import make_replay_buffer
 from torchrl_bcq.errors import RunError
-from torchrl_bcq.evaluation import DatasetMetrics
+from torchrl_bcq.evaluation import DatasetMetrics, FQEMetrics
 from torchrl_bcq.files import write_whole
 from torchrl_bcq.functional import change_reward
 from torchrl_bcq.runs.actions import suitable_algorithm
@@ -87,6 +87,7 @@ def default_settings(algorithm: str = "bcq") -> DictConfig:
             "seed": (int, 1_000),
             "reference_scores": (Any, "auto"),
             **settings_of(DatasetMetrics, "max_rows"),
+            **settings_of(FQEMetrics, "fqe_steps"),
         },
         **settings_of(OfflineTrainer, "log_interval"),
         "logger": (list[str], ["csv"]),

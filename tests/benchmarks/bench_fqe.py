@@ -1,0 +1,205 @@
+"""Compares estimated values of policies with their known values, for fitted Q evaluation here and that of d3rlpy.
+
+python tests/benchmarks/bench_fqe.py run FOLDER --tasks cartpole pendulum
+python tests/benchmarks/bench_fqe.py report
+
+FOLDER holds datasets and policies with known values, as known_policies.py describes. For each seed, both contenders
+learn from the same training episodes, with the same number of gradient steps, and evaluate the same initial states of
+the held-out episodes. d3rlpy has its default settings. Its policy draws a new action in each update; its value of a
+state is the expectation over the policy's actions, as here. ``run`` appends a line of JSON for each policy, seed and
+contender, and skips those that the file of results already has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from known_policies import Known, load
+from machine import describe
+from scipy.stats import spearmanr
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data import Bounded, Categorical, TensorSpec
+
+from torchrl_bcq import OffPolicyEvaluation, load_transitions, policy_actions, split_episodes
+
+RESULTS = Path(__file__).parent / "results" / "fqe.jsonl"
+TASKS: dict[str, tuple[str, TensorSpec]] = {
+    "cartpole": ("cartpole-mixed", Categorical(2)),
+    "pendulum": ("pendulum-mixed", Bounded(-2, 2, (1,))),
+    "lunarlander": ("lunarlander-mixed", Categorical(4)),
+    "hopper": ("hopper-medium-expert", Bounded(-1, 1, (3,))),
+}
+CONTENDERS = ("here", "d3rlpy")
+HELD_OUT = 0.2
+SAMPLES = 8  # actions of a random policy in each initial state, for d3rlpy
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    lines = read(args.results)
+    if args.command == "report":
+        print(report(lines))
+        return
+    torch.set_num_threads(1)
+    done = {(line["task"], line["policy"], line["seed"], line["contender"]) for line in lines}
+    for seed in args.seeds:
+        for task in args.tasks:
+            name, spec = TASKS[task]
+            data = load_transitions(str(args.folder / f"{name}.hdf5"))
+            own = {"held_out": HELD_OUT, "seed": seed, "steps": args.steps}
+            for known in load(args.folder, task, spec):
+                for contender in args.only:
+                    if (task, known.name, seed, contender) in done:
+                        continue
+                    start = time.perf_counter()
+                    if contender == "here":
+                        found = asdict(OffPolicyEvaluation(data, spec, gamma=known.gamma, **own).estimate(known.policy))
+                    else:
+                        found = {"value": evaluate_d3rlpy(data, spec, known, seed, args.steps)}
+                    facts = {"task": task, "policy": known.name, "seed": seed, "contender": contender}
+                    facts |= {"true": known.value, "true_error": known.error, "steps": args.steps}
+                    facts |= {"seconds": round(time.perf_counter() - start, 1)}
+                    versions = describe("cpu", ["d3rlpy"] if contender == "d3rlpy" else [])["versions"]
+                    append(args.results, {**facts, **found, "versions": versions})
+                    print({**facts, "value": round(found["value"], 1)}, flush=True)
+
+
+def evaluate_d3rlpy(data: TensorDictBase, spec: TensorSpec, known: Known, seed: int, steps: int) -> float:
+    """Return the mean value of the initial states of the held-out episodes, by d3rlpy's fitted Q evaluation."""
+    train, held = split_episodes(data, HELD_OUT, seed=seed)
+    states = data[held]
+    numbers = states["episode"].reshape(-1)
+    starts = states[numbers.diff(prepend=numbers[:1] - 1) != 0]
+    rows, discrete = data[train], isinstance(spec, Categorical)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        import d3rlpy
+        from d3rlpy.constants import ActionSpace
+        from d3rlpy.dataset import MDPDataset
+        from d3rlpy.ope import FQE, DiscreteFQE, FQEConfig
+
+        d3rlpy.seed(seed)
+        dataset = MDPDataset(
+            rows["observation"].numpy(),
+            rows["action"].reshape(len(rows), -1).numpy(),
+            rows["next", "reward"].numpy(),
+            terminals=rows["next", "terminated"].squeeze(-1).numpy().astype(np.float32),
+            timeouts=(rows["next", "done"] & ~rows["next", "terminated"]).squeeze(-1).numpy().astype(np.float32),
+            action_space=ActionSpace.DISCRETE if discrete else ActionSpace.CONTINUOUS,
+            action_size=spec.n if discrete else spec.shape[-1],
+        )
+
+        def act(x: torch.Tensor) -> torch.Tensor:
+            return known.policy(TensorDict({"observation": x}, [len(x)]))["action"]
+
+        algo = SimpleNamespace(impl=SimpleNamespace(predict_best_action=act))
+        fqe = (DiscreteFQE if discrete else FQE)(algo, FQEConfig(gamma=known.gamma))
+        fqe.build_with_dataset(dataset)
+        for _ in range(steps):
+            fqe.update(dataset.sample_transition_batch(fqe.batch_size))
+    choices = policy_actions(known.policy, starts, spec, num_samples=SAMPLES, seed=seed)
+    state = starts["observation"].numpy()
+    if discrete:
+        each = [fqe.predict_value(state, np.full(len(state), k)) for k in range(spec.n)]
+        return float((np.stack(each, 1) * choices.numpy()).sum(1).mean())
+    each = [fqe.predict_value(state, choices[:, i].numpy()) for i in range(SAMPLES)]
+    return float(np.mean(each))
+
+
+def report(lines: Iterable[Mapping[str, Any]]) -> str:
+    """Return a table of the errors and rank correlations of each task, means over seeds, and counts of intervals."""
+    groups: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((line["task"], line["contender"], line["seed"]), []).append(line)
+    rows = ["| task | | policies | seeds | mean absolute error | rank correlation | regret | covered | verdicts |"]
+    rows += ["| --- |" + " --- |" * 8]
+    for task in dict.fromkeys(key[0] for key in groups):
+        for contender in CONTENDERS:
+            seeds = [group for (of, who, _), group in groups.items() if (of, who) == (task, contender)]
+            if not seeds:
+                continue
+            each = [measure(group) for group in seeds]
+            means = {name: np.mean([one[name] for one in each]) for name in each[0]}
+            policies = [line for group in seeds for line in group]
+            cells = [task, contender, str(len(seeds[0])), str(len(seeds)), f"{means['error']:.1f}"]
+            cells += [f"{means['correlation']:.2f}", f"{means['regret']:.1f}", covered(policies), verdicts(policies)]
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def measure(group: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Compare the estimates of the policies of one task and one seed with the known values."""
+    value, true = (np.array([line[name] for line in group]) for name in ("value", "true"))
+    equal = merge(true, np.array([line["true_error"] for line in group]))
+    return {
+        "error": float(abs(value - true).mean()),
+        "correlation": float(spearmanr(value, equal).statistic) if len(group) > 2 else np.nan,
+        "regret": float(equal.max() - equal[value.argmax()]),
+    }
+
+
+def merge(true: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Replace true values that differ by less than two standard errors from the lowest of them by their mean."""
+    merged, order = true.astype(float), np.argsort(true, kind="stable")
+    while len(order):
+        first = order[0]
+        near = true[order] - true[first] <= 2 * np.hypot(error[order], error[first])
+        merged[order[near]] = true[order[near]].mean()
+        order = order[~near]
+    return merged
+
+
+def covered(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return how many intervals contain the known value."""
+    known = [line for line in lines if "interval" in line]
+    inside = sum(line["interval"][0] <= line["true"] <= line["interval"][1] for line in known)
+    return f"{inside} of {len(known)}" if known else ""
+
+
+def verdicts(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return how many verdicts were given, and how many of them are wrong."""
+    from torchrl_bcq import Estimate
+
+    names = Estimate.__dataclass_fields__
+    given = [line for line in lines if "interval" in line]
+    said = [line for line in given if not Estimate(**{n: line[n] for n in names}).doubts]
+    return f"{len(said)} of {len(given)} given" if given else ""
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append(path: Path, line: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands, default = parser.add_subparsers(dest="command", required=True), "(default: %(default)s)"
+    add = commands.add_parser("run", help="estimate the values that are missing").add_argument
+    add("folder", type=Path, help="folder of the datasets and policies")
+    add("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help=default)
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help=default)
+    add("--steps", type=int, default=10_000, help=f"gradient steps {default}")
+    add("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), help=default)
+    commands.add_parser("report", help="print the table")
+    for command in commands.choices.values():
+        command.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help=default)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

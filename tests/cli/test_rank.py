@@ -1,0 +1,174 @@
+"""``torchrl-bcq rank`` on runs, on all checkpoints of a run, and beside a policy whose value is known."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+
+from torchrl_bcq.__main__ import main
+from torchrl_bcq.evaluation import OffPolicyEvaluation
+
+from ..array_files import write_arrays
+from ..small_runs import TINY
+from .test_discrete import LENGTH, Lights
+
+ROWS = 40 * LENGTH
+SMALL = [TINY[0], *TINY[5:], "loss.gamma=0.9"]
+QUICK = ["--steps", "3", "--episodes", "2"]
+MODULE = """
+import torch
+from tensordict.nn import TensorDictModule
+best = TensorDictModule(lambda x: (x.argmax(-1) + 1) % 3, ["observation"], ["action"])
+number = 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A current folder with recorded episodes of random actions, and a policy that always gets the reward 1."""
+    gymnasium.register("Lights-v2", Lights, max_episode_steps=LENGTH)
+    rng = np.random.default_rng(0)
+    lit = rng.integers(3, size=ROWS + 1)
+    start, action = lit[:-1], lit[1:]
+    last = np.arange(1, ROWS + 1) % LENGTH == 0
+    write_arrays(
+        tmp_path / "lights.hdf5",
+        {
+            "observations": np.eye(3)[start],
+            "next_observations": np.eye(3)[action],
+            "actions": action,
+            "rewards": (action == (start + 1) % 3) * 1.0,
+            "terminals": np.zeros(ROWS, bool),
+            "timeouts": last,
+            "action_probabilities": np.full(ROWS, 1 / 3),
+        },
+        env_id="Lights-v2",
+        n_actions=3,
+    )
+    (tmp_path / "mine_lights.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    del gymnasium.registry["Lights-v2"]
+    sys.modules.pop("mine_lights", None)
+
+
+def train(*words: str) -> None:
+    assert main(["train", "dataset=lights.hdf5", *SMALL, *words]) == 0
+
+
+def table(out: str) -> dict[str, list[str]]:
+    """Return the cells of the printed table by the first cell."""
+    lines = out[out.index("\npolicy") :].split("\n\n")[0].strip().splitlines()
+    return {line.split("  ")[0]: line.split() for line in lines}
+
+
+def test_a_good_policy_is_found(folder, capsys):
+    """The best policy gets 1 in each step, which is worth 1 / (1 - 0.9) = 10; random actions get a third of it."""
+    train("out=sweep/a", "steps=5")
+    words = ["--policy", "mine_lights:best", "--steps", "800", "--held-out", "0.5", "--episodes", "2", "--seed", "3"]
+    assert main(["rank", "sweep", *words]) == 0
+    out = capsys.readouterr().out
+    rows = table(out)
+    assert list(rows) == ["policy", "mine_lights:best", "sweep/a", "recorded behaviour"]
+    assert float(rows["mine_lights:best"][1]) == pytest.approx(10, abs=0.5)
+    assert float(rows["recorded behaviour"][2]) == pytest.approx(10 / 3, abs=0.6)
+    assert "mine_lights:best: estimated better: difference +" in out
+    assert float(rows["mine_lights:best"][5]) == pytest.approx(20 / 3, abs=0.6)
+    saved = json.loads((folder / "sweep" / "ranking.json").read_text())
+    true = {one["name"]: one["true"] for one in saved["policies"].values() if "true" in one}
+    steps = math.ceil(math.log(0.005) / math.log(0.9))
+    assert true["mine_lights:best"] == [pytest.approx((1 - 0.9**steps) / 0.1), 0]
+    assert "has a true value 0 below the best one" in out
+    assert "do not cover the bias of the estimate" in out
+    assert (folder / "sweep" / "ranking.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_is_estimated_twice(folder, capsys, monkeypatch):
+    train("-m", "out=sweep", "seed=0,1")
+    estimate, calls = OffPolicyEvaluation.estimate, []
+
+    def stopped(self, policy):
+        calls.append(policy)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return estimate(self, policy)
+
+    monkeypatch.setattr(OffPolicyEvaluation, "estimate", stopped)
+    assert main(["rank", "sweep", *QUICK]) == 130
+    assert main(["rank", "sweep", *QUICK]) == 0
+    assert len(calls) == 3
+    first = capsys.readouterr().out
+    assert main(["rank", "sweep", *QUICK]) == 0
+    assert len(calls) == 3
+    assert table(capsys.readouterr().out) == table(first)
+    assert main(["rank", "sweep", *QUICK, "--seed", "1"]) == 0  # other settings
+    assert len(calls) == 5
+    train("resume=sweep/1", "steps=30")
+    assert main(["rank", "sweep", *QUICK, "--seed", "1", "--checkpoint", "last"]) == 0  # another checkpoint of one run
+    assert len(calls) == 7
+
+
+def test_all_checkpoints_of_a_run(folder, capsys):
+    train("out=run", "checkpoint.monitor=null")
+    assert main(["rank", "run", "--checkpoint", "all", *QUICK]) == 0
+    rows = table(capsys.readouterr().out)
+    assert {*rows} == {"policy", "run, step 10", "run, step 20", "recorded behaviour"}
+    assert main(["rank", "run/checkpoints/checkpoint-000000000010", "--out", "here", *QUICK]) == 0
+    assert (folder / "here" / "ranking.json").is_file()
+
+
+def test_without_an_environment(folder, capsys):
+    train("out=run", "evaluation.env=null", "held_out=0.25")
+    assert main(["rank", "run", "--steps", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "1 policies, 25% of the episodes are held out" in out
+    assert "true" not in out.partition("\n\n")[0]
+    assert "rank correlation" not in out
+    saved = json.loads((folder / "run" / "ranking.json").read_text())["settings"]
+    assert (saved["held_out"], saved["gamma"], saved["env"], saved["episodes"]) == (0.25, 0.9, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "nowhere is not a run: there is no such folder"),
+        (["run", "--steps", "0"], "--steps is 0, expected at least 1"),
+        (["run", "--held-out", "1"], "--held-out is 1.0, expected a number between 0 and 1"),
+        (["run", "--gamma", "2"], "--gamma is 2.0, expected a number from 0 to 1"),
+        (["run", "--policy", "mine_lights"], "--policy is 'mine_lights', expected MODULE:OBJECT"),
+        (["run", "--policy", "mine_lights:other"], "other of mine_lights does not exist"),
+        (["run", "--policy", "mine_lights:number"], "number of mine_lights is a int"),
+        (["run", "--policy", "nomodule:best"], "No module named 'nomodule'"),
+        (["run", "--env", "Pendulum-v1"], "--env ID"),
+    ],
+)
+def test_bad_input_is_refused(folder, capsys, words, message):
+    train("out=run")
+    assert main(["rank", *words]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert not (folder / "run" / "ranking.json").exists()
+
+
+def test_a_damaged_file_is_not_replaced(folder, capsys):
+    train("out=run")
+    (folder / "run" / "ranking.json").write_text("{")
+    assert main(["rank", "run", *QUICK]) == 1
+    assert "ranking.json was not written by torchrl-bcq rank" in capsys.readouterr().err
+    assert (folder / "run" / "ranking.json").read_text() == "{"
+
+
+def test_runs_of_other_tasks_are_refused(folder, make_file, capsys):
+    train("out=run")
+    make_file()
+    assert main(["train", "dataset=swings.hdf5", *TINY, "out=other"]) == 0
+    assert main(["rank", "run", "other", *QUICK]) == 1
+    assert "other has other observations or actions than run" in capsys.readouterr().err
+    assert main(["rank", "other", "--estimator", "doubly_robust", *QUICK]) == 1
+    assert "--estimator doubly_robust cannot be used" in capsys.readouterr().err

@@ -1,0 +1,121 @@
+"""Off-policy evaluation on a task with exact values: the reward is 1 for the action with the number of the state."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch.distributions import Categorical as Choice
+from torchrl.data import Bounded, Categorical
+from torchrl.modules import ProbabilisticActor
+
+from torchrl_bcq import DatasetError, OffPolicyEvaluation, from_arrays
+
+pytestmark = pytest.mark.no_cover  # training steps by the hundred
+SPEC = Categorical(2)
+FIT = {"steps": 400, "hidden": (16,), "lr": 5e-3, "batch_size": 64, "num_critics": 2}
+
+
+def recorded(rows: int = 600, right: float = 0.5, seed: int = 0, **fields) -> TensorDict:
+    """Episodes of one step; the recorded policy takes the right action with the probability ``right``."""
+    rng = np.random.default_rng(seed)
+    state, is_right = rng.integers(2, size=rows), rng.random(rows) < right
+    probability = np.where(is_right, right, 1 - right)
+    action = np.where(is_right, state, 1 - state)
+    fields = {"action_probabilities": probability, **fields}
+    return from_arrays(np.eye(2)[state], action, is_right * 1.0, np.ones(rows), np.zeros(rows), **fields)
+
+
+def policy(right: float) -> ProbabilisticActor:
+    """Take the right action with the probability ``right``; the value is ``right``."""
+    table = torch.tensor([[right, 1 - right], [1 - right, right]])
+    network = TensorDictModule(lambda state: table[state.argmax(-1)], ["observation"], ["probs"])
+    return ProbabilisticActor(network, in_keys=["probs"], distribution_class=Choice)
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> OffPolicyEvaluation:
+    return OffPolicyEvaluation(recorded(), SPEC, held_out=0.5, **FIT)
+
+
+@pytest.mark.parametrize(("right", "verdict"), [(1.0, "estimated better"), (0.0, "estimated worse")])
+def test_values_and_verdicts(evaluation, right, verdict):
+    found = evaluation.estimate(policy(right))
+    assert found.value == pytest.approx(right, abs=0.02)
+    assert found.critics == pytest.approx((right, right), abs=0.03)
+    assert found.difference == pytest.approx(right - 0.5, abs=0.05)
+    assert found.verdict.startswith(verdict)
+    assert abs(found.residual) < 0.05
+    assert found.far == 0
+    for name, (value, low, high) in found.others.items():
+        assert low <= value <= high, name
+        assert value == pytest.approx(right, abs=0.1), name
+    assert found.effective_sample_size == pytest.approx(300 / 2, rel=0.15)  # half of the weights are 0
+
+
+def test_an_equal_policy_is_not_told_apart(evaluation):
+    found = evaluation.estimate(policy(0.5))
+    assert found.value == pytest.approx(0.5, abs=0.03)
+    assert "includes 0" in found.verdict
+    assert found.effective_sample_size == pytest.approx(300)
+
+
+def test_the_recorded_behaviour(evaluation):
+    assert evaluation.behaviour.value == pytest.approx(0.5, abs=0.05)
+    low, high = evaluation.behaviour.interval
+    assert low < 0.5 < high
+    held = evaluation.recorded_return
+    assert held == pytest.approx(0.5, abs=0.06)
+    assert evaluation.behaviour.limits == (0, pytest.approx(100))  # a reward of 1 in each step, at gamma 0.99
+
+
+@pytest.mark.parametrize("name", ["importance_sampling", "weighted_doubly_robust"])
+def test_other_estimators_decide_the_verdict(name):
+    evaluation = OffPolicyEvaluation(recorded(), SPEC, held_out=0.5, estimator=name, **{**FIT, "steps": 50})
+    found = evaluation.estimate(policy(1.0))
+    assert (found.value, *found.interval) == found.others[name]
+    assert found.difference == pytest.approx(found.value - evaluation.recorded_return)
+    assert found.uses_weights
+    assert found.uses_critics == ("robust" in name)
+
+
+def test_probabilities_are_cloned_if_none_are_logged():
+    data = recorded(1200, right=0.8).exclude("action_probability")
+    evaluation = OffPolicyEvaluation(data, SPEC, held_out=0.5, **FIT)
+    value, *_ = evaluation.estimate(policy(0.5)).others["importance_sampling"]
+    assert value == pytest.approx(0.5, abs=0.08)
+
+
+def test_groups_are_held_out_together():
+    groups = np.repeat(np.arange(60), 10)
+    evaluation = OffPolicyEvaluation(recorded(groups=groups), SPEC, held_out=0.5, **{**FIT, "steps": 5})
+    assert len(np.unique(evaluation._groups)) == 30
+    assert len(evaluation._held) == 300
+
+
+def test_the_seed_decides():
+    small = {**FIT, "steps": 5}
+    one, same, other = (OffPolicyEvaluation(recorded(), SPEC, seed=seed, **small).behaviour for seed in (0, 0, 1))
+    assert one == same != other
+
+
+def test_continuous_actions_have_no_weights():
+    rng = np.random.default_rng(0)
+    action = rng.uniform(-1, 1, (400, 1))
+    data = from_arrays(rng.normal(size=(400, 2)), action, action[:, 0], np.ones(400), np.zeros(400))
+    evaluation = OffPolicyEvaluation(data, Bounded(-1, 1, (1,)), **FIT)
+    best = TensorDictModule(lambda x: torch.ones(len(x), 1), ["observation"], ["action"])
+    found = evaluation.estimate(best)
+    assert found.value == pytest.approx(1, abs=0.05)
+    assert found.verdict.startswith("estimated better")
+    assert found.others == {}
+    assert found.effective_sample_size is None
+    with pytest.raises(ValueError, match=r"estimator is 'doubly_robust', expected one of \['fqe'\]"):
+        OffPolicyEvaluation(data, Bounded(-1, 1, (1,)), estimator="doubly_robust")
+
+
+def test_episodes_must_be_known():
+    with pytest.raises(DatasetError, match="done"):
+        OffPolicyEvaluation(recorded().exclude(("next", "done"), "episode"), SPEC)

@@ -1,0 +1,200 @@
+"""``torchrl-bcq rank``: estimate the values of policies on their dataset."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torchrl_bcq.cli.environment import add_options
+from torchrl_bcq.cli.evaluate import choose_fitting, print_table
+from torchrl_bcq.errors import RunError
+from torchrl_bcq.files import write_whole
+
+_EPILOG = """\
+The values come from fitted Q evaluation: critics learn the value of each policy from the dataset, without the
+environment. A value is the mean over the initial states of held-out episodes. For discrete actions, importance sampling
+gives more estimates. The policies are compared with the policy that recorded the dataset, whose value is estimated in
+the same way. For each policy, the command prints one of three verdicts: estimated better, estimated worse, cannot tell.
+
+files:
+  ranking.json    all estimates; policies that are in this file are not estimated again
+  ranking.png     estimates with intervals
+
+examples:
+  torchrl-bcq rank runs/sweep                             the runs of a sweep
+  torchrl-bcq rank runs/a runs/b --episodes 0             without an environment
+  torchrl-bcq rank runs/a --checkpoint all                all checkpoints of one run
+  torchrl-bcq rank runs/a --policy mine:policy            beside a policy of mine.py
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the command ``rank`` to the parser. ``args.run(args)`` then runs this command."""
+    from torchrl_bcq.evaluation.selection import ESTIMATORS
+
+    what = "Estimate on the dataset which policies are better than the recorded behaviour."
+    command = commands.add_parser("rank", help=what, description=what, epilog=_EPILOG)
+    add, shown = command.add_argument, "(default: %(default)s)"
+    add("runs", metavar="RUN", nargs="+", type=Path, help="run, sweep or checkpoint; the dataset is that of the first")
+    add("--policy", metavar="MODULE:OBJECT", nargs="+", default=[], help="TensorDict policies of Python modules")
+    add("--checkpoint", choices=("best", "last", "all"), default="best", help=f"checkpoints of each run {shown}")
+    add("--estimator", choices=ESTIMATORS, default=ESTIMATORS[0], help=f"estimate that ranks the policies {shown}")
+    add("--steps", type=int, default=10_000, metavar="N", help=f"gradient steps of the critics of each policy {shown}")
+    add("--gamma", type=float, metavar="G", help="discount factor (default: that of the first run, or 0.99)")
+    split = "part of the episodes, or of the groups, that give the estimate (default: that of the first run, or 0.2)"
+    add("--held-out", type=float, metavar="PART", help=split)
+    add("--num-samples", type=int, default=1, metavar="N", help=f"actions of a random policy in each state {shown}")
+    add("--seed", type=int, default=0, metavar="N", help=f"seed of critics, actions and episodes {shown}")
+    add_options(command, "Gymnasium environment for the true values (default: the environment of the first run)")
+    add("--episodes", type=int, default=20, metavar="N", help=f"episodes for the true value; 0 measures none {shown}")
+    add("--device", default="auto", help="any torch device (default: cuda if it is available)")
+    add("--out", type=Path, metavar="FOLDER", help="folder of the files (default: RUN if only one is given, else .)")
+    command.set_defaults(run=_rank)
+
+
+def _rank(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from torchrl_bcq.evaluation.estimate import Estimate
+    from torchrl_bcq.reports import ranking
+    from torchrl_bcq.reports.pictures import save
+    from torchrl_bcq.runs.candidates import find_candidates, import_policy
+    from torchrl_bcq.runs.folder import load
+
+    _check(args)
+    candidates = find_candidates(args.runs, args.checkpoint, args.device)
+    candidates += [import_policy(name) for name in args.policy]
+    first = load(Path(candidates[0].facts["checkpoint"]), device=args.device)
+    evaluation, settings = _open(args, first)
+    measure, env = _true_values(args, first, settings["gamma"])
+    out = args.out or (
+        args.runs[0] if len(args.runs) == 1 and not (args.runs[0] / "manifest.json").is_file() else Path()
+    )
+    file = out / "ranking.json"
+    settings |= {"env": env, "episodes": args.episodes if env else 0}
+    known = _read(file, settings)
+    print(f"{settings['dataset']}: {len(candidates)} policies, {settings['held_out']:.0%} of the episodes are held out")
+
+    def estimate(name: str, facts: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> ranking.Ranked:
+        key = json.dumps(facts, sort_keys=True)
+        if key not in known:
+            known[key] = {"name": name, **compute()}
+            _write(file, settings, known)
+        found = dict(known[key])
+        true = found.pop("true", None)
+        return ranking.Ranked(name, Estimate(**{k: v for k, v in found.items() if k != "name"}), true)
+
+    def compute(candidate: Any) -> dict[str, Any]:
+        policy = candidate.load()
+        return {**asdict(evaluation.estimate(policy)), **measure(policy)}
+
+    behaviour = estimate(ranking.BEHAVIOUR, {"behaviour": True}, lambda: asdict(evaluation.behaviour))
+    ranked = [
+        estimate(one.name, one.facts, partial(compute, one))
+        for one in tqdm(candidates, desc="policies", unit="policy", disable=None)
+    ]
+    lines = ranking.table(ranked, behaviour)
+    first_width, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
+    print()
+    print_table(lines, [first_width, *(width + 2 for width in widths)])
+    print(f"\nThe mean recorded return, discounted, is {evaluation.recorded_return:.4g}.\n")
+    for one in ranking.rank(ranked):
+        print(f"{one.name}: {one.estimate.verdict}")
+    print(f"\n{ranking.NOTE}")
+    if found := ranking.agreement(ranked):
+        rho = f"; rank correlation (Spearman) {found['spearman']:.2f}" if "spearman" in found else ""
+        print(f"The policy with the best estimate has a true value {found['regret']:.4g} below the best one{rho}.")
+    save(ranking.draw(ranked, behaviour), out / "ranking.png")
+    print(f"\nThe numbers are in {file}, the picture is {out / 'ranking.png'}.")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise a RunError if an argument is out of range."""
+    for name, fits, expected in (
+        ("steps", lambda value: value >= 1, "at least 1"),
+        ("gamma", lambda value: value is None or 0 <= value <= 1, "a number from 0 to 1"),
+        ("held_out", lambda value: value is None or 0 < value < 1, "a number between 0 and 1"),
+        ("num_samples", lambda value: value >= 1, "at least 1"),
+        ("seed", lambda value: 0 <= value < 2**32, f"a number from 0 to {2**32 - 1}"),
+        ("episodes", lambda value: value >= 0, "at least 0"),
+    ):
+        if not fits(value := getattr(args, name)):
+            raise RunError(f"--{name.replace('_', '-')} is {value}, expected {expected}.")
+
+
+def _open(args: argparse.Namespace, first: Any) -> tuple[Any, dict[str, Any]]:
+    """Open the dataset of the first run; return its evaluation, and what the estimates depend on, as plain values."""
+    from torchrl_bcq.evaluation import OffPolicyEvaluation
+    from torchrl_bcq.runs.assembly import change_rewards, reward_formula
+    from torchrl_bcq.runs.folder import open_dataset
+
+    own = first.settings
+    gamma = args.gamma if args.gamma is not None else own.loss.get("gamma", 0.99)
+    settings: dict[str, Any] = {
+        "gamma": gamma,
+        "held_out": args.held_out or own.held_out or 0.2,
+        "estimator": args.estimator,
+        "steps": args.steps,
+        "num_samples": args.num_samples,
+        "seed": own.seed if own.held_out and not args.held_out else args.seed,
+    }
+    transitions, task = open_dataset(own)
+    transitions = change_rewards(own, transitions)
+    try:
+        evaluation = OffPolicyEvaluation(
+            transitions,
+            task.action_spec,
+            observation_keys=list(task.shapes),
+            device=next(first.loss.parameters()).device,
+            **settings,
+        )
+    except ValueError as error:
+        raise RunError(f"--estimator {args.estimator} cannot be used: {error}") from error
+    return evaluation, {"dataset": str(own.dataset), "rewards": reward_formula(own), **settings}
+
+
+def _true_values(
+    args: argparse.Namespace, first: Any, gamma: float
+) -> tuple[Callable[[Any], dict[str, Any]], str | None]:
+    """Return a function that measures the true value of a policy, and the name of its environment, if there is one."""
+    from torchrl_bcq.evaluation.environments import make_envs, steps_to_compare, time_limit
+    from torchrl_bcq.evaluation.rollouts import evaluate
+    from torchrl_bcq.functional import change_reward
+
+    env = choose_fitting(args, first, {"": first}) if args.episodes else None
+    if env is None:
+        return (lambda policy: {}), None
+    device = next(first.loss.parameters()).device
+    envs = make_envs(
+        env, args.episodes, device, max_steps=steps_to_compare(env.max_episode_steps or time_limit(env), gamma)
+    )
+    reward = partial(change_reward, **first.settings.reward)
+
+    def measure(policy: Any) -> dict[str, Any]:
+        found: Any = evaluate(envs, policy, gamma=gamma, seed=args.seed, reward=reward)
+        returns = found["discounted_return"]
+        error = returns.std().item() / args.episodes**0.5 if args.episodes > 1 else float("nan")
+        return {"true": (returns.mean().item(), error)}
+
+    return measure, str(env)
+
+
+def _read(file: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the estimates in ``ranking.json``; none if they were made with other settings."""
+    if not file.is_file():
+        return {}
+    try:
+        saved = json.loads(file.read_text())
+        return dict(saved["policies"]) if saved["settings"] == json.loads(json.dumps(settings)) else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file} was not written by torchrl-bcq rank ({error!r}); remove it.") from error
+
+
+def _write(file: Path, settings: dict[str, Any], known: dict[str, dict[str, Any]]) -> None:
+    with write_whole(file) as aside:
+        aside.write_text(json.dumps({"settings": settings, "policies": known}, indent=2) + "\n")

@@ -1,0 +1,76 @@
+"""Estimates the value of a policy with discrete actions from recorded returns, by importance sampling."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.collectors.utils import split_trajectories
+
+from torchrl_bcq.data.episodes import episode_numbers
+from torchrl_bcq.functional import (
+    doubly_robust_values,
+    effective_sample_size,
+    importance_weights,
+    normalized_weights,
+    per_decision_values,
+)
+
+
+class ImportanceSampling:
+    """Importance-sampling estimates of a policy's value, over ``E`` recorded episodes.
+
+    Args:
+        transitions: recorded transitions, ``[N]``.
+        ratio: probability of each recorded action under the policy, divided by its probability under the policy that
+            recorded it, ``[N]``.
+        gamma: discount factor.
+        values: for the doubly robust estimates, the policy's values of the recorded actions, of the states and of the
+            next states, each ``[N]``, for example from the critics of ``fit_fqe``.
+
+    Raises:
+        DatasetError: if the episodes are not known (see ``episode_numbers``).
+
+    Source: see the functions of ``torchrl_bcq.functional``, which this class calls.
+    """
+
+    def __init__(
+        self,
+        transitions: TensorDictBase,
+        ratio: Tensor,
+        gamma: float,
+        values: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:
+        rows = {"episode": episode_numbers(transitions), "ratio": ratio}
+        rows["reward"] = transitions["next", "reward"].squeeze(-1).double()
+        if values is not None:
+            rows["value"], rows["state_value"], following = (each.double() for each in values)
+            rows["next_value"] = following * ~transitions["next", "terminated"].squeeze(-1)
+        padded = split_trajectories(TensorDict(rows, [len(transitions)]), trajectory_key="episode")  # [E, T]
+        ratios = torch.where(padded["mask"], padded["ratio"], 1.0)  # after its end, an episode keeps its weight
+        self._weights, self._gamma = importance_weights(ratios), gamma
+        self._padded = padded
+
+    @property
+    def effective_sample_size(self) -> float:
+        """Number of equally weighted episodes that would give the same variance."""
+        return effective_sample_size(self._weights[:, -1]).item()
+
+    def estimate(self, episodes: np.ndarray | None = None) -> dict[str, float]:
+        """Return the estimates by name, over all episodes or over those with the given numbers."""
+        chosen = slice(None) if episodes is None else torch.from_numpy(episodes.astype(np.int64))
+        padded, weights = self._padded[chosen], self._weights[chosen]
+        kinds = {"": weights, "weighted_": normalized_weights(weights)}
+        out = {
+            f"{kind}importance_sampling": per_decision_values(w, padded["reward"], self._gamma)
+            for kind, w in kinds.items()
+        }
+        if "value" in padded.keys():
+            reward, value, state_value, next_value = (
+                padded[name] for name in ("reward", "value", "state_value", "next_value")
+            )
+            for kind, w in kinds.items():
+                robust = doubly_robust_values(w, reward, value, state_value, next_value, self._gamma)
+                out[f"{kind}doubly_robust"] = robust
+        return {name: values.mean().item() for name, values in out.items()}

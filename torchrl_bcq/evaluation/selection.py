@@ -1,0 +1,235 @@
+"""Estimates the values of policies on a fixed dataset, and compares them with the recorded behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torchrl.data import TensorSpec
+
+from torchrl_bcq.data import split_episodes
+from torchrl_bcq.data.action_checks import number_of
+from torchrl_bcq.data.episodes import episode_numbers, episode_returns, group_numbers
+from torchrl_bcq.data.frame_stack import gather_frames
+from torchrl_bcq.evaluation.estimate import Estimate, bootstrap_interval
+from torchrl_bcq.evaluation.fqe import clone_probabilities, fit_fqe
+from torchrl_bcq.evaluation.importance import ImportanceSampling
+from torchrl_bcq.evaluation.policy_actions import (
+    add_policy_actions,
+    add_recorded_actions,
+    policy_actions,
+    recorded_actions,
+)
+from torchrl_bcq.evaluation.support import Support
+
+ESTIMATORS = (
+    "fqe",
+    "importance_sampling",
+    "weighted_importance_sampling",
+    "doubly_robust",
+    "weighted_doubly_robust",
+)
+_DISTANCE_ROWS = 2_000
+_CLONED = ("steps", "batch_size", "lr", "hidden", "device")  # settings that fit_fqe and clone_probabilities share
+_CHUNK = 4096  # rows that the critics read at a time
+
+
+class OffPolicyEvaluation:
+    """Estimates the values of policies on one dataset, always on the same held-out episodes.
+
+    Fitted Q evaluation learns from the other episodes. Its estimate is the mean value of the initial states of the
+    held-out episodes. For discrete actions, the held-out episodes also give importance-sampling estimates, with the
+    logged probabilities of the actions (``action_probability [N]``), or with those of a cloned behaviour.
+
+    Args:
+        transitions: recorded transitions, ``[N]``, with the entry ``episode`` or ``("next", "done")``. If they have the
+            entry ``group``, groups are held out and resampled instead of episodes.
+        action_spec: spec of one action.
+        gamma: discount factor.
+        held_out: fraction of the episodes, or of the groups, that are held out.
+        seed: seed of the split, of the critics and of the policies' random actions.
+        num_samples: number of actions in each state, if the policy is random and has no probabilities.
+        observation_keys: entries that the critics read.
+        estimator: estimate that is compared with the recorded behaviour: ``"fqe"``, or for discrete actions
+            ``"importance_sampling"``, ``"weighted_importance_sampling"``, ``"doubly_robust"`` or
+            ``"weighted_doubly_robust"``.
+        progress_bar: whether to show progress bars.
+        **fit: other arguments of ``fit_fqe``, such as ``steps``. The clone uses them as well, if it has them.
+
+    Raises:
+        DatasetError, ValueError: if the transitions have defects, or a setting is out of range.
+
+    Example:
+        >>> import torch
+        >>> from torchrl.envs import GymEnv
+        >>> from torchrl_bcq import OffPolicyEvaluation, make_cloning_modules
+        >>> env = GymEnv("Pendulum-v1")
+        >>> data = torch.cat([env.rollout(50) for _ in range(10)])
+        >>> data["episode"] = torch.arange(10).repeat_interleave(50)
+        >>> evaluation = OffPolicyEvaluation(data, env.action_spec, steps=5)
+        >>> (policy,) = make_cloning_modules(env.observation_spec, env.action_spec)
+        >>> evaluation.estimate(policy).verdict.split(":")[0]
+        'cannot tell'
+    """
+
+    def __init__(
+        self,
+        transitions: TensorDictBase,
+        action_spec: TensorSpec,
+        *,
+        gamma: float = 0.99,
+        held_out: float = 0.2,
+        seed: int = 0,
+        num_samples: int = 1,
+        observation_keys: Sequence[NestedKey] = ("observation",),
+        estimator: str = "fqe",
+        progress_bar: bool = False,
+        **fit: Any,
+    ) -> None:
+        allowed = ESTIMATORS[:1] if number_of(action_spec) is None else ESTIMATORS
+        if estimator not in allowed:
+            raise ValueError(f"estimator is {estimator!r}, expected one of {[*allowed]} for these actions.")
+        self.estimator = estimator
+        self.action_spec, self.gamma, self.seed = action_spec, gamma, seed
+        self._keys, self._samples = observation_keys, num_samples
+        shared = {"observation_keys": observation_keys, "seed": seed, "progress_bar": progress_bar}
+        self._fit: dict[str, Any] = {**shared, **fit, "gamma": gamma}
+        self._clone: dict[str, Any] = {name: self._fit[name] for name in (*_CLONED, *shared) if name in self._fit}
+        self._train_rows, self._held_rows = split_episodes(transitions, held_out, seed=seed)
+        self._transitions = transitions
+        self._held = transitions[self._held_rows]
+        numbers = episode_numbers(self._held)
+        self._first = numbers.diff(prepend=numbers.new_tensor([-1])).nonzero().squeeze(1)
+        groups = group_numbers(self._held)
+        self._groups = None if groups is None else groups[self._first].numpy()
+        drawn = torch.randperm(len(self._held), generator=torch.Generator().manual_seed(seed))[:_DISTANCE_ROWS]
+        self._near = drawn.sort().values  # rows whose actions are compared with the recorded ones
+
+    @cached_property
+    def behaviour(self) -> Estimate:
+        """The estimate of the recorded behaviour, by fitted Q evaluation with the recorded next actions."""
+        critics, values = self._behaviour
+        held = add_recorded_actions(self._held, self.action_spec)
+        return Estimate(**self._summarize(values), residual=self._residual(critics, held))
+
+    @property
+    def recorded_return(self) -> float:
+        """Mean discounted return of the held-out episodes. It leaves out rewards after an episode was cut off."""
+        return self._returns.mean().item()
+
+    @cached_property
+    def _returns(self) -> Tensor:
+        return episode_returns(self._held, self.gamma)
+
+    def estimate(self, policy: TensorDictModuleBase) -> Estimate:
+        """Estimate the value of a policy, and compare it with the recorded behaviour."""
+        sampling: dict[str, Any] = {"num_samples": self._samples, "seed": self.seed}
+        labelled = add_policy_actions(self._transitions, policy, self.action_spec, **sampling)
+        critics = fit_fqe(labelled[self._train_rows], self.action_spec, **self._fit)
+        held = labelled[self._held_rows]
+        held = held.set(critics.policy_key, policy_actions(policy, held, self.action_spec, **sampling))
+        found = self._summarize(_values(critics.state_values, held[self._first]), self._behaviour[1])
+        found["residual"] = self._residual(critics, held)
+        if self._support is not None:
+            found["far"] = self._support.share_far(held[self._near][critics.policy_key])
+        if number_of(self.action_spec) is not None:
+            found |= self._weigh(critics, held)
+        return Estimate(**found)
+
+    @cached_property
+    def _behaviour(self) -> tuple[Any, Tensor]:
+        """Critics of the recorded behaviour, and their values of the initial states, ``[E, C]``."""
+        recorded = add_recorded_actions(self._transitions[self._train_rows], self.action_spec)
+        critics = fit_fqe(recorded, self.action_spec, **self._fit)
+        return critics, _values(critics.values, self._held[self._first])
+
+    def _residual(self, critics: Any, held: TensorDictBase) -> float:
+        goes_on = ~held["next", "terminated"]
+        following = _values(lambda rows: critics.state_values(rows.get("next")), held)
+        error = held["next", "reward"] + self.gamma * goes_on * following - _values(critics.values, held)
+        return error.double().mean().item() * self._horizon
+
+    @cached_property
+    def _support(self) -> Support | None:
+        if any(self._held.get(key).dtype == torch.uint8 for key in self._keys):  # frames
+            return None
+        train = self._transitions[self._train_rows]
+        return Support(train, self._held[self._near], self.action_spec, self._keys)
+
+    @cached_property
+    def _probability(self) -> Tensor:
+        """Probabilities of the recorded actions of the held-out rows, ``[M]``."""
+        if (logged := self._held.get("action_probability", None)) is not None:
+            return logged.reshape(len(self._held))
+        return clone_probabilities(self._transitions[self._train_rows], self._held, self.action_spec, **self._clone)
+
+    def _weigh(self, critics: Any, held: TensorDictBase) -> dict[str, Any]:
+        """Return what the held-out rows, with the policy's choices, say about its value by importance sampling."""
+        taken = (recorded_actions(held, self.action_spec)[1] * held[critics.policy_key]).sum(-1)
+        parts = (critics.values, critics.state_values, lambda rows: critics.state_values(rows.get("next")))
+        value, state_value, next_value = (_values(part, held).mean(-1) for part in parts)
+        ratio = taken / self._probability
+        sampling = ImportanceSampling(held, ratio, self.gamma, (value, state_value, next_value))
+        returns = self._returns.numpy()
+
+        def compute(drawn: np.ndarray) -> np.ndarray:
+            estimates = np.array([*sampling.estimate(drawn).values()])
+            return np.stack([estimates, estimates - returns[drawn].mean()])
+
+        names, everything = [*sampling.estimate()], compute(np.arange(len(returns)))
+        low, high = self._bootstrap(compute)
+        each = zip(names, everything[0].tolist(), low[0].tolist(), high[0].tolist(), strict=True)
+        found: dict[str, Any] = {"others": {name: (value, *ends) for name, value, *ends in each}}
+        found["effective_sample_size"] = sampling.effective_sample_size
+        if self.estimator != "fqe":
+            i = names.index(self.estimator)
+            found |= {"value": float(everything[0, i]), "interval": (float(low[0, i]), float(high[0, i]))}
+            found |= {"difference": float(everything[1, i])}
+            found |= {"difference_interval": (float(low[1, i]), float(high[1, i]))}
+            found |= {"uses_critics": "robust" in self.estimator, "uses_weights": True}
+        return found
+
+    def _summarize(self, values: Tensor, behaviour: Tensor | None = None) -> dict[str, Any]:
+        """Return the estimate by fitted Q evaluation, from the initial values by each critic, ``[E, C]``."""
+        numbers = (values if behaviour is None else torch.cat([values, values - behaviour], -1)).double().cpu().numpy()
+        mean, count = numbers.mean(0), values.shape[-1]
+        low, high = self._bootstrap(lambda drawn: numbers[drawn].mean(0))
+        found: dict[str, Any] = {"value": float(mean[:count].mean()), "critics": tuple(mean[:count].tolist())}
+        found |= {"interval": (float(low[:count].min()), float(high[:count].max())), "limits": self._limits}
+        if behaviour is not None:
+            found["difference"] = float(mean[count:].mean())
+            found["difference_interval"] = float(low[count:].min()), float(high[count:].max())
+        return found
+
+    @cached_property
+    def _horizon(self) -> float:
+        """Mean over rows of the sum of ``gamma^t`` over the row's episode, which goes on if it was cut off."""
+        lengths = episode_numbers(self._held).bincount()
+        last = self._held["next", "terminated"].squeeze(-1)[self._first + lengths - 1]
+        sums = lengths.double() if self.gamma == 1 else (1 - self.gamma ** lengths.double()) / (1 - self.gamma)
+        if self.gamma < 1:
+            sums = torch.where(last, sums, 1 / (1 - self.gamma))
+        return float((sums * lengths).sum() / lengths.sum())
+
+    @cached_property
+    def _limits(self) -> tuple[float, float]:
+        reward = self._transitions["next", "reward"]
+        longest = float(episode_numbers(self._transitions).bincount().max())
+        most = longest if self.gamma == 1 else 1 / (1 - self.gamma)
+        return min(0.0, float(reward.min()) * most), max(0.0, float(reward.max()) * most)
+
+    def _bootstrap(self, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        return bootstrap_interval(statistic, len(self._first), self._groups, seed=self.seed)
+
+
+@torch.no_grad()
+def _values(function: Callable[[TensorDictBase], Tensor], rows: TensorDictBase) -> Tensor:
+    """Evaluate critics in parts."""
+    return torch.cat([function(gather_frames(part)) for part in rows.split(_CHUNK)])

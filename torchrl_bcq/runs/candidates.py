@@ -1,0 +1,98 @@
+"""The policies that ``torchrl-bcq rank`` compares: checkpoints of runs, and policies from Python modules."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torchrl.checkpoint import Checkpoint
+
+from torchrl_bcq.errors import RunError
+from torchrl_bcq.reports.logs import find_runs
+from torchrl_bcq.runs.folder import BEST, CHECKPOINTS, find_checkpoint, load, read_metadata
+from torchrl_bcq.trainers.best import best_checkpoint
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy that can be loaded, and facts that change if the policy changes."""
+
+    name: str
+    facts: dict[str, Any]
+    load: Callable[[], Any]
+
+
+def find_candidates(folders: Sequence[Path], which: str, device: str) -> list[Candidate]:
+    """Return the checkpoints of runs, of the runs of sweeps, or given checkpoints.
+
+    Args:
+        folders: runs, sweeps or checkpoints.
+        which: ``"best"``, ``"last"`` or ``"all"`` checkpoints of each run.
+        device: device of the networks.
+
+    Raises:
+        RunError: if there is no checkpoint, or if the runs have other observations or actions than the first one.
+    """
+    found: dict[Path, str] = {}
+    for folder in folders:
+        runs = (
+            [folder] if Checkpoint.is_checkpoint(folder) else [run.folder for run in find_runs([folder], lambda _: {})]
+        )
+        for run in runs:
+            paths = _all_checkpoints(run) if which == "all" else [find_checkpoint(run, which)]
+            for path in paths:
+                name = str(run) if len(paths) == 1 else f"{run}, step {read_metadata(path)[2]:,}"
+                found.setdefault(path.resolve(), name if name not in found.values() else f"{name}, {path.parent.name}")
+    (first, *others) = found
+    task = read_metadata(first)[1]
+    for path in others:
+        if read_metadata(path)[1].expected != task.expected:
+            raise RunError(
+                f"{found[path]} has other observations or actions than {found[first]}; rank runs of the same dataset."
+            )
+    return [Candidate(name, _facts(path), partial(_load, path, device)) for path, name in found.items()]
+
+
+def import_policy(name: str) -> Candidate:
+    """Return the policy ``MODULE:OBJECT``; the module may lie in the current folder.
+
+    Raises:
+        RunError: if there is no such object, or it is no policy.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise RunError(f"--policy is {name!r}, expected MODULE:OBJECT, such as mine:policy.")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    module = importlib.import_module(module_name)
+    policy = getattr(module, attribute, None)
+    if not callable(policy) or not hasattr(policy, "in_keys"):
+        found = "does not exist" if policy is None else f"is a {type(policy).__name__}"
+        raise RunError(f"{attribute} of {module_name} {found}, expected a TensorDict policy, such as TensorDictModule.")
+    file = getattr(module, "__file__", None)
+    changed = os.stat(file).st_mtime_ns if file else 0
+    return Candidate(name, {"policy": name, "changed": changed}, lambda: policy)
+
+
+def _load(path: Path, device: str) -> Any:
+    return load(path, device=device).policy
+
+
+def _all_checkpoints(run: Path) -> list[Path]:
+    """Return all checkpoints of a run, by their number of steps, the best one last."""
+    kept = [path for path in sorted((run / CHECKPOINTS).glob("*")) if Checkpoint.is_checkpoint(path)]
+    best = best_checkpoint(run / BEST)
+    if not kept and best is None:
+        return [find_checkpoint(run)]  # raises an error
+    return kept if best is None else [*kept, best]
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return {"checkpoint": str(path), "changed": max(file.stat().st_mtime_ns for file in files)}
