@@ -57,14 +57,16 @@ def main(arguments: list[str] | None = None) -> None:
         for task in args.tasks:
             name, spec = TASKS[task]
             data = load_transitions(str(args.folder / f"{name}.hdf5"))
-            own = {"held_out": HELD_OUT, "seed": seed, "steps": args.steps}
-            for known in load(args.folder, task, spec):
+            policies = load(args.folder, task, spec)
+            own = {"gamma": policies[0].gamma, "held_out": HELD_OUT, "seed": seed, "steps": args.steps}
+            evaluation = OffPolicyEvaluation(data, spec, **own)
+            for known in policies:
                 for contender in args.only:
                     if (task, known.name, seed, contender) in done:
                         continue
                     start = time.perf_counter()
                     if contender == "here":
-                        found = asdict(OffPolicyEvaluation(data, spec, gamma=known.gamma, **own).estimate(known.policy))
+                        found = asdict(evaluation.estimate(known.policy))
                     else:
                         found = {"value": evaluate_d3rlpy(data, spec, known, seed, args.steps)}
                     facts = {"task": task, "policy": known.name, "seed": seed, "contender": contender}

@@ -137,3 +137,15 @@ def test_describe_and_convert(tmp_path, monkeypatch, capsys):
     words = [f"dataset={copy}", *SMALL, *OF["discrete_bcq"], "evaluation.env=null", f"out={tmp_path / 'run'}"]
     assert main(["train", *words]) == 0
     assert torch.isfinite(load(tmp_path / "run").loss.qvalue_network.heads[0][-1].weight).all()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_policies_on_frames_are_ranked(tmp_path, monkeypatch, capsys, beside):
+    monkeypatch.chdir(tmp_path)
+    words = [*write_frames(tmp_path, True, beside), *SMALL, *OF["discrete_bcq"], "evaluation.env=null", "out=run"]
+    assert main(["train", *words]) == 0
+    capsys.readouterr()
+    assert main(["rank", "run", "--steps", "2", "--held-out", "0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "far" not in out.partition("\n\n")[2].splitlines()[0]  # frames have no distances
+    assert "run: cannot tell" in out
