@@ -81,7 +81,8 @@ def test_commands(name, place, monkeypatch, capsys):
             discrete = name == "discrete_actions"
             small = [word for word in SMALL if not (discrete and "vae" in word)]
             words += ["--cfg"] if "mujoco" in str(words) else [*FAST, *small]  # which would be downloaded
-        words += ["--episodes", "2"] if words[0] == "evaluate" else []
+        words += ["--episodes", "2"] if words[0] in ("evaluate", "rank") else []
+        words += ["--steps", "2"] if words[0] == "rank" else []
         assert main(words) == 0, (words, capsys.readouterr().err)
 
 

@@ -81,7 +81,7 @@ def test_a_good_policy_is_found(folder, capsys):
     assert "mine_lights:best: estimated better: difference +" in out
     assert float(rows["mine_lights:best"][5]) == pytest.approx(20 / 3, abs=0.6)
     saved = json.loads((folder / "sweep" / "ranking.json").read_text())
-    true = {one["name"]: one["true"] for one in saved["policies"].values() if "true" in one}
+    true = {one["name"]: one["true"] for one in saved["estimates"] if "true" in one}
     steps = math.ceil(math.log(0.005) / math.log(0.9))
     assert true["mine_lights:best"] == [pytest.approx((1 - 0.9**steps) / 0.1), 0]
     assert "has a true value 0 below the best one" in out
@@ -100,17 +100,20 @@ def test_nothing_is_estimated_twice(folder, capsys, monkeypatch):
         return estimate(self, policy)
 
     monkeypatch.setattr(OffPolicyEvaluation, "estimate", stopped)
-    assert main(["rank", "sweep", *QUICK]) == 130
-    assert main(["rank", "sweep", *QUICK]) == 0
+    words = ["rank", "sweep", "--checkpoint", "last", *QUICK]
+    assert main(words) == 130
+    assert main(words) == 0
     assert len(calls) == 3
     first = capsys.readouterr().out
-    assert main(["rank", "sweep", *QUICK]) == 0
+    assert main(words) == 0
     assert len(calls) == 3
     assert table(capsys.readouterr().out) == table(first)
-    assert main(["rank", "sweep", *QUICK, "--seed", "1"]) == 0  # other settings
+    assert main([*words, "--seed", "1"]) == 0  # other settings
     assert len(calls) == 5
     train("resume=sweep/1", "steps=30")
-    assert main(["rank", "sweep", *QUICK, "--seed", "1", "--checkpoint", "last"]) == 0  # another checkpoint of one run
+    assert main([*words, "--seed", "1"]) == 0  # another checkpoint of one run
+    assert len(calls) == 6
+    assert main(words) == 0  # the estimates with the first settings are still in the file
     assert len(calls) == 7
 
 
@@ -130,7 +133,7 @@ def test_without_an_environment(folder, capsys):
     assert "1 policies, 25% of the episodes are held out" in out
     assert "true" not in out.partition("\n\n")[0]
     assert "rank correlation" not in out
-    saved = json.loads((folder / "run" / "ranking.json").read_text())["settings"]
+    saved = json.loads((folder / "run" / "ranking.json").read_text())["estimates"][0]["settings"]
     assert (saved["held_out"], saved["gamma"], saved["env"], saved["episodes"]) == (0.25, 0.9, None, 0)
 
 

@@ -67,3 +67,10 @@ def test_a_picture_without_true_values():
     figure = draw([ranked("a", 4)], OWN)
     assert len(figure.legends[0].get_texts()) == 2
     assert "cannot tell" not in figure.axes[0].get_xlabel()
+
+
+def test_infinite_intervals_are_not_drawn():
+    estimate = Estimate(2.0, (-math.inf, math.inf), (2.0,), (0.0, 10.0), 0.0)
+    figure = draw([Ranked("a", estimate), ranked("nan", math.nan)], Ranked(BEHAVIOUR, estimate))
+    assert len(figure.axes[0].patches) == 0
+    figure.canvas.draw()

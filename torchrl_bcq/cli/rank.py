@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _rank(args: argparse.Namespace) -> None:
+    from torchrl.checkpoint import Checkpoint
     from tqdm import tqdm
 
-    from torchrl_bcq.evaluation.estimate import Estimate
     from torchrl_bcq.reports import ranking
     from torchrl_bcq.reports.pictures import save
     from torchrl_bcq.runs.candidates import find_candidates, import_policy
@@ -72,30 +72,18 @@ def _rank(args: argparse.Namespace) -> None:
     first = load(Path(candidates[0].facts["checkpoint"]), device=args.device)
     evaluation, settings = _open(args, first)
     measure, env = _true_values(args, first, settings["gamma"])
-    out = args.out or (
-        args.runs[0] if len(args.runs) == 1 and not (args.runs[0] / "manifest.json").is_file() else Path()
-    )
-    file = out / "ranking.json"
-    settings |= {"env": env, "episodes": args.episodes if env else 0}
-    known = _read(file, settings)
+    is_folder = len(args.runs) == 1 and not Checkpoint.is_checkpoint(args.runs[0])
+    out = args.out or (args.runs[0] if is_folder else Path())
+    results = _Results(out / "ranking.json", {**settings, "env": env, "episodes": args.episodes if env else 0})
     print(f"{settings['dataset']}: {len(candidates)} policies, {settings['held_out']:.0%} of the episodes are held out")
-
-    def estimate(name: str, facts: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> ranking.Ranked:
-        key = json.dumps(facts, sort_keys=True)
-        if key not in known:
-            known[key] = {"name": name, **compute()}
-            _write(file, settings, known)
-        found = dict(known[key])
-        true = found.pop("true", None)
-        return ranking.Ranked(name, Estimate(**{k: v for k, v in found.items() if k != "name"}), true)
 
     def compute(candidate: Any) -> dict[str, Any]:
         policy = candidate.load()
-        return {**asdict(evaluation.estimate(policy)), **measure(policy)}
+        return {**_plain(evaluation.estimate(policy)), **measure(policy)}
 
-    behaviour = estimate(ranking.BEHAVIOUR, {"behaviour": True}, lambda: asdict(evaluation.behaviour))
+    behaviour = results.get(ranking.BEHAVIOUR, {}, lambda: _plain(evaluation.behaviour))
     ranked = [
-        estimate(one.name, one.facts, partial(compute, one))
+        results.get(one.name, one.facts, partial(compute, one))
         for one in tqdm(candidates, desc="policies", unit="policy", disable=None)
     ]
     lines = ranking.table(ranked, behaviour)
@@ -110,7 +98,40 @@ def _rank(args: argparse.Namespace) -> None:
         rho = f"; rank correlation (Spearman) {found['spearman']:.2f}" if "spearman" in found else ""
         print(f"The policy with the best estimate has a true value {found['regret']:.4g} below the best one{rho}.")
     save(ranking.draw(ranked, behaviour), out / "ranking.png")
-    print(f"\nThe numbers are in {file}, the picture is {out / 'ranking.png'}.")
+    print(f"\nThe numbers are in {results.file}, the picture is {out / 'ranking.png'}.")
+
+
+class _Results:
+    """The estimates in ``ranking.json``. Each is written as soon as it is known, and computed only once."""
+
+    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
+        self.file, self._settings = file, settings
+        self._lines: list[dict[str, Any]] = []
+        if file.is_file():
+            try:
+                self._lines = list(json.loads(file.read_text())["estimates"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(f"{file} was not written by torchrl-bcq rank ({error!r}); remove it.") from error
+
+    def get(self, name: str, source: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> Any:
+        """Return the estimate of a policy, which is known by its source and by the settings."""
+        from torchrl_bcq.evaluation.estimate import Estimate
+        from torchrl_bcq.reports.ranking import Ranked
+
+        known = {"source": source, "settings": self._settings}
+        found = next((line for line in self._lines if {key: line.get(key) for key in known} == known), None)
+        if found is None:
+            found = {"name": name, **compute(), **known}
+            self._lines.append(found)
+            with write_whole(self.file) as aside:
+                aside.write_text(json.dumps({"estimates": self._lines}, indent=2) + "\n")
+        return Ranked(
+            name, Estimate(**{field.name: found[field.name] for field in fields(Estimate)}), found.get("true")
+        )
+
+
+def _plain(estimate: Any) -> dict[str, Any]:
+    return {**asdict(estimate), "verdict": estimate.verdict}
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -182,19 +203,3 @@ def _true_values(
         return {"true": (returns.mean().item(), error)}
 
     return measure, str(env)
-
-
-def _read(file: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the estimates in ``ranking.json``; none if they were made with other settings."""
-    if not file.is_file():
-        return {}
-    try:
-        saved = json.loads(file.read_text())
-        return dict(saved["policies"]) if saved["settings"] == json.loads(json.dumps(settings)) else {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{file} was not written by torchrl-bcq rank ({error!r}); remove it.") from error
-
-
-def _write(file: Path, settings: dict[str, Any], known: dict[str, dict[str, Any]]) -> None:
-    with write_whole(file) as aside:
-        aside.write_text(json.dumps({"settings": settings, "policies": known}, indent=2) + "\n")

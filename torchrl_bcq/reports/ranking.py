@@ -84,13 +84,15 @@ def draw(policies: Sequence[Ranked], behaviour: Ranked) -> Figure:
     places = np.arange(len(ranked))
     value = np.array([one.estimate.value for one in ranked])
     ends = np.array([one.estimate.interval for one in ranked]).T
+    ends = np.where(np.isfinite(ends), ends, value)  # the interval of a single episode is infinite
     axes.errorbar(value, places, xerr=abs(ends - value), fmt="o", color=COLORS[0], capsize=3, label="estimate")
     if any(one.true is not None for one in ranked):
         true = [np.nan if one.true is None else one.true[0] for one in ranked]
         axes.plot(true, places, "D", color=COLORS[1], markersize=5, label="true value, in the environment")
     own = behaviour.estimate
     axes.axvline(own.value, color=GREY, linestyle=DASHED, linewidth=1.3, label=f"estimate of the {BEHAVIOUR}")
-    axes.axvspan(*own.interval, color=GREY, alpha=0.15, linewidth=0)
+    if np.isfinite(own.interval).all():
+        axes.axvspan(*own.interval, color=GREY, alpha=0.15, linewidth=0)
     doubtful = [i for i, one in enumerate(ranked) if one.estimate.doubts]
     names = [f"{one.name} (?)" if i in doubtful else one.name for i, one in enumerate(ranked)]
     axes.set_yticks(places, names)
