@@ -101,6 +101,56 @@ BREAKS = {
         "(scores * probability.unsqueeze(-2)).sum(-1)",
         "scores.mean(-1)",
     ),
+    "fqe: targets are not clipped": (
+        "objectives/fqe.py",
+        "target = target.clamp(*self.value_range)",
+        "pass",
+    ),
+    "fqe: recorded next actions are those of the row itself": (
+        "evaluation/policy_actions.py",
+        "recorded.roll(-1, 0)",
+        "recorded",
+    ),
+    "fqe: rows that are cut off keep a next action": (
+        "evaluation/policy_actions.py",
+        "return labelled[goes_on | ",
+        "return labelled[goes_on | ~goes_on | ",
+    ),
+    "fqe: critics of held-out episodes": (
+        "evaluation/selection.py",
+        "critics = fit_fqe(labelled[self._train_rows]",
+        "critics = fit_fqe(labelled[self._held_rows]",
+    ),
+    "importance: an episode loses its weight at its end": (
+        "evaluation/importance.py",
+        'torch.where(padded["mask"], padded["ratio"], 1.0)',
+        'torch.where(padded["mask"], padded["ratio"], 0.0)',
+    ),
+    "importance: the value after an end counts": (
+        "evaluation/importance.py",
+        'following * ~transitions["next", "terminated"].squeeze(-1)',
+        "following",
+    ),
+    "importance: cloned probabilities although they are logged": (
+        "evaluation/selection.py",
+        '(logged := self._held.get("action_probability", None)) is not None',
+        '(logged := self._held.get("no_such_entry", None)) is not None',
+    ),
+    "support: distances of the same rows": (
+        "evaluation/support.py",
+        "self._rows = self._join(rows) / self._scale",
+        "self._rows = self._join(rows)",
+    ),
+    "bootstrap: groups are ignored": (
+        "evaluation/estimate.py",
+        "members = None if groups is None else",
+        "members = None if True else",
+    ),
+    "verdict: the interval may include 0": (
+        "evaluation/estimate.py",
+        "self.difference_interval[0] > 0 or",
+        "self.difference_interval[0] > -1e9 or",
+    ),
     "doubly robust: no correction": (
         "functional.py",
         "state_value[..., 0] + discounted_sum(correction, gamma)",

@@ -18,6 +18,7 @@ examples:
   torchrl-bcq describe hopper.hdf5                        show statistics and possible defects of a dataset
   torchrl-bcq train dataset=hopper.hdf5 out=runs/hopper   train on this dataset
   torchrl-bcq evaluate runs/hopper                        measure the returns of its policy
+  torchrl-bcq rank runs/hopper                            estimate its value without an environment
   torchrl-bcq plot runs/hopper                            draw learning curves and value estimates
 
 Run torchrl-bcq COMMAND --help to see the arguments of a command.

@@ -12,6 +12,7 @@ from torchrl.data import Bounded, Categorical, OneHot
 from torchrl.modules import ProbabilisticActor
 
 from torchrl_bcq import add_policy_actions, add_recorded_actions, clone_probabilities, fit_fqe, from_arrays, multi_step
+from torchrl_bcq.evaluation.fqe import value_range
 
 pytestmark = pytest.mark.no_cover  # training steps by the thousand
 SMALL = {"hidden": (32, 32), "batch_size": 64, "lr": 3e-3, "num_critics": 2}
@@ -116,6 +117,17 @@ def test_the_first_values_have_the_size_of_the_returns():
     small = fit_fqe(data, Categorical(2), steps=1, **SMALL).value(data)
     data["next", "reward"] *= 1000
     torch.testing.assert_close(fit_fqe(data, Categorical(2), steps=1, **SMALL).value(data), 1000 * small)
+
+
+def test_the_range_of_values():
+    """The rewards are 1, 2 and 4, in episodes of three steps."""
+    assert value_range(chain(ends=True), 0.5) == (0, 8)
+    assert value_range(chain(ends=True), 1.0) == (0, 12)
+    data = chain(ends=True)
+    data["next", "reward"] *= -1
+    assert value_range(data, 0.75) == (-16, 0)
+    labelled = add_recorded_actions(data, Categorical(2))
+    assert fit_fqe(labelled, Categorical(2), gamma=0.75, steps=1, **SMALL).value_range == (-16, 0)
 
 
 def test_cloned_probabilities():

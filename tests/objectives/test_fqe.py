@@ -51,6 +51,16 @@ def test_discrete_targets_by_hand():
     assert loss.value(discrete_batch()).tolist() == [2, 6]  # the means over critics
 
 
+def test_targets_are_clipped_to_the_range_of_values():
+    """The same targets as above: 4.5 and 2.5 become 3 and 2.5, and 2 stays."""
+    heads = {"q0": table([[1.0, 2.0], [4.0, 8.0]]), "q1": table([[3.0, 5.0], [0.0, 4.0]])}
+    network = MultiHeadNetwork(heads, Categorical(2))
+    loss = DiscreteFQELoss(network, delay_qvalue=False, value_range=(0.0, 3.0)).make_value_estimator(gamma=0.5)
+    assert loss(discrete_batch())["target_value"].tolist() == [[3, 2.5], [2, 2]]
+    with pytest.raises(ValueError, match=r"value_range is \(1.0, 0.0\), expected \(low, high\)"):
+        DiscreteFQELoss(network, value_range=(1.0, 0.0))
+
+
 def test_continuous_targets_by_hand():
     """Q_c(s, a) = s + c a. Of the actions 1 and 3 in state 10, the values are 11 and 13, or 12 and 16."""
     critics = []

@@ -36,7 +36,7 @@ _MEANINGS = {
     "action_distance": "shows how much the policy differs from the recorded actions, not which of them are better.",
     "action_agreement": "share of the recorded actions that the policy takes too; it does not show which are better.",
     "initial_value": "the critics' estimate of the policy's discounted return; it is not measured, and may be wrong.",
-    "return": "mean return of the recorded episodes; without an environment, a policy's return is unknown.",
+    "return": "mean return of the recorded episodes; to estimate a policy's return, use torchrl-bcq rank RUN.",
     "discounted_return": "the same with discount; if initial_value is far above it, the critics may overestimate.",
 }
 

@@ -46,6 +46,7 @@ def print_runs(folder: Path) -> None:
     if not measured:
         print("\nNo run was evaluated in an environment. These numbers do not show which policy is best.")
         print(f"To evaluate a run: torchrl-bcq evaluate {runs[0].folder}")
+        print(f"To estimate without an environment which run is best: torchrl-bcq rank {folder}")
         return
     best = max(measured, key=lambda run: max(logged[run].values()))
     step, value = max(logged[best].items(), key=lambda item: item[1])

@@ -48,7 +48,8 @@ def fit_fqe(
 
     ``loss.state_values(states)`` then returns the value of each state by each critic. Observations are standardised.
     The critics multiply their output by the size of usual values: the root mean square of the rewards times ``1 / (1 -
-    gamma)``, or times the length of the longest episode if this is smaller.
+    gamma)``, or times the length of the longest episode if this is smaller. Targets are clipped to the range that the
+    rewards allow (``value_range``).
 
     Args:
         transitions: result of ``add_policy_actions`` or ``add_recorded_actions``, ``[N]``.
@@ -87,7 +88,7 @@ def fit_fqe(
         sizes: dict[str, Any] = {"num_critics": num_critics, "hidden": hidden}
         networks = make_fqe_modules(specs, action_spec, **sizes, normalization=scaling, device=device)
         kind: Any = FQELoss if number_of(action_spec) is None else DiscreteFQELoss
-        loss = kind(*networks).make_value_estimator(gamma=gamma)
+        loss = kind(*networks, value_range=value_range(transitions, gamma)).make_value_estimator(gamma=gamma)
         return _fit(loss, transitions, SoftUpdate(loss, tau=tau), progress_bar=progress_bar, **settings)
 
 
@@ -173,6 +174,17 @@ def _fit_scaling(
     """Standardise the observations, and multiply values by ``value_scale``."""
     fitted = Normalization.fit(transitions, observation_keys=observation_keys, scale_rewards=False)
     return Normalization(fitted.observations, value_scale)
+
+
+def value_range(transitions: TensorDictBase, gamma: float) -> tuple[float, float]:
+    """Return the smallest and the largest discounted return that the recorded rewards allow.
+
+    Without a discount, it is that of the longest episode. A reward of 0 is always possible, after a terminal state.
+    """
+    longest = float(episode_numbers(transitions).bincount().max())
+    most = longest if gamma == 1 else 1 / (1 - gamma)
+    low, high = (float(end) * most for end in transitions["next", "reward"].aminmax())
+    return min(0.0, low), max(0.0, high)
 
 
 def _value_scale(transitions: TensorDictBase, gamma: float) -> float:

@@ -19,7 +19,7 @@ from torchrl_bcq.data.action_checks import number_of
 from torchrl_bcq.data.episodes import episode_numbers, episode_returns, group_numbers
 from torchrl_bcq.data.frame_stack import gather_frames
 from torchrl_bcq.evaluation.estimate import Estimate, bootstrap_interval
-from torchrl_bcq.evaluation.fqe import clone_probabilities, fit_fqe
+from torchrl_bcq.evaluation.fqe import clone_probabilities, fit_fqe, value_range
 from torchrl_bcq.evaluation.importance import ImportanceSampling
 from torchrl_bcq.evaluation.policy_actions import (
     add_policy_actions,
@@ -220,10 +220,7 @@ class OffPolicyEvaluation:
 
     @cached_property
     def _limits(self) -> tuple[float, float]:
-        reward = self._transitions["next", "reward"]
-        longest = float(episode_numbers(self._transitions).bincount().max())
-        most = longest if self.gamma == 1 else 1 / (1 - self.gamma)
-        return min(0.0, float(reward.min()) * most), max(0.0, float(reward.max()) * most)
+        return value_range(self._transitions, self.gamma)
 
     def _bootstrap(self, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         return bootstrap_interval(statistic, len(self._first), self._groups, seed=self.seed)

@@ -22,19 +22,30 @@ class _PolicyValueLoss(ValueLoss):
     """Learns the values of a policy, whose choices in each next state the batch holds."""
 
     def __init__(
-        self, networks: Mapping[str, Any], *, policy_key: NestedKey, delay_qvalue: bool, **settings: Any
+        self,
+        networks: Mapping[str, Any],
+        *,
+        policy_key: NestedKey,
+        value_range: tuple[float, float] | None,
+        delay_qvalue: bool,
+        **settings: Any,
     ) -> None:
         check_initialized("qvalue_network", networks["qvalue"])
+        if value_range is not None and not value_range[0] <= value_range[1]:
+            raise ValueError(f"value_range is {value_range}, expected (low, high) with low not above high.")
         delayed, metadata = (["qvalue"] if delay_qvalue else []), {"qvalue": _METADATA}
         super().__init__(networks, delayed=delayed, metadata=metadata, **settings)
         self.delay_qvalue = delay_qvalue
         self.policy_key = policy_key
+        self.value_range = value_range
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the TD loss, summed over critics, and metadata."""
         batch = self.select_transitions(tensordict)
         with torch.no_grad(), self.target_autocast(), self.target_networks():
             target = self.td_target(batch, self.state_values(batch.get("next")))
+            if self.value_range is not None:
+                target = target.clamp(*self.value_range)
         return self.td_distance(self.values(batch), target, tensordict)
 
     def value(self, tensordict: TensorDictBase) -> Tensor:
@@ -65,6 +76,8 @@ class FQELoss(_PolicyValueLoss):
         action_key: entry of the action ``[*B, A]``, which the critics read.
         policy_action_key: entry of the policy's actions in a state, ``[*B, n, A]``. The value of a state is the mean
             over these ``n`` actions.
+        value_range: smallest and largest possible value, to which targets are clipped. In states that are far from the
+            data, targets could otherwise grow without a limit. None does not clip, as in the paper.
         delay_qvalue: if True, add target critics. A target updater changes them.
         loss_function, reduction, deactivate_vmap, use_prioritized_weights: as in ``BCQLoss``.
 
@@ -94,6 +107,7 @@ class FQELoss(_PolicyValueLoss):
         *,
         action_key: NestedKey = "action",
         policy_action_key: NestedKey = "policy_action",
+        value_range: tuple[float, float] | None = None,
         delay_qvalue: bool = True,
         loss_function: str = "l2",
         reduction: str | None = "mean",
@@ -105,6 +119,7 @@ class FQELoss(_PolicyValueLoss):
         super().__init__(
             {"qvalue": qvalue_network},
             policy_key=policy_action_key,
+            value_range=value_range,
             delay_qvalue=delay_qvalue,
             action_key=action_key,
             value_key=qvalue_network.out_keys[-1],
@@ -141,7 +156,8 @@ class DiscreteFQELoss(DiscreteValueLoss, _PolicyValueLoss):
         qvalue_network: network with one output ``[*B, K]`` for each critic, such as that of ``make_fqe_modules``.
         action_space: as in ``DiscreteBCQLoss``.
         policy_probability_key: entry of the policy's probabilities in a state, ``[*B, K]``.
-        delay_qvalue, loss_function, reduction, deactivate_vmap, use_prioritized_weights: as in ``FQELoss``.
+        value_range, delay_qvalue, loss_function, reduction, deactivate_vmap, use_prioritized_weights: as in
+            ``FQELoss``.
 
     Reads and returns: the same as ``FQELoss``, but the policy's probabilities instead of its actions. Masks are
     not read: the policy's probability of an action that is not available must be 0.
@@ -158,6 +174,7 @@ class DiscreteFQELoss(DiscreteValueLoss, _PolicyValueLoss):
         *,
         action_space: str | TensorSpec | None = None,
         policy_probability_key: NestedKey = "policy_probability",
+        value_range: tuple[float, float] | None = None,
         delay_qvalue: bool = True,
         loss_function: str = "l2",
         reduction: str | None = "mean",
@@ -170,6 +187,7 @@ class DiscreteFQELoss(DiscreteValueLoss, _PolicyValueLoss):
             {"qvalue": qvalue_network},
             action_space=action_space,
             policy_key=policy_probability_key,
+            value_range=value_range,
             delay_qvalue=delay_qvalue,
             value_key=qvalue_network.out_keys[0],
             loss_function=loss_function,
