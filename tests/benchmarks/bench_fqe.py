@@ -30,6 +30,7 @@ from machine import describe
 from scipy.stats import spearmanr
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Bounded, Categorical, TensorSpec
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_bcq import OffPolicyEvaluation, load_transitions, policy_actions, split_episodes
 
@@ -102,7 +103,8 @@ def evaluate_d3rlpy(data: TensorDictBase, spec: TensorSpec, known: Known, seed: 
         )
 
         def act(x: torch.Tensor) -> torch.Tensor:
-            return known.policy(TensorDict({"observation": x}, [len(x)]))["action"]
+            with set_exploration_type(ExplorationType.RANDOM):
+                return known.policy(TensorDict({"observation": x}, [len(x)]))["action"]
 
         algo = SimpleNamespace(impl=SimpleNamespace(predict_best_action=act))
         fqe = (DiscreteFQE if discrete else FQE)(algo, FQEConfig(gamma=known.gamma))

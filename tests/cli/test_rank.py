@@ -25,6 +25,10 @@ import torch
 from tensordict.nn import TensorDictModule
 best = TensorDictModule(lambda x: (x.argmax(-1) + 1) % 3, ["observation"], ["action"])
 number = 3
+from torch.distributions import Categorical
+from torchrl.modules import ProbabilisticActor
+even = TensorDictModule(lambda x: torch.zeros(len(x), 3), ["observation"], ["logits"])
+even = ProbabilisticActor(even, in_keys=["logits"], distribution_class=Categorical)
 """
 
 
@@ -87,6 +91,15 @@ def test_a_good_policy_is_found(folder, capsys):
     assert "has a true value 0 below the best one" in out
     assert "do not cover the bias of the estimate" in out
     assert (folder / "sweep" / "ranking.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_true_value_of_a_random_policy_is_that_of_its_random_actions(folder, capsys):
+    """Random actions get a third of the rewards; the most likely action of equal ones would always be the first."""
+    train("out=run", "steps=5")
+    assert main(["rank", "run", "--policy", "mine_lights:even", "--steps", "3", "--episodes", "30"]) == 0
+    saved = json.loads((folder / "run" / "ranking.json").read_text())["estimates"]
+    (true,) = (one["true"][0] for one in saved if one["name"] == "mine_lights:even")
+    assert true == pytest.approx(10 / 3, abs=0.6)
 
 
 def test_nothing_is_estimated_twice(folder, capsys, monkeypatch):

@@ -183,7 +183,10 @@ def _true_values(
     args: argparse.Namespace, first: Any, gamma: float
 ) -> tuple[Callable[[Any], dict[str, Any]], str | None]:
     """Return a function that measures the true value of a policy, and the name of its environment, if there is one."""
+    from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
+
     from torchrl_bcq.evaluation.environments import make_envs, steps_to_compare, time_limit
+    from torchrl_bcq.evaluation.policy_actions import has_probabilities
     from torchrl_bcq.evaluation.rollouts import evaluate
     from torchrl_bcq.functional import change_reward
 
@@ -197,7 +200,9 @@ def _true_values(
     reward = partial(change_reward, **first.settings.reward)
 
     def measure(policy: Any) -> dict[str, Any]:
-        found: Any = evaluate(envs, policy, gamma=gamma, seed=args.seed, reward=reward)
+        is_random = has_probabilities(policy, first.task.action_spec)  # the estimate is that of its random actions
+        with set_exploration_type(ExplorationType.RANDOM if is_random else exploration_type()):
+            found: Any = evaluate(envs, policy, gamma=gamma, seed=args.seed, reward=reward)
         returns = found["discounted_return"]
         error = returns.std().item() / args.episodes**0.5 if args.episodes > 1 else float("nan")
         return {"true": (returns.mean().item(), error)}

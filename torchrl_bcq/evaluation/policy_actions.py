@@ -134,9 +134,14 @@ def initial_states(transitions: TensorDictBase) -> TensorDictBase:
     return transitions[starts]
 
 
+def has_probabilities(policy: Any, action_spec: TensorSpec) -> bool:
+    """Whether a discrete policy gives its probabilities, which ``policy_actions`` then uses."""
+    return number_of(action_spec) is not None and hasattr(policy, "get_dist")
+
+
 def _choices(policy: Any, states: TensorDictBase, action_spec: TensorSpec, num_samples: int) -> Tensor:
     number = number_of(action_spec)
-    if number is not None and hasattr(policy, "get_dist"):
+    if number is not None and has_probabilities(policy, action_spec):
         return _check(policy.get_dist(states.copy()).probs, (len(states), number), "probabilities")
     key = getattr(policy, "action_key", "action")
     drawn = [policy(states.copy()).get(key) for _ in range(num_samples)]
