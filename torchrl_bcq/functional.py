@@ -114,7 +114,8 @@ def change_reward(reward: Tensor, shift: float = 0.0, scale: float = 1.0, clip: 
 
 def discounted_sum(rewards: Tensor, gamma: float) -> Tensor:
     """Return the discounted return ``sum_t gamma^t r_t``. ``[*B, T] -> [*B]``."""
-    return (rewards * gamma ** torch.arange(rewards.shape[-1], device=rewards.device)).sum(-1)
+    steps = torch.arange(rewards.shape[-1], dtype=rewards.dtype, device=rewards.device)
+    return (rewards * gamma**steps).sum(-1)
 
 
 def importance_weights(ratio: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 
 import gymnasium
+import h5py
 import numpy as np
 import pytest
 
@@ -25,6 +27,8 @@ import torch
 from tensordict.nn import TensorDictModule
 best = TensorDictModule(lambda x: (x.argmax(-1) + 1) % 3, ["observation"], ["action"])
 number = 3
+Kind = TensorDictModule
+wrong = TensorDictModule(lambda x: x, ["observation"], ["action"])
 from torch.distributions import Categorical
 from torchrl.modules import ProbabilisticActor
 even = TensorDictModule(lambda x: torch.zeros(len(x), 3), ["observation"], ["logits"])
@@ -160,7 +164,9 @@ def test_without_an_environment(folder, capsys):
         (["run", "--policy", "mine_lights"], "--policy is 'mine_lights', expected MODULE:OBJECT"),
         (["run", "--policy", "mine_lights:other"], "other of mine_lights does not exist"),
         (["run", "--policy", "mine_lights:number"], "number of mine_lights is a int"),
-        (["run", "--policy", "nomodule:best"], "No module named 'nomodule'"),
+        (["run", "--policy", "nomodule:best"], "the module nomodule cannot be imported: ModuleNotFoundError"),
+        (["run", "--policy", "mine_lights:Kind"], "Kind of mine_lights is a type, expected a TensorDict policy"),
+        (["run", "--policy", "mine_lights:wrong"], "--policy mine_lights:wrong cannot be evaluated on this dataset"),
         (["run", "--env", "Pendulum-v1"], "--env ID"),
     ],
 )
@@ -169,7 +175,10 @@ def test_bad_input_is_refused(folder, capsys, words, message):
     assert main(["rank", *words]) == 1
     error = capsys.readouterr().err
     assert message in error
-    assert not (folder / "run" / "ranking.json").exists()
+    names = ["recorded behaviour", "run"] if "wrong" in str(words) else []
+    file = folder / "run" / "ranking.json"
+    assert [one["name"] for one in (json.loads(file.read_text())["estimates"] if names else [])] == names
+    assert file.exists() == bool(names)
 
 
 def test_a_damaged_file_is_not_replaced(folder, capsys):
@@ -187,4 +196,43 @@ def test_runs_of_other_tasks_are_refused(folder, make_file, capsys):
     assert main(["rank", "run", "other", *QUICK]) == 1
     assert "other has other observations or actions than run" in capsys.readouterr().err
     assert main(["rank", "other", "--estimator", "doubly_robust", *QUICK]) == 1
-    assert "--estimator doubly_robust cannot be used" in capsys.readouterr().err
+    assert "--estimator doubly_robust needs discrete actions" in capsys.readouterr().err
+
+
+def test_runs_with_another_stack_are_refused(folder, capsys):
+    train("out=run")
+    train("out=other", "stack=2")
+    assert main(["rank", "run", "other", *QUICK]) == 1
+    assert "other was trained with stack=2, but run with stack=1" in capsys.readouterr().err
+
+
+def test_a_run_of_a_sweep_without_a_checkpoint_is_left_out(folder, caplog):
+    train("-m", "out=sweep", "seed=0,1")
+    shutil.rmtree(folder / "sweep" / "1" / "checkpoints")
+    shutil.rmtree(folder / "sweep" / "1" / "best")
+    assert main(["rank", "sweep", *QUICK]) == 0
+    assert "sweep/1 contains no checkpoint, so it is left out" in caplog.text
+    shutil.rmtree(folder / "sweep" / "0" / "checkpoints")
+    shutil.rmtree(folder / "sweep" / "0" / "best")
+    assert main(["rank", "sweep", *QUICK]) == 1
+
+
+def test_other_data_gives_other_estimates(folder, capsys):
+    train("out=run", "reward.scale=10")
+    assert main(["rank", "run", *QUICK]) == 0
+    out = capsys.readouterr().out
+    assert "All values are of the rewards that run was trained with" in out
+    assert ": (reward + 0) * 10." in out
+    with h5py.File("lights.hdf5", "r+") as file:
+        file["rewards"][:] = 1 - file["rewards"][:]
+    assert main(["rank", "run", *QUICK]) == 0
+    assert len(json.loads((folder / "run" / "ranking.json").read_text())["estimates"]) == 4
+
+
+def test_the_seed_changes_the_critics_but_not_the_held_out_episodes_of_the_run(folder, capsys):
+    train("out=run", "held_out=0.25", "evaluation.env=null")
+    for seed in ("0", "7"):
+        assert main(["rank", "run", "--steps", "3", "--seed", seed]) == 0
+    lines = json.loads((folder / "run" / "ranking.json").read_text())["estimates"]
+    assert [line["settings"]["split_seed"] for line in lines] == [0] * 4
+    assert len({line["value"] for line in lines}) == 4

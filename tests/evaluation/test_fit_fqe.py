@@ -81,6 +81,9 @@ def test_recorded_next_actions():
     data = add_recorded_actions(chain(ends=False), Categorical(2))  # the last state of an episode has no next action
     assert len(data) == 60
     assert data["next", "policy_probability"][:2].tolist() == [[0, 1], [1, 0]]
+    assert data["episode"].unique().tolist() == list(range(30))
+    without = add_recorded_actions(chain(ends=False).exclude("episode"), Categorical(2))
+    assert value_range(without, 1.0) == value_range(data, 1.0) == (0, 4)  # the last reward of each episode is left out
     rewards = torch.linspace(-1, 1, 90)[:, None]
     continuous = chain(ends=True).set("action", rewards)
     following = add_recorded_actions(continuous, UNIT)["next", "policy_action"]

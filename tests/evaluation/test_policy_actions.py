@@ -67,6 +67,20 @@ def test_frequencies_of_drawn_actions(spec):
     torch.testing.assert_close(found, 0.4 * best + 0.2, rtol=0, atol=0.05)
 
 
+def test_choices_in_final_states_are_zero_because_a_mask_may_allow_none():
+    data = random_transitions(4)
+    data["next", "terminated"][1] = True
+    nan = torch.full((4, 2), torch.nan)
+    labelled = add_policy_actions(data, policy_of(lambda x: nan), ACTION_SPEC)["next", "policy_action"]
+    assert labelled.isnan().all(-1).squeeze(-1).tolist() == [True, False, True, True]
+    assert labelled[1].abs().sum() == 0
+
+
+def test_choices_have_the_dtype_of_the_spec():
+    found = policy_actions(policy_of(lambda x: x[:, 1:].double()), states(), Bounded(-99, 99, (2,)))
+    assert found.dtype == torch.float32
+
+
 def test_the_policy_acts_in_evaluation_mode():
     dropout = torch.nn.Dropout(0.5).train()
     found = policy_actions(policy_of(dropout), states(), Bounded(-99, 99, (3,)))

@@ -11,7 +11,7 @@ from torch.distributions import Categorical as Choice
 from torchrl.data import Bounded, Categorical
 from torchrl.modules import ProbabilisticActor
 
-from torchrl_bcq import DatasetError, OffPolicyEvaluation, from_arrays
+from torchrl_bcq import DatasetError, OffPolicyEvaluation, from_arrays, multi_step
 
 pytestmark = pytest.mark.no_cover  # training steps by the hundred
 SPEC = Categorical(2)
@@ -79,6 +79,45 @@ def test_other_estimators_decide_the_verdict(name):
     assert found.difference == pytest.approx(found.value - evaluation.recorded_return)
     assert found.uses_weights
     assert found.uses_critics == ("robust" in name)
+
+
+def cut_off(right: float, rows: int = 3000) -> TensorDict:
+    """Episodes of ten steps that are cut off: the value is ten times that of one step, at gamma 0.9."""
+    data = recorded(rows, right)
+    data["next", "terminated"] = torch.zeros(rows, 1, dtype=torch.bool)
+    data["next", "truncated"] = data["next", "done"] = torch.arange(1, rows + 1)[:, None] % 10 == 0
+    data["episode"] = torch.arange(rows) // 10
+    return data.set(("next", "observation"), data["observation"].roll(-1, 0))
+
+
+@pytest.mark.parametrize("name", ["doubly_robust", "importance_sampling"])
+def test_the_recorded_behaviour_is_not_better_than_itself_if_episodes_are_cut_off(name):
+    evaluation = OffPolicyEvaluation(cut_off(0.5), SPEC, gamma=0.9, held_out=0.5, estimator=name, **FIT)
+    found = evaluation.estimate(policy(0.5))
+    assert found.value == pytest.approx(5 if "robust" in name else 5 * (1 - 0.9**10), abs=0.4)
+    assert found.difference == pytest.approx(0, abs=0.25)
+    assert found.verdict.startswith("cannot tell")
+
+
+def test_no_details(evaluation):
+    found = evaluation.estimate(policy(1.0), details=False)
+    assert (found.far, found.others) == (None, {})
+    assert found.value == evaluation.estimate(policy(1.0)).value
+
+
+@pytest.mark.parametrize("groups", [None, np.zeros(600, int)])
+def test_one_episode_or_one_group_is_refused(groups):
+    data = recorded(**({} if groups is None else {"groups": groups}))
+    if groups is None:
+        data["episode"] = torch.zeros(600, dtype=torch.long)
+        data["next", "done"][:-1] = False
+    with pytest.raises(DatasetError, match="the dataset has one (episode|group), but an estimate needs two"):
+        OffPolicyEvaluation(data, SPEC)
+
+
+def test_rows_of_several_steps_are_refused():
+    with pytest.raises(DatasetError, match="the transitions have steps_to_next_obs, so a row spans several steps"):
+        OffPolicyEvaluation(multi_step(cut_off(0.5), 2, gamma=0.9), SPEC)
 
 
 def test_probabilities_are_cloned_if_none_are_logged():

@@ -57,5 +57,7 @@ def test_discrete_actions_are_compared_with_the_same_action():
     support = Support(train, rows, Categorical(3))
     share = {k: support.share_far(torch.eye(3)[[k] * 200]) for k in range(3)}
     assert share == {0: 0.5, 1: 0.5, 2: 1.0}
+    never = recorded(np.full(200, 2), states)
+    assert Support(train, never, Categorical(3)).share_far(torch.eye(3)[[2] * 200]) == 1
     half = torch.tensor([[0.5, 0.25, 0.25]]).expand(200, 3)
     assert support.share_far(half) == pytest.approx(0.5 * 0.5 + 0.25 * 0.5 + 0.25 * 1)

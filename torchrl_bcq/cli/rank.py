@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -74,12 +75,20 @@ def _rank(args: argparse.Namespace) -> None:
     measure, env = _true_values(args, first, settings["gamma"])
     is_folder = len(args.runs) == 1 and not Checkpoint.is_checkpoint(args.runs[0])
     out = args.out or (args.runs[0] if is_folder else Path())
-    results = _Results(out / "ranking.json", {**settings, "env": env, "episodes": args.episodes if env else 0})
+    settings |= {"env": env, "episodes": args.episodes if env else 0, "env_seed": args.seed if env else None}
+    results = _Results(out / "ranking.json", settings)
     print(f"{settings['dataset']}: {len(candidates)} policies, {settings['held_out']:.0%} of the episodes are held out")
+    if settings["rewards"]:
+        print(f"All values are of the rewards that {candidates[0].name} was trained with: {settings['rewards']}.")
 
     def compute(candidate: Any) -> dict[str, Any]:
-        policy = candidate.load()
-        return {**_plain(evaluation.estimate(policy)), **measure(policy)}
+        try:
+            policy = candidate.load()
+            return {**_plain(evaluation.estimate(policy)), **measure(policy)}
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            if "policy" not in candidate.facts:
+                raise
+            raise RunError(f"--policy {candidate.name} cannot be evaluated on this dataset: {error!r}") from error
 
     behaviour = results.get(ranking.BEHAVIOUR, {}, lambda: _plain(evaluation.behaviour))
     ranked = [
@@ -109,7 +118,7 @@ class _Results:
         self._lines: list[dict[str, Any]] = []
         if file.is_file():
             try:
-                self._lines = list(json.loads(file.read_text())["estimates"])
+                self._lines = [dict(line) for line in json.loads(file.read_text())["estimates"]]
             except (ValueError, KeyError, TypeError) as error:
                 raise RunError(f"{file} was not written by torchrl-bcq rank ({error!r}); remove it.") from error
 
@@ -119,15 +128,15 @@ class _Results:
         from torchrl_bcq.reports.ranking import Ranked
 
         known = {"source": source, "settings": self._settings}
-        found = next((line for line in self._lines if {key: line.get(key) for key in known} == known), None)
+        names = [field.name for field in fields(Estimate)]
+        same = (line for line in self._lines if {key: line.get(key) for key in known} == known)
+        found = next((line for line in same if line.keys() >= {*names}), None)  # older versions wrote fewer fields
         if found is None:
             found = {"name": name, **compute(), **known}
             self._lines.append(found)
             with write_whole(self.file) as aside:
                 aside.write_text(json.dumps({"estimates": self._lines}, indent=2) + "\n")
-        return Ranked(
-            name, Estimate(**{field.name: found[field.name] for field in fields(Estimate)}), found.get("true")
-        )
+        return Ranked(name, Estimate(**{field: found[field] for field in names}), found.get("true"))
 
 
 def _plain(estimate: Any) -> dict[str, Any]:
@@ -162,21 +171,26 @@ def _open(args: argparse.Namespace, first: Any) -> tuple[Any, dict[str, Any]]:
         "estimator": args.estimator,
         "steps": args.steps,
         "num_samples": args.num_samples,
-        "seed": own.seed if own.held_out and not args.held_out else args.seed,
+        "seed": args.seed,
+        "split_seed": own.seed if own.held_out and not args.held_out else args.seed,
     }
     transitions, task = open_dataset(own)
     transitions = change_rewards(own, transitions)
-    try:
-        evaluation = OffPolicyEvaluation(
-            transitions,
-            task.action_spec,
-            observation_keys=list(task.shapes),
-            device=next(first.loss.parameters()).device,
-            **settings,
-        )
-    except ValueError as error:
-        raise RunError(f"--estimator {args.estimator} cannot be used: {error}") from error
-    return evaluation, {"dataset": str(own.dataset), "rewards": reward_formula(own), **settings}
+    if args.estimator != "fqe" and task.n_actions is None:
+        raise RunError(f"--estimator {args.estimator} needs discrete actions; use --estimator fqe.")
+    device = next(first.loss.parameters()).device
+    keys = list(task.shapes)
+    evaluation = OffPolicyEvaluation(transitions, task.action_spec, observation_keys=keys, device=device, **settings)
+    facts = {"dataset": str(own.dataset), "contents": _digest(transitions), "rewards": reward_formula(own)}
+    return evaluation, {**facts, **settings}
+
+
+def _digest(transitions: Any) -> str:
+    """Return a text that changes if the rows of the dataset, their actions or their rewards change."""
+    digest = hashlib.sha256()
+    for key in ("action", ("next", "reward"), ("next", "done")):
+        digest.update(transitions[key].cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _true_values(
@@ -204,7 +218,7 @@ def _true_values(
         with set_exploration_type(ExplorationType.RANDOM if is_random else exploration_type()):
             found: Any = evaluate(envs, policy, gamma=gamma, seed=args.seed, reward=reward)
         returns = found["discounted_return"]
-        error = returns.std().item() / args.episodes**0.5 if args.episodes > 1 else float("nan")
+        error = returns.std().item() / args.episodes**0.5 if args.episodes > 1 else None
         return {"true": (returns.mean().item(), error)}
 
     return measure, str(env)

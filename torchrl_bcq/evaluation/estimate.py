@@ -21,6 +21,7 @@ class Estimate:
         value: the estimate.
         interval: bootstrap interval over episodes or groups. That of fitted Q evaluation covers the intervals of all
             critics.
+        behaviour_residual: the same for the critics of the recorded behaviour.
         difference: the estimate minus that of the recorded behaviour; None for the recorded behaviour itself.
         difference_interval: bootstrap interval of the difference, over the same episodes.
         critics: the estimate of each critic of fitted Q evaluation.
@@ -43,6 +44,7 @@ class Estimate:
     far: float | None = None
     effective_sample_size: float | None = None
     others: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    behaviour_residual: float = 0.0
     uses_critics: bool = True
     uses_weights: bool = False
 
@@ -54,14 +56,19 @@ class Estimate:
         outside = [value for value in self.critics if not low - slack <= value <= high + slack]  # also NaN
         if self.uses_critics and outside:
             found.append(f"the critics diverge: a value is {outside[0]:.4g}, but rewards allow {low:.4g} to {high:.4g}")
-        if self.uses_critics and self.difference is not None and not abs(self.residual) < abs(self.difference):
+        elif not low - slack <= self.value <= high + slack:
+            found.append(f"the estimate is {self.value:.4g}, but rewards allow {low:.4g} to {high:.4g}")
+        residual = max(
+            self.residual, self.behaviour_residual, key=lambda value: abs(value) if value == value else 1e999
+        )
+        if self.uses_critics and self.difference is not None and not abs(residual) < abs(self.difference):
             found.append(
                 f"the critics do not fit held-out rows well enough: their mean TD error corresponds to a value of "
-                f"{self.residual:+.4g}, the difference is {self.difference:+.4g}"
+                f"{residual:+.4g}, the difference is {self.difference:+.4g}"
             )
         if self.far is not None and self.far > _MOST_FAR:
             found.append(f"{self.far:.0%} of the actions are far from the recorded ones")
-        if self.uses_weights and self.effective_sample_size is not None and self.effective_sample_size < _FEWEST:
+        if self.uses_weights and self.effective_sample_size is not None and not self.effective_sample_size >= _FEWEST:
             found.append(f"the effective sample size is {self.effective_sample_size:.1f} episodes")
         if self.difference_interval is not None and not (
             self.difference_interval[0] > 0 or self.difference_interval[1] < 0

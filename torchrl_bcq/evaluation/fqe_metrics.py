@@ -48,5 +48,5 @@ class FQEMetrics(PeriodicMetrics):
 
     def measure(self) -> dict[str, float]:
         """Estimate the value of the policy, and return the metrics by name."""
-        found = self._evaluation.estimate(self.policy)
+        found = self._evaluation.estimate(self.policy, details=False)
         return {"fqe": found.value, "fqe_difference": float(found.difference or 0)}

@@ -12,7 +12,8 @@ from torchrl.data import TensorSpec
 
 from torchrl_bcq.actions import DiscreteActions
 from torchrl_bcq.data.action_checks import number_of
-from torchrl_bcq.data.episodes import episode_numbers
+from torchrl_bcq.data.episodes import STEPS, episode_numbers
+from torchrl_bcq.errors import DatasetError
 from torchrl_bcq.evaluation.rollouts import in_eval_mode, own_random_state
 
 ACTIONS, PROBABILITIES = "policy_action", "policy_probability"
@@ -45,7 +46,9 @@ def add_policy_actions(
     """
     name = ACTIONS if number_of(action_spec) is None else PROBABILITIES
     choices = policy_actions(policy, transitions["next"], action_spec, **settings)
-    return transitions.copy().set(("next", name), choices)
+    # nothing reads them, and a mask without any available action gives NaN
+    ended = transitions["next", "terminated"].reshape(-1, *[1] * (choices.ndim - 1))
+    return transitions.copy().set(("next", name), choices.masked_fill(ended, 0))
 
 
 def add_recorded_actions(transitions: TensorDictBase, action_spec: TensorSpec) -> TensorDictBase:
@@ -59,14 +62,24 @@ def add_recorded_actions(transitions: TensorDictBase, action_spec: TensorSpec) -
         action_spec: spec of one action.
 
     Raises:
-        DatasetError: if the episodes are not known (see ``episode_numbers``).
+        DatasetError: if the episodes are not known (see ``episode_numbers``), or a row spans several steps.
     """
+    check_single_steps(transitions)
     episode = episode_numbers(transitions)
     goes_on = torch.zeros_like(episode, dtype=torch.bool)
     goes_on[:-1] = episode[1:] == episode[:-1]
     name, recorded = recorded_actions(transitions, action_spec)
-    labelled = transitions.copy().set(("next", name), recorded.roll(-1, 0))  # not read in a terminal state
+    labelled = transitions.copy().set("episode", episode)  # some ends of episodes are left out below
+    labelled.set(("next", name), recorded.roll(-1, 0))  # not read in a terminal state
     return labelled[goes_on | transitions["next", "terminated"].squeeze(-1)]
+
+
+def check_single_steps(transitions: TensorDictBase) -> None:
+    """Raise a DatasetError if the transitions are the result of ``multi_step``."""
+    if STEPS in transitions.keys():
+        raise DatasetError(
+            f"the transitions have {STEPS}, so a row spans several steps; pass the transitions before multi_step."
+        )
 
 
 def recorded_actions(transitions: TensorDictBase, action_spec: TensorSpec) -> tuple[str, Tensor]:
@@ -142,11 +155,13 @@ def has_probabilities(policy: Any, action_spec: TensorSpec) -> bool:
 def _choices(policy: Any, states: TensorDictBase, action_spec: TensorSpec, num_samples: int) -> Tensor:
     number = number_of(action_spec)
     if number is not None and has_probabilities(policy, action_spec):
-        return _check(policy.get_dist(states.copy()).probs, (len(states), number), "probabilities")
+        found = policy.get_dist(states.copy()).probs
+        return _check(found, (len(states), number), "probabilities").to(torch.get_default_dtype())
     key = getattr(policy, "action_key", "action")
     drawn = [policy(states.copy()).get(key) for _ in range(num_samples)]
     if number is None:
-        return torch.stack([_check(action, (len(states), *action_spec.shape), "actions") for action in drawn], 1)
+        shape = (len(states), *action_spec.shape)
+        return torch.stack([_check(action, shape, "actions").to(action_spec.dtype) for action in drawn], 1)
     kind = DiscreteActions.of(action_spec)
     frequency = torch.zeros(len(states), number, device=states.device)
     for action in drawn:

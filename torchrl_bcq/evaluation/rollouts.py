@@ -131,7 +131,8 @@ def own_random_state(seed: int, device: torch.device | None) -> Iterator[None]:
     device = device or torch.device("cpu")
     others = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(others, device_type="cuda" if device.type == "cpu" else device.type):
-        torch.manual_seed(seed)
+        # torch.manual_seed would also seed the GPUs, whose states are not restored if the device is the CPU
+        (torch.default_generator if device.type == "cpu" else torch).manual_seed(seed)
         yield
 
 

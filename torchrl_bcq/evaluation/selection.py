@@ -11,19 +11,21 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.data import split_episodes
 from torchrl_bcq.data.action_checks import number_of
 from torchrl_bcq.data.episodes import episode_numbers, episode_returns, group_numbers
 from torchrl_bcq.data.frame_stack import gather_frames
+from torchrl_bcq.errors import DatasetError
 from torchrl_bcq.evaluation.estimate import Estimate, bootstrap_interval
 from torchrl_bcq.evaluation.fqe import clone_probabilities, fit_fqe, value_range
 from torchrl_bcq.evaluation.importance import ImportanceSampling
 from torchrl_bcq.evaluation.policy_actions import (
     add_policy_actions,
     add_recorded_actions,
+    check_single_steps,
     policy_actions,
     recorded_actions,
 )
@@ -54,7 +56,8 @@ class OffPolicyEvaluation:
         action_spec: spec of one action.
         gamma: discount factor.
         held_out: fraction of the episodes, or of the groups, that are held out.
-        seed: seed of the split, of the critics and of the policies' random actions.
+        seed: seed of the critics and of the policies' random actions.
+        split_seed: seed of the split, as in ``split_episodes``. By default, ``seed``.
         num_samples: number of actions in each state, if the policy is random and has no probabilities.
         observation_keys: entries that the critics read.
         estimator: estimate that is compared with the recorded behaviour: ``"fqe"``, or for discrete actions
@@ -87,6 +90,7 @@ class OffPolicyEvaluation:
         gamma: float = 0.99,
         held_out: float = 0.2,
         seed: int = 0,
+        split_seed: int | None = None,
         num_samples: int = 1,
         observation_keys: Sequence[NestedKey] = ("observation",),
         estimator: str = "fqe",
@@ -98,26 +102,27 @@ class OffPolicyEvaluation:
             raise ValueError(f"estimator is {estimator!r}, expected one of {[*allowed]} for these actions.")
         self.estimator = estimator
         self.action_spec, self.gamma, self.seed = action_spec, gamma, seed
-        self._keys, self._samples = observation_keys, num_samples
+        self._keys = observation_keys
         shared = {"observation_keys": observation_keys, "seed": seed, "progress_bar": progress_bar}
         self._fit: dict[str, Any] = {**shared, **fit, "gamma": gamma}
         self._clone: dict[str, Any] = {name: self._fit[name] for name in (*_CLONED, *shared) if name in self._fit}
-        self._train_rows, self._held_rows = split_episodes(transitions, held_out, seed=seed)
+        self._sampling: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "progress_bar": progress_bar}
+        self._check_episodes(transitions)
+        split_seed = seed if split_seed is None else split_seed
+        self._train_rows, self._held_rows = split_episodes(transitions, held_out, seed=split_seed)
         self._transitions = transitions
         self._held = transitions[self._held_rows]
         numbers = episode_numbers(self._held)
         self._first = numbers.diff(prepend=numbers.new_tensor([-1])).nonzero().squeeze(1)
         groups = group_numbers(self._held)
-        self._groups = None if groups is None else groups[self._first].numpy()
+        self._groups = None if groups is None else groups[self._first].cpu().numpy()
         drawn = torch.randperm(len(self._held), generator=torch.Generator().manual_seed(seed))[:_DISTANCE_ROWS]
         self._near = drawn.sort().values  # rows whose actions are compared with the recorded ones
 
     @cached_property
     def behaviour(self) -> Estimate:
         """The estimate of the recorded behaviour, by fitted Q evaluation with the recorded next actions."""
-        critics, values = self._behaviour
-        held = add_recorded_actions(self._held, self.action_spec)
-        return Estimate(**self._summarize(values), residual=self._residual(critics, held))
+        return Estimate(**self._summarize(self._behaviour_values), residual=self._behaviour_residual)
 
     @property
     def recorded_return(self) -> float:
@@ -128,32 +133,67 @@ class OffPolicyEvaluation:
     def _returns(self) -> Tensor:
         return episode_returns(self._held, self.gamma)
 
-    def estimate(self, policy: TensorDictModuleBase) -> Estimate:
-        """Estimate the value of a policy, and compare it with the recorded behaviour."""
-        sampling: dict[str, Any] = {"num_samples": self._samples, "seed": self.seed}
-        labelled = add_policy_actions(self._transitions, policy, self.action_spec, **sampling)
+    @cached_property
+    def _continued_returns(self) -> Tensor:
+        """Recorded returns; if an episode was cut off, its last reward is replaced by the value of the last action."""
+        reward, critics = self._held["next", "reward"].clone(), self._behaviour_critics
+        lengths = episode_numbers(self._held).bincount()
+        last = self._first + lengths - 1
+        last = last[~self._held["next", "terminated"].squeeze(-1)[last]]
+        if len(last):
+            reward[last] = _values(critics, critics.values, self._held[last]).mean(-1, keepdim=True).to(reward.dtype)
+        return episode_returns(self._held.copy().set(("next", "reward"), reward), self.gamma)
+
+    def estimate(self, policy: TensorDictModuleBase, *, details: bool = True) -> Estimate:
+        """Estimate the value of a policy, and compare it with the recorded behaviour.
+
+        If ``details`` is False, the result has no ``far`` and no estimates by importance sampling, which take some
+        seconds.
+        """
+        labelled = add_policy_actions(self._transitions, policy, self.action_spec, **self._sampling)
         critics = fit_fqe(labelled[self._train_rows], self.action_spec, **self._fit)
         held = labelled[self._held_rows]
-        held = held.set(critics.policy_key, policy_actions(policy, held, self.action_spec, **sampling))
-        found = self._summarize(_values(critics.state_values, held[self._first]), self._behaviour[1])
+        held = held.set(critics.policy_key, policy_actions(policy, held, self.action_spec, **self._sampling))
+        found = self._summarize(_values(critics, critics.state_values, held[self._first]), self._behaviour_values)
         found["residual"] = self._residual(critics, held)
+        found["behaviour_residual"] = self._behaviour_residual
+        if not details and self.estimator == "fqe":
+            return Estimate(**found)
         if self._support is not None:
             found["far"] = self._support.share_far(held[self._near][critics.policy_key])
         if number_of(self.action_spec) is not None:
             found |= self._weigh(critics, held)
         return Estimate(**found)
 
+    def _check_episodes(self, transitions: TensorDictBase) -> None:
+        check_single_steps(transitions)
+        groups = group_numbers(transitions)
+        numbers = episode_numbers(transitions) if groups is None else groups
+        if not int(numbers.max()):
+            what = "episode" if groups is None else "group"
+            raise DatasetError(
+                f"the dataset has one {what}, but an estimate needs two: to learn from, and to evaluate."
+            )
+
     @cached_property
-    def _behaviour(self) -> tuple[Any, Tensor]:
-        """Critics of the recorded behaviour, and their values of the initial states, ``[E, C]``."""
+    def _behaviour_critics(self) -> Any:
         recorded = add_recorded_actions(self._transitions[self._train_rows], self.action_spec)
-        critics = fit_fqe(recorded, self.action_spec, **self._fit)
-        return critics, _values(critics.values, self._held[self._first])
+        return fit_fqe(recorded, self.action_spec, **self._fit)
+
+    @cached_property
+    def _behaviour_values(self) -> Tensor:
+        """Values of the initial states by each critic of the recorded behaviour, ``[E, C]``."""
+        critics = self._behaviour_critics
+        return _values(critics, critics.values, self._held[self._first])
+
+    @cached_property
+    def _behaviour_residual(self) -> float:
+        return self._residual(self._behaviour_critics, add_recorded_actions(self._held, self.action_spec))
 
     def _residual(self, critics: Any, held: TensorDictBase) -> float:
-        goes_on = ~held["next", "terminated"]
-        following = _values(lambda rows: critics.state_values(rows.get("next")), held)
-        error = held["next", "reward"] + self.gamma * goes_on * following - _values(critics.values, held)
+        following = _values(critics, lambda rows: critics.state_values(rows.get("next")), held)
+        following = following.masked_fill(held["next", "terminated"], 0)
+        error = held["next", "reward"] + self.gamma * following - _values(critics, critics.values, held)
         return error.double().mean().item() * self._horizon
 
     @cached_property
@@ -174,14 +214,16 @@ class OffPolicyEvaluation:
         """Return what the held-out rows, with the policy's choices, say about its value by importance sampling."""
         taken = (recorded_actions(held, self.action_spec)[1] * held[critics.policy_key]).sum(-1)
         parts = (critics.values, critics.state_values, lambda rows: critics.state_values(rows.get("next")))
-        value, state_value, next_value = (_values(part, held).mean(-1) for part in parts)
+        value, state_value, next_value = (_values(critics, part, held).mean(-1) for part in parts)
         ratio = taken / self._probability
         sampling = ImportanceSampling(held, ratio, self.gamma, (value, state_value, next_value))
-        returns = self._returns.numpy()
+        # doubly robust estimates count what follows a cut-off, so they are compared with returns that do, too
+        own = [self._continued_returns if "robust" in name else self._returns for name in sampling.estimate()]
+        returns = torch.stack(own, -1).cpu().numpy()  # [E, estimators]
 
         def compute(drawn: np.ndarray) -> np.ndarray:
             estimates = np.array([*sampling.estimate(drawn).values()])
-            return np.stack([estimates, estimates - returns[drawn].mean()])
+            return np.stack([estimates, estimates - returns[drawn].mean(0)])
 
         names, everything = [*sampling.estimate()], compute(np.arange(len(returns)))
         low, high = self._bootstrap(compute)
@@ -227,6 +269,8 @@ class OffPolicyEvaluation:
 
 
 @torch.no_grad()
-def _values(function: Callable[[TensorDictBase], Tensor], rows: TensorDictBase) -> Tensor:
-    """Evaluate critics in parts."""
-    return torch.cat([function(gather_frames(part)) for part in rows.split(_CHUNK)])
+def _values(critics: nn.Module, function: Callable[[TensorDictBase], Tensor], rows: TensorDictBase) -> Tensor:
+    """Evaluate a function of the critics in parts, on the device of the critics."""
+    device = next(critics.parameters()).device
+    parts = [function(gather_frames(part).to(device)) for part in rows.split(_CHUNK)]
+    return torch.cat(parts).to(rows["next", "reward"].device)

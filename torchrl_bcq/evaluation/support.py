@@ -60,7 +60,8 @@ class Support:
             self._trees = [cKDTree(states[taken == k]) if (taken == k).any() else None for k in range(self._number)]
         self._rows = self._join(rows) / self._scale
         distance, weight = self._distances(recorded_actions(rows, action_spec)[1])
-        self._limit = np.quantile(distance[weight > 0], _QUANTILE)
+        known = distance[(weight > 0) & np.isfinite(distance)]  # infinite: the action was never recorded
+        self._limit = np.quantile(known, _QUANTILE) if len(known) else 0.0
 
     def share_far(self, choices: Tensor) -> float:
         """Return the share of a policy's actions in the states of ``rows`` that are far from the recorded ones.

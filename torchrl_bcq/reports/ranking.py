@@ -29,12 +29,16 @@ class Ranked:
 
     name: str
     estimate: Estimate
-    true: tuple[float, float] | None = None
+    true: tuple[float, float | None] | None = None
 
 
 def rank(policies: Sequence[Ranked]) -> list[Ranked]:
     """Sort policies by their estimates: the best first, and those without a finite estimate last."""
-    return sorted(policies, key=lambda one: np.nan_to_num(one.estimate.value, nan=-np.inf), reverse=True)
+
+    def key(one: Ranked) -> float:
+        return one.estimate.value if np.isfinite(one.estimate.value) else -np.inf
+
+    return sorted(policies, key=key, reverse=True)
 
 
 def agreement(policies: Sequence[Ranked]) -> dict[str, float]:
@@ -66,7 +70,7 @@ def table(policies: Sequence[Ranked], behaviour: Ranked) -> list[list[str]]:
         "far": lambda one: _number(one.estimate.far, ".0%"),
         "ESS": lambda one: _number(one.estimate.effective_sample_size, ".1f"),
         **{_OTHERS[name]: lambda one, name=name: _number(one.estimate.others.get(name, (None,))[0]) for name in others},
-        "true": lambda one: "-" if one.true is None else f"{one.true[0]:.4g} ± {one.true[1]:.2g}",
+        "true": lambda one: "-" if one.true is None else " ± ".join(f"{v:.4g}" for v in one.true if v is not None),
     }
     cells = {title: [show(one) for one in ranked] for title, show in columns.items()}
     shown = [title for title, each in cells.items() if any(cell != "-" for cell in each)]

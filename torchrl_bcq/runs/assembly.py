@@ -224,6 +224,7 @@ def _fqe_settings(settings: DictConfig, task: Task) -> dict[str, Any]:
         "fqe_steps": settings.evaluation.fqe_steps,
         "gamma": settings.loss.get("gamma", 0.99),
         "seed": settings.seed,
+        "device": choose_device(settings.device),
         "observation_keys": list(task.shapes),
         **({"held_out": settings.held_out} if settings.held_out else {}),
     }

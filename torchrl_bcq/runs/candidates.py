@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from torchrl_bcq.errors import RunError
 from torchrl_bcq.reports.logs import find_runs
 from torchrl_bcq.runs.folder import BEST, CHECKPOINTS, find_checkpoint, load, read_metadata
 from torchrl_bcq.trainers.best import best_checkpoint
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,26 @@ def find_candidates(folders: Sequence[Path], which: str, device: str) -> list[Ca
             [folder] if Checkpoint.is_checkpoint(folder) else [run.folder for run in find_runs([folder], lambda _: {})]
         )
         for run in runs:
-            paths = _all_checkpoints(run) if which == "all" else [find_checkpoint(run, which)]
+            try:
+                paths = _all_checkpoints(run) if which == "all" else [find_checkpoint(run, which)]
+            except RunError:
+                if len(runs) == 1:
+                    raise
+                _logger.warning("%s contains no checkpoint, so it is left out.", run)  # a run of a sweep that failed
+                continue
             for path in paths:
                 name = str(run) if len(paths) == 1 else f"{run}, step {read_metadata(path)[2]:,}"
                 found.setdefault(path.resolve(), name if name not in found.values() else f"{name}, {path.parent.name}")
-    (first, *others) = found
+    if not found:
+        raise RunError(f"the runs in {', '.join(map(str, folders))} contain no checkpoint; train them first.")
+    first, *others = found
     task = read_metadata(first)[1]
     for path in others:
-        if read_metadata(path)[1].expected != task.expected:
+        other = read_metadata(path)[1]
+        if other.stack != task.stack:
+            stacks = f"stack={other.stack}, but {found[first]} with stack={task.stack}"
+            raise RunError(f"{found[path]} was trained with {stacks}; rank runs with the same stack.")
+        if other.expected != task.expected:
             raise RunError(
                 f"{found[path]} has other observations or actions than {found[first]}; rank runs of the same dataset."
             )
@@ -70,9 +85,12 @@ def import_policy(name: str) -> Candidate:
         raise RunError(f"--policy is {name!r}, expected MODULE:OBJECT, such as mine:policy.")
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
-    module = importlib.import_module(module_name)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the code of the module raises any exception
+        raise RunError(f"--policy {name}: the module {module_name} cannot be imported: {error!r}") from error
     policy = getattr(module, attribute, None)
-    if not callable(policy) or not hasattr(policy, "in_keys"):
+    if not callable(policy) or not hasattr(policy, "in_keys") or isinstance(policy, type):
         found = "does not exist" if policy is None else f"is a {type(policy).__name__}"
         raise RunError(f"{attribute} of {module_name} {found}, expected a TensorDict policy, such as TensorDictModule.")
     file = getattr(module, "__file__", None)
