@@ -128,11 +128,11 @@ def test_it_is_a_command():
         [sys.executable, "-W", "ignore", "-m", "torchrl_bcq", "--help"], capture_output=True, text=True, check=True
     ).stdout
     listed = re.findall(r"^    (\w+)  ", shown, re.MULTILINE)
-    assert listed == ["train", "evaluate", "plot", "record", "describe", "convert"]
+    assert listed == ["train", "evaluate", "rank", "plot", "record", "describe", "convert"]
     assert "torchrl-bcq train dataset=hopper.hdf5 out=runs/hopper" in shown
 
 
-@pytest.mark.parametrize("command", ["evaluate", "plot", "record", "describe", "convert"])
+@pytest.mark.parametrize("command", ["evaluate", "rank", "plot", "record", "describe", "convert"])
 def test_each_command_explains_its_arguments(capsys, command):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])

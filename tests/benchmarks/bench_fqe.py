@@ -32,7 +32,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Bounded, Categorical, TensorSpec
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from torchrl_bcq import OffPolicyEvaluation, load_transitions, policy_actions, split_episodes
+from torchrl_bcq import Estimate, OffPolicyEvaluation, load_transitions, policy_actions, split_episodes
 
 RESULTS = Path(__file__).parent / "results" / "fqe.jsonl"
 TASKS: dict[str, tuple[str, TensorSpec]] = {
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(report(lines))
         return
     torch.set_num_threads(1)
-    done = {(line["task"], line["policy"], line["seed"], line["contender"]) for line in lines}
+    done = {tuple(line[name] for name in ("task", "policy", "seed", "contender", "steps")) for line in lines}
     for seed in args.seeds:
         for task in args.tasks:
             name, spec = TASKS[task]
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
             evaluation = OffPolicyEvaluation(data, spec, **own)
             for known in policies:
                 for contender in args.only:
-                    if (task, known.name, seed, contender) in done:
+                    if (task, known.name, seed, contender, args.steps) in done:
                         continue
                     start = time.perf_counter()
                     if contender == "here":
@@ -145,10 +145,11 @@ def measure(group: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Compare the estimates of the policies of one task and one seed with the known values."""
     value, true = (np.array([line[name] for line in group]) for name in ("value", "true"))
     equal = merge(true, np.array([line["true_error"] for line in group]))
+    chosen = max(range(len(group)), key=lambda i: (not objections(group[i]), value[i]))
     return {
         "error": float(abs(value - true).mean()),
         "correlation": float(spearmanr(value, equal).statistic) if len(group) > 2 else np.nan,
-        "regret": float(equal.max() - equal[value.argmax()]),
+        "regret": float(equal.max() - equal[chosen]),
     }
 
 
@@ -163,6 +164,15 @@ def merge(true: np.ndarray, error: np.ndarray) -> np.ndarray:
     return merged
 
 
+def objections(line: Mapping[str, Any]) -> list[str]:
+    """Return the objections to an estimate of this package, which ``torchrl-bcq rank`` lists last."""
+    return estimate_of(line).objections if "interval" in line else []
+
+
+def estimate_of(line: Mapping[str, Any]) -> Estimate:
+    return Estimate(**{name: line[name] for name in Estimate.__dataclass_fields__ if name in line})
+
+
 def covered(lines: Sequence[Mapping[str, Any]]) -> str:
     """Return how many intervals contain the known value."""
     known = [line for line in lines if "interval" in line]
@@ -171,12 +181,9 @@ def covered(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def verdicts(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return how many verdicts were given, and how many of them are wrong."""
-    from torchrl_bcq import Estimate
-
-    names = Estimate.__dataclass_fields__
+    """Return for how many policies the verdict is not "cannot tell"."""
     given = [line for line in lines if "interval" in line]
-    said = [line for line in given if not Estimate(**{n: line[n] for n in names}).doubts]
+    said = [line for line in given if not estimate_of(line).doubts]
     return f"{len(said)} of {len(given)} given" if given else ""
 
 

@@ -92,7 +92,7 @@ def test_a_good_policy_is_found(folder, capsys):
     true = {one["name"]: one["true"] for one in saved["estimates"] if "true" in one}
     steps = math.ceil(math.log(0.005) / math.log(0.9))
     assert true["mine_lights:best"] == [pytest.approx((1 - 0.9**steps) / 0.1), 0]
-    assert "has a true value 0 below the best one" in out
+    assert "The first policy has a true value 0 below the best one" in out
     assert "do not cover the bias of the estimate" in out
     assert (folder / "sweep" / "ranking.png").read_bytes().startswith(b"\x89PNG")
 

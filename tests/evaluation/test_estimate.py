@@ -60,9 +60,16 @@ def test_reasons_why_it_cannot_tell(changed, reason):
     assert reason in estimate.verdict
 
 
+def test_objections():
+    """They say that the value may be wrong, and not that the policy may be equal to the recorded behaviour."""
+    assert replace(BETTER, difference_interval=(-1.0, 3.0), residual=5.0).objections == []
+    assert len(replace(BETTER, far=0.31, critics=(99.0,)).objections) == 2
+
+
 @pytest.mark.parametrize(
     "changed",
     [
+        {"far": 0.3},
         {"critics": (6.5, 10.5)},  # within a tenth of the range
         {"far": None},
         {"uses_weights": True, "effective_sample_size": 10.0},

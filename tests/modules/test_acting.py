@@ -66,9 +66,11 @@ def test_actions_are_those_of_the_tensordict_call(name, shape):
 
 @pytest.mark.parametrize("name", ["bcq", "vae-bc"])
 def test_equal_states_get_equal_actions_unless_they_are_drawn(name):
+    """Products of matrices may round the rows of a batch differently, in the last bits."""
     policy, observation = make_policies()[name], np.ones((50, 3))
-    assert len(np.unique(policy.act(observation), axis=0)) == 1
-    assert len(np.unique(policy.act(observation, deterministic=False), axis=0)) > 10
+    action = policy.act(observation)
+    np.testing.assert_allclose(action, action[:1].repeat(50, 0), rtol=16 * np.finfo(np.float32).eps)
+    assert len(np.unique(policy.act(observation, deterministic=False).round(3), axis=0)) > 10
 
 
 def test_whole_numbers_are_converted():

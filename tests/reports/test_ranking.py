@@ -24,6 +24,11 @@ def test_the_best_estimate_is_first_and_nan_last():
     assert [one.name for one in rank(POLICIES)] == ["high", "middle", "low", "nan"]
 
 
+def test_policies_that_are_far_from_the_data_come_after_the_others():
+    far = [ranked("far", 9, far=0.31), ranked("farther", 10, far=0.9)]
+    assert [one.name for one in rank([*far, *POLICIES])] == ["high", "middle", "low", "farther", "far", "nan"]
+
+
 def test_agreement_with_true_values():
     """The estimates order true values as 6, 8, 1: of three squared rank differences, two are 1."""
     found = agreement([one for one in POLICIES if one.name != "nan"])

@@ -105,7 +105,7 @@ def _rank(args: argparse.Namespace) -> None:
     print(f"\n{ranking.NOTE}")
     if found := ranking.agreement(ranked):
         rho = f"; rank correlation (Spearman) {found['spearman']:.2f}" if "spearman" in found else ""
-        print(f"The policy with the best estimate has a true value {found['regret']:.4g} below the best one{rho}.")
+        print(f"The first policy has a true value {found['regret']:.4g} below the best one{rho}.")
     save(ranking.draw(ranked, behaviour), out / "ranking.png")
     print(f"\nThe numbers are in {results.file}, the picture is {out / 'ranking.png'}.")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 _CONFIDENCE, _RESAMPLES = 0.95, 1000
-_MOST_FAR = 0.5  # largest share of far actions with which a verdict is given
+_MOST_FAR = 0.3  # largest share of far actions with which a verdict is given
 _FEWEST = 10  # smallest effective sample size with which a verdict is given
 _SLACK = 0.1  # values may lie outside of the range that the rewards allow by this part of the range
 
@@ -49,8 +49,8 @@ class Estimate:
     uses_weights: bool = False
 
     @property
-    def doubts(self) -> list[str]:
-        """Reasons why it is unknown whether the policy is better than the recorded behaviour."""
+    def objections(self) -> list[str]:
+        """Reasons why the estimate may be wrong by any amount: impossible values, or actions far from the data."""
         found, (low, high) = [], self.limits
         slack = _SLACK * (high - low)
         outside = [value for value in self.critics if not low - slack <= value <= high + slack]  # also NaN
@@ -58,6 +58,14 @@ class Estimate:
             found.append(f"the critics diverge: a value is {outside[0]:.4g}, but rewards allow {low:.4g} to {high:.4g}")
         elif not low - slack <= self.value <= high + slack:
             found.append(f"the estimate is {self.value:.4g}, but rewards allow {low:.4g} to {high:.4g}")
+        if self.far is not None and self.far > _MOST_FAR:
+            found.append(f"{self.far:.0%} of the actions are far from the recorded ones")
+        return found
+
+    @property
+    def doubts(self) -> list[str]:
+        """Reasons why it is unknown whether the policy is better than the recorded behaviour."""
+        found = self.objections
         residual = max(
             self.residual, self.behaviour_residual, key=lambda value: abs(value) if value == value else 1e999
         )
@@ -66,8 +74,6 @@ class Estimate:
                 f"the critics do not fit held-out rows well enough: their mean TD error corresponds to a value of "
                 f"{residual:+.4g}, the difference is {self.difference:+.4g}"
             )
-        if self.far is not None and self.far > _MOST_FAR:
-            found.append(f"{self.far:.0%} of the actions are far from the recorded ones")
         if self.uses_weights and self.effective_sample_size is not None and not self.effective_sample_size >= _FEWEST:
             found.append(f"the effective sample size is {self.effective_sample_size:.1f} episodes")
         if self.difference_interval is not None and not (

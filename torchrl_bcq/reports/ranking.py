@@ -33,10 +33,11 @@ class Ranked:
 
 
 def rank(policies: Sequence[Ranked]) -> list[Ranked]:
-    """Sort policies by their estimates: the best first, and those without a finite estimate last."""
+    """Sort policies by their estimates, the best first. Policies whose estimates have ``objections`` come last."""
 
-    def key(one: Ranked) -> float:
-        return one.estimate.value if np.isfinite(one.estimate.value) else -np.inf
+    def key(one: Ranked) -> tuple[bool, float]:
+        value = one.estimate.value
+        return not one.estimate.objections, value if np.isfinite(value) else -np.inf
 
     return sorted(policies, key=key, reverse=True)
 
@@ -45,7 +46,7 @@ def agreement(policies: Sequence[Ranked]) -> dict[str, float]:
     """Compare estimates with true values, if all policies have them.
 
     Returns: ``spearman``, the rank correlation, for three or more policies, and ``regret``, the best true value minus
-    that of the policy with the best estimate.
+    that of the first policy of the ranking.
     """
     from scipy.stats import spearmanr
 
