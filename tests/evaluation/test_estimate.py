@@ -36,21 +36,27 @@ def test_the_recorded_behaviour_gets_no_verdict():
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"critics": (6.5, 11.5)}, "the critics diverge: a value is 11.5, but rewards allow 0 to 10"),
-        ({"critics": (6.5, -1.5)}, "the critics diverge: a value is -1.5, but rewards allow 0 to 10"),
-        ({"critics": (np.nan, 7.0)}, "the critics diverge: a value is nan, but rewards allow 0 to 10"),
-        ({"residual": -2.0}, "mean TD error corresponds to a value of -2, the difference is +2"),
-        ({"residual": np.nan}, "mean TD error corresponds to a value of +nan"),
-        ({"behaviour_residual": 2.5}, "mean TD error corresponds to a value of +2.5, the difference is +2"),
-        ({"behaviour_residual": np.nan}, "mean TD error corresponds to a value of +nan"),
-        ({"value": 12.0, "uses_critics": False}, "the estimate is 12, but rewards allow 0 to 10"),
-        ({"value": np.inf, "uses_critics": False}, "the estimate is inf, but rewards allow 0 to 10"),
+        (
+            {"critics": (6.5, 11.5)},
+            "the critics diverge: the estimate of one critic is 11.5, but the rewards of the dataset allow only",
+        ),
+        ({"critics": (6.5, -1.5)}, "the critics diverge: the estimate of one critic is -1.5, but"),
+        ({"critics": (np.nan, 7.0)}, "the critics diverge: the estimate of one critic is nan, but"),
+        ({"residual": -2.0}, "mean TD error corresponds to an error of -2 in the value, and the difference is only +2"),
+        ({"residual": np.nan}, "mean TD error corresponds to an error of +nan in the value"),
+        ({"behaviour_residual": 2.5}, "mean TD error corresponds to an error of +2.5 in the value"),
+        ({"behaviour_residual": np.nan}, "mean TD error corresponds to an error of +nan in the value"),
+        (
+            {"value": 12.0, "uses_critics": False},
+            "the estimate is 12, but the rewards of the dataset allow only values from 0 to 10",
+        ),
+        ({"value": np.inf, "uses_critics": False}, "the estimate is inf, but the rewards"),
         ({"uses_weights": True, "effective_sample_size": np.nan}, "the effective sample size is nan episodes"),
-        ({"far": 0.6}, "60% of the actions are far from the recorded ones"),
+        ({"far": 0.6}, "60% of the policy's actions are far from the recorded actions"),
         ({"difference_interval": (-0.5, 3.0)}, "the interval of the difference, -0.5 to +3, includes 0"),
         ({"difference_interval": (-np.inf, np.inf)}, "the interval of the difference, -inf to +inf, includes 0"),
         ({"difference_interval": (np.nan, np.nan)}, "includes 0"),
-        ({"uses_weights": True}, "the effective sample size is 3.0 episodes"),
+        ({"uses_weights": True}, "the effective sample size is 3.0 episodes, but a verdict needs at least 10"),
     ],
 )
 def test_reasons_why_it_cannot_tell(changed, reason):

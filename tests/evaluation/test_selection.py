@@ -111,7 +111,7 @@ def test_one_episode_or_one_group_is_refused(groups):
     if groups is None:
         data["episode"] = torch.zeros(600, dtype=torch.long)
         data["next", "done"][:-1] = False
-    with pytest.raises(DatasetError, match="the dataset has one (episode|group), but an estimate needs two"):
+    with pytest.raises(DatasetError, match="the dataset has one (episode|group), but an estimate needs at least two"):
         OffPolicyEvaluation(data, SPEC)
 
 

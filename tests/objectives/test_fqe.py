@@ -61,6 +61,13 @@ def test_targets_are_clipped_to_the_range_of_values():
         DiscreteFQELoss(network, value_range=(1.0, 0.0))
 
 
+def test_states_without_the_choices_of_the_policy_are_refused():
+    (critics,) = make_fqe_modules(Unbounded((2,)), Categorical(2), hidden=(4,))
+    loss = DiscreteFQELoss(critics)
+    with pytest.raises(ValueError, match="the states lack 'policy_probability'; set it to the result of policy_act"):
+        loss.state_values(TensorDict({"observation": torch.eye(2)}, [2]))
+
+
 def test_continuous_targets_by_hand():
     """Q_c(s, a) = s + c a. Of the actions 1 and 3 in state 10, the values are 11 and 13, or 12 and 16."""
     critics = []

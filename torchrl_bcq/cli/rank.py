@@ -17,13 +17,25 @@ from torchrl_bcq.errors import RunError
 from torchrl_bcq.files import write_whole
 
 _EPILOG = """\
-The values come from fitted Q evaluation: critics learn the value of each policy from the dataset, without the
-environment. A value is the mean over the initial states of held-out episodes. For discrete actions, importance sampling
-gives more estimates. The policies are compared with the policy that recorded the dataset, whose value is estimated in
-the same way. For each policy, the command prints one of three verdicts: estimated better, estimated worse, cannot tell.
+In fitted Q evaluation, critics learn the value of each policy from the dataset, without the environment. The estimate
+is the mean value of the initial states of the held-out episodes. For discrete actions, the command also computes
+importance-sampling estimates. --estimator chooses the estimate that ranks the policies. With fqe, each policy is
+compared with the estimated value of the recorded behaviour: the policy or policies that recorded the dataset. With
+another estimator, each policy is compared with the mean discounted return of the held-out episodes; for doubly robust
+estimators, critics add the rewards after an episode was cut off. For each policy, the command prints one of three
+verdicts: estimated better, estimated worse, cannot tell. The policies with the highest estimates come first. A
+policy whose estimate is impossible, or whose actions are often far from the recorded actions, comes last.
+
+columns:
+  estimate, interval         estimated value and its 95 % interval
+  difference                 estimated value minus the value that the policy is compared with
+  far                        share of the policy's actions that are far from the recorded actions
+  ESS                        effective sample size of importance sampling, in episodes
+  weighted IS, weighted DR   weighted importance-sampling and weighted doubly robust estimate
+  true                       mean discounted return in the environment, and its standard error
 
 files:
-  ranking.json    all estimates; policies that are in this file are not estimated again
+  ranking.json    all estimates; with the same settings, policies in this file are not estimated again
   ranking.png     estimates with intervals
 
 examples:
@@ -38,19 +50,28 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command ``rank`` to the parser. ``args.run(args)`` then runs this command."""
     from torchrl_bcq.evaluation.selection import ESTIMATORS
 
-    what = "Estimate on the dataset which policies are better than the recorded behaviour."
+    what = "Estimate from a dataset, without an environment, which policies are better than the recorded behaviour."
     command = commands.add_parser("rank", help=what, description=what, epilog=_EPILOG)
     add, shown = command.add_argument, "(default: %(default)s)"
-    add("runs", metavar="RUN", nargs="+", type=Path, help="run, sweep or checkpoint; the dataset is that of the first")
+    runs = "folder of a run or a sweep, or a checkpoint; all policies are evaluated on the dataset of the first run"
+    add("runs", metavar="RUN", nargs="+", type=Path, help=runs)
     add("--policy", metavar="MODULE:OBJECT", nargs="+", default=[], help="TensorDict policies of Python modules")
     add("--checkpoint", choices=("best", "last", "all"), default="best", help=f"checkpoints of each run {shown}")
     add("--estimator", choices=ESTIMATORS, default=ESTIMATORS[0], help=f"estimate that ranks the policies {shown}")
     add("--steps", type=int, default=10_000, metavar="N", help=f"gradient steps of the critics of each policy {shown}")
     add("--gamma", type=float, metavar="G", help="discount factor (default: that of the first run, or 0.99)")
-    split = "part of the episodes, or of the groups, that give the estimate (default: that of the first run, or 0.2)"
+    split = (
+        "fraction of the episodes, or of the groups, that the critics do not learn from, but on which the values are "
+        "estimated (default: that of the first run, or 0.2)"
+    )
     add("--held-out", type=float, metavar="PART", help=split)
-    add("--num-samples", type=int, default=1, metavar="N", help=f"actions of a random policy in each state {shown}")
-    add("--seed", type=int, default=0, metavar="N", help=f"seed of critics, actions and episodes {shown}")
+    samples = "number of actions in each state that are drawn from a stochastic policy without known probabilities"
+    add("--num-samples", type=int, default=1, metavar="N", help=f"{samples} {shown}")
+    seed = (
+        "seed of the critics, of the policies' actions and of the environment; also of the choice of the held-out "
+        f"episodes, unless the first run held out episodes and --held-out is not given {shown}"
+    )
+    add("--seed", type=int, default=0, metavar="N", help=seed)
     add_options(command, "Gymnasium environment for the true values (default: the environment of the first run)")
     add("--episodes", type=int, default=20, metavar="N", help=f"episodes for the true value; 0 measures none {shown}")
     add("--device", default="auto", help="any torch device (default: cuda if it is available)")
@@ -88,7 +109,8 @@ def _rank(args: argparse.Namespace) -> None:
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             if "policy" not in candidate.facts:
                 raise
-            raise RunError(f"--policy {candidate.name} cannot be evaluated on this dataset: {error!r}") from error
+            remedy = "correct its in_keys, or the shape of its actions"
+            raise RunError(f"--policy {candidate.name} cannot act on this dataset: {error!r}; {remedy}.") from error
 
     behaviour = results.get(ranking.BEHAVIOUR, {}, lambda: _plain(evaluation.behaviour))
     ranked = [
@@ -99,13 +121,17 @@ def _rank(args: argparse.Namespace) -> None:
     first_width, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
     print()
     print_table(lines, [first_width, *(width + 2 for width in widths)])
-    print(f"\nThe mean recorded return, discounted, is {evaluation.recorded_return:.4g}.\n")
+    print(f"\nThe mean discounted return of the held-out episodes is {evaluation.recorded_return:.4g}.")
+    print("It leaves out the rewards after an episode was cut off; fitted Q evaluation counts these rewards.\n")
     for one in ranking.rank(ranked):
         print(f"{one.name}: {one.estimate.verdict}")
     print(f"\n{ranking.NOTE}")
     if found := ranking.agreement(ranked):
-        rho = f"; rank correlation (Spearman) {found['spearman']:.2f}" if "spearman" in found else ""
-        print(f"The first policy has a true value {found['regret']:.4g} below the best one{rho}.")
+        below = f"{found['regret']:.4g} below the highest true value"
+        print(f"The true value of the first policy in the table is {below}.")
+        if "spearman" in found:
+            rho = f"{found['spearman']:.2f}"
+            print(f"The rank correlation (Spearman) of the estimates and the true values is {rho}.")
     save(ranking.draw(ranked, behaviour), out / "ranking.png")
     print(f"\nThe numbers are in {results.file}, the picture is {out / 'ranking.png'}.")
 
@@ -120,7 +146,8 @@ class _Results:
             try:
                 self._lines = [dict(line) for line in json.loads(file.read_text())["estimates"]]
             except (ValueError, KeyError, TypeError) as error:
-                raise RunError(f"{file} was not written by torchrl-bcq rank ({error!r}); remove it.") from error
+                found = f"{file} cannot be read as results of torchrl-bcq rank: {error!r}"
+                raise RunError(f"{found}. Move this file away, or choose another folder with --out.") from error
 
     def get(self, name: str, source: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> Any:
         """Return the estimate of a policy, which is known by its source and by the settings."""

@@ -21,13 +21,16 @@ class Estimate:
         value: the estimate.
         interval: bootstrap interval over episodes or groups. That of fitted Q evaluation covers the intervals of all
             critics.
-        behaviour_residual: the same for the critics of the recorded behaviour.
-        difference: the estimate minus that of the recorded behaviour; None for the recorded behaviour itself.
+        difference: for fitted Q evaluation, ``value`` minus the estimated value of the recorded behaviour. For other
+            estimators, ``value`` minus the mean discounted return of the held-out episodes; for doubly robust
+            estimators, critics add the rewards after an episode was cut off to these returns. None for the recorded
+            behaviour itself.
         difference_interval: bootstrap interval of the difference, over the same episodes.
         critics: the estimate of each critic of fitted Q evaluation.
         limits: smallest and largest value that the rewards of the dataset allow.
-        residual: mean TD error of the critics on held-out rows, times the mean discounted length of the episodes: the
-            error of the value if each step of an episode has this TD error. It is far from 0 if training was too short.
+        residual: mean TD error of the critics on held-out rows, times the mean discounted length of the episodes. This
+            is the error of the value if each step has this mean TD error. It is far from 0 if training was too short.
+        behaviour_residual: residual of the critics of the recorded behaviour.
         far: share of the policy's actions that are far from the recorded ones; see ``Support``. None for frames.
         effective_sample_size: that of ``ImportanceSampling``; None for continuous actions.
         others: for discrete actions, all estimates of ``ImportanceSampling``, each ``(value, low, high)``.
@@ -50,16 +53,17 @@ class Estimate:
 
     @property
     def objections(self) -> list[str]:
-        """Reasons why the estimate may be wrong by any amount: impossible values, or actions far from the data."""
+        """Reasons not to use the estimate: the rewards do not allow it, or many actions are far from the data."""
         found, (low, high) = [], self.limits
         slack = _SLACK * (high - low)
+        allowed = f"the rewards of the dataset allow only values from {low:.4g} to {high:.4g}"
         outside = [value for value in self.critics if not low - slack <= value <= high + slack]  # also NaN
         if self.uses_critics and outside:
-            found.append(f"the critics diverge: a value is {outside[0]:.4g}, but rewards allow {low:.4g} to {high:.4g}")
+            found.append(f"the critics diverge: the estimate of one critic is {outside[0]:.4g}, but {allowed}")
         elif not low - slack <= self.value <= high + slack:
-            found.append(f"the estimate is {self.value:.4g}, but rewards allow {low:.4g} to {high:.4g}")
+            found.append(f"the estimate is {self.value:.4g}, but {allowed}")
         if self.far is not None and self.far > _MOST_FAR:
-            found.append(f"{self.far:.0%} of the actions are far from the recorded ones")
+            found.append(f"{self.far:.0%} of the policy's actions are far from the recorded actions")
         return found
 
     @property
@@ -71,11 +75,12 @@ class Estimate:
         )
         if self.uses_critics and self.difference is not None and not abs(residual) < abs(self.difference):
             found.append(
-                f"the critics do not fit held-out rows well enough: their mean TD error corresponds to a value of "
-                f"{residual:+.4g}, the difference is {self.difference:+.4g}"
+                f"the critics do not fit held-out rows well enough: their mean TD error corresponds to an error of "
+                f"{residual:+.4g} in the value, and the difference is only {self.difference:+.4g}"
             )
         if self.uses_weights and self.effective_sample_size is not None and not self.effective_sample_size >= _FEWEST:
-            found.append(f"the effective sample size is {self.effective_sample_size:.1f} episodes")
+            size = f"{self.effective_sample_size:.1f} episodes, but a verdict needs at least {_FEWEST}"
+            found.append(f"the effective sample size is {size}")
         if self.difference_interval is not None and not (
             self.difference_interval[0] > 0 or self.difference_interval[1] < 0
         ):

@@ -44,12 +44,15 @@ def fit_fqe(
     seed: int = 0,
     progress_bar: bool = False,
 ) -> FQELoss | DiscreteFQELoss:
-    """Train critics of a policy on transitions that hold the policy's choices, and return their loss.
+    """Train critics of a policy on transitions that hold the policy's choices; return the loss with these critics.
 
-    ``loss.state_values(states)`` then returns the value of each state by each critic. Observations are standardised.
-    The critics multiply their output by the size of usual values: the root mean square of the rewards times ``1 / (1 -
-    gamma)``, or times the length of the longest episode if this is smaller. Targets are clipped to the range that the
-    rewards allow (``value_range``).
+    To get the values of states ``[E]`` by each critic, ``[E, C]``, add the policy's choices to the states:
+    ``states.set(loss.policy_key, policy_actions(policy, states, action_spec))``. Then call
+    ``loss.state_values(states)``.
+
+    Observations are standardised. Each critic multiplies the output of its network by a typical size of the values: the
+    root mean square of the rewards times ``1 / (1 - gamma)``, or times the length of the longest episode if this length
+    is smaller. Targets are clipped to the range of the values that the rewards allow (``value_range``).
 
     Args:
         transitions: result of ``add_policy_actions`` or ``add_recorded_actions``, ``[N]``.
@@ -179,7 +182,8 @@ def _fit_scaling(
 def value_range(transitions: TensorDictBase, gamma: float) -> tuple[float, float]:
     """Return the smallest and the largest discounted return that the recorded rewards allow.
 
-    Without a discount, it is that of the longest episode. A reward of 0 is always possible, after a terminal state.
+    For ``gamma < 1``, episodes may be infinitely long. For ``gamma = 1``, they are at most as long as the longest
+    recorded episode. The range always contains 0, because all rewards after a terminal state are 0.
     """
     longest = float(episode_numbers(transitions).bincount().max())
     most = longest if gamma == 1 else 1 / (1 - gamma)

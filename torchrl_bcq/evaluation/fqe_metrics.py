@@ -13,12 +13,13 @@ from torchrl_bcq.modules.acting import Policy
 
 
 class FQEMetrics(PeriodicMetrics):
-    """Logs ``fqe``, the policy's value by fitted Q evaluation, and ``fqe_difference`` from the recorded behaviour.
+    """Logs ``fqe``, the value of the policy by fitted Q evaluation, and ``fqe_difference``.
 
-    Each measurement trains new critics, so it takes about as long as ``fqe_steps`` gradient steps.
+    ``fqe_difference`` is ``fqe`` minus the estimated value of the recorded behaviour. Each measurement trains new
+    critics with ``fqe_steps`` gradient steps. The first measurement also trains the critics of the recorded behaviour.
 
     Args:
-        transitions: the whole dataset, ``[N]``, also the held-out episodes.
+        transitions: the whole dataset, ``[N]``, including the held-out episodes.
         policy: policy to measure; it uses the networks that the trainer trains.
         action_spec: spec of one action.
         interval: number of gradient steps between two measurements, a multiple of the trainer's ``log_interval``.

@@ -103,9 +103,9 @@ def policy_actions(
 ) -> Tensor:
     """Return a policy's actions in each state, ``[N, n, A]``, or for discrete actions its probabilities, ``[N, K]``.
 
-    A discrete policy with a method ``get_dist``, such as ``ProbabilisticActor``, gives its exact probabilities, which
-    are those of its random actions in any exploration type. For other discrete policies, they are the frequencies of
-    ``num_samples`` actions.
+    If a discrete policy has a method ``get_dist``, as ``ProbabilisticActor`` has, the result is the exact probabilities
+    of this distribution, whatever TorchRL's exploration type is. So such a policy is evaluated as a stochastic policy.
+    For other discrete policies, the result is the frequencies of ``num_samples`` actions in each state.
 
     Args:
         policy: any TensorDict policy. It acts in evaluation mode and under TorchRL's current exploration type.

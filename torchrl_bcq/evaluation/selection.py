@@ -46,9 +46,12 @@ _CHUNK = 4096  # rows that the critics read at a time
 class OffPolicyEvaluation:
     """Estimates the values of policies on one dataset, always on the same held-out episodes.
 
-    Fitted Q evaluation learns from the other episodes. Its estimate is the mean value of the initial states of the
-    held-out episodes. For discrete actions, the held-out episodes also give importance-sampling estimates, with the
-    logged probabilities of the actions (``action_probability [N]``), or with those of a cloned behaviour.
+    The critics of fitted Q evaluation learn from the episodes that are not held out. The estimate is the mean value of
+    the initial states of the held-out episodes. For discrete actions, importance-sampling estimates are also computed
+    from the held-out episodes. They use the logged probabilities of the recorded actions (``action_probability [N]``),
+    or if there are none, the probabilities of a policy that is cloned from the other episodes.
+
+    The recorded behaviour is the policy, or the mixture of policies, that recorded the transitions.
 
     Args:
         transitions: recorded transitions, ``[N]``, with the entry ``episode`` or ``("next", "done")``. If they have the
@@ -58,11 +61,13 @@ class OffPolicyEvaluation:
         held_out: fraction of the episodes, or of the groups, that are held out.
         seed: seed of the critics and of the policies' random actions.
         split_seed: seed of the split, as in ``split_episodes``. By default, ``seed``.
-        num_samples: number of actions in each state, if the policy is random and has no probabilities.
+        num_samples: number of actions that are drawn in each state from a stochastic policy. It has no effect for
+            discrete policies with ``get_dist``, whose exact probabilities are used.
         observation_keys: entries that the critics read.
-        estimator: estimate that is compared with the recorded behaviour: ``"fqe"``, or for discrete actions
+        estimator: estimator of ``Estimate.value`` and of the verdict: ``"fqe"``, or for discrete actions
             ``"importance_sampling"``, ``"weighted_importance_sampling"``, ``"doubly_robust"`` or
-            ``"weighted_doubly_robust"``.
+            ``"weighted_doubly_robust"``. ``Estimate.difference`` says with which value each estimator
+            compares the policy.
         progress_bar: whether to show progress bars.
         **fit: other arguments of ``fit_fqe``, such as ``steps``. The clone uses them as well, if it has them.
 
@@ -99,7 +104,8 @@ class OffPolicyEvaluation:
     ) -> None:
         allowed = ESTIMATORS[:1] if number_of(action_spec) is None else ESTIMATORS
         if estimator not in allowed:
-            raise ValueError(f"estimator is {estimator!r}, expected one of {[*allowed]} for these actions.")
+            kind = "continuous" if number_of(action_spec) is None else "discrete"
+            raise ValueError(f"estimator is {estimator!r}, expected one of {[*allowed]} for {kind} actions.")
         self.estimator = estimator
         self.action_spec, self.gamma, self.seed = action_spec, gamma, seed
         self._keys = observation_keys
@@ -147,8 +153,8 @@ class OffPolicyEvaluation:
     def estimate(self, policy: TensorDictModuleBase, *, details: bool = True) -> Estimate:
         """Estimate the value of a policy, and compare it with the recorded behaviour.
 
-        If ``details`` is False, the result has no ``far`` and no estimates by importance sampling, which take some
-        seconds.
+        If ``details`` is False and ``estimator`` is ``"fqe"``, then ``far``, ``effective_sample_size`` and ``others``
+        are not computed. This saves some seconds.
         """
         labelled = add_policy_actions(self._transitions, policy, self.action_spec, **self._sampling)
         critics = fit_fqe(labelled[self._train_rows], self.action_spec, **self._fit)
@@ -172,7 +178,8 @@ class OffPolicyEvaluation:
         if not int(numbers.max()):
             what = "episode" if groups is None else "group"
             raise DatasetError(
-                f"the dataset has one {what}, but an estimate needs two: to learn from, and to evaluate."
+                f"the dataset has one {what}, but an estimate needs at least two: one from which the critics learn, "
+                f"and one that is held out. Add more {what}s, or correct the entry {what!r} of the transitions."
             )
 
     @cached_property
@@ -211,7 +218,10 @@ class OffPolicyEvaluation:
         return clone_probabilities(self._transitions[self._train_rows], self._held, self.action_spec, **self._clone)
 
     def _weigh(self, critics: Any, held: TensorDictBase) -> dict[str, Any]:
-        """Return what the held-out rows, with the policy's choices, say about its value by importance sampling."""
+        """Compute the importance-sampling and doubly robust estimates; return fields of ``Estimate`` by name.
+
+        ``held`` are the held-out rows with the policy's probabilities in their states and next states.
+        """
         taken = (recorded_actions(held, self.action_spec)[1] * held[critics.policy_key]).sum(-1)
         parts = (critics.values, critics.state_values, lambda rows: critics.state_values(rows.get("next")))
         value, state_value, next_value = (_values(critics, part, held).mean(-1) for part in parts)
@@ -252,7 +262,10 @@ class OffPolicyEvaluation:
 
     @cached_property
     def _horizon(self) -> float:
-        """Mean over rows of the sum of ``gamma^t`` over the row's episode, which goes on if it was cut off."""
+        """Mean discounted length of the episodes, weighted by their rows.
+
+        For ``gamma < 1``, an episode that was cut off counts as infinitely long: ``1 / (1 - gamma)``.
+        """
         lengths = episode_numbers(self._held).bincount()
         last = self._held["next", "terminated"].squeeze(-1)[self._first + lengths - 1]
         sums = lengths.double() if self.gamma == 1 else (1 - self.gamma ** lengths.double()) / (1 - self.gamma)

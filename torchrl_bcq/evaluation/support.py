@@ -22,8 +22,9 @@ _LARGEST = 100_000  # number of recorded pairs that are searched
 class Support:
     """Compares state-action pairs with recorded ones.
 
-    A pair is far if its distance to the nearest recorded pair is above the 95 % quantile of the same distances of
-    other recorded pairs, those of ``rows``. So 5 % of the recorded pairs are far. The distance is Euclidean:
+    The distance of a pair is its distance to the nearest pair of ``transitions``. A pair is far if its distance is
+    above the 95 % quantile of the distances of the recorded pairs of ``rows``. So about 5 % of the recorded pairs of
+    ``rows`` are far. The distance is Euclidean:
     observations are divided by their standard deviations, and continuous actions by half of their range. Discrete
     actions are compared only with pairs of the same action.
 

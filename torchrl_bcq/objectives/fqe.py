@@ -60,6 +60,11 @@ class _PolicyValueLoss(ValueLoss):
         """Return the values of states by each critic, ``[*B, C]``: the expectations over the policy's actions."""
         raise NotImplementedError
 
+    def _choices(self, states: TensorDictBase) -> Tensor:
+        if (choices := states.get(self.policy_key, None)) is None:
+            raise ValueError(f"the states lack {self.policy_key!r}; set it to the result of policy_actions.")
+        return choices
+
     def _find_in_keys(self) -> list[NestedKey]:
         return [*super()._find_in_keys(), unravel_key(("next", self.policy_key))]
 
@@ -136,7 +141,7 @@ class FQELoss(_PolicyValueLoss):
 
     def state_values(self, states: TensorDictBase) -> Tensor:
         """Return the values of states by each critic: the means over the policy's actions, ``[*B, C]``."""
-        actions = states.get(self.policy_key)
+        actions = self._choices(states)
         if actions.ndim != states.ndim + 2:
             raise ValueError(
                 f"{self.policy_key!r} has shape {tuple(actions.shape)}, expected {(*states.shape, 'n', 'A')}: n "
@@ -205,7 +210,7 @@ class DiscreteFQELoss(DiscreteValueLoss, _PolicyValueLoss):
     def state_values(self, states: TensorDictBase) -> Tensor:
         """Return the values of states by each critic: the expectations over the policy's actions, ``[*B, C]``."""
         scores = torch.stack(self.scores(states), -2)  # [*B, C, K]
-        probability = states.get(self.policy_key)
+        probability = self._choices(states)
         if probability.shape != (*states.shape, scores.shape[-1]):
             raise ValueError(
                 f"{self.policy_key!r} has shape {tuple(probability.shape)}, expected "

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 BEHAVIOUR = "recorded behaviour"
 NOTE = (
-    "Values are expected discounted returns without a time limit. The intervals cover the choice of the episodes and "
-    "the critics' initial weights, at 95 %. They do not cover the bias of the estimate, so the true value can lie "
-    "outside."
+    "A value by fitted Q evaluation is an expected discounted return without a time limit. Each interval is a 95 % "
+    "bootstrap interval over the held-out episodes or groups; for fitted Q evaluation, it contains the intervals of "
+    "all critics. The intervals do not cover the choice of the training episodes, and they do not cover the bias of "
+    "the estimate. So the true value can lie outside the interval."
 )
 _OTHERS = {"weighted_importance_sampling": "weighted IS", "weighted_doubly_robust": "weighted DR"}  # in the table
 
@@ -61,7 +62,7 @@ def agreement(policies: Sequence[Ranked]) -> dict[str, float]:
 
 
 def table(policies: Sequence[Ranked], behaviour: Ranked) -> list[list[str]]:
-    """Return the rows of a table: a header, the policies from the best to the worst, and the recorded behaviour."""
+    """Return the rows of a table: a header, the policies in the order of ``rank``, and the recorded behaviour."""
     ranked = [*rank(policies), behaviour]
     others = [name for name in _OTHERS if any(name in one.estimate.others for one in ranked)]
     columns: dict[str, Any] = {
@@ -80,7 +81,7 @@ def table(policies: Sequence[Ranked], behaviour: Ranked) -> list[list[str]]:
 
 
 def draw(policies: Sequence[Ranked], behaviour: Ranked) -> Figure:
-    """Draw estimates with intervals, from the best to the worst policy, beside the recorded behaviour."""
+    """Draw estimates with intervals, in the order of ``rank``, beside the recorded behaviour."""
     from matplotlib.figure import Figure
 
     ranked = rank(policies)

@@ -69,7 +69,8 @@ def find_candidates(folders: Sequence[Path], which: str, device: str) -> list[Ca
             raise RunError(f"{found[path]} was trained with {stacks}; rank runs with the same stack.")
         if other.expected != task.expected:
             raise RunError(
-                f"{found[path]} has other observations or actions than {found[first]}; rank runs of the same dataset."
+                f"{found[path]} has other observations or actions than {found[first]}; give only runs that were "
+                "trained on datasets with the same observations and actions."
             )
     return [Candidate(name, _facts(path), partial(_load, path, device)) for path, name in found.items()]
 
