@@ -147,3 +147,18 @@ def test_a_policy_trained_on_the_gpu_acts_alike_on_both_devices(make_words, tmp_
     one, other = (policy.act(states) for policy in policies)
     assert isinstance(other, np.ndarray)
     assert np.isclose(one, other, rtol=1e-2, atol=1e-3).mean() > 0.9  # values that are almost equal may change places
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_estimates_on_the_gpu_equal_those_on_the_cpu(make_words, tmp_path, monkeypatch, algorithm):
+    """The critics start with other random weights, so only the numbers that do not depend on critics are compared."""
+    monkeypatch.chdir(tmp_path)
+    words = [*make_words(algorithm), "evaluation.env=null", "checkpoint.monitor=fqe", "evaluation.fqe_steps=3"]
+    assert main(["train", *words, "steps=20", "out=run"]) == 0
+    found = {}
+    for device in ("cpu", DEVICE):
+        assert main(["rank", "run", "--steps", "3", "--device", device, "--out", device]) == 0
+        found[device] = json.loads((tmp_path / device / "ranking.json").read_text())["estimates"][1]
+    assert found[DEVICE]["far"] == pytest.approx(found["cpu"]["far"], abs=0.1)
+    assert np.isfinite(found[DEVICE]["critics"]).all()
+    assert found[DEVICE]["limits"] == found["cpu"]["limits"]
