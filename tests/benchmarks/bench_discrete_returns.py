@@ -13,7 +13,6 @@ seeds: an interval holds 95 % of the resampled differences. With five seeds, the
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ import gymnasium
 import numpy as np
 import torch
 from discrete_contenders import CONTENDERS, PEERS, Act, read
+from json_lines import append, load
 from machine import describe
 from scipy.stats import bootstrap
 
@@ -128,16 +128,6 @@ def interval(own: list[float], other: list[float]) -> tuple[float, float]:
 def error(values: Any) -> float:
     """Return the standard error of the mean."""
     return float(np.std(values, ddof=1) / np.sqrt(len(values)))
-
-
-def load(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def append(path: Path, line: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from json_lines import append, load as load_lines
 from known_policies import Known, load
 from machine import describe
 from scipy.stats import spearmanr
@@ -49,7 +49,7 @@ SAMPLES = 8  # actions of a random policy in each initial state, for d3rlpy
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    lines = read(args.results)
+    lines = load_lines(args.results)
     if args.command == "report":
         print(report(lines))
         return
@@ -186,16 +186,6 @@ def verdicts(lines: Sequence[Mapping[str, Any]]) -> str:
     given = [line for line in lines if "interval" in line]
     said = [line for line in given if not estimate_of(line).doubts]
     return f"{len(said)} of {len(given)} given" if given else ""
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def append(path: Path, line: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

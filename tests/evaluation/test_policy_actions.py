@@ -11,7 +11,7 @@ from torchrl.data import Bounded, Categorical, OneHot, Unbounded
 from torchrl.modules import OneHotCategorical, ProbabilisticActor
 
 from torchrl_bcq import DiscreteBCQPolicy, add_policy_actions, make_discrete_bcq_modules
-from torchrl_bcq.evaluation.policy_actions import initial_states, policy_actions
+from torchrl_bcq.evaluation.policy_actions import policy_actions
 
 from ..conftest import ACTION_SPEC, random_transitions
 
@@ -98,11 +98,6 @@ def test_add_policy_actions_copies_no_other_entry():
     data["action"] = torch.zeros(20, dtype=torch.int64)
     choose = policy_of(lambda observation: torch.ones(len(observation), dtype=torch.int64))
     assert add_policy_actions(data, choose, Categorical(2))["next", "policy_probability"].tolist() == [[0, 1]] * 20
-
-
-def test_initial_states_are_the_first_rows_of_episodes():
-    data = random_transitions(6).set("episode", torch.tensor([4, 4, 7, 7, 7, 1]))
-    assert torch.equal(initial_states(data)["observation"], data["observation"][[0, 2, 5]])
 
 
 @pytest.mark.parametrize(

@@ -135,18 +135,6 @@ def policy_actions(
     return torch.cat(found)
 
 
-def initial_states(transitions: TensorDictBase) -> TensorDictBase:
-    """Return the first row of each episode, ``[E]``.
-
-    Raises:
-        DatasetError: if the episodes are not known (see ``episode_numbers``).
-    """
-    episode = episode_numbers(transitions)
-    starts = torch.ones_like(episode, dtype=torch.bool)
-    starts[1:] = episode[1:] != episode[:-1]
-    return transitions[starts]
-
-
 def has_probabilities(policy: Any, action_spec: TensorSpec) -> bool:
     """Whether a discrete policy gives its probabilities, which ``policy_actions`` then uses."""
     return number_of(action_spec) is not None and hasattr(policy, "get_dist")

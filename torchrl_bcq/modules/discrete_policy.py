@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
@@ -15,7 +17,7 @@ from torchrl_bcq.modules.dispatch import accepts_tensors
 from torchrl_bcq.protocols import DiscreteNetwork, check_discrete_network
 
 
-class _DiscretePolicy(Policy):
+class _DiscretePolicy(Policy, ABC):
     """Scores all actions of each state, and chooses one action or, with the probability ``epsilon``, a random one."""
 
     def __init__(
@@ -56,9 +58,9 @@ class _DiscretePolicy(Policy):
             tensordict.set(key, outputs[key])
         return tensordict
 
+    @abstractmethod
     def _choose(self, scores: list[Tensor], mask: Tensor | None) -> tuple[Tensor, dict[NestedKey, Tensor]]:
         """Return the index of the best action of each state, ``[*B, 1]``, and the other outputs."""
-        raise NotImplementedError
 
     def _explore(self, index: Tensor, scores: Tensor, mask: Tensor | None) -> Tensor:
         """Replace each index by that of a random available action, with the probability ``epsilon``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,13 +53,13 @@ class _PolicyValueLoss(ValueLoss):
         """Return the values of state-action pairs, the mean over critics, ``[*B]``."""
         return self.values(tensordict).mean(-1)
 
+    @abstractmethod
     def values(self, tensordict: TensorDictBase) -> Tensor:
         """Return the values of state-action pairs by each critic, ``[*B, C]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def state_values(self, states: TensorDictBase) -> Tensor:
         """Return the values of states by each critic, ``[*B, C]``: the expectations over the policy's actions."""
-        raise NotImplementedError
 
     def _choices(self, states: TensorDictBase) -> Tensor:
         if (choices := states.get(self.policy_key, None)) is None:
