@@ -32,6 +32,7 @@ WITH_AN_EXAMPLE = [
     "DiscreteBCQLoss",
     "DiscreteBCQPolicy",
     "DiscreteCloningLoss",
+    "ExportedPolicy",
     "History",
     "MultiHeadNetwork",
     "OfflineLoss",
@@ -39,6 +40,7 @@ WITH_AN_EXAMPLE = [
     "PerturbationActor",
     "QEnsemble",
     "describe",
+    "export_policy",
     "from_arrays",
     "from_rollouts",
     "load_d4rl",
@@ -81,6 +83,7 @@ def place(tmp_path_factory) -> Path:
         patch.setenv("MINARI_DATASETS_PATH", str(place / "minari"))
         minari.create_dataset_from_buffers("mujoco/hopper/medium-v0", [episode], **spaces)
     assert main(["train", f"dataset={place / 'pendulum.hdf5'}", f"out={place / 'runs/first'}", *FAST, *SMALL]) == 0
+    assert main(["export", str(place / "runs/first"), str(place / "policy.onnx"), "--random-states"]) == 0
     return place
 
 
@@ -92,7 +95,8 @@ def test_examples(name, place, tmp_path, monkeypatch):
     monkeypatch.setenv("D4RL_DATASET_DIR", str(place))
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(place / "minari"))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").symlink_to(place / "runs")
+    for made in ("runs", "policy.onnx"):
+        (tmp_path / made).symlink_to(place / made)
     failed, attempted = doctest.testmod(importlib.import_module(name))
     assert attempted > 0
     assert failed == 0

@@ -69,6 +69,8 @@ def test_commands(name, place, monkeypatch, capsys):
     whole = recording.record_swing_up
     monkeypatch.setattr(recording, "record_swing_up", lambda: whole(600))
     recording.record_default()
+    if name == "use_the_policy":  # its commands use the run of the README
+        assert main(["train", "out=runs/first", "dataset=hopper.hdf5", "evaluation.env=null", *FAST, *SMALL]) == 0
     for number, (program, *words) in enumerate(commands_of(name)):
         if program == "python":
             file = words[0]
@@ -108,10 +110,16 @@ def test_a_trainer_with_checkpoints(place):
     trainer.load_from_file("run/checkpoints/checkpoint-000000000100")
 
 
+@pytest.mark.filterwarnings(
+    "ignore:'observation'.*training data", "ignore:.torch.jit::torch", "ignore::torch.jit.TracerWarning"
+)
 def test_use_of_a_policy(place):
     assert main(["train", "out=runs/first", "dataset=hopper.hdf5", "evaluation.env=null", *FAST, *SMALL]) == 0
+    assert main(["export", "runs/first", "policy.onnx"]) == 0
     found = run("use_the_policy")
     assert (found["actions"].shape, found["rollout"].batch_size) == ((64, 1), (100,))
+    assert found["exported"].contract["dataset"] == "hopper.hdf5"
+    torch.testing.assert_close(found["traced"](torch.zeros(7, 3))[0], found["action"])
 
 
 def test_discrete_actions(place):

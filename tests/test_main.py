@@ -128,7 +128,7 @@ def test_it_is_a_command():
         [sys.executable, "-W", "ignore", "-m", "torchrl_bcq", "--help"], capture_output=True, text=True, check=True
     ).stdout
     listed = re.findall(r"^    (\w+)  ", shown, re.MULTILINE)
-    assert listed == ["train", "evaluate", "rank", "plot", "record", "describe", "convert"]
+    assert listed == ["train", "evaluate", "rank", "plot", "export", "record", "describe", "convert"]
     assert "torchrl-bcq train dataset=hopper.hdf5 out=runs/hopper" in shown
 
 

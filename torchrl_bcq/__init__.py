@@ -9,5 +9,6 @@ import lazy_loader
 from torchrl_bcq.version import __version__ as __version__
 
 __getattr__, __dir__, _names = lazy_loader.attach_stub(__name__, __file__)
-_packages = ("data", "evaluation", "functional", "modules", "objectives", "protocols", "reports", "runs", "trainers")
+_packages = ("data", "evaluation", "export", "functional", "modules", "objectives", "protocols", "reports", "runs",
+             "trainers")  # fmt: skip
 __all__ = [name for name in _names if name not in _packages]

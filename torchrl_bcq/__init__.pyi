@@ -3,6 +3,7 @@
 from . import (
     data as data,
     evaluation as evaluation,
+    export as export,
     functional as functional,
     modules as modules,
     objectives as objectives,
@@ -44,6 +45,7 @@ from .evaluation import (
     fit_fqe,
     policy_actions,
 )
+from .export import Export, ExportedPolicy, export_policy
 from .modules import (
     ActionVAE,
     BCQPolicy,
@@ -114,6 +116,8 @@ __all__ = [
     "DiscreteNetwork",
     "EnvironmentMetrics",
     "Estimate",
+    "Export",
+    "ExportedPolicy",
     "FQELoss",
     "FQEMetrics",
     "GenerativeModel",
@@ -141,6 +145,7 @@ __all__ = [
     "describe",
     "episode_weights",
     "evaluate",
+    "export_policy",
     "fit_fqe",
     "from_arrays",
     "from_rollouts",

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from torchrl_bcq.cli import dataset, evaluate, plot, rank, record
+from torchrl_bcq.cli import dataset, evaluate, export, plot, rank, record
 from torchrl_bcq.data import DatasetError
 from torchrl_bcq.errors import RunError, on_command_line
 from torchrl_bcq.version import __version__
@@ -20,6 +20,7 @@ examples:
   torchrl-bcq evaluate runs/hopper                        measure the returns of its policy
   torchrl-bcq rank runs/hopper                            estimate its value without an environment
   torchrl-bcq plot runs/hopper                            draw learning curves and value estimates
+  torchrl-bcq export runs/hopper policy.onnx              write its policy to a file that runs without PyTorch
 
 Run torchrl-bcq COMMAND --help to see the arguments of a command.
 """
@@ -44,7 +45,8 @@ def _run(arguments: list[str]) -> int:
         args.reader = reader
         args.run(args)
     except (DatasetError, RunError, OSError, ImportError) as error:
-        remedy = "; install what is missing: pip install 'torchrl-bcq[train]'" if isinstance(error, ImportError) else ""
+        is_new = isinstance(error, ImportError) and "pip install" not in str(error)
+        remedy = "; install what is missing: pip install 'torchrl-bcq[train]'" if is_new else ""
         print(f"torchrl-bcq: {error}{remedy}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -63,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_parser(commands)
     rank.add_parser(commands)
     plot.add_parser(commands)
+    export.add_parser(commands)
     record.add_parser(commands)
     dataset.add_parsers(commands)
     for each in (parser, *commands.choices.values()):

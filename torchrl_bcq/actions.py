@@ -157,4 +157,4 @@ def check_threshold(threshold: float) -> None:
 
 def can_check(tensor: Tensor) -> bool:
     """Whether the values of a tensor can be read without waiting for a GPU, and outside of a compiled graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()

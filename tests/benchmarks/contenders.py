@@ -10,6 +10,7 @@ as environments use them.
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from discrete_floor import DiscreteFloor
 from floor import TAU, Floor
-from peers import act_d3rlpy, act_tianshou, train_d3rlpy, train_tianshou
+from peers import act_d3rlpy, act_d3rlpy_onnx, act_tianshou, train_d3rlpy, train_tianshou
 from rounds import Run
 from tensordict import TensorDict
 from torch.optim import Adam
@@ -32,8 +33,10 @@ from torchrl_bcq import (
     BCQPolicy,
     BCQTrainer,
     DiscreteBCQLoss,
+    ExportedPolicy,
     OfflineOptimizationStepper,
     OfflineTrainer,
+    export_policy,
     make_bcq_modules,
     make_discrete_bcq_modules,
     make_replay_buffer,
@@ -108,6 +111,14 @@ def act_numpy(device: str, sizes: Sizes) -> Callable[[np.ndarray], np.ndarray]:
     return BCQPolicy(*make_modules(device, sizes), num_action_samples=CANDIDATES).act
 
 
+def act_file(device: str, sizes: Sizes) -> Callable[[np.ndarray], np.ndarray]:
+    """The policy as an ONNX file, on the CPU."""
+    policy = BCQPolicy(*make_modules(device, sizes), num_action_samples=CANDIDATES)
+    with tempfile.TemporaryDirectory() as folder:
+        file = export_policy(policy, f"{folder}/policy.onnx").path
+        return ExportedPolicy(file, threads=torch.get_num_threads()).act
+
+
 def train_discrete_floor(batch_size: int, device: str, kind: str) -> Callable[[int], None]:
     return DiscreteFloor(make_discrete_transitions(kind), batch_size, device, kind).update
 
@@ -129,10 +140,12 @@ TRAINING: dict[str, Train] = {
     "floor": train_floor,
 }
 ACTING: dict[str, Act] = {
+    "file": act_file,
     "policy.act": act_numpy,
     **{mode: partial(act_own, mode=mode) for mode in ACTING_MODES},
     "tianshou": partial(act_tianshou, samples=CANDIDATES),
     "d3rlpy": partial(act_d3rlpy, samples=CANDIDATES),
+    "d3rlpy-onnx": partial(act_d3rlpy_onnx, samples=CANDIDATES),
     "floor": act_floor,
 }
 DISCRETE_TRAINING: dict[str, Callable[[int, str, str], Run]] = {
@@ -144,7 +157,8 @@ DISCRETE_TRAINING: dict[str, Callable[[int, str, str], Run]] = {
 }
 NAMES = {"training": TRAINING.keys(), **dict.fromkeys(DISCRETE, DISCRETE_TRAINING.keys()), "acting": ACTING.keys()}
 INSTALL = "pip install -e '.[bench]' && pip install --no-deps d3rlpy==2.8.1"
-PEERS = {"tianshou": "tianshou", "d3rlpy": "d3rlpy", "d3rlpy-graph": "d3rlpy"}  # contender -> package
+PEERS = {"tianshou": "tianshou", **dict.fromkeys(["d3rlpy", "d3rlpy-graph", "d3rlpy-onnx"], "d3rlpy")}  # -> package
+ON_CPU = ("file", "d3rlpy-onnx")  # ONNX files run on the CPU
 
 
 def set_ups(kind: str, size: int, device: str, sizes: Sizes) -> dict[str, SetUp]:
@@ -176,5 +190,5 @@ def absent(device: str) -> dict[str, str]:
         if importlib.util.find_spec(package) is None
     }
     if device.startswith("cuda"):
-        return missing
+        return {**dict.fromkeys(ON_CPU, "it runs on the CPU"), **missing}
     return {**dict.fromkeys(["d3rlpy-graph", *CUDA_MODES], "it needs CUDA"), **missing}

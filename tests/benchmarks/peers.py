@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
+import warnings
 from collections.abc import Callable
+from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -161,3 +165,23 @@ def train_d3rlpy(batch_size: int, device: str, sizes: Sizes, graph: bool = False
 def act_d3rlpy(device: str, sizes: Sizes, samples: int) -> Callable[[np.ndarray], np.ndarray]:
     algorithm, _ = make_d3rlpy(device, sizes, 1, samples, graph=False)
     return algorithm.predict
+
+
+def act_d3rlpy_onnx(device: str, sizes: Sizes, samples: int) -> Callable[[np.ndarray], np.ndarray]:
+    """d3rlpy's ONNX file. Its candidates are random, and it takes one number of states, one.
+
+    d3rlpy 2.8.1 cannot write it with the default of PyTorch 2.9 and later, so this function chooses the older exporter.
+    """
+    import onnxruntime
+
+    algorithm, _ = make_d3rlpy(device, sizes, 1, samples, graph=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        file = f"{folder}/policy.onnx"
+        with patch("torch.onnx.export", partial(torch.onnx.export, dynamo=False)):
+            algorithm.save_policy(file)
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    (name,) = (port.name for port in session.get_inputs())
+    return lambda states: session.run(None, {name: states})[0]

@@ -247,6 +247,6 @@ def test_absent_peers_say_how_to_install_them(load, monkeypatch):
     contenders = load("contenders")
     monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None)
     reasons = contenders.absent("cpu")
-    assert reasons.keys() == {"tianshou", "d3rlpy", "d3rlpy-graph", *contenders.CUDA_MODES}
-    for name in ("tianshou", "d3rlpy", "d3rlpy-graph"):
+    assert reasons.keys() == {*contenders.PEERS, *contenders.CUDA_MODES}
+    for name in ("tianshou", "d3rlpy", "d3rlpy-graph", "d3rlpy-onnx"):
         assert reasons[name].endswith(f"is not installed: {contenders.INSTALL}")

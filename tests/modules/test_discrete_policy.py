@@ -28,6 +28,8 @@ from torchrl_bcq import (
     make_discrete_cloning_modules,
 )
 
+from ..exporters import EXPORTERS
+
 VALUE = torch.tensor([9.0, 5.0, 4.0])
 LOGITS = torch.tensor([math.log(0.1), math.log(0.5), math.log(0.4)])
 
@@ -201,20 +203,18 @@ def test_copies_act_alike(make_copy):
     assert torch.equal(make_copy(policy)(states), policy(states))
 
 
-def test_exported_graph_takes_any_number_of_states():
-    (network,) = make_discrete_bcq_modules(Unbounded((3,)), Categorical(5), hidden=(8,))
-    policy = DiscreteBCQPolicy(network)
-
-    class Act(nn.Module):
-        def forward(self, observation):
-            with set_exploration_type(ExplorationType.DETERMINISTIC):
-                return policy(observation)
-
-    size = torch.export.Dim("size", min=1, max=640)
-    graph = torch.export.export(Act(), (torch.randn(4, 3),), dynamic_shapes=({0: size},), strict=False).module()
-    for number in (1, 4, 640):
-        observation = torch.randn(number, 3)
-        assert torch.equal(graph(observation), Act()(observation))
+@pytest.mark.parametrize("convert", EXPORTERS)
+@pytest.mark.parametrize("spec", [Categorical(5), OneHot(5)])
+def test_exported_graph_takes_any_number_of_states(convert, spec):
+    mask = Binary(5, dtype=torch.bool)
+    observations = Composite(observation=Unbounded((3,)), action_mask=mask)
+    policy = DiscreteBCQPolicy(*make_discrete_bcq_modules(observations, spec, hidden=(8,)), return_candidates=True)
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        graph = EXPORTERS[convert](policy, torch.randn(4, 3), torch.ones(4, 5, dtype=torch.bool))
+        for number in (1, 4, 640):
+            states = torch.randn(number, 3), torch.rand(number, 5) < 0.5
+            states[1][:, 2] = True
+            torch.testing.assert_close(graph(*states), policy(*states))
 
 
 # acting on arrays

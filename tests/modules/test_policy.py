@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -18,6 +20,7 @@ from torchrl_bcq.modules import (
 )
 
 from ..conftest import ACTION_SPEC
+from ..exporters import EXPORTERS
 
 
 class Still(nn.Module):
@@ -291,16 +294,37 @@ def test_frozen_behaviour(modules, make_batch):
 # Export
 
 
-def test_exported_graph_takes_any_number_of_states(modules):
-    policy = BCQPolicy(*modules, num_action_samples=10)
+@pytest.mark.parametrize("settings", [{}, {"return_value": True, "return_candidates": True}], ids=["action", "all"])
+@pytest.mark.parametrize("convert", EXPORTERS)
+def test_exported_graph_takes_any_number_of_states(modules, convert, settings):
+    """Without a wrapper; 1,000 states are more than the policy evaluates at once."""
+    policy = BCQPolicy(*modules, num_action_samples=10, chunk_size=100, **settings)
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        graph = EXPORTERS[convert](policy, torch.randn(4, 3))
+        for number in (1, 4, 9, 1000):
+            observation = torch.randn(number, 3)
+            torch.testing.assert_close(graph(observation), policy(observation))
 
-    class Act(nn.Module):
-        def forward(self, observation):
-            with set_exploration_type(ExplorationType.DETERMINISTIC):
-                return policy(observation)
 
-    size = torch.export.Dim("size", min=1, max=640)  # those of one chunk
-    graph = torch.export.export(Act(), (torch.randn(4, 3),), dynamic_shapes=({0: size},), strict=False).module()
-    for number in (1, 4, 9, 640):
-        observation = torch.randn(number, 3)
-        torch.testing.assert_close(graph(observation), Act()(observation))
+@pytest.mark.parametrize("make", [BCQPolicy, lambda vae, actor, critics: BehaviorCloningPolicy(vae)])
+def test_latents_of_the_caller(modules, make_batch, make):
+    """They replace the policy's own latents, for any batch dimensions."""
+    policy, states = make(*modules), make_batch(2, 3).select("observation")
+    latents = torch.randn(2, 3, *policy.latent_shape)
+    with set_exploration_type(ExplorationType.RANDOM):
+        action = policy(states.clone(), latents=latents)["action"]
+        assert torch.equal(policy(states.clone(), latents=latents)["action"], action)
+        torch.testing.assert_close(policy(states[1, 2].clone(), latents=latents[1, 2])["action"], action[1, 2])
+        assert not torch.equal(policy(states.clone(), latents=-latents)["action"], action)
+        with pytest.raises(ValueError, match=re.escape(f"expected {tuple(latents.shape)}")):
+            policy(states.clone(), latents=latents[0])
+
+
+def test_latents_of_the_caller_in_chunks(modules, make_batch):
+    states = make_batch(7).select("observation")
+    whole, parts = (BCQPolicy(*modules, num_action_samples=10, chunk_size=size) for size in (1000, 20))
+    latents = torch.randn(7, *whole.latent_shape)
+    torch.testing.assert_close(parts(states.clone(), latents=latents), whole(states.clone(), latents=latents))
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        own = whole.latents.expand(7, -1, -1)
+        assert torch.equal(whole(states.clone(), latents=own)["action"], whole(states.clone())["action"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,9 @@ class Policy(TensorDictModuleBase):
 
     stack: int = 1  # number of observations that a state joins; load_policy sets the number of the run
     mask_key: NestedKey | None = None  # entry of the available actions, booleans, among in_keys
+    latent_shape: tuple[int, ...] | None = None  # of one state, if forward takes the argument latents
+    latent_clip: float = math.inf  # largest magnitude of a latent, which is a standard normal number
+    action_spec: TensorSpec | None = None  # spec of one action, if known; load_policy sets that of the run
 
     def __init__(self, observation_specs: Mapping[NestedKey, TensorSpec] | None = None) -> None:
         """Store the specs."""
@@ -96,6 +100,13 @@ def check_dtype(key: NestedKey, value: Tensor, wanted: torch.dtype) -> None:
             f"{key} has dtype {value.dtype}, but the networks have dtype {wanted}: wrap the environment in "
             f"TransformedEnv(env, DoubleToFloat()), or build the networks with dtype={value.dtype}."
         )
+
+
+def check_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return ``latents``. Raise a ValueError if their shape is not ``shape``."""
+    if tuple(latents.shape) != tuple(shape):
+        raise ValueError(f"latents has shape {tuple(latents.shape)}, expected {tuple(shape)}.")
+    return latents
 
 
 def is_random() -> bool:

@@ -122,13 +122,14 @@ class DiscreteBCQPolicy(_DiscretePolicy):
         check_threshold(unlikely_action_threshold)
         super().__init__(network, epsilon, action_space, action_mask_key)
         self.unlikely_action_threshold = unlikely_action_threshold
-        self.return_value = return_value
-        self.return_candidates = return_candidates
-        self.out_keys = [
-            self.action_key,
-            *(["chosen_action_value"] if return_value else []),
-            *(["candidates", "action_value", "imitation_probability"] if return_candidates else []),
-        ]
+        self.set_outputs(value=return_value, candidates=return_candidates)
+
+    def set_outputs(self, *, value: bool, candidates: bool) -> None:
+        """Choose what the policy writes beside the action, as ``return_value`` and ``return_candidates`` do."""
+        self.return_value, self.return_candidates = value, candidates
+        of_candidates = ["candidates", "action_value", "imitation_probability"]
+        more = [*(["chosen_action_value"] if value else []), *(of_candidates if candidates else [])]
+        self.out_keys = [self.action_key, *more]
 
     def _choose(self, scores: list[Tensor], mask: Tensor | None) -> tuple[Tensor, dict[NestedKey, Tensor]]:
         value, logits = scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from itertools import takewhile
 from typing import Any
@@ -37,4 +38,9 @@ def accepts_tensors(forward: Callable[..., Any]) -> Callable[..., Any]:
         first = args[0] if args else kwargs.get("tensordict")
         return (forward if is_tensor_collection(first) else call_with_tensors)(self, *args, **kwargs)
 
+    signature = inspect.signature(forward)  # without it, torch.export would accept only one tensor
+    own = [signature.parameters[name] for name in ("self", "tensordict")]
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    rest = [inspect.Parameter(name, kind) for name, kind in zip(("args", "kwargs"), kinds, strict=True)]
+    call.__signature__ = signature.replace(parameters=[own[0], own[1].replace(default=None), *rest])  # type: ignore[attr-defined]
     return call

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchrl_bcq.functional import clipped_normal, spread_normal
 from torchrl_bcq.memory import keep_freed_memory
-from torchrl_bcq.modules.acting import Policy, check_dtype, is_random, tensor_like
+from torchrl_bcq.modules.acting import Policy, check_dtype, check_latents, is_random, tensor_like
 from torchrl_bcq.modules.dispatch import accepts_tensors
 from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, check_action, check_networks, require
 
@@ -57,6 +57,8 @@ class BCQPolicy(Policy):
     Source: arXiv:1812.02900, eq. 12 and algorithm 1.
     """
 
+    latent_shape: tuple[int, ...]
+
     def __init__(
         self,
         vae: GenerativeModel,
@@ -78,18 +80,19 @@ class BCQPolicy(Policy):
         check_networks(vae, actor, critics)
         self.vae, self.actor, self.critics = vae, actor, critics
         self.chunk_size = chunk_size
-        self.return_value = return_value
-        self.return_candidates = return_candidates
         like = tensor_like(self, default=torch.empty(0))
         keep_freed_memory(like.device)
         self.latents = nn.Buffer(spread_normal(num_action_samples, vae.latent_dim, vae.latent_clip, seed, like))
+        self.latent_shape, self.latent_clip = tuple(self.latents.shape), vae.latent_clip
         in_keys = dict.fromkeys([*vae.observation_keys, *(() if actor is None else actor.in_keys), *critics.in_keys])
         self.in_keys = [key for key in in_keys if key != vae.action_key]
-        self.out_keys = [
-            vae.action_key,
-            *(["chosen_action_value"] if return_value else []),
-            *(["candidates", "action_value"] if return_candidates else []),
-        ]
+        self.set_outputs(value=return_value, candidates=return_candidates)
+
+    def set_outputs(self, *, value: bool, candidates: bool) -> None:
+        """Choose what the policy writes beside the action, as ``return_value`` and ``return_candidates`` do."""
+        self.return_value, self.return_candidates = value, candidates
+        more = [*(["chosen_action_value"] if value else []), *(["candidates", "action_value"] if candidates else [])]
+        self.out_keys = [self.vae.action_key, *more]
 
     @property
     def num_action_samples(self) -> int:
@@ -98,17 +101,28 @@ class BCQPolicy(Policy):
 
     @accepts_tensors
     @torch.no_grad()
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the chosen action of each state, ``[*B, A]``."""
+    def forward(self, tensordict: TensorDictBase, latents: Tensor | None = None) -> TensorDictBase:
+        """Write the chosen action of each state, ``[*B, A]``. ``latents [*B, n, L]`` replace the policy's own ones."""
         like = tensor_like(self, default=self.latents)
         number = math.prod(tensordict.batch_size)  # numel() would fix the batch size in an exported graph
         states = self._states(tensordict, number, like.dtype)
+        if latents is not None:
+            latents = check_latents(latents, (*tensordict.batch_size, *self.latent_shape))
+            latents = latents.reshape(number, *self.latent_shape)
         size = max(1, self.chunk_size // self.num_action_samples)
-        parts = [states]
-        if number > size:
-            starts = range(0, number, size)
-            parts = [{key: value[start : start + size] for key, value in states.items()} for start in starts]
-        chosen = [self._choose(part, like, tensordict.device) for part in parts]
+        if torch.compiler.is_exporting() or number <= size:  # an exported graph has no chunks, so any batch size fits
+            chosen = [self._choose(states, latents, like, tensordict.device)]
+        else:
+            rows = [slice(start, start + size) for start in range(0, number, size)]
+            chosen = [
+                self._choose(
+                    {key: value[part] for key, value in states.items()},
+                    None if latents is None else latents[part],
+                    like,
+                    tensordict.device,
+                )
+                for part in rows
+            ]
         for key in self.out_keys:
             value = chosen[0][key] if len(chosen) == 1 else torch.cat([part[key] for part in chosen])
             if tensordict.ndim != 1:
@@ -125,12 +139,16 @@ class BCQPolicy(Policy):
             states[key] = value if ndim == 1 else value.reshape(number, *value.shape[ndim:])
         return states
 
-    def _choose(self, states: Mapping[NestedKey, Tensor], like: Tensor, device: Any) -> dict[NestedKey, Tensor]:
+    def _choose(
+        self, states: Mapping[NestedKey, Tensor], latents: Tensor | None, like: Tensor, device: Any
+    ) -> dict[NestedKey, Tensor]:
         """Return the best candidate of each state and the other entries of ``out_keys``, each ``[N, ...]``."""
         number, n = next(iter(states.values())).shape[0], self.num_action_samples
         repeated = {key: value.unsqueeze(1).expand(number, n, *value.shape[1:]) for key, value in states.items()}
         candidates = TensorDict(repeated, (number, n), device=device)
-        if is_random():
+        if latents is not None:
+            latents = latents.to(like)
+        elif is_random():
             latents = clipped_normal((number, *self.latents.shape), self.vae.latent_clip, like)
         else:
             latents = self.latents.to(like).expand(number, -1, -1)  # cast: users can change the networks' dtype
@@ -159,6 +177,8 @@ class BehaviorCloningPolicy(Policy):
     Source: "VAE-BC" in the experiments of arXiv:1812.02900.
     """
 
+    latent_shape: tuple[int, ...]
+
     def __init__(self, vae: GenerativeModel) -> None:
         """Build the policy from the behaviour model."""
         super().__init__(getattr(vae, "observation_specs", None))
@@ -166,11 +186,19 @@ class BehaviorCloningPolicy(Policy):
         self.vae = vae
         self.in_keys = list(vae.observation_keys)
         self.out_keys = [vae.action_key]
+        self.latent_shape = (vae.latent_dim,)
+        self.latent_clip = vae.latent_clip
 
     @accepts_tensors
     @torch.no_grad()
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write an action for each state, ``[*B, A]``."""
-        shape, like = (*tensordict.batch_size, self.vae.latent_dim), tensor_like(self, tensordict.get(self.in_keys[0]))
-        latent = clipped_normal(shape, self.vae.latent_clip, like) if is_random() else like.new_zeros(shape)
-        return self.vae.decode(tensordict, latent)
+    def forward(self, tensordict: TensorDictBase, latents: Tensor | None = None) -> TensorDictBase:
+        """Write an action for each state, ``[*B, A]``. ``latents [*B, L]`` replace the policy's own ones."""
+        shape = (*tensordict.batch_size, *self.latent_shape)
+        like = tensor_like(self, tensordict.get(self.in_keys[0]))
+        if latents is not None:
+            latents = check_latents(latents, shape).to(like)
+        elif is_random():
+            latents = clipped_normal(shape, self.latent_clip, like)
+        else:
+            latents = like.new_zeros(shape)
+        return self.vae.decode(tensordict, latents)

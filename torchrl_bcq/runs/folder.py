@@ -193,7 +193,7 @@ class Trained:
     def policy(self) -> TensorDictModuleBase:
         """The policy of the algorithm, made from the networks."""
         policy: Any = make_run_policy(self.settings, self.loss)
-        policy.stack = self.task.stack
+        policy.stack, policy.action_spec = self.task.stack, self.task.action_spec
         return policy
 
 
