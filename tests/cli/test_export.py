@@ -20,7 +20,7 @@ def test_export_of_a_run(words, run, file, tmp_path, capsys):
     assert f"20 gradient steps on {file}" in printed
     assert "input   observation: float32 [batch, 3]" in printed
     assert "output  action: float32 [batch, 1], from [-2.0] to [2.0]" in printed
-    assert "checked with 1, 3 and 257 states of the dataset: largest difference to the policy " in printed
+    assert "checked with 1, 3 and 257 states of the dataset: largest difference from the policy " in printed
     assert f"The policy is in {out} (" in printed
     exported, rows = ExportedPolicy(out), load_hdf5(file)["observation"]
     contract = exported.contract

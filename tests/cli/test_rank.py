@@ -147,7 +147,7 @@ def test_without_an_environment(folder, capsys):
     train("out=run", "evaluation.env=null", "held_out=0.25")
     assert main(["rank", "run", "--steps", "3"]) == 0
     out = capsys.readouterr().out
-    assert "1 policies, 25% of the episodes are held out" in out
+    assert "1 policy, 25% of the episodes are held out" in out
     assert "true" not in out.partition("\n\n")[0]
     assert "rank correlation" not in out
     saved = json.loads((folder / "run" / "ranking.json").read_text())["estimates"][0]["settings"]
@@ -217,10 +217,21 @@ def test_a_run_of_a_sweep_without_a_checkpoint_is_left_out(folder, caplog):
     assert main(["rank", "sweep", *QUICK]) == 1
 
 
+def test_runs_of_other_data_are_told(folder, caplog, capsys):
+    train("out=run")
+    train("out=other", "reward.scale=10")
+    assert main(["rank", "run", "other", *QUICK]) == 0
+    (warning,) = [record.getMessage() for record in caplog.records if "all policies are evaluated" in record.msg]
+    assert "other was trained with reward=" in warning
+    assert warning.endswith("all policies are evaluated on the data of run.")
+    assert "2 policies, 20% of the episodes are held out" in capsys.readouterr().out
+
+
 def test_other_data_gives_other_estimates(folder, capsys):
     train("out=run", "reward.scale=10")
     assert main(["rank", "run", *QUICK]) == 0
     out = capsys.readouterr().out
+    assert "1 policy, 20% of the episodes are held out" in out
     assert "All values are of the rewards that run was trained with" in out
     assert ": (reward + 0) * 10." in out
     with h5py.File("lights.hdf5", "r+") as file:

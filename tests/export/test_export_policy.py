@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -36,6 +40,7 @@ from torchrl_bcq import (
 )
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.export import check, exported_policy
+from torchrl_bcq.export.graph import Port
 
 VECTOR, BOX = Unbounded((3,)), Bounded(torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 4.0]), (2,))
 FRAMES = Unbounded((2, 36, 36), dtype=torch.uint8)
@@ -158,7 +163,10 @@ def test_what_the_file_says_of_itself(tmp_path):
     assert contract["inputs"] == [{**port, "kind": "observation", "low": [0, -1, 2], "high": [4, 1, 2]}]
     port = {"name": "action", "key": ["action"], "shape": [2], "dtype": "float32"}
     assert contract["outputs"] == [{**port, "kind": "action", "low": [-1, 0], "high": [1, 4]}]
-    assert contract["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    names = {"torchrl_bcq": "torchrl-bcq", "onnxruntime": "onnxruntime", "torch": "torch"}
+    assert {name: contract["versions"][name] for name in names} == {
+        name: importlib.metadata.version(package) for name, package in names.items()
+    }
     assert [*tmp_path.iterdir()] == [made.path]  # one file, without external data
     model = onnx.load(made.path)
     onnx.checker.check_model(model, full_check=True)
@@ -212,7 +220,7 @@ def test_latents_as_an_input(tmp_path):
 
 
 def test_a_policy_without_latents(tmp_path):
-    with pytest.raises(ValueError, match="a DeterministicActor has no latents; leave it out"):
+    with pytest.raises(ValueError, match="latents is True, but DeterministicActor has no latents"):
         export_policy(POLICIES["cloning"](), tmp_path / "policy.onnx", latents=True)
     assert not [*tmp_path.iterdir()]
 
@@ -337,34 +345,183 @@ def test_without_onnx(tmp_path, monkeypatch):
 
 # The comparison, by hand
 
+ACTION = Port("action", "action", (1,), torch.float32, "action", {"low": [0.0], "high": [4.0]})
+
 
 def test_difference_of_rows():
     got, wanted = torch.tensor([[1.0, 2.0], [300.0, 0.0]]), torch.tensor([[1.5, 2.0], [303.0, 0.0]])
-    assert check._difference(got, wanted).tolist() == pytest.approx([0.5 / 1.5, 3 / 303])
-    assert check._difference(torch.tensor([math.inf, math.nan]), torch.tensor([math.inf, 0.0])).tolist() == [
-        0,
-        math.inf,
-    ]
-    assert check._difference(torch.tensor([0.1]), torch.tensor([0.0])).tolist() == pytest.approx([0.1])
-    assert check._difference(got[:, :1], wanted).tolist() == [math.inf] * 2
+    assert check.difference(got, wanted, torch.tensor(2.0)).tolist() == [0.25, 1.5]
+    ends = torch.tensor([math.inf, math.nan]), torch.tensor([math.inf, 0.0])
+    assert check.difference(*ends, torch.tensor(1.0)).tolist() == [0, math.inf]
+
+
+def test_difference_is_relative_to_the_range_or_the_size():
+    expected = TensorDict({"action": torch.tensor([[1.0], [3.0]]), "value": torch.tensor([[1e-3], [500.0]])}, [2])
+    got = torch.tensor([[1.2], [3.0]])
+    assert check._output_difference(got, expected, ACTION).tolist() == pytest.approx([0.05, 0])
+    unknown = replace(ACTION, facts={})
+    assert check._output_difference(got, expected, unknown).tolist() == pytest.approx([0.2, 0])
+    small = TensorDict({"action": torch.tensor([[1e-5], [2e-5]])}, [2])
+    found = check._output_difference(torch.tensor([[2e-5], [2e-5]]), small, unknown)
+    assert found.tolist() == pytest.approx([0.5, 0])
+    value = replace(ACTION, name="value", kind="output", key="value", facts={})
+    found = check._output_difference(torch.tensor([[2e-3], [505.0]]), expected, value)
+    assert found.tolist() == pytest.approx([1e-3, 0.01])
+    assert check._output_difference(got[:, 0], expected, ACTION).tolist() == [math.inf] * 2
 
 
 def test_another_candidate_of_equal_value_does_not_differ():
-    candidates = torch.tensor([[[0.1], [0.5], [0.9]]]).expand(4, 3, 1)
-    expected = TensorDict({"candidates": candidates, "action_value": torch.tensor([[2.0, 4.0, 4.0]]).expand(4, 3)}, [4])
-    got, wanted = torch.tensor([[0.5], [0.9], [0.1], [0.6]]), torch.full((4, 1), 0.5)
-    # the same; another one of equal value; one that is worse by 2 of 4, but nearer by its action; none of them
-    found = check._action_difference(got, wanted, expected)
-    assert found.tolist() == pytest.approx([0, 0, 0.4, 0.1])
+    candidates = torch.tensor([[[0.4], [2.0], [3.6]]]).expand(4, 3, 1)
+    values = {"candidates": candidates, "action_value": torch.tensor([[2.0, 4.0, 4.0]]).expand(4, 3)}
+    expected = TensorDict({"action": torch.full((4, 1), 2.0), **values}, [4])
+    # the same; another one of equal value; the worst one, which is nearer by its action; none of them
+    got = torch.tensor([[2.0], [3.6], [0.4], [2.4]])
+    assert check._output_difference(got, expected, ACTION).tolist() == pytest.approx([0, 0, 0.4, 0.1])
+
+
+def test_values_are_equal_only_up_to_rounding():
+    value = torch.tensor([[3000.0, 2999.7, 2998.0], [3000.0, 2999.999, 0.0], [1.0, -math.inf, 0.0]])
+    # a range of 2, of which 1 % of the best value, 30, is larger; a range of 3,000; actions that are not allowed
+    expected = [[0, 0.01, 2 / 30], [0, 1e-3 / 3000, 1], [0, math.inf, 1]]
+    for row, wanted in zip(check.shortfall(value).tolist(), expected, strict=True):
+        assert row == pytest.approx(wanted, rel=0.05)
 
 
 def test_an_action_that_is_not_allowed_differs():
     allowed = torch.tensor([[True, True, False]]).expand(3, 3)
-    expected = TensorDict({"candidates": allowed, "action_value": torch.tensor([[4.0, 4.0, 9.0]]).expand(3, 3)}, [3])
-    got, wanted = torch.tensor([0, 1, 2]), torch.zeros(3, dtype=torch.int64)
-    assert check._action_difference(got, wanted, expected).tolist() == [0, 0, 2]
+    values = {"candidates": allowed, "action_value": torch.tensor([[4.0, 4.0, 9.0]]).expand(3, 3)}
+    got = torch.tensor([0, 1, 2])
+    port = replace(ACTION, shape=(), dtype=torch.int64, facts={})
+    expected = TensorDict({"action": torch.zeros(3, dtype=torch.int64), **values}, [3])
+    assert check._output_difference(got, expected, port).tolist()[:2] == [0, 0]
+    assert check._output_difference(got, expected, port)[2] >= 1
     one_hot = nn.functional.one_hot(got, 3)
-    assert check._action_difference(one_hot, one_hot[:1].expand(3, 3), expected).tolist() == [0, 0, 1]
+    expected["action"] = one_hot[:1].expand(3, 3)
+    assert check._output_difference(one_hot, expected, port).tolist() == [0, 0, 1]
+    assert check._output_difference(torch.tensor([[1, 1, 0]] * 3), expected, port).tolist() == [1, 1, 1]
+
+
+class Worst(BCQPolicy):
+    """Takes the worst candidate in an exported graph, and the best one otherwise."""
+
+    def forward(self, tensordict):
+        if not torch.compiler.is_exporting():
+            return super().forward(tensordict)
+        critic = self.critics.first
+        self.critics.first = lambda td: (out := critic(td)).set("state_action_value", -out["state_action_value"])
+        try:
+            return super().forward(tensordict)
+        finally:
+            del self.critics.first
+
+
+class Unmasked(DiscreteBCQPolicy):
+    """Ignores the mask in an exported graph."""
+
+    def _choose(self, scores, mask):
+        return super()._choose(scores, None if torch.compiler.is_exporting() else mask)
+
+
+def test_wrong_graphs_are_found(tmp_path):
+    networks = make_bcq_modules(VECTOR, BOX, **SIZES)
+    for parameter in networks[2].critics[0].module[-1].parameters():
+        if parameter.ndim == 1:
+            parameter.data += 3000.0  # small differences of large values
+    for policy in (
+        Worst(*networks, num_action_samples=5),
+        Unmasked(*make_discrete_bcq_modules(MASKED, Categorical(4))),
+    ):
+        with pytest.raises(RunError, match="differ by"):
+            export_policy(policy, tmp_path / "policy.onnx")
+    assert not [*tmp_path.iterdir()]
+
+
+# Unusual policies and arguments
+
+
+def test_the_action_is_found_by_its_key(tmp_path):
+    """As of TorchRL's ProbabilisticActor, whose first entries are those of the distribution."""
+    module = TensorDictModule(lambda x: (x[:, :1] * 5, x[:, :1].clamp(-1, 1)), ["observation"], ["loc", "action"])
+    states = TensorDict({"observation": torch.randn(9, 3)}, [9])
+    made = export_policy(module, tmp_path / "policy.onnx", states, action_spec=Bounded(-1, 1, (1,)))
+    assert [port["name"] for port in made.contract["outputs"]] == ["action", "loc"]
+    exported = ExportedPolicy(made.path)
+    row = states["observation"][0].numpy()
+    np.testing.assert_allclose(exported.act(row), np.clip(row[:1], -1, 1))
+    np.testing.assert_allclose(exported(row)["loc"], 5 * row[:1], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"writes \['loc', 'action'\], but not 'move'; pass another action_key"):
+        export_policy(module, tmp_path / "policy.onnx", states, action_key="move")
+
+
+def test_attributes_of_other_modules_are_not_read(tmp_path):
+    network = nn.Linear(3, 1)
+    network.stack = nn.Identity()
+    module = TensorDictModule(network, ["observation"], ["action"])
+    made = export_policy(module, tmp_path / "policy.onnx", TensorDict({"observation": torch.randn(9, 3)}, [9]))
+    assert made.contract["stack"] == 1
+
+
+def test_many_states_are_evaluated_in_parts(tmp_path):
+    policy = BCQPolicy(*make_bcq_modules(VECTOR, BOX, **SIZES), num_action_samples=5, chunk_size=20)
+    made = export_policy(policy, tmp_path / "policy.onnx", latents=True)
+    exported, sizes = ExportedPolicy(made.path), []
+    run = exported._session.run
+    exported._session = SimpleNamespace(
+        run=lambda names, feeds: sizes.append(len(feeds["latents"])) or run(names, feeds)
+    )
+    states, latents = torch.randn(10, 3), torch.randn(10, 5, policy.latents.shape[1])
+    found = exported.act(states.numpy(), latents.numpy())
+    assert sizes == [4, 4, 2]
+    expected = policy(TensorDict({"observation": states}, [10]), latents=latents)["action"]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_latents_of_a_policy_on_frames(tmp_path):
+    made = export_policy(bcq(FRAMES), tmp_path / "policy.onnx", latents=True)
+    assert made.contract["inputs"][1]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path": "policy.pt"}, "path is 'policy.pt', expected the name of an ONNX file"),
+        ({"path": "folder.onnx"}, "path is 'folder.onnx', expected the name of an ONNX file"),
+        (
+            {"observations": TensorDict({"observation": torch.zeros(4, 2, 3)}, [4, 2])},
+            "observations has batch size (4, 2)",
+        ),
+        ({"observations": TensorDict({"observation": torch.zeros(0, 3)}, [0])}, "observations has batch size (0,)"),
+        (
+            {"observations": TensorDict({"observation": torch.tensor([[0.0, 1.0, math.inf]] * 300)}, [300])},
+            "observations has values in 'observation' that are not finite",
+        ),
+        ({"facts": {"inputs": 3}}, "facts has ['inputs'], which the file already describes"),
+        ({"facts": {"score": math.nan}}, "Out of range float values are not JSON compliant"),
+        ({"policy": bcq().bfloat16()}, "the policy has dtype torch.bfloat16, which onnxruntime cannot run"),
+        ({"policy": bcq(Composite(latents=VECTOR)), "latents": True}, "have the names ['latents']; rename"),
+    ],
+)
+def test_arguments_that_are_refused(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("folder.onnx").mkdir()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        export_policy(**{"policy": bcq(), "path": "policy.onnx", **arguments})
+    assert [*tmp_path.iterdir()] == [tmp_path / "folder.onnx"]
+
+
+def test_home_folder_and_float64(tmp_path, monkeypatch):
+    """The policy was converted after it was built."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    export_policy(bcq().double(), "~/policy.onnx")
+    assert ExportedPolicy("~/policy.onnx").act([0.0, 1.0, 2.0]).dtype == np.float64
+
+
+def test_bounds_that_are_not_finite_are_left_out(tmp_path):
+    states = TensorDict({"observation": torch.randn(9, 3)}, [9])
+    module = TensorDictModule(nn.Linear(3, 1), ["observation"], ["action"])
+    for spec in (Unbounded((1,)), Bounded(-math.inf, 1, (1,))):
+        made = export_policy(module, tmp_path / "policy.onnx", states, action_spec=spec)
+        assert "low" not in made.contract["outputs"][0]
 
 
 def test_the_description_is_json(tmp_path):

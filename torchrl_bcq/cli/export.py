@@ -11,8 +11,8 @@ from torchrl_bcq.errors import RunError
 
 _EPILOG = """\
 The file contains the whole policy: from raw observations, including their scaling and the short history of a run with
-stack above 1, to the action in the units of the environment. It accepts any number of observations, and always gives
-the same action for the same observation. In Python, torchrl_bcq.ExportedPolicy runs the file; the module of this class
+stack above 1, to the action in the units of the environment. It accepts any number of observations. Without --latents,
+equal states give equal actions. In Python, torchrl_bcq.ExportedPolicy runs the file; the module of this class
 needs only NumPy and onnxruntime, and you can copy it. The command compares the file with the policy on states of the
 dataset, and writes no file if they differ.
 
@@ -33,7 +33,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--checkpoint", choices=("best", "last"), default="best", help="checkpoint (default: best if kept, else last)")
     add("--value", action="store_true", help="also write the value of the chosen action")
     add("--candidates", action="store_true", help="also write the candidate actions and their values")
-    latents = "make the latents an input, for actions that are random as in the paper; ExportedPolicy then draws them"
+    latents = (
+        "make the latents an input of the file; ExportedPolicy then draws new random latents in each call, as in the "
+        "paper"
+    )
     add("--latents", action="store_true", help=latents)
     states = "do not read the dataset: check the file with random states, and store no range of the observations"
     add("--random-states", action="store_true", help=states)
@@ -69,7 +72,10 @@ def _export(args: argparse.Namespace) -> None:
         "observation_entries": trained.task.observation,
     }
     print(f"{trained.path}: {trained.step:,} gradient steps on {trained.settings.dataset}")
-    made = export_policy(policy, args.file, transitions, latents=args.latents, facts=facts)
+    try:
+        made = export_policy(policy, args.file, transitions, latents=args.latents, facts=facts)
+    except ValueError as error:
+        raise RunError(str(error)) from error
     for what in ("inputs", "outputs"):
         for port in made.contract[what]:
             shape = ", ".join(map(str, ["batch", *port["shape"]]))
@@ -81,7 +87,7 @@ def _export(args: argparse.Namespace) -> None:
     source = "random states" if transitions is None else "states of the dataset"
     *numbers, last = map(str, made.differences)
     print(
-        f"checked with {', '.join(numbers)} and {last} {source}: largest difference to the policy "
+        f"checked with {', '.join(numbers)} and {last} {source}: largest difference from the policy "
         f"{max(made.differences.values()):.2g}"
     )
-    print(f"The policy is in {args.file} ({args.file.stat().st_size / 1e6:.1f} MB).")
+    print(f"The policy is in {made.path} ({made.path.stat().st_size / 1e6:.1f} MB).")

@@ -98,7 +98,8 @@ def _rank(args: argparse.Namespace) -> None:
     out = args.out or (args.runs[0] if is_folder else Path())
     settings |= {"env": env, "episodes": args.episodes if env else 0, "env_seed": args.seed if env else None}
     results = _Results(out / "ranking.json", settings)
-    print(f"{settings['dataset']}: {len(candidates)} policies, {settings['held_out']:.0%} of the episodes are held out")
+    count = "1 policy" if len(candidates) == 1 else f"{len(candidates)} policies"
+    print(f"{settings['dataset']}: {count}, {settings['held_out']:.0%} of the {evaluation.units} are held out")
     if settings["rewards"]:
         print(f"All values are of the rewards that {candidates[0].name} was trained with: {settings['rewards']}.")
 

@@ -131,6 +131,11 @@ class OffPolicyEvaluation:
         return Estimate(**self._summarize(self._behaviour_values), residual=self._behaviour_residual)
 
     @property
+    def units(self) -> str:
+        """What is held out and drawn for the intervals: ``"episodes"`` or ``"groups"``."""
+        return "episodes" if self._groups is None else "groups"
+
+    @property
     def recorded_return(self) -> float:
         """Mean discounted return of the held-out episodes. It leaves out rewards after an episode was cut off."""
         return self._returns.mean().item()

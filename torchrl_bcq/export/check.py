@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -13,22 +12,23 @@ from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_bcq.export.exported_policy import ExportedPolicy
-from torchrl_bcq.export.graph import PolicyGraph, current
+from torchrl_bcq.export.graph import PolicyGraph, Port, current
 from torchrl_bcq.modules.history import History
 
 
 def largest_difference(file: Path, graph: PolicyGraph, states: Mapping[NestedKey, Tensor], number: int) -> float:
-    """Return the largest difference between the outputs of the file and of the policy, for ``number`` states at once.
+    """Return the largest relative difference between the outputs of the file and of the policy.
 
-    The difference of two numbers is ``|file - policy| / max(1, |policy|)``. A policy that takes the best of several
-    candidates may have two candidates of equal value. Rounding then decides which one it takes, and both are right. If
-    the action of the file is another candidate, the difference of their values counts.
+    The difference of two actions is divided by the range of the actions, if the range is known. Other differences are
+    divided by the size of the policy's output. Several candidates can have equal values. Rounding then decides which
+    one is chosen, and each choice is correct. If the file chooses another candidate, the difference between the two
+    values counts, divided by the range of the values in this state.
 
     Args:
         file: exported policy.
-        graph: the graph that was exported.
+        graph: the graph that was exported. Its policy is changed: from now on, it also writes its candidates.
         states: states ``[N, ...]`` of the policy by key. If a state joins several observations, the last one is used,
-            and the comparison goes on for several steps.
+            and the comparison goes on for several steps; then every second row starts a new episode.
         number: number of states in each call.
     """
     exported, policy = ExportedPolicy(file), graph.policy
@@ -37,8 +37,14 @@ def largest_difference(file: Path, graph: PolicyGraph, states: Mapping[NestedKey
     histories = {
         port.key: History(graph.stack, -len(port.shape)) for port in graph.states if port.kind == "observation"
     }
+    histories = histories if graph.stack > 1 else {}
     random, largest = torch.Generator().manual_seed(number), 0.0
     for step in range(graph.stack + 1):
+        if step == graph.stack:
+            starts = torch.arange(number) % 2 == 0
+            exported.reset(starts.numpy())
+            for history in histories.values():
+                history.reset(starts.numpy())
         rows = (torch.arange(number) + step) % len(next(iter(states.values())))
         given = {port.key: current(states[port.key][rows], port, graph.stack) for port in graph.states}
         joined = {key: histories[key](value) if key in histories else value for key, value in given.items()}
@@ -53,34 +59,48 @@ def largest_difference(file: Path, graph: PolicyGraph, states: Mapping[NestedKey
         with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
             expected = policy(TensorDict(joined, [number]), *latents)
         for port in graph.outputs:
-            got = torch.from_numpy(found[port.name])
-            compare = _action_difference if port.kind == "action" else _difference
-            largest = max(largest, float(compare(got, expected.get(port.key), expected).max()))
+            largest = max(largest, float(_output_difference(torch.from_numpy(found[port.name]), expected, port).max()))
     return largest
 
 
-def _difference(got: Tensor, wanted: Tensor, expected: Any = None) -> Tensor:
-    """Return the largest difference of each row. ``[N, ...], [N, ...] -> [N]``."""
+def _output_difference(got: Tensor, expected: TensorDictBase, port: Port) -> Tensor:
+    """Return the largest difference of each row of an output, ``[N]``."""
+    wanted = expected.get(port.key)
     if got.shape != wanted.shape:
         return torch.full(got.shape[:1], torch.inf)
+    size = wanted.double().abs()
+    scale = torch.maximum(size, size[size.isfinite()].amax().clamp_max(1)) if size.isfinite().any() else size
+    if "low" in port.facts:
+        scale = torch.tensor(port.facts["high"]).double() - torch.tensor(port.facts["low"]).double()
+    direct = difference(got, wanted, scale)
+    candidates, value = expected.get("candidates", None), expected.get("action_value", None)
+    if port.kind != "action" or candidates is None:
+        return direct
+    if candidates.dtype == torch.bool:  # [N, K], which actions are allowed
+        one_hot = got if got.shape == candidates.shape else torch.nn.functional.one_hot(got.flatten(), value.shape[-1])
+        is_one = (one_hot != 0) & ((one_hot != 0).sum(-1, keepdim=True) == 1)
+        apart = torch.where(candidates & is_one, 0.0, torch.inf)
+        value = value.masked_fill(~candidates, -torch.inf)
+    else:
+        scale = scale if "low" in port.facts else scale[:, None]
+        apart = ((got[:, None].double() - candidates) / scale).abs().amax(-1)  # [N, n, A] -> [N, n]
+    return torch.minimum(direct, torch.maximum(apart, shortfall(value)).amin(-1))
+
+
+def difference(got: Tensor, wanted: Tensor, scale: Tensor) -> Tensor:
+    """Return the largest of ``|got - wanted| / scale`` in each row. ``[N, ...], [N, ...] -> [N]``."""
     got, wanted = got.double(), wanted.double()
-    error = torch.where(got == wanted, 0, (got - wanted).abs() / wanted.abs().clamp_min(1))  # infinite ones are equal
+    error = torch.where(got == wanted, 0, (got - wanted).abs() / scale)  # infinite numbers may be equal
     error = error.masked_fill(error.isnan(), torch.inf)
     return error.flatten(1).amax(1) if error.ndim > 1 else error
 
 
-def _action_difference(got: Tensor, wanted: Tensor, expected: TensorDictBase) -> Tensor:
-    """Return the difference of each row; another candidate of equal value does not differ. ``-> [N]``."""
-    direct = _difference(got, wanted)
-    candidates, value = expected.get("candidates", None), expected.get("action_value", None)
-    if candidates is None or got.shape != wanted.shape:
-        return direct
-    if candidates.dtype == torch.bool:  # [N, K], which actions are allowed
-        index = got.int().argmax(-1) if got.shape == candidates.shape else got.flatten()  # one-hot vectors, or indices
-        apart = torch.where(candidates & (torch.arange(candidates.shape[-1]) == index[:, None]), 0, torch.inf)
-        value = value.masked_fill(~candidates, -torch.inf)
-    else:
-        apart = ((got[:, None] - candidates).abs() / candidates.abs().clamp_min(1)).amax(-1)  # [N, n, A] -> [N, n]
+def shortfall(value: Tensor) -> Tensor:
+    """Return how much lower each value is than the best one of its row, relative to their range. ``[N, n] -> [N, n]``.
+
+    If the range is below 1 % of the best value, 1 % of the best value is used, because rounding limits the accuracy.
+    """
+    value = value.double()
     best = value.amax(-1, keepdim=True)
-    worse = (best - value) / best.abs().clamp_min(1)
-    return torch.minimum(direct, torch.maximum(apart, worse).amin(-1).double())
+    spread = best - torch.where(value.isfinite(), value, best).amin(-1, keepdim=True)
+    return torch.where(value == best, 0, (best - value) / torch.maximum(spread, best.abs() / 100))

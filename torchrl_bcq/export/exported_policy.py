@@ -26,7 +26,9 @@ class ExportedPolicy:
     Args:
         path: file of the policy.
         threads: number of CPU threads for one call.
-        seed: seed of the latents. A file has latents as an input if it was exported with ``latents=True``.
+        seed: seed of the random latents; used only for a file that was exported with ``latents=True``.
+
+    Use one object per thread if the policy keeps a history or draws latents.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -40,6 +42,7 @@ class ExportedPolicy:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, threads: int = 1, seed: int = 0) -> None:
+        path = os.path.expanduser(path)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path} does not exist, or is not a file; write the name of an exported policy.")
         if threads < 1:
@@ -62,7 +65,7 @@ class ExportedPolicy:
         self._latents = next((port for port in inputs if port["kind"] == "latents"), None)
         self._outputs = [port["name"] for port in self.contract["outputs"]]
         self._ranges = {
-            port["name"]: [np.asarray(port[end], port["dtype"]) for end in ("low", "high")]
+            port["name"]: _widen(np.asarray(port["low"], port["dtype"]), np.asarray(port["high"], port["dtype"]))
             for port in self._read
             if "low" in port
         }
@@ -94,27 +97,38 @@ class ExportedPolicy:
     def _run(self, observation: Any, latents: Any) -> dict[str, np.ndarray]:
         feeds, batch = self._read_observation(observation)
         number = batch[0] if batch else 1
-        if self._histories:
-            self._feed_history(feeds, number)
         if self._latents is not None:
             feeds[self._latents["name"]] = (
                 self._draw(number) if latents is None else self._check_latents(latents, batch)
             )
         elif latents is not None:
             raise ValueError("the file has no input for latents; export the policy with latents=True (--latents).")
-        values = self._session.run(None, feeds)
+        if self._histories:
+            self._feed_history(feeds, number)
+        values = self._compute(feeds, number)
         outputs = dict(zip(self._outputs, values, strict=False))  # the histories come last
         if self._histories:
             nexts = values[len(self._outputs) :]
             self._past = {port["name"]: value for port, value in zip(self._histories, nexts, strict=True)}
             self._starts = np.zeros(number, bool)
-        return outputs if batch else {name: value[0] for name, value in outputs.items()}
+        return outputs if batch else {name: value[0, ...] for name, value in outputs.items()}
+
+    def _compute(self, feeds: dict[str, np.ndarray], number: int) -> list[np.ndarray]:
+        """Run the graph, in parts if there are more states than the policy evaluates at once."""
+        size = self.contract["largest_batch"] or number
+        if number <= size:
+            return self._session.run(None, feeds)
+        parts = [
+            self._session.run(None, {name: value[start : start + size] for name, value in feeds.items()})
+            for start in range(0, number, size)
+        ]
+        return [np.concatenate(each) for each in zip(*parts, strict=True)]
 
     def reset(self, mask: Any = None) -> None:
         """Start a new episode with the next observation. This matters only for a policy that reads a short history.
 
         Args:
-            mask: booleans ``[B]``, true for each environment of a batch that starts a new episode; by default, all do.
+            mask: booleans ``[B]``: True for each environment that starts a new episode. By default, all do.
 
         Raises:
             ValueError: if ``mask`` holds no booleans or has another size than the batch.
@@ -158,6 +172,8 @@ class ExportedPolicy:
                 rows = np.flatnonzero(~array.any(-1)).tolist()
                 raise ValueError(f"{_shown(port['key'])} allows no action in the states {rows}; repair the mask.")
             return
+        if array.dtype.kind in "iu":
+            return
         limits = self._ranges.get(port["name"])
         if limits is not None and ((array >= limits[0]) & (array <= limits[1])).all():
             return  # such numbers are finite, too
@@ -168,11 +184,12 @@ class ExportedPolicy:
             raise ValueError(f"{_shown(port['key'])} has values that are not finite, such as {found}; repair them.")
         if limits is not None:
             at = np.argwhere((array < limits[0]) | (array > limits[1]))[0]
-            low, high = (end[tuple(at[array.ndim - end.ndim :])] for end in limits)
+            feature = tuple(at[array.ndim - limits[0].ndim :].tolist())
+            low, high = (np.asarray(port[end])[feature] for end in ("low", "high"))
             value = array[tuple(at)]
             self._ranges = {}
             warnings.warn(
-                f"{_shown(port['key'])}{at[array.ndim - limits[0].ndim :].tolist()} is {value:.6g}, but in the "
+                f"{_shown(port['key'])}{[*feature]} is {value:.6g}, but in the "
                 f"training data it was between {low:.6g} and {high:.6g}; the action may be wrong. There are no more "
                 "warnings of this kind.",
                 stacklevel=5,
@@ -192,7 +209,9 @@ class ExportedPolicy:
 
     def _draw(self, number: int) -> np.ndarray:
         port: Any = self._latents
-        drawn = self._random.standard_normal((number, *port["shape"])).clip(-port["clip"], port["clip"])
+        drawn = self._random.standard_normal((number, *port["shape"]))
+        if port["clip"] is not None:
+            drawn = drawn.clip(-port["clip"], port["clip"])
         return drawn.astype(port["dtype"])
 
     def _check_latents(self, latents: Any, batch: tuple[int, ...]) -> np.ndarray:
@@ -219,6 +238,12 @@ def _read_contract(path: Any, session: Any) -> dict[str, Any]:
     return contract
 
 
+def _widen(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a range that is wider by rounding errors."""
+    margin = 1e-6 * np.maximum(1, np.maximum(np.abs(low), np.abs(high)))
+    return (low - margin).astype(low.dtype), (high + margin).astype(high.dtype)
+
+
 def _shown(key: list[str]) -> str:
     """Return the key of an entry as it is written in Python."""
     return repr(key[0] if len(key) == 1 else tuple(key))
@@ -227,12 +252,10 @@ def _shown(key: list[str]) -> str:
 def _find(port: dict[str, Any], given: Mapping[str, Any], joined: list[str] | None) -> Any:
     """Return the entry of a mapping, which may be nested. Join ``joined``, the entries of a Dict observation."""
     if joined and port["name"] == "observation" and all(name in given for name in joined):
-        parts = [np.asarray(given[name], np.float64) for name in joined]
         try:
-            return np.concatenate(parts, -1)
-        except ValueError as error:
-            shapes = dict(zip(joined, (part.shape for part in parts), strict=True))
-            raise ValueError(f"the entries have shapes {shapes}, expected vectors of equal batch sizes.") from error
+            return np.concatenate([np.asarray(given[name], np.float64) for name in joined], -1)
+        except ValueError as error:  # texts, or other batch sizes
+            raise ValueError(f"the entries {joined} cannot be joined to one vector: {error}") from error
     value: Any = given
     for name in [port["name"]] if port["name"] in given else port["key"]:
         if not isinstance(value, Mapping) or name not in value:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from torchrl_bcq.modules.acting import Policy, tensor_like
 
 
 @dataclass(frozen=True)
@@ -46,39 +49,56 @@ class Port:
 class PolicyGraph(nn.Module):
     """Computes the outputs of a policy from raw observations, without random numbers of its own.
 
-    If the policy reads a short history (``policy.stack > 1``), the graph also reads the observations of the steps
-    before, and returns those for the next step. Where the input ``start`` is true, an episode starts, and its first
-    observation is repeated, as ``History`` does.
+    If the policy reads a short history (``policy.stack > 1``), the graph also takes the previous observations as an
+    input, and returns the updated history for the next step. Where the input ``start`` is true, an episode starts, and
+    its first observation is repeated, as ``History`` does.
 
     Args:
         policy: a policy on the CPU, in evaluation mode.
         states: states for this policy, one tensor ``[N, ...]`` for each of its in-keys.
+        action_key: the out-key that holds the action. It becomes the first output.
+        bounds: facts about the action, such as its bounds ``low`` and ``high``.
         latents: whether the latents are an input. Otherwise, the policy uses its fixed latents.
 
     Raises:
-        ValueError: if ``latents`` is true, but the policy has no latents.
+        ValueError: if ``latents`` is true, but the policy has no latents; if the policy does not write ``action_key``;
+            or if two inputs or outputs have the same name.
     """
 
-    def __init__(self, policy: TensorDictModuleBase, states: Mapping[NestedKey, Tensor], latents: bool) -> None:
+    def __init__(
+        self,
+        policy: TensorDictModuleBase,
+        states: Mapping[NestedKey, Tensor],
+        action_key: NestedKey,
+        bounds: Mapping[str, Any],
+        latents: bool,
+    ) -> None:
         """Find the inputs and outputs of the policy."""
         super().__init__()
         self.policy = policy
-        self.stack = getattr(policy, "stack", 1)
-        mask = getattr(policy, "mask_key", None)
+        own = policy if isinstance(policy, Policy) else Policy()  # others may have attributes of these names
+        self.stack, mask = own.stack, own.mask_key
         self.states = [_observation(key, states[key], mask, self.stack) for key in policy.in_keys]
         self.inputs = [*self.states, *(self._histories() if self.stack > 1 else ())]
         if latents:
-            shape = getattr(policy, "latent_shape", None)
-            if shape is None:
-                raise ValueError(f"latents is True, but a {type(policy).__name__} has no latents; leave it out.")
-            clip = {"clip": policy.latent_clip if math.isfinite(policy.latent_clip) else 1e9}
-            dtype = next(port.dtype for port in self.states if port.dtype.is_floating_point)
-            self.inputs.append(Port("latents", "latents", shape, dtype, facts=clip))
+            if own.latent_shape is None:
+                raise ValueError(f"latents is True, but {type(policy).__name__} has no latents; use latents=False.")
+            clip = {"clip": own.latent_clip if math.isfinite(own.latent_clip) else None}
+            dtype = tensor_like(policy, default=torch.empty(0)).dtype
+            self.inputs.append(Port("latents", "latents", own.latent_shape, dtype, facts=clip))
+        _check_names([port.name for port in self.inputs])
+        if action_key not in policy.out_keys:
+            raise ValueError(
+                f"the policy writes {[*policy.out_keys]}, but not {action_key!r}; pass another action_key."
+            )
+        self.out_keys = [action_key, *(key for key in policy.out_keys if key != action_key)]
         outputs = self(*self.example({key: value[:2] for key, value in states.items()}))
         self.outputs = [
-            Port(_name(key), "output" if number else "action", tuple(value.shape[1:]), value.dtype, key)
-            for number, (key, value) in enumerate(zip(policy.out_keys, outputs, strict=False))
+            Port(_name(key), "output", tuple(value.shape[1:]), value.dtype, key)
+            for key, value in zip(self.out_keys, outputs, strict=False)
         ]
+        self.outputs[0] = replace(self.outputs[0], kind="action", facts=bounds)
+        _check_names([port.name for port in self.inputs] + self.output_names)
 
     def _histories(self) -> list[Port]:
         past = [
@@ -120,7 +140,7 @@ class PolicyGraph(nn.Module):
         latents = {"latents": given["latents"]} if "latents" in given else {}
         with set_exploration_type(ExplorationType.DETERMINISTIC):
             found = self.policy(TensorDict(states, [inputs[0].shape[0]]), **latents)
-        return *(found.get(key) for key in self.policy.out_keys), *histories
+        return *(found.get(key) for key in self.out_keys), *histories
 
 
 def current(state: Tensor, port: Port, stack: int) -> Tensor:
@@ -129,10 +149,17 @@ def current(state: Tensor, port: Port, stack: int) -> Tensor:
 
 
 def _observation(key: NestedKey, value: Tensor, mask: NestedKey | None, stack: int) -> Port:
-    size, *others = value.shape[1:]
+    shape = tuple(value.shape[1:])
     if key == mask:
-        return Port(_name(key), "mask", (size,), torch.bool, key)
-    return Port(_name(key), "observation", (size // stack, *others), value.dtype, key)
+        return Port(_name(key), "mask", shape, torch.bool, key)
+    if stack > 1:
+        shape = (shape[0] // stack, *shape[1:])
+    return Port(_name(key), "observation", shape, value.dtype, key)
+
+
+def _check_names(names: list[str]) -> None:
+    if several := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"several inputs or outputs have the names {several}; rename the policy's entries.")
 
 
 def _name(key: NestedKey) -> str:

@@ -27,6 +27,7 @@ class Policy(TensorDictModuleBase):
     mask_key: NestedKey | None = None  # entry of the available actions, booleans, among in_keys
     latent_shape: tuple[int, ...] | None = None  # of one state, if forward takes the argument latents
     latent_clip: float = math.inf  # largest magnitude of a latent, which is a standard normal number
+    largest_batch: int | None = None  # number of states that are evaluated at once, if it is limited
     action_spec: TensorSpec | None = None  # spec of one action, if known; load_policy sets that of the run
 
     def __init__(self, observation_specs: Mapping[NestedKey, TensorSpec] | None = None) -> None:

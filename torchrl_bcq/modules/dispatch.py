@@ -38,9 +38,14 @@ def accepts_tensors(forward: Callable[..., Any]) -> Callable[..., Any]:
         first = args[0] if args else kwargs.get("tensordict")
         return (forward if is_tensor_collection(first) else call_with_tensors)(self, *args, **kwargs)
 
-    signature = inspect.signature(forward)  # without it, torch.export would accept only one tensor
-    own = [signature.parameters[name] for name in ("self", "tensordict")]
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    rest = [inspect.Parameter(name, kind) for name, kind in zip(("args", "kwargs"), kinds, strict=True)]
-    call.__signature__ = signature.replace(parameters=[own[0], own[1].replace(default=None), *rest])  # type: ignore[attr-defined]
+    call.__signature__ = _accept_more(inspect.signature(forward))  # type: ignore[attr-defined]
     return call
+
+
+def _accept_more(signature: inspect.Signature) -> inspect.Signature:
+    """Add ``*args`` and ``**kwargs``. torch.export reads the signature, and would otherwise accept only one tensor."""
+    own, tensordict, *others = signature.parameters.values()
+    args, kwargs = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    named = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in others]
+    first = [own, tensordict.replace(default=None), inspect.Parameter("args", args)]
+    return signature.replace(parameters=[*first, *named, inspect.Parameter("kwargs", kwargs)])

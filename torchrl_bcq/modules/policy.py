@@ -79,7 +79,7 @@ class BCQPolicy(Policy):
             )
         check_networks(vae, actor, critics)
         self.vae, self.actor, self.critics = vae, actor, critics
-        self.chunk_size = chunk_size
+        self.largest_batch = max(1, chunk_size // num_action_samples)
         like = tensor_like(self, default=torch.empty(0))
         keep_freed_memory(like.device)
         self.latents = nn.Buffer(spread_normal(num_action_samples, vae.latent_dim, vae.latent_clip, seed, like))
@@ -109,20 +109,19 @@ class BCQPolicy(Policy):
         if latents is not None:
             latents = check_latents(latents, (*tensordict.batch_size, *self.latent_shape))
             latents = latents.reshape(number, *self.latent_shape)
-        size = max(1, self.chunk_size // self.num_action_samples)
-        if torch.compiler.is_exporting() or number <= size:  # an exported graph has no chunks, so any batch size fits
-            chosen = [self._choose(states, latents, like, tensordict.device)]
-        else:
-            rows = [slice(start, start + size) for start in range(0, number, size)]
-            chosen = [
-                self._choose(
-                    {key: value[part] for key, value in states.items()},
-                    None if latents is None else latents[part],
-                    like,
-                    tensordict.device,
-                )
-                for part in rows
-            ]
+        size = self.largest_batch or number
+        # a graph has no chunks, so that it accepts any number of states
+        whole = torch.compiler.is_exporting() or torch.jit.is_tracing() or number <= size
+        rows = [slice(None)] if whole else [slice(start, start + size) for start in range(0, number, size)]
+        chosen = [
+            self._choose(
+                {key: value[part] for key, value in states.items()},
+                None if latents is None else latents[part],
+                like,
+                tensordict.device,
+            )
+            for part in rows
+        ]
         for key in self.out_keys:
             value = chosen[0][key] if len(chosen) == 1 else torch.cat([part[key] for part in chosen])
             if tensordict.ndim != 1:

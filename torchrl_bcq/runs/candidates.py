@@ -72,7 +72,22 @@ def find_candidates(folders: Sequence[Path], which: str, device: str) -> list[Ca
                 f"{found[path]} has other observations or actions than {found[first]}; give only runs that were "
                 "trained on datasets with the same observations and actions."
             )
+    _warn_of_other_data(found)
     return [Candidate(name, _facts(path), partial(_load, path, device)) for path, name in found.items()]
+
+
+def _warn_of_other_data(found: dict[Path, str]) -> None:
+    """Log a warning if a checkpoint was trained on other data or rewards than the first one."""
+    facts = {name: read_metadata(path)[0] for path, name in found.items()}
+    first, *others = facts
+    for name in others:
+        for what in ("dataset", "reward"):
+            own, wanted = facts[name][what], facts[first][what]
+            if own != wanted:
+                _logger.warning(
+                    "%s was trained with %s=%s, but %s with %s=%s; all policies are evaluated on the data of %s.",
+                    *(name, what, own, first, what, wanted, first),
+                )
 
 
 def import_policy(name: str) -> Candidate:

@@ -1,0 +1,219 @@
+"""Trains many runs with continuous actions, and compares their returns.
+
+python tests/benchmarks/bench_returns.py run FOLDER --datasets pendulum-mixed --settings paper cloning
+python tests/benchmarks/bench_returns.py report
+
+FOLDER holds the datasets. Each run is one of ``torchrl-bcq train``: a dataset, a setting of SETTINGS and a seed. The
+policy is evaluated every 5,000 gradient steps with 20 episodes. A run that was interrupted is resumed bit for bit. When
+a run has ended, ``run`` appends a line of JSON for each of its evaluations, and skips the run from then on. ``report``
+prints a table for each dataset and draws the returns over steps. A score is the interquartile mean over seeds of the
+return, normalized by the file's references (0 is a random policy, 100 is an expert), with a 95 % bootstrap interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import ctypes
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from json_lines import load
+from machine import describe
+from scipy.stats import bootstrap, trim_mean
+from tqdm import tqdm
+
+RESULTS = Path(__file__).parent / "results" / "returns.jsonl"
+STEPS = {"pendulum-mixed": 20_000, "lunarlandercontinuous-mixed": 20_000}
+LONG = 100_000  # steps on the other datasets
+SETTINGS: dict[str, list[str]] = {  # settings of torchrl-bcq train
+    "paper": [],
+    "cloning": ["algorithm=cloning"],
+}
+EVERY, EPISODES = 5_000, 20
+LAST = 5  # evaluations, the lowest of which shows how steady the returns are
+METRICS = ("return", "return_std", "normalized_score", "value_estimate", "discounted_return")
+RESAMPLES = 2_000
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    lines = load(args.results)
+    if args.command == "report":
+        print("\n\n".join(report(name, lines) for name in dict.fromkeys(line["dataset"] for line in lines)))
+        if args.picture:
+            draw(lines).savefig(args.picture, dpi=100)
+        return
+    done = {(line["dataset"], line["setting"], line["seed"], line["steps"]) for line in lines}
+    runs = [
+        run
+        for seed in args.seeds
+        for dataset in args.datasets
+        for setting in args.settings
+        if (run := (dataset, setting, seed, args.steps or STEPS.get(dataset, LONG))) not in done
+    ]
+    writing = threading.Lock()
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(runs), unit=" runs", disable=None) as bar:
+
+        def one(run: tuple[str, str, int, int]) -> None:
+            found = train(*run, args)
+            with writing:
+                args.results.parent.mkdir(parents=True, exist_ok=True)
+                with args.results.open("a") as file:
+                    file.write("".join(json.dumps(line) + "\n" for line in found))
+                bar.update()
+                bar.write(f"{' '.join(map(str, run))}: last return {found[-1]['return']:.1f}")
+
+        for _ in pool.map(one, runs):
+            pass
+
+
+def train(dataset: str, setting: str, seed: int, steps: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train one run to its end, and return a line for each of its evaluations."""
+    out = (args.out / dataset / setting / f"{seed}-{steps}").absolute()
+    words = [f"dataset={(args.folder / dataset).absolute()}.hdf5", f"out={out}", "resume=true", f"seed={seed}"]
+    words += [f"steps={steps}", "threads=1", f"evaluation.interval={EVERY}", f"evaluation.episodes={EPISODES}"]
+    words += [
+        f"checkpoint.interval={EVERY}",
+        "baseline=null",
+        "progress_bar=false",
+        *SETTINGS[setting],
+        *args.overrides,
+    ]
+    start = time.time()
+    command = [sys.executable, "-W", "ignore", "-m", "torchrl_bcq", "train", *words]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=_end_with_the_parent)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    found = {name: _read(out / "log" / "scalars" / f"{name}.csv") for name in METRICS}
+    run = {"dataset": dataset, "setting": setting, "seed": seed, "steps": steps}
+    facts = {"commit": args.commit, "cpu": (made := describe("cpu", []))["cpu"], "versions": made["versions"]}
+    facts["seconds"] = round(time.time() - start)  # since the last resume
+    return [
+        {**run, "step": step, **{name: found[name].get(step) for name in METRICS}, **facts}
+        for step in sorted(found["return"])
+    ]
+
+
+def _read(file: Path) -> dict[int, float]:
+    """Return a logged metric by step."""
+    if not file.exists():
+        return {}
+    with file.open() as rows:
+        return {int(step): round(float(value), 4) for step, value in csv.reader(rows)}
+
+
+def _end_with_the_parent() -> None:
+    """Let Linux end this process when its parent dies, so that nobody else writes into the run's folder."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def scores(lines: Iterable[Mapping[str, Any]], dataset: str) -> dict[str, dict[str, list[float]]]:
+    """Return, for each setting, the last, the best and the lowest of the last normalized scores of each seed."""
+    curves: dict[str, dict[int, dict[int, float]]] = {}
+    for line in lines:
+        if line["dataset"] == dataset and line["step"]:
+            seeds = curves.setdefault(line["setting"], {})
+            seeds.setdefault(line["seed"], {})[line["step"]] = line["normalized_score"]
+    found: dict[str, dict[str, list[float]]] = {}
+    for setting, seeds in curves.items():
+        runs = [[curve[step] for step in sorted(curve)] for curve in seeds.values()]
+        found[setting] = {
+            "last": [run[-1] for run in runs],
+            "best": [max(run) for run in runs],
+            "lowest": [min(run[-LAST:]) for run in runs],
+        }
+    return found
+
+
+def report(dataset: str, lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table of one dataset."""
+    rows = [
+        f"| {dataset} | seeds | last | best | lowest of the last {LAST} | hours of a run |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for setting, found in scores(lines, dataset).items():
+        own = [line for line in lines if line["dataset"] == dataset and line["setting"] == setting]
+        hours = np.mean([line["seconds"] for line in own]) / 3600
+        cells = [" ".join(interval(found[name])) for name in ("last", "best", "lowest")]
+        rows.append(f"| {setting} | {len(found['last'])} | {' | '.join(cells)} | {hours:.2f} |")
+    return "\n".join(rows)
+
+
+def interquartile_mean(values: np.ndarray, axis: int = -1) -> Any:
+    """Return the mean of the middle half of the values."""
+    return trim_mean(values, 0.25, axis)
+
+
+def interval(values: Sequence[float]) -> tuple[str, str]:
+    """Return the interquartile mean, and its 95 % bootstrap interval over seeds, as text."""
+    mean = f"{float(interquartile_mean(np.array(values))):.1f}"
+    if len(values) < 2:
+        return mean, ""
+    found = bootstrap(
+        (values,), interquartile_mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    return mean, f"({found.low:.1f} to {found.high:.1f})"
+
+
+def draw(lines: Sequence[Mapping[str, Any]]) -> Any:
+    """Draw the return over steps: one line for each setting, and a band from the lowest to the highest seed."""
+    from matplotlib.figure import Figure
+
+    datasets = [*dict.fromkeys(line["dataset"] for line in lines)]
+    figure = Figure(figsize=(6 * len(datasets), 4), layout="constrained")
+    for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
+        own = [line for line in lines if line["dataset"] == dataset]
+        for setting in dict.fromkeys(line["setting"] for line in own):
+            points: dict[int, list[float]] = {}
+            for line in own:
+                if line["setting"] == setting:
+                    points.setdefault(line["step"], []).append(line["normalized_score"])
+            steps = sorted(points)
+            (drawn,) = axes.plot(steps, [np.mean(points[step]) for step in steps], label=setting)
+            ends = [[end(points[step]) for step in steps] for end in (min, max)]
+            axes.fill_between(steps, *ends, color=drawn.get_color(), alpha=0.15, linewidth=0)
+        axes.set(title=dataset, xlabel="gradient steps", ylabel="normalized score")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    return figure
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands, default = parser.add_subparsers(dest="command", required=True), "(default: %(default)s)"
+    run = commands.add_parser("run", help="train the runs that are missing")
+    add = run.add_argument
+    add("folder", type=Path, help="folder of the datasets, HDF5 files in D4RL's layout")
+    add("--datasets", nargs="+", default=[*STEPS], metavar="NAME", help=default)
+    add("--settings", nargs="+", default=[*SETTINGS], choices=[*SETTINGS], help=default)
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help=default)
+    add("--steps", type=int, help=f"gradient steps (default: {STEPS}, otherwise {LONG})")
+    add("--jobs", type=int, default=1, help=f"runs at the same time, each with one thread {default}")
+    add("--out", type=Path, default=Path("runs/returns"), help=f"folder of the runs {default}")
+    add("--commit", default=_commit(), help=f"commit of the package, for the lines {default}")
+    add("--overrides", nargs="*", default=[], metavar="NAME=VALUE", help="more settings of all runs, to try this file")
+    draws = commands.add_parser("report", help="print the tables")
+    draws.add_argument("--picture", type=Path, metavar="PNG", help="also draw the returns over steps")
+    for command in (run, draws):
+        command.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help=default)
+    return parser.parse_args(arguments)
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+if __name__ == "__main__":
+    main()
