@@ -182,10 +182,14 @@ def covered(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def verdicts(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return for how many policies the verdict is not "cannot tell"."""
+    """Return for how many policies the verdict is not "cannot tell", and how many of these verdicts are wrong.
+
+    A verdict is wrong if the known value is on the other side of the estimated value of the recorded behaviour.
+    """
     given = [line for line in lines if "interval" in line]
     said = [line for line in given if not estimate_of(line).doubts]
-    return f"{len(said)} of {len(given)} given" if given else ""
+    wrong = [line for line in said if (line["true"] > line["value"] - line["difference"]) != (line["difference"] > 0)]
+    return f"{len(said)} of {len(given)} given, {len(wrong)} wrong" if given else ""
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

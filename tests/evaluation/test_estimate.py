@@ -10,6 +10,7 @@ import pytest
 from torchrl_bcq import Estimate
 from torchrl_bcq.evaluation.estimate import bootstrap_interval
 
+NOT_COVERED = "which does not cover the bias of the estimate"
 BETTER = Estimate(
     value=7.0,
     interval=(6.0, 8.0),
@@ -24,9 +25,9 @@ BETTER = Estimate(
 
 
 def test_better_and_worse():
-    assert BETTER.verdict == "estimated better: difference +2, interval +1 to +3"
+    assert BETTER.verdict == f"estimated better: difference +2, interval +1 to +3, {NOT_COVERED}"
     worse = replace(BETTER, difference=-2.0, difference_interval=(-3.0, -1.0))
-    assert worse.verdict == "estimated worse: difference -2, interval -3 to -1"
+    assert worse.verdict == f"estimated worse: difference -2, interval -3 to -1, {NOT_COVERED}"
 
 
 def test_the_recorded_behaviour_gets_no_verdict():

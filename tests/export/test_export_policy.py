@@ -39,7 +39,7 @@ from torchrl_bcq import (
     make_discrete_cloning_modules,
 )
 from torchrl_bcq.errors import RunError
-from torchrl_bcq.export import check, exported_policy
+from torchrl_bcq.export import check, exported_policy, exporter
 from torchrl_bcq.export.graph import Port
 
 VECTOR, BOX = Unbounded((3,)), Bounded(torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 4.0]), (2,))
@@ -151,7 +151,8 @@ def test_action_by_hand(tmp_path):
     np.testing.assert_allclose(action, [2 + math.tanh(0.5 - 2)], rtol=1e-6)
 
 
-def test_what_the_file_says_of_itself(tmp_path):
+def test_what_the_file_says_of_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "_CHUNK_ROWS", 1)
     policy = bcq()
     states = TensorDict({"observation": torch.tensor([[0.0, 1.0, 2.0], [4.0, -1.0, 2.0]])}, [2])
     facts = {"dataset": "swings.hdf5", "step": 20}

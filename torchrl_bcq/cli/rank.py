@@ -27,7 +27,7 @@ verdicts: estimated better, estimated worse, cannot tell. The policies with the 
 policy whose estimate is impossible, or whose actions are often far from the recorded actions, comes last.
 
 columns:
-  estimate, interval         estimated value and its 95 % interval
+  estimate, interval         estimated value and its bootstrap interval, which does not cover the bias
   difference                 estimated value minus the value that the policy is compared with
   far                        share of the policy's actions that are far from the recorded actions
   ESS                        effective sample size of importance sampling, in episodes

@@ -97,7 +97,8 @@ class Estimate:
             return f"cannot tell: {'; '.join(self.doubts)}"
         low, high = self.difference_interval
         kind = "better" if self.difference > 0 else "worse"
-        return f"estimated {kind}: difference {self.difference:+.4g}, interval {low:+.4g} to {high:+.4g}"
+        interval = f"interval {low:+.4g} to {high:+.4g}, which does not cover the bias of the estimate"
+        return f"estimated {kind}: difference {self.difference:+.4g}, {interval}"
 
 
 def bootstrap_interval(

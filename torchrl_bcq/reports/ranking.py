@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 BEHAVIOUR = "recorded behaviour"
 NOTE = (
-    "A value by fitted Q evaluation is an expected discounted return without a time limit. Each interval is a 95 % "
-    "bootstrap interval over the held-out episodes or groups; for fitted Q evaluation, it contains the intervals of "
-    "all critics. The intervals do not cover the choice of the training episodes, and they do not cover the bias of "
-    "the estimate. So the true value can lie outside the interval."
+    "A value by fitted Q evaluation is an expected discounted return without a time limit. Each interval contains the "
+    "middle 95 % of the bootstrap resamples of the held-out episodes or groups; for fitted Q evaluation, it contains "
+    "the intervals of all critics. The intervals do not cover the choice of the training episodes, and they do not "
+    "cover the bias of the estimate. So the true value can lie outside the interval."
 )
 _OTHERS = {"weighted_importance_sampling": "weighted IS", "weighted_doubly_robust": "weighted DR"}  # in the table
 
