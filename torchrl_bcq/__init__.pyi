@@ -47,6 +47,8 @@ from .evaluation import (
 )
 from .export import Export, ExportedPolicy, export_policy
 from .modules import (
+    ActionFlow,
+    ActionMixture,
     ActionVAE,
     BCQPolicy,
     BehaviorCloningPolicy,
@@ -89,12 +91,15 @@ from .trainers import (
     OfflineOptimizationStepper,
     OfflineTrainer,
     Schedule,
+    WeightAverage,
     make_checkpoint,
 )
 
 __version__: str
 
 __all__ = [
+    "ActionFlow",
+    "ActionMixture",
     "ActionVAE",
     "Algorithm",
     "BCQLoss",
@@ -138,6 +143,7 @@ __all__ = [
     "Schedule",
     "Standardize",
     "ValueLoss",
+    "WeightAverage",
     "WeightedSampler",
     "add_policy_actions",
     "add_recorded_actions",

@@ -38,6 +38,16 @@ LONG = 100_000  # steps on the other datasets
 SETTINGS: dict[str, list[str]] = {  # settings of torchrl-bcq train
     "paper": [],
     "cloning": ["algorithm=cloning"],
+    "mixture": ["network.behavior=mixture"],
+    "flow": ["network.behavior=flow"],
+    "no actor, 20 samples": ["network.phi=null", "loss.num_target_samples=20"],
+    "mixture, no actor, 20 samples": ["network.behavior=mixture", "network.phi=null", "loss.num_target_samples=20"],
+    "minimum": ["policy.choose_by=min"],
+    "mean": ["policy.choose_by=mean"],
+    "average": ["average_decay=0.999"],
+    "layer norm": ["network.layer_norm=true"],
+    "4 critics": ["network.num_critics=4"],
+    "5 steps": ["n_step=5"],
 }
 EVERY, EPISODES = 5_000, 20
 LAST = 5  # evaluations, the lowest of which shows how steady the returns are
@@ -79,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def train(dataset: str, setting: str, seed: int, steps: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Train one run to its end, and return a line for each of its evaluations."""
-    out = (args.out / dataset / setting / f"{seed}-{steps}").absolute()
+    out = (args.out / dataset / folder_of(setting) / f"{seed}-{steps}").absolute()
     words = [f"dataset={(args.folder / dataset).absolute()}.hdf5", f"out={out}", "resume=true", f"seed={seed}"]
     words += [f"steps={steps}", "threads=1", f"evaluation.interval={EVERY}", f"evaluation.episodes={EPISODES}"]
     words += [
@@ -102,6 +112,10 @@ def train(dataset: str, setting: str, seed: int, steps: int, args: argparse.Name
         {**run, "step": step, **{name: found[name].get(step) for name in METRICS}, **facts}
         for step in sorted(found["return"])
     ]
+
+
+def folder_of(setting: str) -> str:
+    return setting.replace(", ", "-").replace(" ", "-")
 
 
 def _read(file: Path) -> dict[int, float]:

@@ -70,6 +70,11 @@ POLICIES = {
     "bcq without perturbation": lambda: BCQPolicy(
         *[part if number != 1 else None for number, part in enumerate(make_bcq_modules(VECTOR, BOX, **SIZES))]
     ),
+    "bcq with a mixture": lambda: bcq(behavior="mixture"),
+    "bcq with a flow, without perturbation": lambda: bcq(behavior="flow", phi=None),
+    "bcq by the minimum": lambda: BCQPolicy(
+        *make_bcq_modules(VECTOR, BOX, layer_norm=True, **SIZES), num_action_samples=5, choose_by="min"
+    ),
     "bcq on scaled vectors": scaled,
     "bcq on nested entries": lambda: bcq(NESTED),
     "bcq on frames beside a vector": lambda: bcq(Composite(observation=VECTOR, pixels=FRAMES)),
@@ -322,6 +327,16 @@ def test_a_file_that_differs_is_not_written(tmp_path):
         export_policy(policy, path, TensorDict({"observation": torch.zeros(5, 3)}, [5]))
     assert path.read_bytes() == b"earlier"
     assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_file_that_cannot_run_is_not_written(tmp_path, monkeypatch):
+    def fail(self, feeds, number):
+        return self._session.run(None, {})
+
+    monkeypatch.setattr(ExportedPolicy, "_compute", fail)
+    with pytest.raises(RunError, match="onnxruntime cannot run the file, so no file is written"):
+        export_policy(bcq(), tmp_path / "policy.onnx")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_layer_that_cannot_be_exported(tmp_path):

@@ -104,7 +104,10 @@ def test_values_are_the_papers():
     assert {name: loss[name] for name in of_paper} == of_paper
     assert (optim["optimizer"], optim["lr"], optim["kwargs"], optim["clip_norm"]) == ("Adam", 1e-3, {}, None)
     network = {"hidden": [400, 300], "vae_hidden": [750, 750], "latent_dim": None, "latent_clip": 0.5}
-    assert settings["network"] == {**network, "kl_weight": 0.5, "num_critics": 2, "phi": 0.05}
+    network |= {"behavior": "vae", "kl_weight": 0.5, "num_critics": 2, "layer_norm": False, "phi": 0.05}
+    assert {name: settings["network"][name] for name in network} == network
+    assert settings["network"].keys() - network.keys() == {"num_components", "flow_steps"}  # not of the VAE
+    assert settings["policy"]["choose_by"] == "first"
     own = {"optimizer": None, "lr": None, "kwargs": {}, "scheduler": None, "scheduler_kwargs": {}}
     own |= {"start_after": 0, "stop_after": None, "every": 1}
     assert [optim[name] for name in ("vae", "actor", "qvalue")] == [own] * 3

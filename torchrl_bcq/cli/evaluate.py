@@ -159,7 +159,7 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
     steps = steps_to_compare(limit, **discount) if discount else None
     envs = make_envs(task.env, args.episodes, next(loss.parameters()).device, max_steps=steps)
     policies: dict[str, Any] = {"random": None}
-    policies |= {title: make(*loss.networks) for title, make in trained.algorithm.compared.items()}
+    policies |= {title: make(*trained.networks) for title, make in trained.algorithm.compared.items()}
     policies |= {title: runs[title].policy for title in (*baselines, own)}
     mode = set_exploration_type(ExplorationType.DETERMINISTIC) if args.deterministic else nullcontext()
     rows = {}
@@ -253,7 +253,10 @@ def _on_the_dataset(trained: Any, runs: dict[str, Any]) -> dict[str, Any]:
     table = {**found, "the dataset": behaviour}
     names = dict.fromkeys(name for row in table.values() for name in row)
     cells = [[name, *(f"{row[name]:.4g}" if name in row else "-" for row in table.values())] for name in names]
-    print_table([["", *table], *cells], [28, *(max(12, len(title) + 2) for title in table)])
+    print_table(
+        [["", *table], *cells],
+        [max(28, *(len(name) + 2 for name in names)), *(max(12, len(title) + 2) for title in table)],
+    )
     print()
     for name, meaning in {**trained.algorithm.meanings, **_MEANINGS}.items():
         if any(other.startswith(name) for other in names):

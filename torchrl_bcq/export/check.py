@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -11,6 +12,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from torchrl_bcq.errors import RunError
 from torchrl_bcq.export.exported_policy import ExportedPolicy
 from torchrl_bcq.export.graph import PolicyGraph, Port, current
 from torchrl_bcq.modules.history import History
@@ -31,7 +33,7 @@ def largest_difference(file: Path, graph: PolicyGraph, states: Mapping[NestedKey
             and the comparison goes on for several steps; then every second row starts a new episode.
         number: number of states in each call.
     """
-    exported, policy = ExportedPolicy(file), graph.policy
+    exported, policy = _run_or_refuse(ExportedPolicy, file), graph.policy
     if hasattr(policy, "set_outputs"):
         policy.set_outputs(value=True, candidates=True)
     histories = {
@@ -53,14 +55,21 @@ def largest_difference(file: Path, graph: PolicyGraph, states: Mapping[NestedKey
             for port in graph.inputs
             if port.kind == "latents"
         ]
-        found = exported(
-            {port.name: given[port.key].numpy() for port in graph.states}, *(value.numpy() for value in latents)
-        )
+        arrays = {port.name: given[port.key].numpy() for port in graph.states}
+        found = _run_or_refuse(exported, arrays, *(value.numpy() for value in latents))
         with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
             expected = policy(TensorDict(joined, [number]), *latents)
         for port in graph.outputs:
             largest = max(largest, float(_output_difference(torch.from_numpy(found[port.name]), expected, port).max()))
     return largest
+
+
+def _run_or_refuse(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call ``call``; raise a RunError if onnxruntime raises an error."""
+    try:
+        return call(*arguments)
+    except Exception as error:  # onnxruntime has an exception class for each cause, without a common base class
+        raise RunError(f"onnxruntime cannot run the file, so no file is written: {error}") from error
 
 
 def _output_difference(got: Tensor, expected: TensorDictBase, port: Port) -> Tensor:

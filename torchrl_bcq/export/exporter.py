@@ -86,8 +86,8 @@ def export_policy(
         facts: other facts to store in the file, such as the name of the dataset; values that JSON can hold.
 
     Raises:
-        RunError: if PyTorch cannot export the policy, or if an output of the file differs by more than 1e-4 from that
-            of the policy. No file is written then.
+        RunError: if PyTorch cannot export the policy, onnxruntime cannot run the file, or an output of the file
+            differs by more than 1e-4 from that of the policy. No file is written then.
         ValueError: if the shapes of the observations are not known, the observations are not finite or have a wrong
             batch size, the policy does not write the action, ``latents`` is True for a policy without latents, or the
             networks have a dtype that onnxruntime cannot run.

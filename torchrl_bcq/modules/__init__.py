@@ -2,6 +2,7 @@
 
 from torchrl_bcq.modules.acting import Policy
 from torchrl_bcq.modules.actors import DeterministicActor, PerturbationActor
+from torchrl_bcq.modules.behavior import ActionFlow, ActionMixture
 from torchrl_bcq.modules.build import make_bcq_modules, make_cloning_modules
 from torchrl_bcq.modules.discrete_build import make_discrete_bcq_modules, make_discrete_cloning_modules
 from torchrl_bcq.modules.discrete_policy import DiscreteBCQPolicy, DiscreteCloningPolicy
@@ -14,6 +15,8 @@ from torchrl_bcq.modules.q_ensemble import QEnsemble
 from torchrl_bcq.modules.vae import ActionVAE
 
 __all__ = [
+    "ActionFlow",
+    "ActionMixture",
     "ActionVAE",
     "BCQPolicy",
     "BehaviorCloningPolicy",

@@ -14,6 +14,7 @@ from torchrl.modules import MLP
 
 from torchrl_bcq.bounds import action_bounds
 from torchrl_bcq.modules.actors import DeterministicActor, PerturbationActor
+from torchrl_bcq.modules.behavior import ActionFlow, ActionMixture
 from torchrl_bcq.modules.frame_trunk import FrameNetwork, FrameTrunk, split_frames
 from torchrl_bcq.modules.normalization import Normalization, Rescale, Standardize, observation_leaves
 from torchrl_bcq.modules.q_ensemble import QEnsemble
@@ -24,19 +25,23 @@ def make_bcq_modules(
     observation_spec: TensorSpec,
     action_spec: TensorSpec,
     *,
+    behavior: str = "vae",
     hidden: Sequence[int] = (400, 300),
     vae_hidden: Sequence[int] = (750, 750),
     latent_dim: int | None = None,
     latent_clip: float = 0.5,
     kl_weight: float = 0.5,
+    num_components: int = 8,
+    flow_steps: int = 10,
     num_critics: int = 2,
-    phi: float = 0.05,
+    layer_norm: bool = False,
+    phi: float | None = 0.05,
     action_key: NestedKey = "action",
     value_key: NestedKey = "state_action_value",
     normalization: Normalization | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> tuple[ActionVAE, PerturbationActor, QEnsemble]:
+) -> tuple[Any, PerturbationActor | None, QEnsemble]:
     """Build the networks of the BCQ author's code: ReLU MLPs that read their inputs as one concatenated vector.
 
     In each network, frames pass through convolutions of its own, those of Nature DQN. The MLP reads their features.
@@ -46,13 +51,21 @@ def make_bcq_modules(
             ``[D]``, or a frame ``[C, H, W]`` of ``torch.uint8``, which the networks divide by 255. Or a Composite with
             one such spec for each entry that the networks read.
         action_spec: bounded spec of one action ``[A]``.
+        behavior: model of the behaviour policy: ``"vae"`` (``ActionVAE``, as in the paper), ``"mixture"``
+            (``ActionMixture``) or ``"flow"`` (``ActionFlow``).
         hidden: sizes of the hidden layers of the perturbation actor and of each critic.
-        vae_hidden: sizes of the hidden layers of the VAE's encoder and decoder.
-        latent_dim: size of the latent; ``2 * A`` if not given.
-        latent_clip: largest magnitude of a sampled latent, in standard deviations.
+        vae_hidden: sizes of the hidden layers of the behaviour model (both networks of the VAE; the only network of a
+            mixture or flow).
+        latent_dim: size of the VAE's latent; ``2 * A`` if not given.
+        latent_clip: largest magnitude of a sampled latent of the VAE, and of the noise of the mixture, in standard
+            deviations. The flow ignores it.
         kl_weight: weight of the KL divergence in the VAE's loss.
+        num_components: number of Gaussians of the mixture.
+        flow_steps: number of Euler steps of the flow.
         num_critics: number of critics in the ensemble.
-        phi: largest perturbation, as a fraction of half the action range.
+        layer_norm: whether each hidden layer of the critics is normalised (``torch.nn.LayerNorm``).
+        phi: largest perturbation, as a fraction of half the action range; None builds no perturbation actor, as in EMaQ
+            (arXiv:2007.11091).
         action_key: entry of the action.
         value_key: entry of the critics' values.
         normalization: scaling that was fitted to the dataset. The networks get it as additional layers. These layers
@@ -63,11 +76,12 @@ def make_bcq_modules(
 
     Returns:
         ``(vae, actor, critics)``, each with its own random initial weights, drawn with PyTorch's global generator.
+        ``vae`` is the chosen behaviour model, and ``actor`` is None if ``phi`` is None.
 
     Raises:
         TypeError: if ``normalization`` is not a ``Normalization``.
         ValueError: if an observation is neither a vector of ``dtype`` nor a frame, the action space is not a finite
-            box, or the normalization was fitted to other observations.
+            box, the normalization was fitted to other observations, or ``behavior`` is unknown.
 
     Example:
         >>> from torchrl.data import Bounded, Unbounded
@@ -83,24 +97,38 @@ def make_bcq_modules(
     low, high = (bound.double() for bound in action_bounds(action_spec))
     actions = len(low)
     latents = 2 * actions if latent_dim is None else latent_dim
-    if latents < 1:
-        raise ValueError(f"latent_dim is {latents}, expected at least 1.")
+    numbers = {"latent_dim": latents, "num_components": num_components, "flow_steps": flow_steps}
+    if wrong := [f"{name} is {value}" for name, value in numbers.items() if value < 1]:
+        raise ValueError(f"{' and '.join(wrong)}, expected at least 1.")
+    if not latent_clip > 0:
+        raise ValueError(f"latent_clip is {latent_clip}, expected a positive number.")
     action_input = (high + low) / 2, (high - low) / 2
-    latent_input = torch.zeros(latents), torch.ones(latents)
-    keys = {"observation_keys": networks.keys, "action_key": action_key}
-    vae = ActionVAE(
-        networks.network(2 * latents, vae_hidden, *action_input),
-        networks.network(actions, vae_hidden, *latent_input),
-        action_spec,
-        latent_dim=latents,
-        latent_clip=latent_clip,
-        kl_weight=kl_weight,
-        error_scale=None if normalization is None else action_input[1],
-        observation_specs=networks.specs,
-        **keys,
-    )
-    actor = PerturbationActor(networks.network(actions, hidden, *action_input), action_spec, phi=phi, **keys)
-    critics = networks.critics(num_critics, hidden, action_input, action_key, value_key)
+    keys: dict[str, Any] = {"observation_keys": networks.keys, "action_key": action_key}
+    shared = {**keys, "observation_specs": networks.specs}
+    vae: Any
+    if behavior == "vae":
+        vae = ActionVAE(
+            networks.network(2 * latents, vae_hidden, *action_input),
+            networks.network(actions, vae_hidden, torch.zeros(latents), torch.ones(latents)),
+            action_spec,
+            latent_dim=latents,
+            latent_clip=latent_clip,
+            kl_weight=kl_weight,
+            error_scale=None if normalization is None else action_input[1],
+            **shared,
+        )
+    elif behavior == "mixture":
+        network = networks.network(num_components * (1 + 2 * actions), vae_hidden)
+        vae = ActionMixture(network, action_spec, noise_clip=latent_clip, **shared)
+    elif behavior == "flow":
+        point = torch.zeros(actions + 1), torch.ones(actions + 1)
+        vae = ActionFlow(networks.network(actions, vae_hidden, *point), action_spec, steps=flow_steps, **shared)
+    else:
+        raise ValueError(f"behavior is {behavior!r}, expected vae, mixture or flow.")
+    actor = None
+    if phi is not None:
+        actor = PerturbationActor(networks.network(actions, hidden, *action_input), action_spec, phi=phi, **keys)
+    critics = networks.critics(num_critics, hidden, action_input, action_key, value_key, layer_norm)
     return networks.place(vae, actor, critics)
 
 
@@ -188,14 +216,16 @@ class NetworkBuilder:
         low, high = action_bounds(action_spec, self.dtype)
         return Bounded(low, high, low.shape, dtype=self.dtype)
 
-    def network(self, out_features: int, num_cells: Sequence[int], *other: Tensor) -> MLP | FrameNetwork:
-        """Build a network of the observations. ``other``: as for ``mlp``."""
+    def network(
+        self, out_features: int, num_cells: Sequence[int], *other: Tensor, layer_norm: bool = False
+    ) -> MLP | FrameNetwork:
+        """Build a network of the observations. ``other`` and ``layer_norm``: as for ``mlp``."""
         trunk = self.trunk()
         if trunk is None:
-            return self.mlp(out_features, num_cells, *other)
+            return self.mlp(out_features, num_cells, *other, layer_norm=layer_norm)
         features = torch.zeros(trunk.num_frame_features), torch.ones(trunk.num_frame_features)
         joined = [torch.cat(pair) for pair in zip(features, other, strict=True)] if other else features
-        return FrameNetwork(trunk, self.mlp(out_features, num_cells, *joined))
+        return FrameNetwork(trunk, self.mlp(out_features, num_cells, *joined, layer_norm=layer_norm))
 
     def critics(
         self,
@@ -204,11 +234,12 @@ class NetworkBuilder:
         action_input: tuple[Tensor, Tensor],
         action_key: NestedKey,
         value_key: NestedKey,
+        layer_norm: bool = False,
     ) -> QEnsemble:
         """Build critics of state-action pairs. ``action_input``: mean ``[A]`` and scale ``[A]`` of the actions."""
         critics = []
         for _ in range(number):
-            network = self.network(1, hidden, *action_input)
+            network = self.network(1, hidden, *action_input, layer_norm=layer_norm)
             if self.reward_scale is not None:
                 last = network.mlp if isinstance(network, FrameNetwork) else network
                 last.append(Rescale(self.reward_scale, self.dtype))
@@ -220,8 +251,11 @@ class NetworkBuilder:
         shapes = [leaf.shape for leaf in self.frames.values()]
         return FrameTrunk(len(self.keys) - len(shapes), shapes, self.byte_scales) if shapes else None
 
-    def mlp(self, out_features: int, num_cells: Sequence[int], *other: Tensor) -> MLP:
-        """Build an MLP of the vectors. ``other``: mean ``[F]`` and scale ``[F]`` of a second input."""
+    def mlp(self, out_features: int, num_cells: Sequence[int], *other: Tensor, layer_norm: bool = False) -> MLP:
+        """Build an MLP of the vectors. ``other``: mean ``[F]`` and scale ``[F]`` of a second input.
+
+        ``layer_norm``: whether a ``LayerNorm`` follows each hidden layer, before its ReLU.
+        """
         loc, scale = other or (torch.zeros(0), torch.ones(0))
         network = MLP(
             in_features=self.width + len(loc),
@@ -229,12 +263,15 @@ class NetworkBuilder:
             num_cells=list(num_cells),
             activation_class=nn.ReLU,
             activation_kwargs={"inplace": True},  # safe, because nothing else uses the ReLU's input
+            norm_class=nn.LayerNorm if layer_norm else None,
+            norm_kwargs=[{"normalized_shape": size} for size in num_cells] if layer_norm else None,
         )
         if self.statistics is not None:
             columns = zip(self.statistics, (loc, scale), strict=True)
             network.insert(0, Standardize(*(torch.cat([one, other.cpu()]).to(self.dtype) for one, other in columns)))
         return network
 
-    def place(self, *modules: nn.Module) -> Any:
+    def place(self, *modules: nn.Module | None) -> Any:
         """Move the modules to ``self.device`` and ``self.dtype``, and return them as a tuple."""
-        return tuple(module.to(device=self.device, dtype=self.dtype) for module in modules)
+        placed = (None if module is None else module.to(device=self.device, dtype=self.dtype) for module in modules)
+        return tuple(placed)

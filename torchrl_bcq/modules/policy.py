@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +18,15 @@ from torchrl_bcq.modules.acting import Policy, check_dtype, check_latents, is_ra
 from torchrl_bcq.modules.dispatch import accepts_tensors
 from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, check_action, check_networks, require
 
+_CHOICES: dict[str, Callable[[Tensor], Tensor]] = {  # maps the critics' values to one score per candidate
+    "first": lambda value: value,
+    "min": lambda value: value.amin(-1, keepdim=True),
+    "mean": lambda value: value.mean(-1, keepdim=True),
+}
+
 
 class BCQPolicy(Policy):
-    """Policy of BCQ: ``argmax_a Q_1(s, a)`` over perturbed samples of the behaviour model.
+    """Policy of BCQ: by default, ``argmax_a Q_1(s, a)`` over perturbed samples of the behaviour model.
 
     The policy holds the given modules, not copies: while a loss trains them, the policy acts with the new weights.
 
@@ -32,8 +38,10 @@ class BCQPolicy(Policy):
     Args:
         vae: behaviour model that samples the candidate actions.
         actor: network that perturbs the candidates; None leaves the candidates unchanged.
-        critics: ensemble whose first critic chooses one of the candidates.
+        critics: ensemble whose values rank the candidates (see ``choose_by``).
         num_action_samples: number of candidates for each state.
+        choose_by: how candidates are ranked: by the value of the ``"first"`` critic, as in the paper, or by the
+            ``"min"`` or ``"mean"`` of the values of all critics.
         chunk_size: largest number of candidates that are evaluated together. A smaller number needs less memory. The
             candidates of one state are never split between chunks.
         seed: seed of the fixed latents.
@@ -42,8 +50,9 @@ class BCQPolicy(Policy):
 
     Raises:
         TypeError: if a network lacks a method or an attribute that the policy needs.
-        ValueError: if ``num_action_samples`` or ``chunk_size`` is below 1, or the networks use different action keys. A
-            call of the policy also raises this error if an observation and the networks have different dtypes.
+        ValueError: if ``num_action_samples`` or ``chunk_size`` is below 1, ``choose_by`` is unknown, or the networks
+            use different action keys. A call of the policy also raises this error if an observation and the networks
+            have different dtypes.
 
     Example:
         >>> import torch
@@ -66,6 +75,7 @@ class BCQPolicy(Policy):
         critics: CriticEnsemble,
         *,
         num_action_samples: int = 100,
+        choose_by: str = "first",
         chunk_size: int = 6_400,
         seed: int = 0,
         return_value: bool = False,
@@ -77,7 +87,10 @@ class BCQPolicy(Policy):
             raise ValueError(
                 f"num_action_samples is {num_action_samples} and chunk_size {chunk_size}; both must be at least 1."
             )
+        if choose_by not in _CHOICES:
+            raise ValueError(f"choose_by is {choose_by!r}, expected one of {[*_CHOICES]}.")
         check_networks(vae, actor, critics)
+        self.choose_by = choose_by
         self.vae, self.actor, self.critics = vae, actor, critics
         self.largest_batch = max(1, chunk_size // num_action_samples)
         like = tensor_like(self, default=torch.empty(0))
@@ -155,7 +168,9 @@ class BCQPolicy(Policy):
         if self.actor is not None:
             candidates = self.actor(candidates)
         actions = candidates.get(self.vae.action_key)  # [N, n, A]
-        value = self.critics.first(candidates).get(self.critics.out_keys[-1])  # [N, n, 1]
+        critics = self.critics.first if self.choose_by == "first" else self.critics
+        value = critics(candidates).get(self.critics.out_keys[-1])  # [N, n, 1], or [N, n, C]
+        value = _CHOICES[self.choose_by](value)
         best = value.argmax(1, keepdim=True)  # [N, n, 1] -> [N, 1, 1]
         out = {self.vae.action_key: actions.gather(1, best.expand(-1, -1, actions.shape[-1])).squeeze(1)}
         if self.return_value:

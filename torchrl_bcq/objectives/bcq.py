@@ -103,7 +103,7 @@ class BCQLoss(ValueLoss):
         self.num_target_samples = num_target_samples
 
     def vae_loss(self, tensordict: TensorDictBase, noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the behaviour model's loss and metadata. If ``noise [*B, L]`` is None, the model draws it."""
+        """Return the behaviour model's loss and metadata. If ``noise`` is None, the model draws what it needs."""
         batch = self.select(tensordict)
         loss, metadata = self.vae_network.training_loss(batch, noise=noise)
         if loss.shape != batch.batch_size or set(metadata) != set(self.vae_network.loss_keys):

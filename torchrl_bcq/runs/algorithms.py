@@ -88,7 +88,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         baseline="cloning",
         compared={"VAE-BC": lambda vae, actor, critics: BehaviorCloningPolicy(vae)},
         meanings={
-            "held_out_loss_vae": "if it rises during training, the VAE overfits.",
+            "held_out_loss_vae": "if it rises during training, the behaviour model overfits.",
             "held_out_vae_kl": (
                 "near 0, the VAE ignores its latent, so the candidate actions in a state are almost equal; a smaller "
                 "network.kl_weight, such as 0.01, varies them."

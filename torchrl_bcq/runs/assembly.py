@@ -28,7 +28,7 @@ from torchrl_bcq.evaluation.environments import make_envs, steps_to_compare, tim
 from torchrl_bcq.functional import change_reward
 from torchrl_bcq.runs import processes
 from torchrl_bcq.runs.algorithms import find_algorithm
-from torchrl_bcq.runs.build import make_objective, make_run_policy
+from torchrl_bcq.runs.build import make_average, make_objective, make_run_policy
 from torchrl_bcq.runs.folder import BEST, CHECKPOINTS, Task, choose_device
 from torchrl_bcq.runs.loggers import make_loggers
 from torchrl_bcq.runs.optimizers import make_scheduler_hooks, make_stepper
@@ -51,6 +51,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda value: value == "auto" or (isinstance(value, int) and value >= 1),
         "auto, a number of at least 1, or null for PyTorch's default",
     ),
+    ("average_decay", lambda value: 0 <= value < 1, "at least 0 and below 1, or null for no average"),
     ("reward.shift", math.isfinite, "a finite number"),
     ("reward.scale", lambda value: 0 < value < math.inf, "a positive number"),
     ("reward.clip", lambda value: value > 0, "a positive number, or null for no clipping"),
@@ -182,7 +183,10 @@ def _add_metrics(
 ) -> None:
     """Add the hooks for evaluation, the best checkpoint and early stopping, in this order."""
     loss, evaluation = trainer.loss_module, settings.evaluation
-    policy = make_run_policy(settings, loss)
+    average = make_average(settings, loss)
+    if average is not None:
+        average.register(trainer)
+    policy = make_run_policy(settings, loss.networks if average is None else average.networks)
     shared: dict[str, Any] = {"interval": evaluation.interval, "seed": evaluation.seed}
     rows = transitions if held_out is None else held_out
     is_held_out = {"held_out": held_out is not None, "max_rows": evaluation.max_rows}

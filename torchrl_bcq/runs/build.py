@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torchrl_bcq.modules import Normalization
 from torchrl_bcq.objectives import OfflineLoss
 from torchrl_bcq.runs.algorithms import find_algorithm
 from torchrl_bcq.runs.signatures import taken_by
+from torchrl_bcq.trainers.average import WeightAverage
 from torchrl_bcq.trainers.offline import OfflineTrainer
 
 
@@ -70,10 +72,15 @@ def make_policy(algorithm: str, *networks: Any, **settings: Any) -> TensorDictMo
     return find_algorithm(algorithm).policy(*networks, **settings)
 
 
-def make_run_policy(settings: DictConfig, loss: OfflineLoss) -> TensorDictModuleBase:
+def make_run_policy(settings: DictConfig, networks: Sequence[Any]) -> TensorDictModuleBase:
     """Build the policy of a run. Settings that the loss and the policy share are those of the loss."""
     shared = taken_by(find_algorithm(settings.algorithm).policy, settings.loss)
-    return make_policy(settings.algorithm, *loss.networks, **{**shared, **settings.policy})
+    return make_policy(settings.algorithm, *networks, **{**shared, **settings.policy})
+
+
+def make_average(settings: DictConfig, loss: OfflineLoss) -> WeightAverage | None:
+    """Return the moving average of the weights with which the policy of a run acts, or None."""
+    return None if settings.average_decay is None else WeightAverage(loss, decay=settings.average_decay)
 
 
 def make_objective(

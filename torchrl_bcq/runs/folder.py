@@ -26,7 +26,7 @@ from torchrl_bcq.files import home
 from torchrl_bcq.objectives import OfflineLoss
 from torchrl_bcq.runs.actions import check_kinds, read
 from torchrl_bcq.runs.algorithms import Algorithm, find_algorithm
-from torchrl_bcq.runs.build import make_objective, make_run_policy
+from torchrl_bcq.runs.build import make_average, make_objective, make_run_policy
 from torchrl_bcq.runs.environment import REMEDY, choose_environment
 from torchrl_bcq.runs.settings import to_settings
 from torchrl_bcq.trainers import make_checkpoint
@@ -176,13 +176,14 @@ def find_checkpoint(run: Path, which: str = "best") -> Path:
 
 @dataclass(frozen=True)
 class Trained:
-    """A loaded checkpoint; the attribute ``loss`` contains the networks."""
+    """A loaded checkpoint. ``loss`` contains the trained networks; the policy uses ``networks``."""
 
     path: Path
     step: int  # number of gradient steps that the run had made before this checkpoint
     settings: DictConfig
     task: Task
     loss: OfflineLoss
+    networks: Sequence[Any]  # those of ``loss``, or the moving average of their weights
 
     @property
     def algorithm(self) -> Algorithm:
@@ -192,7 +193,7 @@ class Trained:
     @property
     def policy(self) -> TensorDictModuleBase:
         """The policy of the algorithm, made from the networks."""
-        policy: Any = make_run_policy(self.settings, self.loss)
+        policy: Any = make_run_policy(self.settings, self.networks)
         policy.stack, policy.action_spec = self.task.stack, self.task.action_spec
         return policy
 
@@ -225,8 +226,12 @@ def load(run: Path, which: str = "best", device: str = "auto") -> Trained:
     target = choose_device(device)
     scaling = "identity" if settings.normalize else None
     loss, _ = make_objective(settings, task.observation_spec, task.action_spec, normalization=scaling, device=target)
+    average = make_average(settings, loss)
+    parts: dict[str, Any] = {"loss_module": loss}
+    if average is not None:
+        parts["trainer_module.average"] = average  # the name that TorchRL's trainer gives it
     try:
-        make_checkpoint(loss_module=loss).load(path, map_location=target)
+        make_checkpoint(**parts).load(path, map_location=target)
     except CheckpointError as error:
         raise RunError(f"{path} cannot be loaded: {error}") from error
-    return Trained(path, step, settings, task, loss)
+    return Trained(path, step, settings, task, loss, loss.networks if average is None else average.networks)

@@ -31,8 +31,8 @@ from torchrl_bcq.trainers.checkpoints import tidy_rotation
 RESULTS = "results.json"
 _SAME_IN_BASELINE = (
     "dataset", "reader", "root", "action_low", "action_high", "action_clip", "n_actions", "reward", "sampler",
-    "weights", "stack", "normalize", "held_out", "steps", "batch_size", "seed", "device", "threads", "log_interval",
-    "logger", "logger_kwargs", "progress_bar", "evaluation",
+    "weights", "stack", "normalize", "held_out", "steps", "batch_size", "seed", "device", "threads",
+    "average_decay", "log_interval", "logger", "logger_kwargs", "progress_bar", "evaluation",
 )  # fmt: skip
 _logger = logging.getLogger(__name__)
 

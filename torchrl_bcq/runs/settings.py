@@ -64,6 +64,7 @@ def default_settings(algorithm: str = "bcq") -> DictConfig:
         "seed": (int, 0),
         "device": (str, "auto"),
         "threads": (int | str | None, "auto"),
+        "average_decay": (float | None, None),
         "compile": (bool, False),
         **settings_of(OfflineTrainer, "precision", "cudagraph"),
         "network": settings_of(record.make_modules),

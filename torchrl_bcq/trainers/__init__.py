@@ -1,5 +1,6 @@
 """Training on a fixed dataset with TorchRL's ``Trainer``."""
 
+from torchrl_bcq.trainers.average import WeightAverage
 from torchrl_bcq.trainers.bcq import BCQOptimizationStepper, BCQTrainer
 from torchrl_bcq.trainers.best import KeepBest
 from torchrl_bcq.trainers.checkpoints import make_checkpoint
@@ -16,5 +17,6 @@ __all__ = [
     "OfflineOptimizationStepper",
     "OfflineTrainer",
     "Schedule",
+    "WeightAverage",
     "make_checkpoint",
 ]
