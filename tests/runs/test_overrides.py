@@ -31,7 +31,7 @@ def refusal(*words: str, sweep: bool = False) -> str:
         ("env", "evaluation.env"),
         ("critics.tau", "loss.tau"),
         ("interval", "evaluation.interval or checkpoint.interval"),  # log_interval is spelled more alike
-        ("network", "network.hidden or network.vae_hidden or network.latent_dim"),
+        ("network", "network.behavior or network.hidden or network.vae_hidden"),
         ("seed@x", "seed"),  # Hydra takes the part after @ for a package
     ],
 )

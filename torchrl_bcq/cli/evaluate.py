@@ -255,7 +255,7 @@ def _on_the_dataset(trained: Any, runs: dict[str, Any]) -> dict[str, Any]:
     cells = [[name, *(f"{row[name]:.4g}" if name in row else "-" for row in table.values())] for name in names]
     print_table(
         [["", *table], *cells],
-        [max(28, *(len(name) + 2 for name in names)), *(max(12, len(title) + 2) for title in table)],
+        [max(28, *(len(name) + 1 for name in names)), *(max(12, len(title) + 2) for title in table)],
     )
     print()
     for name, meaning in {**trained.algorithm.meanings, **_MEANINGS}.items():

@@ -28,7 +28,7 @@ class DeterministicActor(Policy):
         observation_specs: spec of one observation for each key; ``Policy.act`` uses them to check its input.
 
     Raises:
-        ValueError: if ``action_spec`` is not a finite box of rank 1. A call raises this error if the network's output
+        ValueError: if the action spec is not a finite box of rank 1. A call raises this error if the network's output
             does not have the size of the action.
 
     Example:
