@@ -303,6 +303,14 @@ BREAKS = {
         "means = (sums / self.world_size).split(",
         "means = sums.split(",
     ),
+    "mixture: always the first component": ("modules/behavior.py", "[..., :-1] < uniform)", "[..., :-1] < 0)"),
+    "flow: steps of the wrong length": ("modules/behavior.py", "point, time) / self.steps", "point, time)"),
+    "average: decay ignored": ("trainers/average.py", "get_ema_multi_avg_fn(decay)", "get_ema_multi_avg_fn(0.5)"),
+    "candidates always ranked by the first critic": (
+        "modules/policy.py",
+        'if self.choose_by == "first" else self.critics',
+        "if True else self.critics",
+    ),
     # export
     "export: history starts with zeros": (
         "export/graph.py",
