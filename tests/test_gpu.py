@@ -15,7 +15,7 @@ from torchrl_bcq.__main__ import main
 
 from .array_files import write_arrays
 from .objectives.conftest import OBJECTIVES, make_batch, with_updater
-from .runs.folders import assert_same
+from .runs.folders import assert_same, state
 from .small_runs import TINY
 
 pytestmark = [
@@ -130,7 +130,11 @@ def test_a_resumed_run_equals_an_uninterrupted_run(make_words, tmp_path, algorit
     for run, lengths in (("whole", [20]), ("parts", [10, 20])):
         for steps in lengths:
             assert main(["train", *words, f"steps={steps}", f"out={tmp_path / run}", "resume=true"]) == 0
-    assert_same(tmp_path / "whole", tmp_path / "parts")
+    if "compile=true" in mode:  # the compiler chooses kernels by timing, and others round differently
+        one, other = (state(tmp_path / run) for run in ("whole", "parts"))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    else:
+        assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize("frames", [False, True])

@@ -5,9 +5,12 @@ python tests/benchmarks/bench_returns.py report
 
 FOLDER holds the datasets. Each run is one of ``torchrl-bcq train``: a dataset, a setting of SETTINGS and a seed. The
 policy is evaluated every 5,000 gradient steps with 20 episodes. A run that was interrupted is resumed bit for bit. When
-a run has ended, ``run`` appends a line of JSON for each of its evaluations, and skips the run from then on. ``report``
-prints a table for each dataset and draws the returns over steps. A score is the interquartile mean over seeds of the
-return, normalized by the file's references (0 is a random policy, 100 is an expert), with a 95 % bootstrap interval.
+a run has ended, ``run`` appends a line of JSON for each of its evaluations, and skips the run from then on. A run that
+fails does not stop the others. On a GPU, gradient steps are captured into CUDA graphs.
+
+``report`` prints a table for each dataset and draws the returns over steps. A score is the interquartile mean over
+seeds of the return, normalized by the file's references (0 is a random policy, 100 is an expert), with a 95 % bootstrap
+interval.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ STEPS = {"pendulum-mixed": 20_000, "lunarlandercontinuous-mixed": 20_000}
 LONG = 100_000  # steps on the other datasets
 SETTINGS: dict[str, list[str]] = {  # settings of torchrl-bcq train
     "paper": [],
+    "bf16": ["precision=bf16-mixed"],
     "cloning": ["algorithm=cloning"],
     "mixture": ["network.behavior=mixture"],
     "flow": ["network.behavior=flow"],
@@ -71,11 +75,15 @@ def main(arguments: list[str] | None = None) -> None:
         for setting in args.settings
         if (run := (dataset, setting, seed, args.steps or STEPS.get(dataset, LONG))) not in done
     ]
-    writing = threading.Lock()
+    writing, failed = threading.Lock(), []
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(runs), unit=" runs", disable=None) as bar:
 
         def one(run: tuple[str, str, int, int]) -> None:
-            found = train(*run, args)
+            try:
+                found = train(*run, args)
+            except RuntimeError as error:
+                failed.append(run)
+                return bar.write(str(error))
             with writing:
                 args.results.parent.mkdir(parents=True, exist_ok=True)
                 with args.results.open("a") as file:
@@ -85,6 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
 
         for _ in pool.map(one, runs):
             pass
+    if failed:
+        sys.exit(f"{len(failed)} of {len(runs)} runs failed")
 
 
 def train(dataset: str, setting: str, seed: int, steps: int, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -96,6 +106,8 @@ def train(dataset: str, setting: str, seed: int, steps: int, args: argparse.Name
         f"checkpoint.interval={EVERY}",
         "baseline=null",
         "progress_bar=false",
+        f"device={args.device}",
+        f"cudagraph={str(args.device.startswith('cuda')).lower()}",
         *SETTINGS[setting],
         *args.overrides,
     ]
@@ -106,7 +118,8 @@ def train(dataset: str, setting: str, seed: int, steps: int, args: argparse.Name
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     found = {name: _read(out / "log" / "scalars" / f"{name}.csv") for name in METRICS}
     run = {"dataset": dataset, "setting": setting, "seed": seed, "steps": steps}
-    facts = {"commit": args.commit, "cpu": (made := describe("cpu", []))["cpu"], "versions": made["versions"]}
+    made = describe(args.device, [])
+    facts = {"commit": args.commit, "device": made["device"], "versions": made["versions"], "overrides": args.overrides}
     facts["seconds"] = round(time.time() - start)  # since the last resume
     return [
         {**run, "step": step, **{name: found[name].get(step) for name in METRICS}, **facts}
@@ -213,9 +226,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help=default)
     add("--steps", type=int, help=f"gradient steps (default: {STEPS}, otherwise {LONG})")
     add("--jobs", type=int, default=1, help=f"runs at the same time, each with one thread {default}")
+    add("--device", default="cpu", help=f"torch device of the runs {default}")
     add("--out", type=Path, default=Path("runs/returns"), help=f"folder of the runs {default}")
     add("--commit", default=_commit(), help=f"commit of the package, for the lines {default}")
-    add("--overrides", nargs="*", default=[], metavar="NAME=VALUE", help="more settings of all runs, to try this file")
+    add("--overrides", nargs="*", default=[], metavar="NAME=VALUE", help="more settings, such as compile=true")
     draws = commands.add_parser("report", help="print the tables")
     draws.add_argument("--picture", type=Path, metavar="PNG", help="also draw the returns over steps")
     for command in (run, draws):

@@ -67,10 +67,14 @@ def _lights():
         gymnasium.register(name, kind, max_episode_steps=LENGTH)
 
 
-@pytest.fixture
-def recorded(tmp_path, monkeypatch, capsys):
-    """A function that records random actions and returns the file."""
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def recorded(tmp_path, capsys):
+    """A function that records random actions and returns the file."""
 
     def make(env_id: str, steps: int = 600):
         assert main(["record", "--env", env_id, "--steps", str(steps), "--out", f"{env_id}.hdf5"]) == 0
@@ -273,8 +277,7 @@ def test_a_table_of_whole_numbers_trains_discrete_bcq_and_a_fraction_trains_bcq(
     assert load(tmp_path / "c").settings.algorithm == "bcq"
 
 
-def test_describe_shows_how_often_each_action_occurs(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_describe_shows_how_often_each_action_occurs(tmp_path, capsys):
     source = write_table(tmp_path, [0, 1, 3, 1] * 20).partition("=")[2]
     assert main(["describe", source, *TABLE, "--n-actions", "5"]) == 0
     lines = capsys.readouterr().out.splitlines()

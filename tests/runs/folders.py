@@ -39,7 +39,7 @@ def assert_same(one: Path, other: Path) -> None:
     files = [sorted(find_checkpoint(run, "last").rglob("state.pt")) for run in (one, other)]
     assert len(files[0]) == len(files[1]) > 5
     for pair in zip(*files, strict=True):
-        first, second = (torch.load(file, weights_only=True) for file in pair)
+        first, second = (torch.load(file, weights_only=True, map_location="cpu") for file in pair)
         if not pair[0].parent.name.endswith("logger"):
             assert equal(first, second), pair[0].parent.name
 
