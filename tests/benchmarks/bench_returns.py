@@ -86,8 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
                 return bar.write(str(error))
             with writing:
                 args.results.parent.mkdir(parents=True, exist_ok=True)
-                with args.results.open("a") as file:
-                    file.write("".join(json.dumps(line) + "\n" for line in found))
+                with args.results.open("ab", buffering=0) as file:  # one write, so that no line is cut
+                    file.write("".join(json.dumps(line) + "\n" for line in found).encode())
                 bar.update()
                 bar.write(f"{' '.join(map(str, run))}: last return {found[-1]['return']:.1f}")
 

@@ -61,7 +61,7 @@ def test_policies_are_compared_with_the_dataset(run, capsys):
     assert main(["evaluate", str(run), "--episodes", "4"]) == 0
     shown = capsys.readouterr().out
     found = json.loads((run / "evaluation.json").read_text())
-    names = ["random", "VAE-BC", "BCQ"]
+    names = ["random", "behaviour model", "BCQ"]
     assert list(found) == ["checkpoint", "step", "env", "episodes", "seed", "behaviour", *names]
     assert (found["step"], found["env"], found["episodes"], found["seed"]) == (10, "Swing-v0", 4, 0)
     assert found["checkpoint"] == str(run / "best" / "checkpoint-000000000010")
@@ -100,7 +100,7 @@ def test_returns_are_those_of_episodes(run, evaluate):
 def test_the_seed_decides_the_numbers(run, evaluate):
     first, again, other = (evaluate(run, "--episodes", "3", "--seed", seed) for seed in "445")
     assert first == again
-    for name in ("random", "VAE-BC", "BCQ"):
+    for name in ("random", "behaviour model", "BCQ"):
         assert first[name]["return"] != other[name]["return"]
 
 
@@ -186,7 +186,7 @@ def test_the_baseline_of_a_run_is_a_row(make_run, evaluate, capsys):
     capsys.readouterr()
     found = evaluate(run, "--episodes", "3")
     shown = capsys.readouterr().out
-    assert list(table(shown)) == ["the dataset", "random", "VAE-BC", "cloning", "BCQ"]
+    assert list(table(shown)) == ["the dataset", "random", "behaviour model", "cloning", "BCQ"]
     assert f"\n{run}/baseline/best/checkpoint-000000000010: 10 gradient steps on " in shown
     alone = evaluate(run / "baseline", "--episodes", "3")
     assert found["cloning"] == alone["cloning"]
@@ -206,7 +206,7 @@ def test_any_run_may_be_the_baseline(make_run, evaluate, capsys):
     title = f"BCQ, {other}"
     found = evaluate(run, "--episodes", "3", "--baseline", str(other))
     shown = capsys.readouterr().out
-    assert list(table(shown, len(title))) == ["the dataset", "random", "VAE-BC", title, "BCQ"]
+    assert list(table(shown, len(title))) == ["the dataset", "random", "behaviour model", title, "BCQ"]
     assert found[title]["return"] == evaluate(other, "--episodes", "3")["BCQ"]["return"] != found["BCQ"]["return"]
     assert list(evaluate(cloning, "--episodes", "3", "--baseline", str(run)))[-3:] == ["random", "BCQ", "cloning"]
 
@@ -272,7 +272,7 @@ def test_without_an_environment_the_dataset_is_measured(make_run, capsys, held_o
     assert f"\n{'':<28}{'BCQ':>12}{'cloning':>12}{'the dataset':>13}\n" in shown
     assert main(["evaluate", str(run), "--env", "Swing-v0", "--episodes", "2"]) == 0
     assert json.loads((run / "evaluation.json").read_text()) == found  # earlier results are kept
-    assert list(json.loads((run / "evaluation-2.json").read_text()))[-3:] == ["VAE-BC", "cloning", "BCQ"]
+    assert list(json.loads((run / "evaluation-2.json").read_text()))[-3:] == ["behaviour model", "cloning", "BCQ"]
     assert main(["evaluate", str(run)]) == 0
     assert json.loads((run / "evaluation-3.json").read_text()) == found
 

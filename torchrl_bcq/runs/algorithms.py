@@ -86,7 +86,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         policy=BCQPolicy,
         make_updater=soft_update,
         baseline="cloning",
-        compared={"VAE-BC": lambda vae, actor, critics: BehaviorCloningPolicy(vae)},
+        compared={"behaviour model": lambda behavior, actor, critics: BehaviorCloningPolicy(behavior)},
         meanings={
             "held_out_loss_vae": "if it rises during training, the behaviour model overfits.",
             "held_out_vae_kl": (
