@@ -19,6 +19,7 @@ import argparse
 import csv
 import ctypes
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -52,6 +53,7 @@ SETTINGS: dict[str, list[str]] = {  # settings of torchrl-bcq train
     "layer norm": ["network.layer_norm=true"],
     "4 critics": ["network.num_critics=4"],
     "5 steps": ["n_step=5"],
+    "5 steps, gamma 0.997": ["n_step=5", "loss.gamma=0.997"],
 }
 EVERY, EPISODES = 5_000, 20
 LAST = 5  # evaluations, the lowest of which shows how steady the returns are
@@ -67,29 +69,29 @@ def main(arguments: list[str] | None = None) -> None:
         if args.picture:
             draw(lines).savefig(args.picture, dpi=100)
         return
-    done = {(line["dataset"], line["setting"], line["seed"], line["steps"]) for line in lines}
+    done = {name_of(line) for line in lines}
     runs = [
         run
         for seed in args.seeds
         for dataset in args.datasets
         for setting in args.settings
-        if (run := (dataset, setting, seed, args.steps or STEPS.get(dataset, LONG))) not in done
+        if name_of(run := make_run(dataset, setting, seed, args)) not in done
     ]
     writing, failed = threading.Lock(), []
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(runs), unit=" runs", disable=None) as bar:
 
-        def one(run: tuple[str, str, int, int]) -> None:
+        def one(run: dict[str, Any]) -> None:
             try:
-                found = train(*run, args)
-            except RuntimeError as error:
+                found = train(run, args)
+            except Exception as error:  # the other runs go on
                 failed.append(run)
-                return bar.write(str(error))
+                return bar.write(f"{name_of(run)}: {error}")
             with writing:
                 args.results.parent.mkdir(parents=True, exist_ok=True)
                 with args.results.open("ab", buffering=0) as file:  # one write, so that no line is cut
                     file.write("".join(json.dumps(line) + "\n" for line in found).encode())
                 bar.update()
-                bar.write(f"{' '.join(map(str, run))}: last return {found[-1]['return']:.1f}")
+                bar.write(f"{name_of(run)}: last return {found[-1]['return']:.1f}")
 
         for _ in pool.map(one, runs):
             pass
@@ -97,18 +99,35 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"{len(failed)} of {len(runs)} runs failed")
 
 
-def train(dataset: str, setting: str, seed: int, steps: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+def make_run(dataset: str, setting: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    steps = args.steps or STEPS.get(dataset, LONG)
+    return {"dataset": dataset, "setting": setting, "seed": seed, "steps": steps, "overrides": args.overrides}
+
+
+def label_of(run: Mapping[str, Any]) -> str:
+    """Return the setting, with the number of steps and the overrides if they are not the usual ones."""
+    usual = STEPS.get(run["dataset"], LONG)
+    other = [*([] if run["steps"] == usual else [f"{run['steps']:,} steps"]), *run["overrides"]]
+    return f"{run['setting']} ({', '.join(other)})" if other else run["setting"]
+
+
+def name_of(run: Mapping[str, Any]) -> str:
+    return f"{run['dataset']}, {label_of(run)}, seed {run['seed']}"
+
+
+def train(run: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Train one run to its end, and return a line for each of its evaluations."""
-    out = (args.out / dataset / folder_of(setting) / f"{seed}-{steps}").absolute()
-    words = [f"dataset={(args.folder / dataset).absolute()}.hdf5", f"out={out}", "resume=true", f"seed={seed}"]
-    words += [f"steps={steps}", "threads=1", f"evaluation.interval={EVERY}", f"evaluation.episodes={EPISODES}"]
+    out = (args.out / run["dataset"] / folder_of(label_of(run)) / str(run["seed"])).absolute()
+    data = (args.folder / run["dataset"]).absolute()
+    words = [f"dataset={data}.hdf5", f"out={out}", "resume=true", f"seed={run['seed']}", f"steps={run['steps']}"]
+    words += ["threads=1", f"evaluation.interval={EVERY}", f"evaluation.episodes={EPISODES}"]
     words += [
         f"checkpoint.interval={EVERY}",
         "baseline=null",
         "progress_bar=false",
         f"device={args.device}",
         f"cudagraph={str(args.device.startswith('cuda')).lower()}",
-        *SETTINGS[setting],
+        *SETTINGS[run["setting"]],
         *args.overrides,
     ]
     start = time.time()
@@ -117,9 +136,10 @@ def train(dataset: str, setting: str, seed: int, steps: int, args: argparse.Name
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     found = {name: _read(out / "log" / "scalars" / f"{name}.csv") for name in METRICS}
-    run = {"dataset": dataset, "setting": setting, "seed": seed, "steps": steps}
+    if not found["normalized_score"]:
+        raise RuntimeError(f"{out} has no normalized scores; the dataset names no environment or no reference scores")
     made = describe(args.device, [])
-    facts = {"commit": args.commit, "device": made["device"], "versions": made["versions"], "overrides": args.overrides}
+    facts = {"commit": args.commit, "device": made["device"], "versions": made["versions"]}
     facts["seconds"] = round(time.time() - start)  # since the last resume
     return [
         {**run, "step": step, **{name: found[name].get(step) for name in METRICS}, **facts}
@@ -127,8 +147,8 @@ def train(dataset: str, setting: str, seed: int, steps: int, args: argparse.Name
     ]
 
 
-def folder_of(setting: str) -> str:
-    return setting.replace(", ", "-").replace(" ", "-")
+def folder_of(label: str) -> str:
+    return re.sub(r"[^\w.=-]+", "-", label).strip("-")
 
 
 def _read(file: Path) -> dict[int, float]:
@@ -149,8 +169,10 @@ def scores(lines: Iterable[Mapping[str, Any]], dataset: str) -> dict[str, dict[s
     curves: dict[str, dict[int, dict[int, float]]] = {}
     for line in lines:
         if line["dataset"] == dataset and line["step"]:
-            seeds = curves.setdefault(line["setting"], {})
-            seeds.setdefault(line["seed"], {})[line["step"]] = line["normalized_score"]
+            curve = curves.setdefault(label_of(line), {}).setdefault(line["seed"], {})
+            if line["step"] in curve:
+                raise ValueError(f"{name_of(line)} has two lines for step {line['step']}")
+            curve[line["step"]] = line["normalized_score"]
     found: dict[str, dict[str, list[float]]] = {}
     for setting, seeds in curves.items():
         runs = [[curve[step] for step in sorted(curve)] for curve in seeds.values()]
@@ -169,7 +191,7 @@ def report(dataset: str, lines: Sequence[Mapping[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for setting, found in scores(lines, dataset).items():
-        own = [line for line in lines if line["dataset"] == dataset and line["setting"] == setting]
+        own = [line for line in lines if line["dataset"] == dataset and label_of(line) == setting]
         hours = np.mean([line["seconds"] for line in own]) / 3600
         cells = [" ".join(interval(found[name])) for name in ("last", "best", "lowest")]
         rows.append(f"| {setting} | {len(found['last'])} | {' | '.join(cells)} | {hours:.2f} |")
@@ -200,10 +222,10 @@ def draw(lines: Sequence[Mapping[str, Any]]) -> Any:
     figure = Figure(figsize=(6 * len(datasets), 4), layout="constrained")
     for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
         own = [line for line in lines if line["dataset"] == dataset]
-        for setting in dict.fromkeys(line["setting"] for line in own):
+        for setting in dict.fromkeys(map(label_of, own)):
             points: dict[int, list[float]] = {}
             for line in own:
-                if line["setting"] == setting:
+                if label_of(line) == setting:
                     points.setdefault(line["step"], []).append(line["normalized_score"])
             steps = sorted(points)
             (drawn,) = axes.plot(steps, [np.mean(points[step]) for step in steps], label=setting)

@@ -31,7 +31,7 @@ def bench(monkeypatch):
 
 
 def lines(scores: dict[int, list[float]], setting: str = "paper") -> list[dict]:
-    shared = {"dataset": "cart", "setting": setting, "seconds": 3600, "return": 0.0}
+    shared = {"dataset": "cart", "setting": setting, "steps": 100_000, "overrides": [], "seconds": 3600, "return": 0.0}
     return [
         {**shared, "seed": seed, "step": step, "normalized_score": score}
         for seed, curve in scores.items()
@@ -43,6 +43,20 @@ def test_scores_of_a_run(bench):
     """The step 0 is left out; the lowest of the last five evaluations is not the lowest of all."""
     found = bench.scores(lines({0: [99, 1, 9, 5, 6, 7, 8], 1: [0, 2, 3, 4, 5, 6, 7]}), "cart")
     assert found == {"paper": {"last": [8, 7], "best": [9, 7], "lowest": [5, 3]}}
+
+
+def test_runs_of_other_lengths_and_overrides_have_their_own_rows(bench):
+    short = [line | {"steps": 20_000} for line in lines({0: [0, 5]})]
+    compiled = [line | {"overrides": ["compile=true"]} for line in lines({0: [0, 7]})]
+    found = bench.scores([*lines({0: [0, 9]}), *short, *compiled], "cart")
+    assert {name: row["last"] for name, row in found.items()} == {
+        "paper": [9],
+        "paper (20,000 steps)": [5],
+        "paper (compile=true)": [7],
+    }
+    assert bench.folder_of("paper (20,000 steps, a.b=[1,2])") == "paper-20-000-steps-a.b=-1-2"
+    with pytest.raises(ValueError, match="cart, paper, seed 0 has two lines for step 1"):
+        bench.scores([*lines({0: [0, 9]})] * 2, "cart")
 
 
 def test_interquartile_mean_and_its_interval(bench):
@@ -81,24 +95,21 @@ def test_a_matrix_continues_where_it_was(tmp_path):
             np.arange(60) % 20 == 19,
         )
         file.attrs.update(env_id="Pendulum-v1", ref_min_score=-1200.0, ref_max_score=-100.0)
+    (tmp_path / "bad.hdf5").write_bytes(b"")
     results = tmp_path / "results.jsonl"
-    words = ["run", tmp_path, "--datasets", "swing", "--settings", "cloning", "--steps", 10, "--out", tmp_path / "runs"]
-    words += ["--results", results, "--commit", "abc"]
+
+    def run(seeds: list[int], *datasets: str) -> subprocess.CompletedProcess:
+        words = [tmp_path, "--datasets", *datasets, "--settings", "cloning", "--steps", 10, "--out", tmp_path / "runs"]
+        words += ["--results", results, "--commit", "abc", "--seeds", *seeds, "--overrides", *SMALL]
+        command = [sys.executable, "-W", "ignore", HERE / "bench_returns.py", "run", *words]
+        return subprocess.run([*map(str, command)], capture_output=True, text=True)
+
     for seeds in ([0], [0, 1]):
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            HERE / "bench_returns.py",
-            *words,
-            "--seeds",
-            *seeds,
-            "--overrides",
-            *SMALL,
-        ]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        assert (done := run(seeds, "swing")).returncode == 0, done.stderr
+    failed = run([2], "bad", "swing")
+    assert failed.returncode == 1
+    assert "1 of 2 runs failed" in failed.stderr
     found = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [(line["seed"], line["step"]) for line in found] == [(s, t) for s in (0, 1) for t in (0, 5, 10)]
+    assert [(line["seed"], line["step"]) for line in found] == [(s, t) for s in (0, 1, 2) for t in (0, 5, 10)]
     for line in found:
         assert line["normalized_score"] == pytest.approx((line["return"] + 1200) / 11, abs=1e-2)

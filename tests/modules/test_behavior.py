@@ -42,6 +42,17 @@ class Constant(nn.Module):
         return self.values.expand(*observation.shape[:-1], -1)
 
 
+class Single(nn.Module):
+    """Ignores the number of states."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, observation, *others):
+        return torch.zeros(1, self.size)
+
+
 class Velocity(nn.Module):
     """Moves each point towards 0: the velocity is minus the action."""
 
@@ -56,7 +67,8 @@ def states(number: int) -> TensorDict:
 def two_gaussians(**settings) -> ActionMixture:
     """Weights 0.25 and 0.75; means -0.5 and 0.2; standard deviations 0.1 and 0.3, of actions scaled to [-1, 1]."""
     logs = [math.log(0.25), -0.5, math.log(0.1), math.log(0.75), 0.2, math.log(0.3)]
-    return ActionMixture(Constant(*logs), Bounded(0, 4, (1,)), **settings)
+    wide = {"log_std_range": (-50.0, 50.0)}  # far from the bounds, the deviations are not changed
+    return ActionMixture(Constant(*logs), Bounded(0, 4, (1,)), **wide, **settings)
 
 
 def test_mixture_samples_by_hand():
@@ -64,6 +76,24 @@ def test_mixture_samples_by_hand():
     action = two_gaussians(noise_clip=0.5).decode(states(5), latent)["action"]
     scaled = [-0.5, 0.2, 0.2 + 0.3 * 0.2, 0.2 + 0.3 * 0.5, -0.5 - 0.1 * 0.5]
     torch.testing.assert_close(action, 2 + 2 * torch.tensor(scaled)[:, None])
+
+
+@pytest.mark.parametrize("start", [-12.0, 9.0])
+def test_deviations_stay_within_their_bounds_and_keep_learning(start):
+    """log std is 1 - softplus(1 - x), then -4 + softplus of this + 4; actions of std 0.15 of the range are learned."""
+    network = Constant(0.0, 0.0, start)
+    mixture = ActionMixture(network, Bounded(0, 4, (1,)))
+    std = mixture.decode(states(1), torch.tensor([[0.0, 0.1]]))["action"].item() / 2 - 1
+    upper = 1 - math.log1p(math.exp(1 - start))
+    expected = min(0.1 * math.exp(-4 + math.log1p(math.exp(upper + 4))), 1)
+    assert std == pytest.approx(expected, rel=1e-3)
+    optimizer = torch.optim.Adam(mixture.parameters(), lr=0.1)
+    for _ in range(400):
+        optimizer.zero_grad()
+        mixture.training_loss(states(256).set("action", 2 + 0.6 * torch.randn(256, 1)))[0].mean().backward()
+        optimizer.step()
+    std = mixture.decode(states(1), torch.tensor([[0.0, 1.0]]))["action"].item() / 2 - 1 - network.values[1].item()
+    assert std == pytest.approx(0.3, rel=0.15)
 
 
 def test_mixture_loss_by_hand():
@@ -243,8 +273,14 @@ def test_bad_settings():
         ActionFlow(Constant(0.0), box, steps=0)
     with pytest.raises(ValueError, match=r"network returns 4 features, expected a multiple of 1 \+ 2 \* 1"):
         ActionMixture(Constant(0.0, 0.0, 0.0, 0.0), box)(states(2))
-    with pytest.raises(ValueError, match="network returns 2 features, but the action has 1 dimensions"):
+    with pytest.raises(ValueError, match=r"network returns the shape \(2, 2\), expected \(2, 1\); change its"):
         ActionFlow(Constant(0.0, 0.0), box)(states(2))
+    for model in (ActionMixture(Single(3), box), ActionFlow(Single(1), box)):
+        for call in (model, model.training_loss):
+            with pytest.raises(ValueError, match=r"network returns the shape \(1, [13]\), expected \(2, [13]\)"):
+                call(states(2).set("action", torch.zeros(2, 1)))
+    with pytest.raises(ValueError, match=r"log_std_range is \(1, -4\), expected a lower and a higher number"):
+        ActionMixture(Constant(0.0), box, log_std_range=(1, -4))
     with pytest.raises(ValueError, match="behavior is 'gan', expected vae, mixture or flow"):
         make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, behavior="gan")
 

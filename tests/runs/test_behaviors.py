@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from torchrl_bcq.__main__ import main
 from torchrl_bcq.runs.folder import load
 
 from ..small_runs import TINY
+from .folders import state
 
 CHANGES = [
     ["network.behavior=mixture", "network.num_components=3"],
@@ -49,7 +51,7 @@ def test_the_policy_acts_with_the_average(file, tmp_path):
         run = tmp_path / decay
         assert main(["train", f"dataset={file}", *TINY, f"average_decay={decay}", f"out={run}"]) == 0
         found[decay] = load_policy(run, "last").state_dict()
-        trained[decay] = load(run, "last").loss.state_dict()
+        trained[decay] = state(run)
         logged[decay] = (run / "log" / "scalars" / "return.csv").read_text().splitlines()
     assert logged["null"] == logged["0.0"]
     assert logged["null"][0] == logged["0.8"][0]  # before the first step
@@ -58,6 +60,19 @@ def test_the_policy_acts_with_the_average(file, tmp_path):
     assert all(torch.equal(trained["null"][name], trained["0.8"][name]) for name in trained["null"])
     changed = [name for name in found["null"] if not torch.equal(found["null"][name], found["0.8"][name])]
     assert {"vae", "actor", "critics"} <= {name.partition(".")[0] for name in changed}
+
+
+def test_held_out_losses_are_those_of_the_average(file, tmp_path):
+    """The last logged loss is that of the loaded networks, which have the averaged weights."""
+    run = tmp_path / "run"
+    words = [f"dataset={file}", "algorithm=cloning", TINY[0], *TINY[5:], "held_out=0.3", "optim.lr=0.1"]
+    assert main(["train", *words, "average_decay=0.9", f"out={run}", "evaluation.env=null"]) == 0
+    logged = (run / "log" / "scalars" / "held_out_loss_actor.csv").read_text().splitlines()[-1]
+    assert main(["evaluate", str(run), "--checkpoint", "last"]) == 0
+    found = json.loads((run / "evaluation.json").read_text())["cloning"]["held_out_loss_actor"]
+    assert float(logged.partition(",")[2]) == pytest.approx(found, rel=1e-5)
+    averaged, trained = load(run, "last").loss.state_dict(), state(run)
+    assert not any(torch.equal(averaged[name], trained[name]) for name in trained if "weight" in name)
 
 
 def test_a_run_starts_with_the_average_of_an_earlier_one(file, tmp_path):

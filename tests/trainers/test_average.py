@@ -30,7 +30,7 @@ def test_average_by_hand():
     """The first step is copied; then the old average has the weight 0.75."""
     loss, weight = one_number()
     average = WeightAverage(loss, decay=0.75)
-    (network,) = average.networks
+    (network,) = average.loss_module.networks
     for value, expected in ((4.0, 4.0), (8.0, 5.0), (1.0, 4.0)):
         weight.data.fill_(value)
         average()
@@ -46,17 +46,37 @@ def test_buffers_are_copied():
         norm.running_mean.fill_(value)
         norm.num_batches_tracked.fill_(int(value))
         average()
-    copied = average.networks[0].network[0]
+    copied = average.loss_module.networks[0].network[0]
     assert (copied.running_mean.tolist(), copied.num_batches_tracked.item()) == ([5.0] * 3, 5)
 
 
 def test_a_network_that_is_absent(modules):
     vae, _, critics = modules
     average = WeightAverage(BCQLoss(vae, None, critics), decay=0.5)
-    averaged = average.networks
+    averaged = average.loss_module.networks
     assert averaged[1] is None
     assert averaged[0] is not vae
     assert BCQPolicy(*averaged).act([0.0, 0.0, 0.0]).shape == (2,)
+
+
+def test_targets_are_copied(modules):
+    loss = BCQLoss(*modules)
+    SoftUpdate(loss, tau=0.5)
+    average = WeightAverage(loss, decay=0.5)
+    for value in (1.0, 5.0):
+        for weights in (loss.qvalue_network_params, loss.target_qvalue_network_params):
+            weights.data.zero_().add_(value)
+        average()
+    averaged = average.loss_module
+    assert all((weights == 3).all() for weights in averaged.networks[2].parameters())
+    assert all((weights == 5).all() for weights in averaged.target_qvalue_network_params.values(True, True))
+
+
+def test_weights_that_are_too_short():
+    """In bfloat16, 1 + 0.001 is 1: the average would never change."""
+    loss, _ = one_number()
+    with pytest.raises(ValueError, match=r"the networks have torch.bfloat16 weights, expected float32 or float64"):
+        WeightAverage(loss.bfloat16(), decay=0.999)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])

@@ -159,7 +159,7 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
     steps = steps_to_compare(limit, **discount) if discount else None
     envs = make_envs(task.env, args.episodes, next(loss.parameters()).device, max_steps=steps)
     policies: dict[str, Any] = {"random": None}
-    policies |= {title: make(*trained.networks) for title, make in trained.algorithm.compared.items()}
+    policies |= {title: make(*trained.loss.networks) for title, make in trained.algorithm.compared.items()}
     policies |= {title: runs[title].policy for title in (*baselines, own)}
     mode = set_exploration_type(ExplorationType.DETERMINISTIC) if args.deterministic else nullcontext()
     rows = {}

@@ -12,6 +12,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+from torch.nn.functional import softplus
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.bounds import action_bounds
@@ -62,6 +63,13 @@ class _BehaviorModel(TensorDictModuleBase, ABC):
     def _observations(self, tensordict: TensorDictBase) -> list[Tensor]:
         return [tensordict.get(key) for key in self.observation_keys]
 
+    def _check_output(self, output: Tensor, expected: tuple[int, ...]) -> None:
+        if output.shape != expected:
+            raise ValueError(
+                f"network returns the shape {tuple(output.shape)}, expected {tuple(expected)}; change its output size, "
+                "and let it return a row for each state."
+            )
+
     @abstractmethod
     def _decode(self, observations: list[Tensor], latent: Tensor) -> Tensor:
         """Return scaled actions. The caller clips them to [-1, 1]. ``[*B, L] -> [*B, A]``."""
@@ -70,21 +78,21 @@ class _BehaviorModel(TensorDictModuleBase, ABC):
 class ActionMixture(_BehaviorModel):
     """Mixture of Gaussians with diagonal covariance (mixture density network). It implements ``GenerativeModel``.
 
-    The first number of the latent selects the component. The other numbers are the Gaussian noise, which is clipped to
-    ``noise_clip``. Samples outside the action bounds are clipped to the bounds. The latent 0 selects the component in
-    the middle of the order of the network's output, which is not the most likely one.
+    The first number of the latent selects the component. The other numbers are the Gaussian noise. Samples outside the
+    action bounds are clipped to the bounds. The latent 0 selects the component in the middle of the order of the
+    network's output, which is not always the most likely one.
 
     Args:
         network: network ``(*observations) -> [*B, K * (1 + 2 * A)]``: for each of ``K`` components, the logit of its
             weight, the means, and the logarithms of the standard deviations.
         action_spec: bounded spec of one action, shape ``[A]``. In the network's output, actions are scaled to [-1, 1].
         noise_clip: largest magnitude of the Gaussian noise of a sampled action, in standard deviations.
-        log_std_range: range to which the logarithms of the standard deviations are clamped.
+        log_std_range: smooth bounds of the logarithms of the standard deviations (softplus, as in arXiv:1805.12114).
         observation_keys, action_key, observation_specs: as in ``ActionVAE``.
 
     Raises:
-        ValueError: if ``action_spec`` is not a finite box of rank 1, or ``noise_clip`` is negative. A call raises this
-            error if the network's output has a wrong size.
+        ValueError: if ``action_spec`` is not a finite box of rank 1, ``noise_clip`` is negative, or ``log_std_range``
+            is empty. A call raises this error if the network's output has a wrong shape.
 
     Example:
         >>> import torch
@@ -105,7 +113,7 @@ class ActionMixture(_BehaviorModel):
         network: nn.Module,
         action_spec: TensorSpec,
         *,
-        noise_clip: float = 0.5,
+        noise_clip: float = math.inf,
         log_std_range: tuple[float, float] = (-4.0, 1.0),
         observation_keys: Sequence[NestedKey] = ("observation",),
         action_key: NestedKey = "action",
@@ -115,6 +123,8 @@ class ActionMixture(_BehaviorModel):
         super().__init__(action_spec, observation_keys, action_key, observation_specs)
         if not noise_clip >= 0:
             raise ValueError(f"noise_clip is {noise_clip}, expected 0 or more.")
+        if not log_std_range[0] < log_std_range[1]:
+            raise ValueError(f"log_std_range is {log_std_range}, expected a lower and a higher number.")
         self.network, self.noise_clip, self.log_std_range = network, noise_clip, log_std_range
         self.latent_dim = 1 + len(self.low)
 
@@ -122,24 +132,25 @@ class ActionMixture(_BehaviorModel):
         self, tensordict: TensorDictBase, noise: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the negative log-likelihood of each row's action, scaled to [-1, 1], in nats, ``[*B]``."""
-        logits, mean, std = self._components(self._observations(tensordict))
+        action = self._scaled_action(tensordict)
+        logits, mean, std = self._components(self._observations(tensordict), action.shape[:-1])
         mixture = MixtureSameFamily(
             Categorical(logits=logits, validate_args=False),
             Independent(Normal(mean, std, validate_args=False), 1, validate_args=False),
             validate_args=False,
         )
-        loss = -mixture.log_prob(self._scaled_action(tensordict))
+        loss = -mixture.log_prob(action)
         return loss, {"negative_log_likelihood": loss.detach()}
 
     def _decode(self, observations: list[Tensor], latent: Tensor) -> Tensor:
-        logits, mean, std = self._components(observations)
+        logits, mean, std = self._components(observations, latent.shape[:-1])
         uniform = torch.special.ndtr(latent[..., :1])
         chosen = (logits.softmax(-1).cumsum(-1)[..., :-1] < uniform).sum(-1)[..., None, None]  # [*B, 1, 1]
         noise = latent[..., 1:].clamp(-self.noise_clip, self.noise_clip)
         chosen = chosen.expand(*chosen.shape[:-1], mean.shape[-1])  # take_along_dim would fix the batch in a graph
         return mean.gather(-2, chosen).squeeze(-2) + std.gather(-2, chosen).squeeze(-2) * noise
 
-    def _components(self, observations: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _components(self, observations: list[Tensor], batch: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits ``[*B, K]``, means and standard deviations ``[*B, K, A]``."""
         output, size = self.network(*observations).to(self.low.dtype), len(self.low)
         if not output.shape[-1] or output.shape[-1] % (1 + 2 * size):
@@ -147,12 +158,17 @@ class ActionMixture(_BehaviorModel):
                 f"network returns {output.shape[-1]} features, expected a multiple of 1 + 2 * {size}, one logit, "
                 "the means and the deviations of each component; change its output size."
             )
+        self._check_output(output, (*batch, output.shape[-1]))
         logits, mean, log_std = output.unflatten(-1, (-1, 1 + 2 * size)).split([1, size, size], -1)
-        return logits.squeeze(-1), mean, log_std.clamp(*self.log_std_range).exp()
+        low, high = self.log_std_range
+        log_std = low + softplus(high - softplus(high - log_std) - low)
+        return logits.squeeze(-1), mean, log_std.exp()
 
 
 class ActionFlow(_BehaviorModel):
     """Flow-matching model: turns noise into an action by integrating a learned velocity, as a ``GenerativeModel``.
+
+    The latent is the noise. The latent 0 can become an action between the recorded ones, if they form several groups.
 
     Args:
         network: network ``(*observations, point [*B, A + 1]) -> [*B, A]``; it returns the velocity. ``point`` is the
@@ -164,7 +180,7 @@ class ActionFlow(_BehaviorModel):
 
     Raises:
         ValueError: if ``action_spec`` is not a finite box of rank 1, or ``steps`` is below 1. A call raises this error
-            if the network's output has a wrong size.
+            if the network's output has a wrong shape.
 
     Example:
         >>> import torch
@@ -226,10 +242,6 @@ class ActionFlow(_BehaviorModel):
         return point
 
     def _velocity(self, observations: list[Tensor], point: Tensor, time: Tensor) -> Tensor:
-        velocity = self.network(*observations, torch.cat([point, time], -1)).to(self.low.dtype)
-        if velocity.shape[-1] != len(self.low):
-            raise ValueError(
-                f"network returns {velocity.shape[-1]} features, but the action has {len(self.low)} dimensions; "
-                "change its output size."
-            )
+        velocity = self.network(*observations, torch.cat([point, time], -1)).to(point.dtype)
+        self._check_output(velocity, point.shape)
         return velocity

@@ -57,8 +57,7 @@ def make_bcq_modules(
         vae_hidden: sizes of the hidden layers of the behaviour model (both networks of the VAE; the only network of a
             mixture or flow).
         latent_dim: size of the VAE's latent; ``2 * A`` if not given.
-        latent_clip: largest magnitude of a sampled latent of the VAE, and of the noise of the mixture, in standard
-            deviations. The flow ignores it.
+        latent_clip: largest magnitude of a sampled latent of the VAE, in standard deviations.
         kl_weight: weight of the KL divergence in the VAE's loss.
         num_components: number of Gaussians of the mixture.
         flow_steps: number of Euler steps of the flow.
@@ -119,7 +118,7 @@ def make_bcq_modules(
         )
     elif behavior == "mixture":
         network = networks.network(num_components * (1 + 2 * actions), vae_hidden)
-        vae = ActionMixture(network, action_spec, noise_clip=latent_clip, **shared)
+        vae = ActionMixture(network, action_spec, **shared)
     elif behavior == "flow":
         point = torch.zeros(actions + 1), torch.ones(actions + 1)
         vae = ActionFlow(networks.network(actions, vae_hidden, *point), action_spec, steps=flow_steps, **shared)

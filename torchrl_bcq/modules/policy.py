@@ -183,7 +183,8 @@ class BCQPolicy(Policy):
 class BehaviorCloningPolicy(Policy):
     """Policy that samples one action from the behaviour model. The policy uses no actor and no critics.
 
-    Under ``ExplorationType.DETERMINISTIC``, ``MODE`` or ``MEAN``, the latent is 0, the mean of its distribution.
+    Under ``ExplorationType.DETERMINISTIC``, ``MODE`` or ``MEAN``, the latent is 0, the mean of its distribution. The
+    action of this latent is not always a likely one; see ``ActionMixture`` and ``ActionFlow``.
 
     Args:
         vae: behaviour model that samples the action.

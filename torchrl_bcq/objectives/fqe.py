@@ -143,10 +143,10 @@ class FQELoss(_PolicyValueLoss):
     def state_values(self, states: TensorDictBase) -> Tensor:
         """Return the values of states by each critic: the means over the policy's actions, ``[*B, C]``."""
         actions = self._choices(states)
-        if actions.ndim != states.ndim + 2:
+        if actions.ndim != states.ndim + 2 or not actions.shape[-2]:
             raise ValueError(
                 f"{self.policy_key!r} has shape {tuple(actions.shape)}, expected {(*states.shape, 'n', 'A')}: n "
-                "actions for each state."
+                "actions for each state, at least one."
             )
         pairs = states.select(*self._observation_keys).unsqueeze(-1).expand(*states.shape, actions.shape[-2]).copy()
         return self.values(pairs.set(self.tensor_keys.action, actions)).mean(-2)

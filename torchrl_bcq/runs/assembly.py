@@ -186,7 +186,8 @@ def _add_metrics(
     average = make_average(settings, loss)
     if average is not None:
         average.register(trainer)
-    policy = make_run_policy(settings, loss.networks if average is None else average.networks)
+        loss = average.loss_module
+    policy = make_run_policy(settings, loss.networks)
     shared: dict[str, Any] = {"interval": evaluation.interval, "seed": evaluation.seed}
     rows = transitions if held_out is None else held_out
     is_held_out = {"held_out": held_out is not None, "max_rows": evaluation.max_rows}

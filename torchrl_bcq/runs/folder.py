@@ -176,14 +176,13 @@ def find_checkpoint(run: Path, which: str = "best") -> Path:
 
 @dataclass(frozen=True)
 class Trained:
-    """A loaded checkpoint. ``loss`` contains the trained networks; the policy uses ``networks``."""
+    """A loaded checkpoint. If the run averages its weights, the networks of ``loss`` have the averaged weights."""
 
     path: Path
     step: int  # number of gradient steps that the run had made before this checkpoint
     settings: DictConfig
     task: Task
     loss: OfflineLoss
-    networks: Sequence[Any]  # those of ``loss``, or the moving average of their weights
 
     @property
     def algorithm(self) -> Algorithm:
@@ -193,7 +192,7 @@ class Trained:
     @property
     def policy(self) -> TensorDictModuleBase:
         """The policy of the algorithm, made from the networks."""
-        policy: Any = make_run_policy(self.settings, self.networks)
+        policy: Any = make_run_policy(self.settings, self.loss.networks)
         policy.stack, policy.action_spec = self.task.stack, self.task.action_spec
         return policy
 
@@ -234,4 +233,4 @@ def load(run: Path, which: str = "best", device: str = "auto") -> Trained:
         make_checkpoint(**parts).load(path, map_location=target)
     except CheckpointError as error:
         raise RunError(f"{path} cannot be loaded: {error}") from error
-    return Trained(path, step, settings, task, loss, loss.networks if average is None else average.networks)
+    return Trained(path, step, settings, task, loss if average is None else average.loss_module)

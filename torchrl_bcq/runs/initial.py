@@ -76,9 +76,6 @@ def _differing(saved: DictConfig, settings: DictConfig) -> list[str]:
 
 def _copy_networks(trained: Trained, loss: OfflineLoss, differing: list[str]) -> None:
     """Copy the networks and their targets. A target network that ``trained`` lacks becomes a copy of its network."""
-    for network, acting in zip(trained.loss.networks, trained.networks, strict=True):
-        if network is not None:
-            network.load_state_dict(acting.state_dict())  # those of the average, if the policy acted with it
     state, own = trained.loss.state_dict(), dict(loss.state_dict())
     online = tuple(f"{name}_network_params." for name in loss.network_names)
     names = [name for name in own if name.removeprefix("target_").startswith(online)]

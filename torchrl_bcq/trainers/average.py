@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchrl.trainers import Trainer
 
@@ -16,18 +16,19 @@ class WeightAverage:
     """Averages the weights of all networks of an objective, exponentially over the gradient steps.
 
     After each gradient step, ``average = decay * average + (1 - decay) * weights``. The average starts with the weights
-    after the first step. Buffers, such as BatchNorm statistics, are copied without averaging. Training itself does not
-    use the average. Checkpoints of the trainer contain the average.
+    after the first step. Target networks and buffers, such as BatchNorm statistics, are copied without averaging.
+    Training itself does not use the average. Checkpoints of the trainer contain the average.
 
     Args:
         loss_module: objective whose networks are averaged. Move or convert it before you build the average.
         decay: at least 0 and below 1; ``1 / (1 - decay)`` is roughly the number of recent steps in the average.
 
     Raises:
-        ValueError: if ``decay`` is out of range.
+        ValueError: if ``decay`` is out of range, or weights have fewer than 32 bits, which would round small changes
+            of the average to nothing.
 
-    Usage: ``average = WeightAverage(loss, decay=0.999)``, then ``average.register(trainer)``; a policy that uses
-        ``average.networks`` acts with the averaged weights: ``BCQPolicy(*average.networks)``.
+    Usage: ``average = WeightAverage(loss, decay=0.999)``, then ``average.register(trainer)``. ``average.loss_module``
+        is a copy of the objective with the averaged weights: ``BCQPolicy(*average.loss_module.networks)``.
 
     Source: ``torch.optim.swa_utils.AveragedModel``.
     """
@@ -35,15 +36,16 @@ class WeightAverage:
     def __init__(self, loss_module: OfflineLoss, *, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}, expected at least 0 and below 1.")
-        self._source = nn.ModuleList([network for network in loss_module.networks if network is not None])
-        self._is_used = [network is not None for network in loss_module.networks]
-        self._model = AveragedModel(self._source, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        dtypes = {weights.dtype for weights in loss_module.parameters()}
+        if short := [str(dtype) for dtype in dtypes if torch.finfo(dtype).bits < 32]:
+            raise ValueError(f"the networks have {short[0]} weights, expected float32 or float64 for an average.")
+        self._source = loss_module
+        self._model = AveragedModel(loss_module, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     @property
-    def networks(self) -> tuple[Any, ...]:
-        """The networks with the averaged weights, in the order of ``loss_module.networks``."""
-        averaged = iter(self._model.module.children())
-        return tuple(next(averaged) if is_used else None for is_used in self._is_used)
+    def loss_module(self) -> OfflineLoss:
+        """A copy of the objective. Its networks have the averaged weights."""
+        return cast("OfflineLoss", self._model.module)
 
     def __call__(self) -> None:
         """Add the current weights to the average."""
