@@ -106,7 +106,7 @@ def test_tables_take_their_columns_from_the_command_line(file, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["describe", "none.hdf5"], "torchrl-bcq: there is no file none.hdf5.\n"),
+        (["describe", "none.hdf5"], "torchrl-bcq: there is no file none.hdf5 in /"),
         (["describe", "swings.hdf5", "--names", "obs"], "--names has ['obs'], expected FIELD=ENTRY"),
         (
             ["describe", "swings.hdf5", "--names", "actions=torque"],

@@ -121,7 +121,7 @@ def test_other_data_start_a_new_run_with_the_networks_as_the_message_says(words,
     assert "start a new run with the networks of this run: init_from=RUN out=FOLDER." in message
     assert "Checkpoint(" not in message
     message = shown("train", f"resume={run}", "optim.lr=1e-4")
-    assert f"in another folder with out=FOLDER. Add init_from={run} to start with its networks." in message
+    assert f"in another folder with out=FOLDER; add init_from={run} to start with its networks." in message
     other = [f"init_from={run}", f"out={tmp_path / 'new'}", "optim.lr=1e-4", f"dataset={new}"]
     assert main(["train", *words(*other, "steps=10")]) == 0
     assert load_settings(tmp_path / "new").init_from == str(run)

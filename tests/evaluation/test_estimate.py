@@ -43,10 +43,13 @@ def test_the_recorded_behaviour_gets_no_verdict():
         ),
         ({"critics": (6.5, -1.5)}, "the critics diverge: the estimate of one critic is -1.5, but"),
         ({"critics": (np.nan, 7.0)}, "the critics diverge: the estimate of one critic is nan, but"),
-        ({"residual": -2.0}, "mean TD error corresponds to an error of -2 in the value, and the difference is only +2"),
-        ({"residual": np.nan}, "mean TD error corresponds to an error of +nan in the value"),
-        ({"behaviour_residual": 2.5}, "mean TD error corresponds to an error of +2.5 in the value"),
-        ({"behaviour_residual": np.nan}, "mean TD error corresponds to an error of +nan in the value"),
+        (
+            {"residual": -2.0},
+            "corresponds to an error of 2 in the value, which is not below the difference, 2",
+        ),
+        ({"residual": np.nan}, "mean TD error corresponds to an error of nan in the value"),
+        ({"behaviour_residual": 2.5}, "mean TD error corresponds to an error of 2.5 in the value"),
+        ({"behaviour_residual": np.nan}, "mean TD error corresponds to an error of nan in the value"),
         (
             {"value": 12.0, "uses_critics": False},
             "the estimate is 12, but the rewards of the dataset allow only values from 0 to 10",

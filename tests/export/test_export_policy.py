@@ -406,7 +406,7 @@ def test_latents_of_a_policy_on_frames(tmp_path):
     ("arguments", "message"),
     [
         ({"path": "policy.pt"}, "path is 'policy.pt', expected the name of an ONNX file"),
-        ({"path": "folder.onnx"}, "path is 'folder.onnx', expected the name of an ONNX file"),
+        ({"path": "folder.onnx"}, "path is 'folder.onnx', which is a folder, expected the name of an ONNX file"),
         (
             {"observations": TensorDict({"observation": torch.zeros(4, 2, 3)}, [4, 2])},
             "observations has batch size (4, 2)",
@@ -415,6 +415,10 @@ def test_latents_of_a_policy_on_frames(tmp_path):
         (
             {"observations": TensorDict({"observation": torch.tensor([[0.0, 1.0, math.inf]] * 300)}, [300])},
             "observations has values in 'observation' that are not finite",
+        ),
+        (
+            {"observations": TensorDict({"observation": torch.zeros(9, 5)}, [9])},
+            "observations has 'observation' of shape (9, 5), expected ('N', 3).",
         ),
         ({"facts": {"inputs": 3}}, "facts has ['inputs'], which the file already describes"),
         ({"facts": {"score": math.nan}}, "Out of range float values are not JSON compliant"),
@@ -428,6 +432,16 @@ def test_arguments_that_are_refused(tmp_path, monkeypatch, arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         export_policy(**{"policy": bcq(), "path": "policy.onnx", **arguments})
     assert [*tmp_path.iterdir()] == [tmp_path / "folder.onnx"]
+
+
+def test_arguments_of_a_wrong_type(tmp_path):
+    for policy, observations, message in (
+        ("runs/first", None, "policy is a str, expected a TensorDict policy, such as load_policy(RUN)."),
+        (torch.nn.Linear(3, 1), None, "policy is a Linear, expected a TensorDict policy"),
+        (bcq(), np.zeros((10, 3)), "observations is a ndarray, expected a TensorDict of transitions."),
+    ):
+        with pytest.raises(TypeError, match=re.escape(message)):
+            export_policy(policy, tmp_path / "policy.onnx", observations)
 
 
 def test_home_folder_and_float64(tmp_path, monkeypatch):

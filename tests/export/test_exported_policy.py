@@ -50,10 +50,13 @@ def vector(folder):
     [
         ([0.0, 1.0], "'observation' has shape (2,), expected [3] for one observation, or [B, 3] for several."),
         (np.zeros((2, 2, 3)), "'observation' has shape (2, 2, 3), expected [3] for one"),
-        (np.zeros((0, 3)), "'observation' has shape (0, 3), expected [3] for one"),
+        (np.zeros((0, 3)), "'observation' has shape (0, 3): it holds no observation."),
         (1.0, "'observation' has shape (), expected [3]"),
-        ([0.0, np.nan, 5.0], "'observation' has values that are not finite, such as nan at [1]; repair them."),
-        ([[0, 1, 5], [0, 1, 1e300]], "'observation' has values that are not finite, such as inf at [1, 2]"),
+        (
+            [0.0, np.nan, 5.0],
+            "'observation' has values that are not finite in float32, such as nan at [1]; repair",
+        ),
+        ([[0, 1, 5], [0, 1, 1e300]], "'observation' has values that are not finite in float32, such as inf at [1, 2]"),
         (["left", "right", "up"], "'observation' has dtype <U5, expected real numbers (float32)."),
         ([0, 1j, 5], "'observation' has dtype complex128, expected real numbers (float32)."),
         ([[0, 1, 5], [0, 1]], "'observation' is not an array of numbers: "),
@@ -170,10 +173,10 @@ def test_arrays_that_are_not_contiguous(vector):
 def test_a_number_outside_the_training_range_warns_once(vector):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        vector.act([[-1.0, 0.0, 5.0], [1.0, 2.0, 5.0]])  # the ends of the range
+        vector.act([[-1.0, -0.09, 5.0], [1.0, 2.09, 5.0]])  # 5 % beyond the ends of the range
     message = (
         "'observation'[1] is 2.5, but in the training data it was between 0 and 2; the action may be wrong. There are "
-        "no more warnings of this kind."
+        "no more warnings about this number."
     )
     with pytest.warns(UserWarning, match=re.escape(message)) as caught:
         expected = vector.act([[0.0, 1.0, 5.0], [0.0, 2.5, 5.0]])
@@ -181,6 +184,8 @@ def test_a_number_outside_the_training_range_warns_once(vector):
     assert expected.shape == (2, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        vector.act([9.0, 9.0, 9.0])
+        vector.act([0.0, 9.0, 5.0])
+    with pytest.warns(UserWarning, match=re.escape("'observation'[0] is 9, but")):
+        vector.act([9.0, 9.0, 5.0])
     with pytest.raises(ValueError, match="not finite"):
         vector.act([np.inf, 9.0, 9.0])

@@ -34,7 +34,7 @@ def test_agreement_with_true_values():
     found = agreement([one for one in POLICIES if one.name != "nan"])
     assert found == {"regret": 2, "spearman": pytest.approx(1 - 6 * 2 / (3 * 8))}
     assert agreement([POLICIES[0], POLICIES[2]]) == {"regret": 0}
-    assert agreement([*POLICIES[:1], ranked("unknown", 4)]) == {}
+    assert agreement([*POLICIES[:1], ranked("unknown", 4)]) == agreement(POLICIES[:1]) == {}
     assert agreement([]) == {}
 
 

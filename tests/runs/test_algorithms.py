@@ -110,14 +110,15 @@ def test_its_settings_are_those_of_its_constructors(train, run, capsys):
     assert mentions == []
     for word, message in {
         "loss.new=high": "loss.new cannot be 'high'",
-        "loss.lmbda=1": "there is no setting loss.lmbda",
-        "network.hidden=[8]": "there is no setting network.hidden",
-        "optim.qvalue.lr=1": "there is no setting optim.qvalue.lr",
+        "loss.lmbda=1": "loss.lmbda is a setting of bcq, but this run has algorithm=own; leave loss.lmbda out",
+        "network.hidden=[8]": "network.hidden is a setting of bcq and cloning, but this run has algorithm=own",
+        "optim.qvalue.lr=1": "optim.qvalue.lr is a setting of bcq, but this run has algorithm=own",
     }.items():
         assert train(word) == 1
         assert capsys.readouterr().err.startswith(f"torchrl-bcq: {message}")
     assert train("loss.new=0.5", algorithm="cloning") == 1
-    assert capsys.readouterr().err.startswith("torchrl-bcq: there is no setting loss.new")
+    message = "torchrl-bcq: loss.new is a setting of own, but this run has algorithm=cloning; leave loss.new out"
+    assert capsys.readouterr().err.startswith(message)
     assert not run.exists()
 
 

@@ -86,11 +86,13 @@ def test_a_run_starts_with_the_average_of_an_earlier_one(file, tmp_path):
 
 def test_unknown_names_are_refused(file, tmp_path, capsys):
     for word, message in (
-        ("network.flow_steps=0", "flow_steps is 0, expected at least 1"),
+        ("network.flow_steps=0 network.behavior=flow", "flow_steps is 0, expected at least 1"),
+        ("network.flow_steps=5", "flow_steps has an effect only with network.behavior=flow, but this run has network."),
+        ("network.behavior=flow network.kl_weight=1", "kl_weight has an effect only with network.behavior=vae, but"),
         ("network.latent_clip=-1", "latent_clip is -1.0, expected a positive number"),
         ("network.behavior=gan", "behavior is 'gan', expected vae, mixture or flow"),
         ("average_decay=1", "average_decay is 1.0, expected at least 0 and below 1, or null for no average"),
         ("policy.choose_by=max", "choose_by is 'max', expected one of ['first', 'min', 'mean']"),
     ):
-        assert main(["train", f"dataset={file}", *TINY, word, f"out={tmp_path / 'run'}"]) == 1
+        assert main(["train", f"dataset={file}", *TINY, *word.split(), f"out={tmp_path / 'run'}"]) == 1
         assert message in capsys.readouterr().err

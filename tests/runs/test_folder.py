@@ -342,3 +342,16 @@ def test_a_network_of_another_size_is_refused(run):
         match=r"cannot be loaded: .*18 entries whose shape differs .*: \[8\] in the state_dict, \[9\] in the loss",
     ):
         load_policy(run)
+
+
+def test_which_checkpoint_is_loaded(make_trained, tmp_path):
+    make_trained()
+    run = tmp_path / "run"
+    newest = find_checkpoint(run, "last")
+    assert find_checkpoint(run / "checkpoints") == newest
+    assert find_checkpoint(run / "best") == find_checkpoint(run, "best")
+    for word in ("latest", "all", None):
+        with pytest.raises(RunError, match=f"checkpoint is {word!r}, expected 'best' or 'last'"):
+            load_policy(run, word)
+    with pytest.raises(RunError, match="manifest.json is a file; choose the folder of a run"):
+        find_checkpoint(newest / "manifest.json")

@@ -80,7 +80,8 @@ def test_evaluate_says_that_values_are_of_changed_rewards(make_settings, tmp_pat
     assert load(tmp_path / "run").settings.reward == {"shift": 0, "scale": 0.1, "clip": 2}
     assert main(["evaluate", str(tmp_path / "run"), "--episodes", "2"]) == 0
     out = capsys.readouterr().out
-    assert "in 51 steps (both with the rewards of training, clip((reward + 0) * 0.1, -2, 2))." in out
+    assert "in at most 51 steps, without the time limit (both with" in out
+    assert "the rewards of training, clip((reward + 0) * 0.1, -2, 2))." in out
     numbers = json.loads((tmp_path / "run" / "evaluation.json").read_text())["BCQ"]
     assert abs(numbers["discounted_return"]) <= 2 * 10  # at most 2 in each step, and sum of 0.9 ** t below 10
 

@@ -157,7 +157,7 @@ def test_a_setting_of_a_new_objective_is_found_nowhere_but_in_its_constructor(mo
             compose(["algorithm=weighted", wrong])
     with pytest.raises(RunError, match=r"there is no setting loss\.temprature; did you mean loss\.temperature\?"):
         compose(["algorithm=weighted", "loss.temprature=1"])
-    with pytest.raises(RunError, match=r"there is no setting loss\.temperature"):
+    with pytest.raises(RunError, match=r"loss\.temperature is a setting of weighted, but this run has algorithm=bcq"):
         compose(["loss.temperature=1"])
 
 
@@ -401,8 +401,9 @@ def test_all_that_differs_is_named_and_nothing_else(make_settings):
         check_resumable(make_settings(*differing), make_settings(), Path("run"))
     assert str(error.value) == (
         "run cannot be resumed with changed settings: seed was 0 and is now 1; network.hidden was [8] and is now [9]; "
-        "optim.vae.lr was None and is now 0.5. Use the old values, or start a new run in another folder with "
-        "out=FOLDER. Add init_from=run to start with its networks."
+        "optim.vae.lr was None and is now 0.5. To resume the run with its saved settings: torchrl-bcq train "
+        "resume=run. Or start a new run in another folder with out=FOLDER; add init_from=run to start with its "
+        "networks."
     )
 
 

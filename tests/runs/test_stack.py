@@ -85,7 +85,7 @@ def test_parallel_evaluation_sees_the_states_of_each_episode(run):
 
 
 def test_a_resumed_run_keeps_the_number(make_settings, run):
-    with pytest.raises(RunError, match=r"cannot be resumed with changed settings: stack was 3 and is now 1\. Use the"):
+    with pytest.raises(RunError, match=r"cannot be resumed with changed settings: stack was 3 and is now 1\. To"):
         train(make_settings("resume=true", "steps=30"))
     assert train(make_settings("stack=3", "resume=true", "steps=30"))["steps"] == 30
     train(make_settings("stack=3", "steps=30", f"out={run.with_name('whole')}"))

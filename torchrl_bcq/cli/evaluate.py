@@ -174,7 +174,9 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
     print(f"\n{task.env}, {args.episodes} episodes of each policy\n")
     _print_returns({"the dataset": {"return": task.behaviour["mean"], "return_std": task.behaviour["std"]}, **rows})
     if "value_estimate" in rows[own]:
-        within = "" if steps is None else f" in {steps:,} steps"
+        longer = "" if limit is None or steps is None or steps <= limit else "at most "
+        within = "" if steps is None else f" in {longer}{steps:,} steps"
+        within += ", without the time limit" if longer else ""
         within += "" if formula is None else f" (both with the rewards of training, {formula})"
         print(
             f"\nAt the initial states the critic estimates a discounted return of {rows[own]['value_estimate']:.4g}; "

@@ -25,7 +25,7 @@ def print_runs(folder: Path) -> None:
     runs = find_runs([folder], lambda run: flat(load_settings(run)))
     differing = [name for name in differing_settings([run.settings for run in runs]) if name not in _NOT_SHOWN]
     metric = choose_metric(runs, None)
-    logged = {run.folder: run.read(metric) for run in runs}
+    logged = {run.folder: _after_training(run.read(metric)) for run in runs}
     others = [] if metric == "return" else [name for name in _OTHERS if any(name in run.metrics for run in runs)]
     best_of = [f"best {metric}"] if metric == "return" else [f"last {name}" for name in others]
     lines = [["run", *differing, "steps", f"last {metric}", *best_of]]
@@ -48,8 +48,16 @@ def print_runs(folder: Path) -> None:
         print(f"To evaluate a run: torchrl-bcq evaluate {runs[0].folder}")
         print(f"To estimate without an environment which run is best: torchrl-bcq rank {folder}")
         return
+    if "dataset" in differing:
+        print("\nThe runs have different datasets, so their returns may belong to different tasks.")
+        return
     best = max(measured, key=lambda run: max(logged[run].values()))
     step, value = max(logged[best].items(), key=lambda item: item[1])
     print(f"\nThe best return is {value:.4g}, in {best} after {step:,} gradient steps.")
     print("The best of many evaluations is too high on average. To measure this run in new episodes:")
     print(f"  torchrl-bcq evaluate {best}")
+
+
+def _after_training(values: dict[int, float]) -> dict[int, float]:
+    """Leave out the evaluation before the first gradient step, if there are others."""
+    return {step: value for step, value in values.items() if step} or values

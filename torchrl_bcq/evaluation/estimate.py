@@ -76,7 +76,7 @@ class Estimate:
         if self.uses_critics and self.difference is not None and not abs(residual) < abs(self.difference):
             found.append(
                 f"the critics do not fit held-out rows well enough: their mean TD error corresponds to an error of "
-                f"{residual:+.4g} in the value, and the difference is only {self.difference:+.4g}"
+                f"{abs(residual):.4g} in the value, which is not below the difference, {abs(self.difference):.4g}"
             )
         if self.uses_weights and self.effective_sample_size is not None and not self.effective_sample_size >= _FEWEST:
             size = f"{self.effective_sample_size:.1f} episodes, but a verdict needs at least {_FEWEST}"

@@ -20,8 +20,8 @@ class ExportedPolicy:
     """Policy from an ONNX file of ``export_policy`` or ``torchrl-bcq export``.
 
     The file contains the whole computation from raw observations to the action in the units of the environment. It also
-    describes its inputs and outputs; ``contract`` holds this description. If an observation lies outside the range of
-    the training data, the policy warns once.
+    describes its inputs and outputs; ``contract`` holds this description. If a number of an observation lies outside
+    its range in the training data, widened by 5 % on each side, the policy warns once for this number.
 
     Args:
         path: file of the policy.
@@ -86,7 +86,8 @@ class ExportedPolicy:
             ``[]`` and ``[B]``.
 
         Raises:
-            ValueError: if an entry is missing, has a wrong shape, or has values that are not real, finite numbers.
+            ValueError: if an entry is missing or empty, has a wrong shape, or has values that are not real, finite
+                numbers.
         """
         return self._run(observation, latents)[self._outputs[0]]
 
@@ -155,7 +156,9 @@ class ExportedPolicy:
             array = _to_array(port, _find(port, observation, self._joined))
             shape, features = array.shape, tuple(port["shape"])
             batch = shape[: len(shape) - len(features)]
-            if len(batch) > 1 or shape[len(batch) :] != features or 0 in batch:
+            if 0 in batch:
+                raise ValueError(f"{_shown(port['key'])} has shape {shape}: it holds no observation.")
+            if len(batch) > 1 or shape[len(batch) :] != features:
                 sizes = ", ".join(map(str, features))
                 expected = f"[{sizes}] for one observation, or [B, {sizes}] for several" if sizes else "[] or [B]"
                 raise ValueError(f"{_shown(port['key'])} has shape {shape}, expected {expected}.")
@@ -166,7 +169,7 @@ class ExportedPolicy:
         return feeds, next(iter(batches.values()))
 
     def _check_values(self, port: dict[str, Any], array: np.ndarray) -> None:
-        """Raise a ValueError if a number is not finite. Warn once if a number is outside the training range."""
+        """Raise a ValueError if a number is not finite. Warn if a number is outside its range in training."""
         if port["kind"] == "mask":
             if not array.any(-1).all():
                 rows = np.flatnonzero(~array.any(-1)).tolist()
@@ -181,17 +184,18 @@ class ExportedPolicy:
         if not finite.all():
             at = np.argwhere(~finite)[0].tolist()
             found = f"{array[tuple(at)]} at {at}"
-            raise ValueError(f"{_shown(port['key'])} has values that are not finite, such as {found}; repair them.")
+            raise ValueError(
+                f"{_shown(port['key'])} has values that are not finite in {array.dtype}, such as {found}; repair them."
+            )
         if limits is not None:
             at = np.argwhere((array < limits[0]) | (array > limits[1]))[0]
             feature = tuple(at[array.ndim - limits[0].ndim :].tolist())
             low, high = (np.asarray(port[end])[feature] for end in ("low", "high"))
             value = array[tuple(at)]
-            self._ranges = {}
+            limits[0][feature], limits[1][feature] = -np.inf, np.inf
             warnings.warn(
-                f"{_shown(port['key'])}{[*feature]} is {value:.6g}, but in the "
-                f"training data it was between {low:.6g} and {high:.6g}; the action may be wrong. There are no more "
-                "warnings of this kind.",
+                f"{_shown(port['key'])}{[*feature]} is {value:.6g}, but in the training data it was between {low:.6g} "
+                f"and {high:.6g}; the action may be wrong. There are no more warnings about this number.",
                 stacklevel=5,
             )
 
@@ -239,8 +243,8 @@ def _read_contract(path: Any, session: Any) -> dict[str, Any]:
 
 
 def _widen(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a range that is wider by rounding errors."""
-    margin = 1e-6 * np.maximum(1, np.maximum(np.abs(low), np.abs(high)))
+    """Return a range that is wider by 5 % on each side, and by rounding errors."""
+    margin = 0.05 * (high - low) + 1e-6 * np.maximum(1, np.maximum(np.abs(low), np.abs(high)))
     return (low - margin).astype(low.dtype), (high + margin).astype(high.dtype)
 
 
@@ -275,7 +279,7 @@ def _to_array(port: dict[str, Any], value: Any) -> np.ndarray:
         return value
     try:
         array = np.asarray(value)
-    except ValueError as error:  # lists of different lengths
+    except (ValueError, TypeError, RuntimeError) as error:  # lists of different lengths, tensors with gradients
         raise ValueError(f"{_shown(port['key'])} is not an array of numbers: {str(error).rstrip('.')}.") from error
     if wanted.kind == "b":
         if array.dtype.kind not in "biu" or not ((array == 0) | (array == 1)).all():

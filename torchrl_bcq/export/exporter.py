@@ -86,10 +86,11 @@ def export_policy(
         facts: other facts to store in the file, such as the name of the dataset; values that JSON can hold.
 
     Raises:
+        TypeError: if ``policy`` or ``observations`` is no TensorDict module or TensorDict.
         RunError: if PyTorch cannot export the policy, onnxruntime cannot run the file, or an output of the file
             differs by more than 1e-4 from that of the policy. No file is written then.
         ValueError: if the shapes of the observations are not known, the observations are not finite or have a wrong
-            batch size, the policy does not write the action, ``latents`` is True for a policy without latents, or the
+            shape, the policy does not write the action, ``latents`` is True for a policy without latents, or the
             networks have a dtype that onnxruntime cannot run.
         ImportError: if onnx, onnxscript or onnxruntime is not installed.
 
@@ -109,9 +110,15 @@ def export_policy(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"{error}; to export a policy: pip install 'torchrl-bcq[export]'") from error
+    if not isinstance(policy, TensorDictModuleBase):
+        found = type(policy).__name__
+        raise TypeError(f"policy is a {found}, expected a TensorDict policy, such as load_policy(RUN).")
+    if observations is not None and not isinstance(observations, TensorDictBase):
+        raise TypeError(f"observations is a {type(observations).__name__}, expected a TensorDict of transitions.")
     file = home(path)
     if file.suffix.lower() != ".onnx" or file.is_dir():
-        raise ValueError(f"path is {str(path)!r}, expected the name of an ONNX file, such as policy.onnx.")
+        found = " which is a folder," if file.is_dir() else ""
+        raise ValueError(f"path is {str(path)!r},{found} expected the name of an ONNX file, such as policy.onnx.")
     own, is_known = copy.deepcopy(policy).cpu().eval(), isinstance(policy, Policy)
     states = _states(own, observations)
     if action_key is None:
@@ -172,6 +179,10 @@ def _states(policy: TensorDictModuleBase, observations: TensorDictBase | None) -
         lacking = [key for key in policy.in_keys if key not in observations.keys(True)]
         if lacking:
             raise ValueError(f"observations lacks {lacking}, which the policy reads; pass the transitions.")
+        for key, spec in (getattr(policy, "observation_specs", None) or {}).items():
+            if observations.get(key).shape[1:] != spec.shape:
+                found = tuple(observations.get(key).shape)
+                raise ValueError(f"observations has {key!r} of shape {found}, expected {('N', *spec.shape)}.")
         chosen = observations.select(*policy.in_keys)[torch.arange(number) * len(observations) // number]
         states = {key: chosen.get(key).to("cpu", copy=True) for key in policy.in_keys}
     else:

@@ -44,7 +44,7 @@ def rank(policies: Sequence[Ranked]) -> list[Ranked]:
 
 
 def agreement(policies: Sequence[Ranked]) -> dict[str, float]:
-    """Compare estimates with true values, if all policies have them.
+    """Compare estimates with true values, if there are several policies and all have them.
 
     Returns: ``spearman``, the rank correlation, for three or more policies, and ``regret``, the best true value minus
     that of the first policy of the ranking.
@@ -53,7 +53,7 @@ def agreement(policies: Sequence[Ranked]) -> dict[str, float]:
 
     ranked = rank(policies)
     true = [one.true[0] for one in ranked if one.true is not None]
-    if not true or len(true) < len(ranked):
+    if len(true) < max(2, len(ranked)):
         return {}
     found = {"regret": max(true) - true[0]}
     if len(true) > 2:

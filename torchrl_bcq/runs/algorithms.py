@@ -49,6 +49,8 @@ class Algorithm:
         defaults: defaults of settings that differ from the defaults of the code that uses them, by dotted name.
         compared: more policies for ``torchrl-bcq evaluate``: dict from a title to a function ``(*networks)`` that
             returns the policy.
+        requires: settings that have an effect only with one value of another setting: dict from a name to the other
+            name and this value.
         meanings: explanations of logged metrics for ``torchrl-bcq evaluate``, by the start of their names.
     """
 
@@ -61,6 +63,7 @@ class Algorithm:
     discrete: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     compared: Mapping[str, Callable[..., TensorDictModuleBase]] = field(default_factory=dict)
+    requires: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     meanings: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -86,6 +89,13 @@ ALGORITHMS: dict[str, Algorithm] = {
         policy=BCQPolicy,
         make_updater=soft_update,
         baseline="cloning",
+        requires={
+            "network.latent_dim": ("network.behavior", "vae"),
+            "network.latent_clip": ("network.behavior", "vae"),
+            "network.kl_weight": ("network.behavior", "vae"),
+            "network.num_components": ("network.behavior", "mixture"),
+            "network.flow_steps": ("network.behavior", "flow"),
+        },
         compared={"behaviour model": lambda behavior, actor, critics: BehaviorCloningPolicy(behavior)},
         meanings={
             "held_out_loss_vae": "if it rises during training, the behaviour model overfits.",

@@ -32,7 +32,7 @@ from torchrl_bcq.runs.build import make_average, make_objective, make_run_policy
 from torchrl_bcq.runs.folder import BEST, CHECKPOINTS, Task, choose_device
 from torchrl_bcq.runs.loggers import make_loggers
 from torchrl_bcq.runs.optimizers import make_scheduler_hooks, make_stepper
-from torchrl_bcq.runs.settings import to_plain
+from torchrl_bcq.runs.settings import default_settings, flat, to_plain
 from torchrl_bcq.trainers import KeepBest, OfflineTrainer
 from torchrl_bcq.trainers.execution import PRECISIONS
 
@@ -250,3 +250,8 @@ def check_numbers(settings: DictConfig) -> None:
             raise RunError(f"{found}; change one of them.")
     if settings.baseline is not None:
         find_algorithm(settings.baseline)
+    own, defaults = flat(settings), flat(default_settings(settings.algorithm))
+    for name, (other, value) in find_algorithm(settings.algorithm).requires.items():
+        if own[name] != defaults[name] and own[other] != value:
+            found = f"this run has {other}={own[other]}"
+            raise RunError(f"{name} has an effect only with {other}={value}, but {found}; leave {name} out.")

@@ -155,17 +155,24 @@ def choose_device(name: str) -> torch.device:
 
 
 def find_checkpoint(run: Path, which: str = "best") -> Path:
-    """Find the ``best`` or ``last`` checkpoint of a run. If ``run`` is a checkpoint, return ``run``.
+    """Find the ``best`` or ``last`` checkpoint of a run. If ``run`` is a checkpoint, return ``run``. If ``run`` is the
+    folder ``best`` or ``checkpoints`` of a run, return its newest checkpoint.
 
     If the run kept no best checkpoint, ``best`` finds the last checkpoint.
 
     Raises:
-        RunError: if there is no checkpoint.
+        RunError: if there is no checkpoint, or ``which`` is another word.
     """
+    if which not in ("best", "last"):
+        raise RunError(f"checkpoint is {which!r}, expected 'best' or 'last'.")
     if Checkpoint.is_checkpoint(run := home(run)):
         return run
+    if run.is_file():
+        raise RunError(f"{run} is a file; choose the folder of a run of torchrl-bcq train, or of a checkpoint.")
     found = best_checkpoint(run / BEST) if which == "best" else None
     found = found or CheckpointRotation(run / CHECKPOINTS, keep_last=1).latest()
+    if found is None and run.name in (BEST, CHECKPOINTS):
+        found = CheckpointRotation(run, keep_last=1).latest()
     if found is None:
         runs = sorted(path.parent.name for path in run.glob(f"*/{CHECKPOINTS}"))
         inside = f" It contains the runs {runs}." if runs else ""

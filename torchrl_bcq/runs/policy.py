@@ -19,7 +19,7 @@ def load_policy(run: str | Path, checkpoint: str = "best", device: str = "auto")
         device: any torch device; ``"auto"`` selects cuda if it is available.
 
     Raises:
-        RunError: if there is no checkpoint, or if it cannot be loaded.
+        RunError: if there is no checkpoint, if it cannot be loaded, or if ``checkpoint`` is another word.
 
     Example:
         >>> policy = load_policy("runs/first")  # folder made by: torchrl-bcq train out=runs/first

@@ -172,7 +172,7 @@ def _override(values: dict[str, Any]) -> DictConfig:
 
 
 def _check_name(name: str, known: Sequence[str], algorithm: str) -> None:
-    """Raise a RunError if a setting is unknown. The error names the algorithms for other actions that have it."""
+    """Raise a RunError if a setting is unknown. The error names the algorithms that have it."""
     if name in known:
         return
     discrete = find_algorithm(algorithm).discrete
@@ -180,10 +180,11 @@ def _check_name(name: str, known: Sequence[str], algorithm: str) -> None:
         [other for other in algorithms_of(kind) if name in flat(default_settings(other))]
         for kind in (discrete, not discrete)
     )
-    if others and not same:
+    if same or others:
+        actions = "" if same else f", for {'discrete' if discrete else 'continuous'} actions"
         raise RunError(
-            f"{name} is a setting of {' and '.join(others)}, but this run has algorithm={algorithm}, for "
-            f"{'discrete' if discrete else 'continuous'} actions; leave {name} out."
+            f"{name} is a setting of {' and '.join(same or others)}, but this run has algorithm={algorithm}{actions}; "
+            f"leave {name} out."
         )
     check_name(name, known)
 
@@ -291,4 +292,5 @@ def check_resumable(now: DictConfig, saved: DictConfig, run: Path) -> None:
     ]
     if differing:
         found = f"{run} cannot be resumed with changed settings: {'; '.join(differing)}"
-        raise RunError(f"{found}. Use the old values, or {remedy}. Add init_from={run} to start with its networks.")
+        old = f"To resume the run with its saved settings: torchrl-bcq train resume={run}"
+        raise RunError(f"{found}. {old}. Or {remedy}; add init_from={run} to start with its networks.")

@@ -324,7 +324,7 @@ MALFORMED = {
     "number": (lambda: 3, "the dataset is 3, expected a name or a list of names."),
     "mapping": (lambda: {"a.hdf5": 1}, "the dataset is {'a.hdf5': 1}, expected a name or a list of names."),
     "nested": (lambda: [["a.hdf5"]], "the dataset is [['a.hdf5']], expected a name or a list of names."),
-    "missing": (lambda: ["a.hdf5", "none.hdf5"], "there is no file none.hdf5."),
+    "missing": (lambda: ["a.hdf5", "none.hdf5"], "there is no file none.hdf5 in /"),
     "no match": (lambda: "none/*.hdf5", "no file matches none/*.hdf5."),
     "no match in a list": (lambda: ["a.hdf5", "csv:x*"], "no file matches x*."),
     "twice": (lambda: ["a.hdf5", "./a.hdf5"], "a.hdf5 and ./a.hdf5 are the same data; name it only once."),

@@ -47,7 +47,8 @@ def existing_file(path: str | Path) -> Path:
         raise DatasetError(f"the path is {path!r}, expected one file; to read several, use load_transitions([A, B]).")
     path = home(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise FileNotFoundError(f"there is no file {path}{where}.")
     return path
 
 
