@@ -305,6 +305,16 @@ BREAKS = {
     ),
     "mixture: always the first component": ("modules/behavior.py", "[..., :-1] < uniform)", "[..., :-1] < 0)"),
     "flow: steps of the wrong length": ("modules/behavior.py", "point, time) / self.steps", "point, time)"),
+    "mixture: deviations without a gradient at their bounds": (
+        "modules/behavior.py",
+        "log_std = low + softplus(high - softplus(high - log_std) - low)",
+        "log_std = log_std.clamp(low, high)",
+    ),
+    "metrics of the weights that are not averaged": (
+        "runs/assembly.py",
+        "        loss = average.loss_module\n",
+        "        pass\n",
+    ),
     "average: decay ignored": ("trainers/average.py", "get_ema_multi_avg_fn(decay)", "get_ema_multi_avg_fn(0.5)"),
     "candidates always ranked by the first critic": (
         "modules/policy.py",
