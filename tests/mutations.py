@@ -340,7 +340,11 @@ BREAKS = {
         "torch.maximum(apart, shortfall(value))",
         "apart",
     ),
-    "export: every call warns": ("export/exported_policy.py", "            self._ranges = {}\n", ""),
+    "export: every call warns": (
+        "export/exported_policy.py",
+        "            limits[0][feature], limits[1][feature] = -np.inf, np.inf\n",
+        "",
+    ),
     "export: latents beyond their clip": ("export/exported_policy.py", "drawn = drawn.clip(", "drawn.clip("),
     "export: parts in reverse order": (
         "export/exported_policy.py",

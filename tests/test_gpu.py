@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -38,6 +39,7 @@ MODES = [
     ["compile=true"],
     ["cudagraph=true", "precision=bf16-mixed"],
     ["cudagraph=true", "compile=true"],
+    ["cudagraph=true", "average_decay=0.9"],
 ]
 
 
@@ -123,18 +125,30 @@ def test_losses_and_gradients_equal_those_of_the_cpu(objective, make_batch, monk
     torch.testing.assert_close(moved, found["cpu"], rtol=1e-9, atol=1e-12)
 
 
+def whole_and_parts(folder, words: list[str]) -> list[Path]:
+    """Two runs of 20 steps, the second one interrupted after 10."""
+    runs = {folder / "whole": [20], folder / "parts": [10, 20]}
+    for run, lengths in runs.items():
+        for steps in lengths:
+            assert main(["train", *words, f"steps={steps}", f"out={run}", "resume=true"]) == 0
+    return [*runs]
+
+
+@pytest.mark.parametrize("behavior", ["mixture", "flow"])
+def test_runs_with_other_behaviour_models(make_words, tmp_path, behavior):
+    words = [*make_words("bcq"), "cudagraph=true", f"network.behavior={behavior}"]
+    assert_same(*whole_and_parts(tmp_path, words))
+
+
 @pytest.mark.parametrize("mode", MODES, ids=" ".join)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_resumed_run_equals_an_uninterrupted_run(make_words, tmp_path, algorithm, mode):
     words = [*make_words(algorithm), *mode, "held_out=0.2"]
-    for run, lengths in (("whole", [20]), ("parts", [10, 20])):
-        for steps in lengths:
-            assert main(["train", *words, f"steps={steps}", f"out={tmp_path / run}", "resume=true"]) == 0
+    runs = whole_and_parts(tmp_path, words)
     if "compile=true" in mode:  # the compiler chooses kernels by timing, and others round differently
-        one, other = (state(tmp_path / run) for run in ("whole", "parts"))
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(*map(state, runs), rtol=1e-4, atol=1e-6)
     else:
-        assert_same(tmp_path / "whole", tmp_path / "parts")
+        assert_same(*runs)
 
 
 @pytest.mark.parametrize("frames", [False, True])

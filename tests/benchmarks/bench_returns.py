@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 from json_lines import load
 from machine import describe
@@ -138,8 +139,12 @@ def train(run: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]
     found = {name: _read(out / "log" / "scalars" / f"{name}.csv") for name in METRICS}
     if not found["normalized_score"]:
         raise RuntimeError(f"{out} has no normalized scores; the dataset names no environment or no reference scores")
-    made = describe(args.device, [])
-    facts = {"commit": args.commit, "device": made["device"], "versions": made["versions"]}
+    made, results = describe(args.device, []), json.loads((out / "results.json").read_text())
+    with h5py.File(f"{data}.hdf5") as file:
+        low, high = file.attrs["ref_min_score"], file.attrs["ref_max_score"]
+    behaviour = round(float(100 * (results["behaviour"]["mean"] - low) / (high - low)), 4)
+    facts = {"behaviour_score": behaviour, "commit": args.commit}
+    facts |= {"device": made["device"], "versions": made["versions"]}
     facts["seconds"] = round(time.time() - start)  # since the last resume
     return [
         {**run, "step": step, **{name: found[name].get(step) for name in METRICS}, **facts}
@@ -185,17 +190,20 @@ def scores(lines: Iterable[Mapping[str, Any]], dataset: str) -> dict[str, dict[s
 
 
 def report(dataset: str, lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return a table of one dataset."""
+    """Return a table of one dataset, with the commits and the machines."""
+    every = [line for line in lines if line["dataset"] == dataset]
     rows = [
         f"| {dataset} | seeds | last | best | lowest of the last {LAST} | hours of a run |",
         "| --- | --- | --- | --- | --- | --- |",
+        f"| recorded behaviour |  | {every[0]['behaviour_score']:.1f} |  |  |  |",
     ]
     for setting, found in scores(lines, dataset).items():
-        own = [line for line in lines if line["dataset"] == dataset and label_of(line) == setting]
+        own = [line for line in every if label_of(line) == setting]
         hours = np.mean([line["seconds"] for line in own]) / 3600
         cells = [" ".join(interval(found[name])) for name in ("last", "best", "lowest")]
         rows.append(f"| {setting} | {len(found['last'])} | {' | '.join(cells)} | {hours:.2f} |")
-    return "\n".join(rows)
+    made = [", ".join(dict.fromkeys(line[name] for line in every)) for name in ("commit", "device")]
+    return "\n".join([*rows, f"\nCommits: {made[0]}; machines: {made[1]}."])
 
 
 def interquartile_mean(values: np.ndarray, axis: int = -1) -> Any:

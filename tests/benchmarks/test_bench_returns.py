@@ -32,6 +32,7 @@ def bench(monkeypatch):
 
 def lines(scores: dict[int, list[float]], setting: str = "paper") -> list[dict]:
     shared = {"dataset": "cart", "setting": setting, "steps": 100_000, "overrides": [], "seconds": 3600, "return": 0.0}
+    shared |= {"behaviour_score": 2.5, "commit": "abc", "device": "a CPU"}
     return [
         {**shared, "seed": seed, "step": step, "normalized_score": score}
         for seed, curve in scores.items()
@@ -71,8 +72,11 @@ def test_interquartile_mean_and_its_interval(bench):
 def test_report_and_picture(bench):
     found = bench.report("cart", [*lines({0: [0, 1], 1: [0, 1]}), *lines({0: [0, 7]}, "flow")]).splitlines()
     assert found[2:] == [
+        "| recorded behaviour |  | 2.5 |  |  |  |",
         "| paper | 2 | 1.0 (1.0 to 1.0) | 1.0 (1.0 to 1.0) | 1.0 (1.0 to 1.0) | 1.00 |",
         "| flow | 1 | 7.0  | 7.0  | 7.0  | 1.00 |",
+        "",
+        "Commits: abc; machines: a CPU.",
     ]
     (axes,) = bench.draw(lines({0: [0, 1], 1: [0, 3]})).axes
     assert axes.lines[0].get_ydata().tolist() == [0, 2]
@@ -95,6 +99,7 @@ def test_a_matrix_continues_where_it_was(tmp_path):
             np.arange(60) % 20 == 19,
         )
         file.attrs.update(env_id="Pendulum-v1", ref_min_score=-1200.0, ref_max_score=-100.0)
+        found_score = (np.sum(file["rewards"][:]) / 3 + 1200) / 11  # three episodes
     (tmp_path / "bad.hdf5").write_bytes(b"")
     results = tmp_path / "results.jsonl"
 
@@ -112,4 +117,5 @@ def test_a_matrix_continues_where_it_was(tmp_path):
     found = [json.loads(line) for line in results.read_text().splitlines()]
     assert [(line["seed"], line["step"]) for line in found] == [(s, t) for s in (0, 1, 2) for t in (0, 5, 10)]
     for line in found:
+        assert line["behaviour_score"] == pytest.approx(found_score, abs=1e-3)
         assert line["normalized_score"] == pytest.approx((line["return"] + 1200) / 11, abs=1e-2)
