@@ -136,7 +136,7 @@ def train(run: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=_end_with_the_parent)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    found = {name: _read(out / "log" / "scalars" / f"{name}.csv") for name in METRICS}
+    found = {name: read_metric(out / "log" / "scalars" / f"{name}.csv") for name in METRICS}
     if not found["normalized_score"]:
         raise RuntimeError(f"{out} has no normalized scores; the dataset names no environment or no reference scores")
     made, results = describe(args.device, []), json.loads((out / "results.json").read_text())
@@ -156,7 +156,7 @@ def folder_of(label: str) -> str:
     return re.sub(r"[^\w.=-]+", "-", label).strip("-")
 
 
-def _read(file: Path) -> dict[int, float]:
+def read_metric(file: Path) -> dict[int, float]:
     """Return a logged metric by step."""
     if not file.exists():
         return {}

@@ -18,7 +18,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from bench_returns import _read
+from bench_returns import read_metric
 from json_lines import append, load
 from scipy.spatial import cKDTree
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -53,7 +53,7 @@ class Parts:
 
 def measure(run: Path, file: Path, episodes: int, results: Path) -> None:
     parts = Parts(file)
-    logged = {name: _read(run / "log" / "scalars" / f"{name}.csv") for name in METRICS}
+    logged = {name: read_metric(run / "log" / "scalars" / f"{name}.csv") for name in METRICS}
     for checkpoint in tqdm(sorted((run / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[-1]))):
         step, policy = int(checkpoint.name.split("-")[-1]), bcq.load_policy(checkpoint)
         with h5py.File(file) as held:

@@ -156,7 +156,7 @@ def choose_device(name: str) -> torch.device:
 
 def find_checkpoint(run: Path, which: str = "best") -> Path:
     """Find the ``best`` or ``last`` checkpoint of a run. If ``run`` is a checkpoint, return ``run``. If ``run`` is the
-    folder ``best`` or ``checkpoints`` of a run, return its newest checkpoint.
+    folder ``best`` of a run, return its best checkpoint; if it is the folder ``checkpoints``, the newest one.
 
     If the run kept no best checkpoint, ``best`` finds the last checkpoint.
 
@@ -171,7 +171,9 @@ def find_checkpoint(run: Path, which: str = "best") -> Path:
         raise RunError(f"{run} is a file; choose the folder of a run of torchrl-bcq train, or of a checkpoint.")
     found = best_checkpoint(run / BEST) if which == "best" else None
     found = found or CheckpointRotation(run / CHECKPOINTS, keep_last=1).latest()
-    if found is None and run.name in (BEST, CHECKPOINTS):
+    if found is None and run.name == BEST:
+        found = best_checkpoint(run)
+    elif found is None and run.name == CHECKPOINTS:
         found = CheckpointRotation(run, keep_last=1).latest()
     if found is None:
         runs = sorted(path.parent.name for path in run.glob(f"*/{CHECKPOINTS}"))
