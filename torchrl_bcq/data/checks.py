@@ -129,7 +129,8 @@ class Checks:
                 found.append(odd_flags[-1])
             elif rows.count:
                 found.append(f"{name} has {rows} that are not finite in float32{where}; drop or repair them.")
-        found += self.actions.defects()
+        if not self.counts:  # add has reported the defects of each source
+            found += self.actions.defects()
         return found, odd_flags
 
     def _in_columns(self, name: str, bad: np.ndarray | None = None) -> str:

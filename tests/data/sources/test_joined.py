@@ -312,6 +312,17 @@ def test_bad_rows_of_all_files_are_reported_with_their_file(folder):
         load_transitions(["a.hdf5", "b.hdf5"], strict=False)
 
 
+def test_a_row_without_a_discrete_action_is_reported_once(folder):
+    for name, actions in (("a.hdf5", [0, -1, 1, 0]), ("b.hdf5", [0, 1, 0, 1])):
+        write(name, fields(1, [1, 2, 3, 4]) | {"actions": np.array(actions)})
+    with pytest.raises(DatasetError) as caught:
+        load_transitions(["a.hdf5", "b.hdf5"])
+    assert str(caught.value).startswith(
+        "2 sources: a.hdf5: actions has 1 row (first: 1) that are not whole numbers from 0, such as -1.0; correct the "
+    )
+    assert str(caught.value).count("such as") == 2  # the defect, and "such as doses in whole units"
+
+
 def other_widths(name: str) -> list[str]:
     columns = fields(1, [1, 2, 3], width=2)
     if name == "actions":
