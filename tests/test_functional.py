@@ -178,22 +178,22 @@ def test_merge_moments_keeps_small_deviations_from_a_large_mean():
 
 def test_importance_weights_by_hand():
     ratio = torch.tensor([[2.0, 0.5, 3.0], [1.0, 0.0, 4.0]])
-    exact = F.importance_weights(ratio)
-    assert exact.dtype == torch.float64
-    weights = exact.float()
+    logarithms = F.log_importance_weights(ratio)
+    assert logarithms.dtype == torch.float64
+    weights = logarithms.exp().float()
     torch.testing.assert_close(weights, torch.tensor([[2.0, 1.0, 3.0], [1.0, 0.0, 0.0]]))
-    normalized = F.normalized_weights(weights)
+    normalized = F.normalized_weights(logarithms).float()
     torch.testing.assert_close(normalized, torch.tensor([[4 / 3, 2.0, 2.0], [2 / 3, 0.0, 0.0]]))
-    assert F.normalized_weights(torch.zeros(2, 1)).tolist() == [[0], [0]]
+    assert F.normalized_weights(torch.zeros(2, 1).log()).tolist() == [[0], [0]]
     reward = torch.tensor([[1.0, 2.0, 4.0], [8.0, 1.0, 1.0]])
     torch.testing.assert_close(F.per_decision_values(weights, reward, 0.5), torch.tensor([2 + 1 + 3.0, 8.0]))
 
 
 def test_the_effective_sample_size_by_hand():
-    assert F.effective_sample_size(torch.full((7,), 0.1)).item() == pytest.approx(7)
-    assert F.effective_sample_size(torch.tensor([0.0, 3.0, 0.0])).item() == 1
-    assert F.effective_sample_size(torch.tensor([1.0, 3.0])).item() == pytest.approx(1.6)  # 16 / 10
-    assert F.effective_sample_size(torch.zeros(3)).item() == 0
+    assert F.effective_sample_size(torch.full((7,), 0.1).log()).item() == pytest.approx(7)
+    assert F.effective_sample_size(torch.tensor([0.0, 3.0, 0.0]).log()).item() == 1
+    assert F.effective_sample_size(torch.tensor([1.0, 3.0]).log()).item() == pytest.approx(1.6)  # 16 / 10
+    assert F.effective_sample_size(torch.zeros(3).log()).item() == 0
 
 
 def test_estimates_have_no_bias():
@@ -210,7 +210,7 @@ def test_estimates_have_no_bias():
     reward = torch.stack([first_reward[one], second_reward[one, two]], 1)
     exact = (wanted * F.discounted_sum(reward, gamma)).sum()
     ratio = torch.stack([policy[0][one] / recorded[0][one], policy[1][one, two] / recorded[1][one, two]], 1)
-    weights = F.importance_weights(ratio)
+    weights = F.log_importance_weights(ratio).exp()
     torch.testing.assert_close((occurs * F.per_decision_values(weights, reward, gamma)).sum(), exact)
     second_q = second_reward
     first_q = first_reward + gamma * (policy[1] * second_q).sum(1)
@@ -225,10 +225,13 @@ def test_estimates_have_no_bias():
     torch.testing.assert_close(found, exact.expand(4))  # with exact values, each episode gives the exact value
 
 
-def test_weights_of_long_episodes_are_finite():
-    """A thousand steps with the ratio 1.2: the weight is 1.2 ** 1000, about 1e79, which float32 cannot hold."""
-    weights = F.importance_weights(torch.full((2, 1000), 1.2))
-    assert weights[0, -1].log10().item() == pytest.approx(1000 * math.log10(1.2), rel=1e-6)
-    assert F.effective_sample_size(weights[:, -1]).item() == pytest.approx(2)
-    assert F.effective_sample_size(torch.full((3,), 3e20)).item() == pytest.approx(3)
-    torch.testing.assert_close(F.normalized_weights(weights), torch.ones_like(weights))
+@pytest.mark.parametrize("ratio", [0.1, 10.0])
+def test_weights_of_long_episodes(ratio):
+    """After a thousand steps, the weight is 10^1000 or 10^-1000, which float64 cannot hold."""
+    weights = F.log_importance_weights(torch.full((2, 1000), ratio))
+    assert weights[0, -1].item() == pytest.approx(1000 * math.log(ratio), rel=1e-6)
+    weights[1, -1] += math.log(3)
+    assert F.effective_sample_size(weights[:, -1]).item() == pytest.approx(1.6)  # (1 + 3)^2 / (1 + 9)
+    normalized = F.normalized_weights(weights)
+    assert normalized[:, -1].tolist() == pytest.approx([0.5, 1.5])
+    assert normalized[:, -2].tolist() == [1, 1]

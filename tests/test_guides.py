@@ -48,7 +48,7 @@ def place(tmp_path, monkeypatch) -> Path:
         file["actions"], file["rewards"] = np.arange(60) % 3, rng.normal(size=60)
         file["terminals"], file["timeouts"] = np.arange(60) % 10 == 9, np.zeros(60)
     rows = [",".join(map(str, [*rng.uniform(size=4).round(3), int(i % 10 == 9), i // 10])) for i in range(60)]
-    Path("trips.csv").write_text("\n".join(["x,v,force,r,end,trip", *rows]))
+    Path("trips.csv").write_text("\n".join(["x,v,force,r,crashed,trip", *rows]))
     return tmp_path
 
 

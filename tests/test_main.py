@@ -48,7 +48,7 @@ def test_describe_shows_the_defects_that_readers_refuse(file, capsys):
     assert main(["describe", "swings.hdf5", "--env", "Pendulum-v1", "--out", "other.png"]) == 0
     out = capsys.readouterr().out
     assert "rewards has 2 rows (first: 7) that are not finite" in out
-    assert "actions has 1 row (first: 3) outside the action spec" in out
+    assert "actions has 1 row (first: 3) outside the action bounds" in out
     assert main(["convert", "swings.hdf5", "copies", "--env", "Pendulum-v1"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("torchrl-bcq: swings.hdf5: 2 defects:\n- rewards has 2 rows (first: 7)")

@@ -118,19 +118,21 @@ def discounted_sum(rewards: Tensor, gamma: float) -> Tensor:
     return (rewards * gamma**steps).sum(-1)
 
 
-def importance_weights(ratio: Tensor) -> Tensor:
-    """Return the products of the ratios ``pi(a|s) / b(a|s)`` of all steps up to each step. ``[E, T] -> [E, T]``.
+def log_importance_weights(ratio: Tensor) -> Tensor:
+    """Return the logarithms of the importance weights in float64. ``[E, T] -> [E, T]``.
 
-    The result has the dtype float64: in float32, the products of a few hundred steps overflow.
+    The weight of a step is the product of the ratios ``pi(a|s) / b(a|s)`` of all steps up to it. In long episodes, this
+    product can overflow or become 0, but its logarithm cannot.
     """
-    return ratio.double().log().cumsum(-1).exp()
+    return ratio.double().log().cumsum(-1)
 
 
-def normalized_weights(weights: Tensor) -> Tensor:
-    """Divide the weights of each step by their mean over episodes. ``[E, T] -> [E, T]``.
+def normalized_weights(log_weights: Tensor) -> Tensor:
+    """Return the weights of each step, divided by their mean over episodes. ``[E, T] -> [E, T]``.
 
     If all weights of a step are 0, the policy takes none of the recorded actions, and these weights remain 0.
     """
+    weights = _relative_weights(log_weights)
     mean = weights.mean(0, keepdim=True)
     return weights / torch.where(mean > 0, mean, 1.0)
 
@@ -138,8 +140,9 @@ def normalized_weights(weights: Tensor) -> Tensor:
 def per_decision_values(weights: Tensor, reward: Tensor, gamma: float) -> Tensor:
     """Return the importance-sampling estimate of each episode, ``sum_t gamma^t w_t r_t``. ``[E, T], [E, T] -> [E]``.
 
-    The mean over episodes estimates the value of the policy. ``w_t`` are ``importance_weights``, or
-    ``normalized_weights`` of them for weighted importance sampling, which has a bias but usually a smaller variance.
+    The mean over episodes estimates the value of the policy. ``w_t`` are the importance weights,
+    ``log_importance_weights(ratio).exp()``, or ``normalized_weights`` for weighted importance sampling, which has a
+    bias but usually a smaller variance.
 
     Source: Precup, Sutton, Singh, "Eligibility Traces for Off-Policy Policy Evaluation", 2000.
     """
@@ -156,7 +159,7 @@ def doubly_robust_values(
     weighted one, which has a bias.
 
     Args:
-        weights: ``importance_weights``, or ``normalized_weights`` of them.
+        weights: as in ``per_decision_values``.
         reward: rewards; 0 after the end.
         qvalue, state_value: values of the recorded actions and of the states, under the policy.
         next_value: values of the next states; 0 after a terminal step.
@@ -169,10 +172,16 @@ def doubly_robust_values(
     return state_value[..., 0] + discounted_sum(correction, gamma)
 
 
-def effective_sample_size(weights: Tensor) -> Tensor:
+def effective_sample_size(log_weights: Tensor) -> Tensor:
     """Return ``(sum w)^2 / sum w^2``: the number of equally weighted episodes with the same variance. ``[E] -> []``."""
-    weights = weights / weights.amax().clamp_min(torch.finfo(weights.dtype).tiny)  # the squares could overflow
+    weights = _relative_weights(log_weights)
     return weights.sum().square() / weights.square().sum().clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def _relative_weights(log_weights: Tensor) -> Tensor:
+    """Return the weights, divided by the largest one of each step, so that they do not overflow."""
+    largest = log_weights.amax(0, keepdim=True)
+    return (log_weights - largest.clamp_min(torch.finfo(log_weights.dtype).min)).exp()  # all may be minus infinity
 
 
 def merge_moments(

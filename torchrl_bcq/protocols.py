@@ -160,13 +160,15 @@ def check_initialized(name: str, network: Any) -> None:
         raise ValueError(f"{name} has uninitialised lazy layers; call {name} once with data, or set in_features.")
 
 
-def check_action(tensordict: TensorDictBase, action_key: NestedKey) -> TensorDictBase:
-    """Return ``tensordict``. Raise a ValueError if it does not have one action ``[*B, A]`` per state."""
-    action = tensordict.get(action_key, None)
+def decode_action(model: GenerativeModel, tensordict: TensorDictBase, latent: Tensor) -> TensorDictBase:
+    """Let a behaviour model write an action ``[*B, A]`` for each state, and check its shape."""
+    written = model.decode(tensordict, latent)
+    action_key = model.action_key
+    action = None if written is None else written.get(action_key, None)
     if action is None or action.shape[:-1] != tensordict.batch_size:
         found = "nothing" if action is None else f"a tensor of shape {tuple(action.shape)}"
         raise ValueError(
             f"decode wrote {found} to {action_key!r}; it must write one action for each state, [*B, A] with *B = "
             f"{tuple(tensordict.batch_size)}, into the given tensordict and return this tensordict."
         )
-    return tensordict
+    return tensordict if written is tensordict else tensordict.set(action_key, action)

@@ -134,7 +134,7 @@ def test_a_run_that_fails_does_not_stop_the_others(words, run, capsys, order):
     assert main(["train", "-m", *words(f"optim.optimizer={order}", "steps=10")]) == 1
     results = {order.split(",")[int(path.parent.name)] for path in run.glob("*/results.json")}
     assert results == {"Adam"}
-    assert "optim.vae is 'Nonsense', expected one of torch.optim" in capsys.readouterr().err
+    assert "the optimizer 'Nonsense' (optim.optimizer or optim.vae.optimizer) does not exist" in capsys.readouterr().err
 
 
 # refusals

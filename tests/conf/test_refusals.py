@@ -30,7 +30,7 @@ def test_unknown_field(compose_bcq, override):
         (["trainer.env=null"], "there is no env, and not both specs are given; set env, such as env=gym"),
         (
             ["optimization_stepper.actor.optimizer=Adm"],
-            "optim.actor is 'Adm', expected one of torch.optim: ",
+            "the optimizer 'Adm' (optim.optimizer or optim.actor.optimizer) does not exist; ",
         ),
     ],
 )
@@ -42,7 +42,7 @@ def test_what_is_missing_or_without_effect_is_named(compose_bcq, overrides, mess
 def test_actions_are_checked_against_the_environment(compose_bcq, dataset):
     with h5py.File(dataset, "a") as file:
         file["actions"][7] = 2.5
-    with pytest.raises(InstantiationException, match=r"actions has 1 row \(first: 7\) outside the action spec"):
+    with pytest.raises(InstantiationException, match=r"actions has 1 row \(first: 7\) outside the action bounds"):
         instantiate(compose_bcq().trainer)
 
 

@@ -114,8 +114,8 @@ REFUSED = {
     ),
     "actions in other units": (
         do("actions", lambda actions: np.where(np.arange(2 * ROWS).reshape(ROWS, 2) == 11, 1.5, 0.5)),
-        "actions has 1 row (first: 5) outside the action spec: the actions span [0.5, 0.5] to [0.5, 1.5], the "
-        "spec spans [-1.0, -1.0] to [1.0, 1.0]; clip or rescale the actions.",
+        "actions has 1 row (first: 5) outside the action bounds: the actions span [0.5, 0.5] to [0.5, 1.5], the "
+        "bounds are [-1.0, -1.0] to [1.0, 1.0]; clip or rescale the actions.",
     ),
     "flags that are none": (
         put("terminals", [30, 31, 32], 2),
@@ -144,8 +144,8 @@ REFUSED = {
     ),
     "integers out of bounds": (
         do("actions", lambda actions: np.full(actions.shape, 2)),
-        "actions has 1300 rows (first: 0) outside the action spec: the actions span [2.0, 2.0] to [2.0, 2.0], the spec "
-        "spans [-1.0, -1.0] to [1.0, 1.0]; clip or rescale the actions.",
+        "actions has 1300 rows (first: 0) outside the action bounds: the actions span [2.0, 2.0] to [2.0, 2.0], the "
+        "bounds are [-1.0, -1.0] to [1.0, 1.0]; clip or rescale the actions.",
     ),
 }
 REPORTED = {

@@ -112,11 +112,11 @@ def test_checks_and_description_show_the_same_row(told, write):
     source, *columns = write("d")
     refused = told("convert", source, "copies", *columns, rc=1)
     assert "rewards has 1 row (first: 13) that are not finite" in refused
-    assert "actions has 1 row (first: 14) outside the action spec" in refused
+    assert "actions has 1 row (first: 14) outside the action bounds" in refused
     for root in ([], ["--root", "copies"], ["--root", "copies"]):  # the third one uses the copy of the second one
         shown = told("describe", source, *columns, *root, rc=0)
         assert "rewards has 1 row (first: 13) that are not finite; drop" in shown
-        assert "actions has 1 row (first: 14) outside the action spec" in shown
+        assert "actions has 1 row (first: 14) outside the action bounds" in shown
         assert ("dropped 4 rows (first: 4) without a next observation" in shown) == (write is not write_minari)
         assert shown.startswith("16 tran" if write is write_minari else "12 tran")
 
@@ -135,7 +135,7 @@ def test_rows_of_several_files(told, write):
     shown = told("describe", one, two, *columns, rc=0)
     count = "1 row" if write is write_npz else "2 rows"
     assert f"rewards has {count} (first: 13 of {first}) that are not finite; drop" in shown
-    assert f"actions has {count} (first: 14 of {first}) outside the action spec" in shown
+    assert f"actions has {count} (first: 14 of {first}) outside the action bounds" in shown
     assert (f"dropped 8 rows (first: 4 of {one}) without" in shown) == (write is not write_minari)
 
 

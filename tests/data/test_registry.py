@@ -103,7 +103,7 @@ def test_in_torchrls_registry(folder, monkeypatch, expected, name):
 
 
 def test_bounds_and_copies(folder, expected):
-    with pytest.raises(ValueError, match=r"^d.npz: actions has 10 rows \(first: 0\) outside the action spec"):
+    with pytest.raises(ValueError, match=r"^d.npz: actions has 10 rows \(first: 0\) outside the action bounds"):
         load_transitions(f"npz:{folder / 'd.npz'}", action_spec=Bounded(-0.1, 0.1, (1,)))
     td = load_transitions(str(folder / "d.npz"), root=folder / "copies")
     assert td.is_memmap()
@@ -178,7 +178,9 @@ def test_unknown_sources_name_the_known_ones(tmp_path, monkeypatch):
 def test_copies_are_checked_against_the_bounds_asked_for(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert load_transitions("memmap:copy", action_spec=Bounded(-1, 1, (1,))).is_memmap()
-    with pytest.raises(ValueError, match=r"^copy: actions has 1 row \(first: 0\) outside the action spec: the actions"):
+    with pytest.raises(
+        ValueError, match=r"^copy: actions has 1 row \(first: 0\) outside the action bounds: the actions"
+    ):
         load_transitions("memmap:copy", action_spec=Bounded(-0.9, 1, (1,)))
     assert len(load_transitions("copy", action_spec=Bounded(-0.9, 1, (1,)), strict=False)) == 10
 
@@ -231,7 +233,7 @@ def test_prefixes_of_the_users_own(kind):
     assert td["episode"].tolist() == [0, 0, 0, 1, 1, 1]
     assert td["next", "truncated"].flatten().tolist() == [False, False, True, False, False, True]
     assert len(load_transitions("mine:6", scale=3)) == 18
-    with pytest.raises(ValueError, match=r"actions has 3 rows \(first: 3\) outside the action spec"):
+    with pytest.raises(ValueError, match=r"actions has 3 rows \(first: 3\) outside the action bounds"):
         load_transitions("mine:6", action_spec=Bounded(0, 0.5, (1,)))
     assert len(load_dataset("bcq:mine:6", batch_size=2).sample()) == 2
 

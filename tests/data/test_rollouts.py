@@ -291,7 +291,7 @@ def test_observations_that_are_not_finite_are_refused():
 @pytest.mark.parametrize("make", [rollout, nested])
 def test_actions_out_of_bounds_are_refused(make):
     assert refusal(make(1.0, 5), action_spec=Bounded(-0.75, 2, (1,))) == (
-        "actions has 1 row (first: 0) outside the action spec: the actions span [-1.0] to [1.0], the spec spans "
+        "actions has 1 row (first: 0) outside the action bounds: the actions span [-1.0] to [1.0], the bounds are "
         "[-0.75] to [2.0]; clip or rescale the actions."
     )
 

@@ -161,14 +161,14 @@ BAD = [
     ),
     (
         {"actions": put(ACTIONS, [1, 3], 1.5), "action_spec": SPEC},
-        "actions has 2 rows (first: 1) outside the action spec: the actions span [0.10000000149011612] to [1.5], "
-        "the spec spans [-1.0] to [1.0]; clip or rescale the actions.",
+        "actions has 2 rows (first: 1) outside the action bounds: the actions span [0.10000000149011612] to [1.5], "
+        "the bounds are [-1.0] to [1.0]; clip or rescale the actions.",
     ),
     (
         {"action_spec": Binary(1)},
         "action_spec must be a continuous Bounded spec, got Binary of torch.int8.",
     ),
-    ({"action_spec": Bounded(-1, 1, (2,))}, "actions have shape (7, 1), but the action spec has shape (2,)."),
+    ({"action_spec": Bounded(-1, 1, (2,))}, "actions have shape (7, 1), but the action bounds have shape (2,)."),
     (
         {"truncated": None},
         "truncated and next_observations are both missing, so it is unknown where episodes were cut off; pass one of "
@@ -207,8 +207,8 @@ def test_several_defects_give_one_message_with_a_list():
         "4 defects:\n"
         "- observations has 3 rows (first: 2) that are not finite in float32; drop or repair them.\n"
         "- terminated has 1 row (first: 5) that are neither 0 nor 1, such as 3.0; use only 0 (false) and 1 (true).\n"
-        "- actions has 2 rows (first: 1) outside the action spec: the actions span [0.10000000149011612] to [1.5], "
-        "the spec spans [-1.0] to [1.0]; clip or rescale the actions.\n"
+        "- actions has 2 rows (first: 1) outside the action bounds: the actions span [0.10000000149011612] to [1.5], "
+        "the bounds are [-1.0] to [1.0]; clip or rescale the actions.\n"
         "- rewards is zero in all 7 rows; check that it was written and read correctly."
     )
 

@@ -154,3 +154,16 @@ def test_an_action_that_is_not_available_gets_no_probability():
 def test_a_missing_entry_is_named():
     with pytest.raises(ValueError, match="policy_probability"):
         fit_fqe(two_states(), Categorical(2), steps=1)
+
+
+def test_the_range_of_values_of_rows_that_span_several_steps():
+    """Rewards 1, 2, 4: the sums of two are 1 + 0.5 * 2, 2 + 0.5 * 4 and 4; in 1, 2, ... steps they can repeat."""
+    data = multi_step(chain(ends=True), 2, gamma=0.5)
+    assert value_range(data, 0.5) == (0, 8)  # 4 in each step: 4 / (1 - 0.5); 2 and 4 / (1 - 0.25) are smaller
+
+
+@pytest.mark.parametrize("gamma", [-1, 1.5])
+def test_a_discount_out_of_range_is_refused(gamma):
+    data = add_recorded_actions(chain(ends=True), Categorical(2))
+    with pytest.raises(ValueError, match=f"gamma is {gamma}, expected a number from 0 to 1"):
+        fit_fqe(data, Categorical(2), gamma=gamma, steps=1, **SMALL)

@@ -58,3 +58,17 @@ def test_the_value_after_a_cut_off_counts():
 def test_episodes_must_be_known():
     with pytest.raises(DatasetError, match="done"):
         ImportanceSampling(episodes().exclude(("next", "done")), RATIO, GAMMA)
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.95])
+def test_long_episodes(probability):
+    """Each episode has the return 1200, so a weighted mean of the returns is 1200, too."""
+    rows = 4 * 1200
+    ended = torch.arange(1, rows + 1).view(-1, 1) % 1200 == 0
+    following = {"reward": torch.ones(rows, 1), "done": ended, "terminated": ended}
+    ratio = torch.full((rows,), probability / 0.5)
+    ratio[::7] = 0.2  # not the same in all episodes
+    sampling = ImportanceSampling(TensorDict({"next": following}, [rows]), ratio, 1.0)
+    assert sampling.estimate()["weighted_importance_sampling"] == pytest.approx(1200)
+    assert 1 <= sampling.effective_sample_size <= 4
+    assert not np.isnan(sampling.estimate()["importance_sampling"])

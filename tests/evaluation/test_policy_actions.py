@@ -7,10 +7,18 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch.distributions import Categorical as CategoricalDistribution
-from torchrl.data import Bounded, Categorical, OneHot, Unbounded
+from torchrl.data import Binary, Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.modules import OneHotCategorical, ProbabilisticActor
 
-from torchrl_bcq import DiscreteBCQPolicy, add_policy_actions, make_discrete_bcq_modules
+from torchrl_bcq import (
+    BCQPolicy,
+    BehaviorCloningPolicy,
+    DiscreteBCQPolicy,
+    add_policy_actions,
+    make_bcq_modules,
+    make_cloning_modules,
+    make_discrete_bcq_modules,
+)
 from torchrl_bcq.evaluation.policy_actions import policy_actions
 
 from ..conftest import ACTION_SPEC, random_transitions
@@ -133,3 +141,28 @@ def test_one_hot_actions_where_indices_are_expected():
     policy = policy_of(lambda observation: torch.eye(3, dtype=torch.int64)[observation[:, 0].long() % 3])
     with pytest.raises(ValueError, match=r"shape \(10, 3\), expected indices \(10,\) or \(10, 1\); for one-hot"):
         policy_actions(policy, states(), Categorical(3))
+
+
+def test_continuous_policies_with_their_own_action_key():
+    networks = make_bcq_modules(Unbounded((3,)), ACTION_SPEC, hidden=(8,), vae_hidden=(8,), action_key="torque")
+    (cloned,) = make_cloning_modules(Unbounded((3,)), ACTION_SPEC, hidden=(8,), action_key="torque")
+    for policy in (BCQPolicy(*networks), BehaviorCloningPolicy(networks[0]), cloned):
+        assert policy_actions(policy, states(), ACTION_SPEC).shape == (10, 1, 2)
+
+
+def test_a_policy_that_writes_no_action():
+    with pytest.raises(ValueError, match=r"the policy writes \['a'\], but not 'action'; rename its output to 'action'"):
+        policy_actions(policy_of(lambda x: x[:, :2], out_keys=["a"]), states(), ACTION_SPEC)
+
+
+def test_a_mask_may_exclude_all_actions_only_in_a_terminal_state():
+    spec = Composite(observation=Unbounded((3,)), action_mask=Binary(3, dtype=torch.bool))
+    (network,) = make_discrete_bcq_modules(spec, Categorical(3), hidden=(8,))
+    data = random_transitions(4)
+    data["next", "observation"] = torch.zeros(4, 3)
+    data["next", "action_mask"] = torch.tensor([[False] * 3] * 4)
+    data["next", "done"] = data["next", "terminated"] = torch.ones(4, 1, dtype=torch.bool)
+    add_policy_actions(data, DiscreteBCQPolicy(network), Categorical(3))
+    data["next", "terminated"] = torch.tensor([[True], [True], [True], [False]])
+    with pytest.raises(ValueError, match="allows no action in 1 states"):
+        add_policy_actions(data, DiscreteBCQPolicy(network), Categorical(3))

@@ -158,3 +158,25 @@ def test_continuous_actions_have_no_weights():
 def test_episodes_must_be_known():
     with pytest.raises(DatasetError, match="done"):
         OffPolicyEvaluation(recorded().exclude(("next", "done"), "episode"), SPEC)
+
+
+def test_the_residual_is_the_error_of_the_value():
+    """At gamma 1, the mean error of the values of the first states is the mean TD error times the mean length."""
+    lengths = torch.tensor([99, 1, 99, 99, 1, 99])
+    rows = int(lengths.sum())
+    ends = torch.zeros(rows, dtype=torch.bool)
+    ends[lengths.cumsum(0) - 1] = True
+    state = np.random.default_rng(0).normal(size=(rows, 2))
+    data = from_arrays(state, np.zeros(rows, int), np.ones(rows), ends.numpy(), np.zeros(rows))
+    evaluation = OffPolicyEvaluation(data, SPEC, gamma=1.0, held_out=0.5, **{**FIT, "steps": 3})
+    true = evaluation._returns.mean().item()
+    assert evaluation.behaviour.residual == pytest.approx(true - evaluation.behaviour.value, rel=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [0.0, 2.0])
+def test_logged_probabilities_out_of_range_are_refused(wrong):
+    data = recorded()
+    data["action_probability"][:] = wrong
+    evaluation = OffPolicyEvaluation(data, SPEC, held_out=0.5, **{**FIT, "steps": 1})
+    with pytest.raises(DatasetError, match=f"not above 0 and at most 1 in 300 held-out rows, such as {wrong}"):
+        evaluation.estimate(policy(1.0))

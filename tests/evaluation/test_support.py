@@ -61,3 +61,17 @@ def test_discrete_actions_are_compared_with_the_same_action():
     assert Support(train, never, Categorical(3)).share_far(torch.eye(3)[[2] * 200]) == 1
     half = torch.tensor([[0.5, 0.25, 0.25]]).expand(200, 3)
     assert support.share_far(half) == pytest.approx(0.5 * 0.5 + 0.25 * 0.5 + 0.25 * 1)
+
+
+def test_a_feature_that_varies_by_rounding_only_does_not_count():
+    rng = np.random.default_rng(0)
+    angle = rng.uniform(0, 6, 400).astype(np.float32)
+    one = np.cos(angle) ** 2 + np.sin(angle) ** 2
+    assert 0 < one.std() < 1e-6
+    states, actions = rng.normal(size=(400, 2)), rng.uniform(-0.5, 0.5, (400, 1))
+    limits = []
+    for constant in (one, np.ones(400)):
+        both = np.concatenate([states, constant[:, None]], 1)
+        train, rows = (recorded(actions[part], both[part]) for part in (slice(200), slice(200, 400)))
+        limits.append(Support(train, rows, Bounded(-1, 1, (1,)))._limit)
+    assert limits[0] == pytest.approx(limits[1], rel=1e-5)

@@ -161,3 +161,18 @@ def test_images_are_kept_as_bytes():
     frames[1] = 255
     np.testing.assert_allclose(policy.act(frames)[:, 0], [0, 2 * np.tanh(1)], rtol=1e-6)
     np.testing.assert_allclose(policy.act(frames[1])[0], 2 * np.tanh(1), rtol=1e-6)
+
+
+def test_an_array_for_one_nested_key():
+    policy = make_policies(Composite(agent=Composite(state=Unbounded((3,)))))["bcq"]
+    action = policy.act(np.zeros(3))
+    assert np.array_equal(action, policy.act({"agent": {"state": np.zeros(3)}}))
+
+
+def test_networks_in_bfloat16():
+    assert make_policies()["bcq"].to(torch.bfloat16).act(np.zeros(3)).dtype == np.float32
+
+
+def test_the_behaviour_model_refuses_other_dtypes():
+    with pytest.raises(ValueError, match=r"observation has dtype torch.float64, but the networks have dtype"):
+        make_policies()["vae-bc"](torch.zeros(2, 3, dtype=torch.float64))

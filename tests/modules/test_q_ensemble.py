@@ -81,6 +81,41 @@ def test_hooks_and_activations_over_features_are_respected(make_batch):
         torch.testing.assert_close(ensemble(batch.clone())["state_action_value"], one_by_one(critics, batch))
 
 
+class Half(nn.ReLU):
+    """A ReLU with its own factor, which ``repr`` does not show."""
+
+    factor = 1.0
+
+    def forward(self, x):
+        return self.factor * super().forward(x)
+
+
+class Scaled(TensorDictModule):
+    """A critic that multiplies the values of its network."""
+
+    def forward(self, tensordict):
+        written = super().forward(tensordict)
+        return written.set("state_action_value", 100 * written["state_action_value"])
+
+
+def test_subclasses_of_layers_and_critics_are_called(make_batch):
+    batch, halves = make_batch(6), [critic(activation=Half) for _ in range(2)]
+    halves[1].module[1].factor = 100.0
+    scaled = [Scaled(one.module, one.in_keys, one.out_keys) for one in (critic(), critic())]
+    for critics in (halves, scaled):
+        ensemble = QEnsemble(critics)
+        expected = one_by_one(critics, batch)
+        torch.testing.assert_close(ensemble(batch.clone())["state_action_value"], expected)
+        torch.testing.assert_close(ensemble.first(batch.clone())["state_action_value"], expected[:, :1])
+
+
+def test_backward_hooks_are_called(make_batch):
+    critics, seen = [critic(), critic()], []
+    critics[1].module[2].register_full_backward_hook(lambda *_: seen.append(True))
+    QEnsemble(critics)(make_batch(6))["state_action_value"].sum().backward()
+    assert seen == [True]
+
+
 def test_first_is_critic_zero(make_batch):
     critics, batch = [critic(), critic()], make_batch(6)
     ensemble = QEnsemble(critics)

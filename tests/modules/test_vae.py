@@ -102,7 +102,7 @@ def test_encoder_of_the_wrong_size_is_refused(make_batch):
 def test_sizes_that_are_not_positive_are_refused(settings):
     with pytest.raises(ValueError, match="both must be positive"):
         ActionVAE(Encoder(0.0, 0.0), Decoder(), ACTION_SPEC, **settings)
-    with pytest.raises(ValueError, match="kl_weight is -1.0, expected 0 or more"):
+    with pytest.raises(ValueError, match="kl_weight is -1.0, expected a finite number, 0 or more"):
         ActionVAE(Encoder(0.0, 0.0), Decoder(), ACTION_SPEC, latent_dim=2, kl_weight=-1.0)
 
 
@@ -111,3 +111,16 @@ def test_sampling_needs_no_action(modules):
     sampled = vae.decode(TensorDict({"observation": torch.randn(2, 3, 3)}, [2, 3]))["action"]
     assert sampled.shape == (2, 3, 2)
     assert sampled.unique(dim=0).shape[0] == 2
+
+
+def test_noise_is_not_broadcast(make_batch):
+    vae = ActionVAE(Encoder(0.0, 0.0), Decoder(), ACTION_SPEC, latent_dim=4)
+    with pytest.raises(ValueError, match=r"noise has shape \(6, 1\), expected \(6, 4\)"):
+        vae.training_loss(make_batch(6), noise=torch.ones(6, 1))
+
+
+@pytest.mark.parametrize("setting", [{"log_std_range": (5.0, -5.0)}, {"kl_weight": float("inf")}])
+def test_settings_out_of_range(setting):
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"{name} is "):
+        ActionVAE(Encoder(0.0, 0.0), Decoder(), ACTION_SPEC, latent_dim=4, **setting)

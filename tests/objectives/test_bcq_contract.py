@@ -12,7 +12,7 @@ from tensordict.nn import TensorDictModule
 from torchrl.objectives import HardUpdate, SoftUpdate
 from torchrl.objectives.utils import ValueEstimators
 
-from torchrl_bcq import ActionVAE, BCQLoss, PerturbationActor, QEnsemble
+from torchrl_bcq import ActionVAE, BCQLoss, CloningLoss, PerturbationActor, QEnsemble
 
 from ..conftest import ACTION_SPEC
 from .conftest import LOSSES, target_values
@@ -262,3 +262,20 @@ def test_vae_and_actor_losses_need_no_outcome(loss, make_batch):
     alone = batch.select("observation", "action")
     for method in (loss.vae_loss, loss.actor_loss):
         torch.testing.assert_close(method(alone, draw)[0], method(batch, draw)[0])
+
+
+def test_a_nested_key_of_importance_weights(modules, make_batch):
+    batch = make_batch(6)
+    weights = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 3.0])
+    loss = BCQLoss(*modules)
+    expected = loss.vae_loss(batch.copy().set("priority_weight", weights), torch.zeros(6, 4))[0]
+    loss.set_keys(priority_weight=("meta", "w"))
+    found = loss.vae_loss(batch.copy().set(("meta", "w"), weights), torch.zeros(6, 4))[0]
+    torch.testing.assert_close(found, expected)
+    loss.vae_loss(batch)
+
+
+def test_a_loss_without_parameters_is_refused():
+    network = TensorDictModule(lambda x: x, ["observation"], ["action"])
+    with pytest.raises(ValueError, match="no network of the loss has parameters"):
+        CloningLoss(network)

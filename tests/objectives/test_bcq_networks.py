@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -182,3 +183,28 @@ def test_nested_keys_compile_as_one_graph(make_batch, name):
     compiled = torch.compile(getattr(loss, f"{name}_loss"), fullgraph=True, backend="aot_eager")
     value = compiled(batch.clone(), noise)[0]
     torch.testing.assert_close(value, getattr(loss, f"{name}_loss")(batch.clone(), noise)[0])
+
+
+def test_a_new_tensordict_of_decode_is_accepted(modules, make_batch):
+    batch, noise = make_batch(8), torch.zeros(8, 2)
+    model = Gaussian()
+    loss = loss_of(model, *modules[1:])
+    usual = loss.actor_loss(batch, noise)[0]
+    model.change_action = lambda td, action: td.empty().set("action", action)
+    torch.testing.assert_close(loss.actor_loss(batch, noise)[0], usual)
+
+
+@pytest.mark.parametrize("width", [None, 1])
+def test_own_ensembles_write_one_value_for_each_row_and_critic(modules, make_batch, width):
+    """``first`` must write that of one critic; otherwise the actor's loss would be a mean over critics."""
+    vae, actor, critics = modules
+    wrong = copy.deepcopy(critics)
+    if width is None:
+        wrong.first = wrong.forward
+        message = "first writes 2 values for each row, expected that of one critic"
+    else:
+        inner = wrong.forward
+        wrong.forward = wrong.first = lambda td: inner(td).set("state_action_value", torch.zeros(td.batch_size))
+        message = r"the critics write 'state_action_value' of shape \(8,\), expected \(8, 'C'\)"
+    with pytest.raises(ValueError, match=message):
+        loss_of(vae, actor, wrong).actor_loss(make_batch(8))

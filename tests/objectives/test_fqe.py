@@ -15,6 +15,8 @@ from torchrl.objectives import SoftUpdate
 
 from torchrl_bcq import DiscreteFQELoss, FQELoss, MultiHeadNetwork, QEnsemble, make_fqe_modules
 
+from ..conftest import ACTION_SPEC, OBSERVATION_SPEC, random_transitions
+
 STATES, K = 4, 3
 
 
@@ -241,3 +243,17 @@ def test_masks_are_not_read():
     loss = DiscreteFQELoss(*make_fqe_modules(spec, Categorical(2), hidden=(8,)), delay_qvalue=False)
     assert not any("mask" in str(key) for key in loss.in_keys)
     assert loss(discrete_batch())["loss_qvalue"].isfinite()
+
+
+def test_numbers_of_steps_are_columns():
+    """TorchRL's transforms write them as [*B]; one number for each critic would be another target."""
+    loss = FQELoss(*make_fqe_modules(OBSERVATION_SPEC, ACTION_SPEC, hidden=(8,), num_critics=3), delay_qvalue=False)
+    loss.make_value_estimator(gamma=0.5)
+    batch = random_transitions(3)
+    batch["next", "policy_action"] = batch["action"].unsqueeze(1)
+    steps = torch.tensor([1, 2, 3])
+    batches = [batch.copy().set("steps_to_next_obs", each) for each in (steps, steps[:, None])]
+    flat, column = (loss(each)["target_value"] for each in batches)
+    assert torch.equal(flat, column)
+    with pytest.raises(ValueError, match=r"steps_to_next_obs has shape \(3, 2\), expected \(3, 1\)"):
+        loss(batch.copy().set("steps_to_next_obs", torch.ones(3, 2)))

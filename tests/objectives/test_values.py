@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from torchrl.objectives.utils import ValueEstimators
 from torchrl.objectives.value import TD0Estimator, TD1Estimator, TDLambdaEstimator
 
-from torchrl_bcq import BCQLoss
+from torchrl_bcq import BCQLoss, make_replay_buffer
 
 from ..own_objective import OwnLoss
 from .conftest import bcq_modules, make_loss
@@ -126,3 +126,17 @@ def test_distance_and_priority_by_hand(loss, make_batch, name, expected):
     assert metadata["td_error"].tolist() == [[5, 0.5]]
     assert metadata["target_value"].tolist() == [1]
     assert batch["td_error"].tolist() == [5]
+
+
+@pytest.mark.parametrize("gamma", [-0.1, 1.5, float("nan")])
+def test_a_discount_out_of_range_is_refused(loss, gamma):
+    with pytest.raises(ValueError, match=f"gamma is {gamma}, expected a number from 0 to 1"):
+        loss.make_value_estimator(gamma=gamma)
+
+
+def test_rows_of_a_replay_buffer_are_not_a_trajectory(loss, trajectory):
+    """A rollout names its dimension "time", but the rows of a batch are not in the order of time."""
+    buffer = make_replay_buffer(trajectory[0].refine_names("time"), batch_size=3, seed=0)
+    loss.make_value_estimator(ValueEstimators.TDLambda, gamma=GAMMA)
+    with pytest.raises(ValueError, match="need a time dimension"):
+        loss.critic_loss(buffer.sample())

@@ -143,9 +143,9 @@ def test_actions_beyond_the_bounds_are_refused_or_clipped(make_settings, make_fi
     overrides = [*overrides, f"root={tmp_path / 'copies'}"] if root else overrides
     with pytest.raises(DatasetError) as error:
         open_dataset(make_settings(*overrides))
-    assert "actions has 80 rows (first: 0) outside the action spec" in str(error.value)
+    assert "actions has 80 rows (first: 0) outside the action bounds" in str(error.value)
     remedy = "set action_clip=true, or action_low and action_high, in torchrl-bcq train."
-    assert str(error.value).endswith(f"the spec spans [-1.0] to [1.0]; {remedy} The action spec comes from: setting.")
+    assert str(error.value).endswith(f"the bounds are [-1.0] to [1.0]; {remedy} These bounds come from: setting.")
     caplog.clear()
     transitions, task = open_dataset(make_settings(*overrides, "action_clip=true"))
     assert transitions["action"][:5, 0].tolist() == [-1, -1, 0.5, 1, 1]
@@ -165,9 +165,9 @@ def test_describe_and_convert_take_bounds(make_file, tmp_path, capsys):
     bounds = ["--action-low", "-1", "0", "--action-high", "1", "4"]
     assert main(["describe", str(file), *bounds, "--out", str(tmp_path / "a.png")]) == 0
     out = capsys.readouterr().out
-    assert "actions has 100 rows (first: 0) outside the action spec, such as -1.5 in column 0" in out
+    assert "actions has 100 rows (first: 0) outside the action bounds, such as -1.5 in column 0" in out
     assert main(["convert", str(file), str(tmp_path / "copies"), *bounds]) == 1
-    assert "actions has 100 rows (first: 0) outside the action spec" in capsys.readouterr().err
+    assert "actions has 100 rows (first: 0) outside the action bounds" in capsys.readouterr().err
     assert main(["convert", str(file), str(tmp_path / "copies"), *bounds[:1], "-2", *bounds[2:]]) == 0
     assert main(["convert", str(file), str(tmp_path / "copies"), *bounds[:3], "--action-high", "1", "0"]) == 1
     message = "high 0 (setting), but the lower bound must be below the upper bound; set --action-low and --action-high."

@@ -115,7 +115,7 @@ def test_an_environment_of_the_file_that_cannot_be_made_is_done_without_and_told
             RunError,
             "the observation of Goal-v0 has the entries ['place', 'goal']; name those that the dataset has",
         ),
-        ("MountainCarContinuous-v0", DatasetError, "outside the action spec: "),
+        ("MountainCarContinuous-v0", DatasetError, "outside the action bounds: "),
         (
             "CartPole-v1",
             RunError,

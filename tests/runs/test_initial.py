@@ -79,7 +79,7 @@ def test_the_bounds_are_those_of_the_run_if_the_data_have_none(make_settings, ma
     shutil.rmtree(tmp_path / "old" / "checkpoints")  # the best checkpoint has the bounds too
     assert open_dataset(settings)[1].action_high == load(tmp_path / "old").task.action_high
     beyond = make_file("beyond.hdf5", None, actions=np.random.default_rng(1).uniform(-3, 3, (200, 1)))
-    with pytest.raises(ValueError, match="outside the action spec"):
+    with pytest.raises(ValueError, match="outside the action bounds"):
         start(make_settings(f"dataset={beyond}", f"init_from={tmp_path / 'old'}"))
     high = load(tmp_path / "old").task.action_high
     own = make_settings(f"dataset={inside}", f"init_from={tmp_path / 'old'}", f"out={tmp_path / 'own'}", "steps=10")

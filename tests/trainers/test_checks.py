@@ -15,11 +15,12 @@ from torchrl_bcq import (
     BCQOptimizationStepper,
     OfflineOptimizationStepper,
     OfflineTrainer,
+    make_bcq_modules,
     make_replay_buffer,
 )
 from torchrl_bcq.trainers.checks import check_stepper
 
-from ..conftest import random_transitions
+from ..conftest import ACTION_SPEC, OBSERVATION_SPEC, random_transitions
 from .conftest import make_trainer, prioritised_buffer, soft_update
 
 NAMES = ("vae", "qvalue", "actor")
@@ -77,16 +78,22 @@ def test_a_buffer_that_prefetches_is_warned_of(make_batch):
 
 
 def test_a_trainer_that_cannot_capture_is_refused(modules):
-    message = "cudagraph=True needs a loss on a CUDA device, but the loss is on cpu"
+    message = "CUDA graphs need a GPU, but the loss is on cpu; move it to a GPU, or set cudagraph=False"
     with pytest.raises(ValueError, match=message):
         make_trainer(random_transitions(50), cudagraph=True)
     on_cuda = SimpleNamespace(
-        parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]), trainable_names=NAMES
+        parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]), trainable_names=NAMES, reduction="mean"
     )
     message = "cudagraph=True needs an OfflineOptimizationStepper, not a DefaultOptimizationStepper"
     with pytest.raises(ValueError, match=message):
         check_stepper(on_cuda, DefaultOptimizationStepper(), captured=True, parallel=False)
     stepper = BCQOptimizationStepper.adam(BCQLoss(*modules))
     check_stepper(on_cuda, stepper, captured=True, parallel=False)
-    with pytest.raises(ValueError, match="data_parallel=True and cudagraph=True cannot be combined; set one of them"):
+    with pytest.raises(ValueError, match="several processes cannot train with CUDA graphs; set data_parallel=False"):
         check_stepper(on_cuda, stepper, captured=True, parallel=True)
+
+
+def test_a_loss_that_is_not_one_number_is_refused(make_batch):
+    loss = BCQLoss(*make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, hidden=(8,), vae_hidden=(8,)), reduction="none")
+    with pytest.raises(ValueError, match="the loss has reduction='none', but a gradient step needs one number"):
+        OfflineTrainer(loss, make_replay_buffer(make_batch(50)), target_net_updater=soft_update(loss), total_steps=1)

@@ -53,7 +53,7 @@ class Other(OptimizationStepper):
     ("settings", "message"),
     [
         ({"stepper": lambda loss: Other()}, "data_parallel=True needs an OfflineOptimizationStepper, not a Other"),
-        ({"cudagraph": True}, "data_parallel=True and cudagraph=True cannot be combined; set one of them"),
+        ({"cudagraph": True}, "several processes cannot train with CUDA graphs; set data_parallel=False"),
     ],
 )
 def test_settings_that_cannot_be_combined_are_refused(make_batch, settings, message):

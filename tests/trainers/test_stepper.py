@@ -171,26 +171,31 @@ def test_other_optimizers_are_refused(loss, make_batch):
     stepper = sgd(loss)
     stepper.step(trainer_of(loss), make_batch(16))
     adam = BCQOptimizationStepper.adam(loss)
-    names = r"\['vae', 'qvalue', 'actor'\]"
-    message = (
-        f"the saved run has optimizers of the networks {names}, this run of {names}; networks whose optimizer class "
-        f"differs: {names}. Use"
-    )
+    message = r"the saved run has the optimizers {'vae': 'SGD', .*}, this run {'vae': 'Adam', .*}; use the networks and"
     with pytest.raises(ValueError, match=message):
         adam.load_state_dict(stepper.state_dict())
     sgd(loss).load_state_dict(stepper.state_dict())
+
+
+@pytest.mark.parametrize("other", [torch.optim.AdamW, torch.optim.RAdam, torch.optim.Adamax])
+def test_optimizers_with_the_same_settings_as_adam_are_refused(loss, other):
+    """Their state has the names of Adam's state, or some of them, but another meaning."""
+    params = {name: getattr(loss, f"{name}_network_params").parameters() for name in loss.network_names}
+    stepper = OfflineOptimizationStepper({name: other(each) for name, each in params.items()})
+    with pytest.raises(ValueError, match=f"'vae': 'Adam'.*'vae': '{other.__name__}'"):
+        stepper.load_state_dict(BCQOptimizationStepper.adam(loss).state_dict())
 
 
 def test_optimizers_of_other_networks_are_refused(loss, modules):
     adam = BCQOptimizationStepper.adam(loss)
     optimizers = adam.optimizers
     without = BCQOptimizationStepper(optimizers["vae"], optimizers["qvalue"])
-    message = r"of the networks \['vae', 'qvalue', 'actor'\], this run of \['vae', 'qvalue'\]; .* differs: none"
+    message = "the saved run has the optimizers {.*'actor': 'Adam'}, this run {'vae': 'Adam', 'qvalue': 'Adam'};"
     with pytest.raises(ValueError, match=message):
         without.load_state_dict(adam.state_dict())
     with pytest.raises(
         ValueError,
-        match=r"of the networks \['vae', 'qvalue'\], this run of \['vae', 'qvalue', 'actor'\]; .* differs: none",
+        match="the saved run has the optimizers {'vae': 'Adam', 'qvalue': 'Adam'}, this run {.*'actor': 'Adam'};",
     ):
         adam.load_state_dict(without.state_dict())
 

@@ -21,7 +21,7 @@ from torchrl_bcq.reports.description import describe
 _SEVERAL = ("observation", "action", "next_observation", "action_mask", "next_action_mask")
 _COLUMNS = (*_SEVERAL, "reward", "terminated", "truncated", "episode", "group", "step", "action_probability")
 _FORMAT = {
-    "delimiter": ("SIGN", "sign between the columns of a CSV file, such as ';' (default: a comma)"),
+    "delimiter": ("CHAR", "column separator of a CSV file, such as ';' (default: a comma)"),
     "decimal_point": ("SIGN", "decimal point in a CSV file, such as ',' (default: a point)"),
 }
 _SOURCES = """\
@@ -59,7 +59,7 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     names = "says that ENTRY of the file holds FIELD, such as observations=obs; several entries of a FIELD are joined"
     reading.add_argument("--names", nargs="+", metavar="FIELD=ENTRY", help=names)
     reading.add_argument("--max-episode-steps", type=int, metavar="N", help="time limit, if the file has no time-outs")
-    kinds = "discrete or continuous, such as doses in whole units (default: integers are discrete actions)"
+    kinds = "discrete; or continuous, if whole numbers are amounts, such as doses (default: integers are discrete)"
     shared.add_argument("--action-type", metavar="TYPE", help=kinds)
     columns = shared.add_argument_group("tables")
     for name in _COLUMNS:

@@ -43,7 +43,7 @@ _MEANINGS = {
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command ``evaluate`` to the parser. ``args.run(args)`` then runs this command."""
-    what = "Run episodes with the policy of a run and with its baselines."
+    what = "Run episodes with the policy of a run and with policies to compare."
     description = (
         f"{what} A run without an environment is evaluated on its dataset. For the folder of a sweep (train -m), print "
         "a table of its runs."

@@ -24,7 +24,8 @@ compared with the estimated value of the recorded behaviour: the policy or polic
 another estimator, each policy is compared with the mean discounted return of the held-out episodes; for doubly robust
 estimators, critics add the rewards after an episode was cut off. For each policy, the command prints one of three
 verdicts: estimated better, estimated worse, cannot tell. The policies with the highest estimates come first. A
-policy whose estimate is impossible, or whose actions are often far from the recorded actions, comes last.
+policy whose estimate is outside the range that the rewards allow, or whose actions are often far from the recorded
+actions, comes last.
 
 columns:
   estimate, interval         estimated value and its bootstrap interval, which does not cover the bias

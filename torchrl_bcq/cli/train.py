@@ -55,7 +55,7 @@ examples:
   torchrl-bcq train dataset=minari:mujoco/hopper/medium-v0 normalize=true
   torchrl-bcq train -m dataset=hopper.hdf5 out=runs/hopper seed=0,1,2     three runs, one after the other
   torchrl-bcq train dataset=trips.csv \\
-    'reader={{observation: [x, v], action: [force], reward: r, terminated: end, episode: trip}}'
+    'reader={{observation: [x, v], action: [force], reward: r, terminated: crashed, episode: trip}}'
   torchrl-bcq train dataset=hopper.hdf5 out=runs/hopper resume=true       starts the run, or resumes it
   torchrl-bcq train resume=runs/hopper steps=2000000                      resumes the run with its own settings
   torchrun --nproc-per-node 4 -m torchrl_bcq train dataset=hopper.hdf5    four processes, each with its own batches

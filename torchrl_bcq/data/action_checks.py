@@ -110,7 +110,7 @@ class ActionChecks:
         assert self._bounds is not None
         low, high = self._bounds
         if actions.shape[1:] != low.shape:
-            raise DatasetError(f"actions have shape {actions.shape}, but the action spec has shape {low.shape}.")
+            raise DatasetError(f"actions have shape {actions.shape}, but the action bounds have shape {low.shape}.")
         self._lowest = np.minimum(self._lowest, actions[finite].min(0, initial=np.inf))
         self._highest = np.maximum(self._highest, actions[finite].max(0, initial=-np.inf))
         self._outside.add(finite[:, None] & ((actions < low) | (actions > high)), start)
@@ -189,8 +189,8 @@ class ActionChecks:
             spans = f"{self._lowest.tolist()} to {self._highest.tolist()}"
             advice = "set action_clip=true, or action_low and action_high, in torchrl-bcq train."
             return [
-                f"actions has {self._outside} outside the action spec{where}: the actions span {spans}, the spec spans "
-                f"{low.tolist()} to {high.tolist()}; " + remedy("clip or rescale the actions.", advice)
+                f"actions has {self._outside} outside the action bounds{where}: the actions span {spans}, the bounds "
+                f"are {low.tolist()} to {high.tolist()}; " + remedy("clip or rescale the actions.", advice)
             ]
         found = [text.format(self._bad[name]) for name, text in _OTHERS.items() if self._bad[name].count]
         if self._odd.count and self.discrete and not self._is_unclear:

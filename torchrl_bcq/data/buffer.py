@@ -84,6 +84,7 @@ def make_replay_buffer(
     held = transitions.to(device)
     if not held.is_memmap():
         held = held.detach().contiguous()  # the buffer gets its own TensorDict, without a copy of the tensors
+        held.names = None  # the rows of a batch are no longer successive steps
     return TensorDictReplayBuffer(
         storage=TensorStorage(held, device=device),
         sampler=chosen,

@@ -22,6 +22,7 @@ from torchrl_bcq.evaluation.rollouts import own_random_state
 from torchrl_bcq.functional import available_logits
 from torchrl_bcq.modules import Normalization, make_discrete_cloning_modules, make_fqe_modules
 from torchrl_bcq.objectives import DiscreteCloningLoss, DiscreteFQELoss, FQELoss, OfflineLoss
+from torchrl_bcq.objectives.inputs import check_gamma
 from torchrl_bcq.trainers import OfflineOptimizationStepper, OfflineTrainer
 
 _MASK = "action_mask"
@@ -83,6 +84,7 @@ def fit_fqe(
 
     Source: Le, Voloshin, Yue, "Batch Policy Learning under Constraints", arXiv:1903.08738, algorithm 3.
     """
+    check_gamma(gamma)
     device = torch.device(device or transitions.device or "cpu")
     settings: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "device": device}
     scaling = _fit_scaling(transitions, observation_keys, _value_scale(transitions, gamma))
@@ -185,9 +187,13 @@ def value_range(transitions: TensorDictBase, gamma: float) -> tuple[float, float
     For ``gamma < 1``, episodes may be infinitely long. For ``gamma = 1``, they are at most as long as the longest
     recorded episode. The range always contains 0, because all rewards after a terminal state are 0.
     """
-    longest = float(episode_numbers(transitions).bincount().max())
-    most = longest if gamma == 1 else 1 / (1 - gamma)
-    low, high = (float(end) * most for end in transitions["next", "reward"].aminmax())
+    reward = transitions["next", "reward"].double()
+    if gamma == 1:
+        most = float(episode_numbers(transitions).bincount().max())
+    else:  # a row of multi_step sums the rewards of several steps
+        steps = transitions.get(STEPS, None)
+        most = 1 / (1 - gamma ** (1 if steps is None else steps.double().reshape(reward.shape)))
+    low, high = map(float, (reward * most).aminmax())
     return min(0.0, low), max(0.0, high)
 
 

@@ -12,10 +12,12 @@ from torchrl_bcq.data.episodes import episode_numbers
 from torchrl_bcq.functional import (
     doubly_robust_values,
     effective_sample_size,
-    importance_weights,
+    log_importance_weights,
     normalized_weights,
     per_decision_values,
 )
+
+_LARGEST = torch.finfo(torch.float64).max  # in place of an infinite weight: infinity times the reward 0 would be NaN
 
 
 class ImportanceSampling:
@@ -49,19 +51,19 @@ class ImportanceSampling:
             rows["next_value"] = following * ~transitions["next", "terminated"].squeeze(-1)
         padded = split_trajectories(TensorDict(rows, [len(transitions)]), trajectory_key="episode")  # [E, T]
         ratios = torch.where(padded["mask"], padded["ratio"], 1.0)  # after its end, an episode keeps its weight
-        self._weights, self._gamma = importance_weights(ratios), gamma
+        self._log_weights, self._gamma = log_importance_weights(ratios), gamma
         self._padded = padded
 
     @property
     def effective_sample_size(self) -> float:
         """Number of equally weighted episodes that would give the same variance."""
-        return effective_sample_size(self._weights[:, -1]).item()
+        return effective_sample_size(self._log_weights[:, -1]).item()
 
     def estimate(self, episodes: np.ndarray | None = None) -> dict[str, float]:
         """Return the estimates by name, over all episodes or over those with the given numbers."""
         chosen = slice(None) if episodes is None else torch.from_numpy(episodes.astype(np.int64))
-        padded, weights = self._padded[chosen], self._weights[chosen]
-        kinds = {"": weights, "weighted_": normalized_weights(weights)}
+        padded, log_weights = self._padded[chosen], self._log_weights[chosen]
+        kinds = {"": log_weights.exp().clamp_max(_LARGEST), "weighted_": normalized_weights(log_weights)}
         out = {
             f"{kind}importance_sampling": per_decision_values(w, padded["reward"], self._gamma)
             for kind, w in kinds.items()

@@ -131,7 +131,8 @@ class DatasetMetrics(PeriodicMetrics):
     rows in which both are equal. If the objective learns values, the hook also logs ``initial_value``, the mean
     value of the policy's actions in the first states of the episodes. For held-out transitions, the hook also logs
     ``held_out_{key}``, the mean of each out-key of the loss module, such as ``held_out_td_error``. The metrics on a
-    dataset can show that training goes wrong, but only returns show which of two policies is better.
+    dataset can show that training goes wrong. To compare policies, use returns, or ``OffPolicyEvaluation`` if there is
+    no environment.
 
     Args:
         loss_module: loss of the networks that are trained.

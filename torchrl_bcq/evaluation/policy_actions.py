@@ -15,6 +15,7 @@ from torchrl_bcq.data.action_checks import number_of
 from torchrl_bcq.data.episodes import STEPS, episode_numbers
 from torchrl_bcq.errors import DatasetError
 from torchrl_bcq.evaluation.rollouts import in_eval_mode, own_random_state
+from torchrl_bcq.modules import Policy
 
 ACTIONS, PROBABILITIES = "policy_action", "policy_probability"
 
@@ -45,10 +46,12 @@ def add_policy_actions(
         torch.Size([100, 1, 1])
     """
     name = ACTIONS if number_of(action_spec) is None else PROBABILITIES
-    choices = policy_actions(policy, transitions["next"], action_spec, **settings)
+    ended = transitions["next", "terminated"]
+    states = transitions["next"].copy().set("done", ended)  # a mask may exclude all actions only in a terminal state
+    choices = policy_actions(policy, states, action_spec, **settings)
     # nothing reads them, and a mask without any available action gives NaN
-    ended = transitions["next", "terminated"].reshape(-1, *[1] * (choices.ndim - 1))
-    return transitions.copy().set(("next", name), choices.masked_fill(ended, 0))
+    filled = choices.masked_fill(ended.reshape(-1, *[1] * (choices.ndim - 1)), 0)
+    return transitions.copy().set(("next", name), filled)
 
 
 def add_recorded_actions(transitions: TensorDictBase, action_spec: TensorSpec) -> TensorDictBase:
@@ -145,7 +148,9 @@ def _choices(policy: Any, states: TensorDictBase, action_spec: TensorSpec, num_s
     if number is not None and has_probabilities(policy, action_spec):
         found = policy.get_dist(states.copy()).probs
         return _check(found, (len(states), number), "probabilities").to(torch.get_default_dtype())
-    key = getattr(policy, "action_key", "action")
+    key = policy.out_keys[0] if isinstance(policy, Policy) else getattr(policy, "action_key", "action")
+    if key not in policy.out_keys:
+        raise ValueError(f"the policy writes {[*policy.out_keys]}, but not {key!r}; rename its output to {key!r}.")
     drawn = [policy(states.copy()).get(key) for _ in range(num_samples)]
     if number is None:
         shape = (len(states), *action_spec.shape)

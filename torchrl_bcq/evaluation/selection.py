@@ -219,7 +219,14 @@ class OffPolicyEvaluation:
     def _probability(self) -> Tensor:
         """Probabilities of the recorded actions of the held-out rows, ``[M]``."""
         if (logged := self._held.get("action_probability", None)) is not None:
-            return logged.reshape(len(self._held))
+            logged = logged.reshape(len(self._held))
+            bad = ~((logged > 0) & (logged <= 1 + 1e-6))
+            if bad.any():
+                raise DatasetError(
+                    f"action_probability is not above 0 and at most 1 in {int(bad.sum())} held-out rows, such as "
+                    f"{logged[bad][0]}; give the probability with which the recorded policy chose the action."
+                )
+            return logged
         return clone_probabilities(self._transitions[self._train_rows], self._held, self.action_spec, **self._clone)
 
     def _weigh(self, critics: Any, held: TensorDictBase) -> dict[str, Any]:
@@ -267,7 +274,7 @@ class OffPolicyEvaluation:
 
     @cached_property
     def _horizon(self) -> float:
-        """Mean discounted length of the episodes, weighted by their rows.
+        """Mean discounted length of the episodes.
 
         For ``gamma < 1``, an episode that was cut off counts as infinitely long: ``1 / (1 - gamma)``.
         """
@@ -276,7 +283,7 @@ class OffPolicyEvaluation:
         sums = lengths.double() if self.gamma == 1 else (1 - self.gamma ** lengths.double()) / (1 - self.gamma)
         if self.gamma < 1:
             sums = torch.where(last, sums, 1 / (1 - self.gamma))
-        return float((sums * lengths).sum() / lengths.sum())
+        return float(sums.mean())
 
     @cached_property
     def _limits(self) -> tuple[float, float]:

@@ -49,7 +49,8 @@ class Support:
         transitions = transitions[drawn.sort().values]
         states = self._join(transitions)
         scale = states.std(0)
-        self._scale = np.where(scale > 0, scale, 1.0)
+        is_constant = scale <= np.finfo(np.float32).eps * np.abs(states.mean(0))  # up to rounding
+        self._scale = np.where(is_constant, 1.0, scale)
         self._number, states = number_of(action_spec), states / self._scale
         _, choices = recorded_actions(transitions, action_spec)
         if self._number is None:

@@ -62,16 +62,16 @@ class Policy(TensorDictModuleBase):
                 raise
             shapes = {key: tuple(states.get(key).shape) for key in self.in_keys}
             raise ValueError(f"the networks cannot process observations of shape {shapes}: {error}") from error
-        return action.cpu().numpy()
+        return (action.float() if action.dtype == torch.bfloat16 else action).cpu().numpy()
 
     def _to_states(self, observation: Any) -> TensorDictBase:
         """Convert observations to a TensorDict of batch size ``[]`` or ``[B]`` on the networks' device."""
-        given = observation if isinstance(observation, (Mapping, TensorDictBase)) else {self.in_keys[0]: observation}
-        if given is not observation and len(self.in_keys) > 1:
+        is_mapping = isinstance(observation, (Mapping, TensorDictBase))
+        if not is_mapping and len(self.in_keys) > 1:
             raise ValueError(f"the policy reads {self.in_keys}; pass a mapping with an array for each of these keys.")
         like = tensor_like(self, default=torch.empty(0))
         specs = self.observation_specs or {}
-        found = {key: _find(given, key) for key in self.in_keys}
+        found = {key: _find(observation, key) if is_mapping else observation for key in self.in_keys}
         entries = {
             key: _to_mask(key, value).to(like.device)
             if key == self.mask_key

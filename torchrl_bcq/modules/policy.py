@@ -16,7 +16,7 @@ from torchrl_bcq.functional import clipped_normal, spread_normal
 from torchrl_bcq.memory import keep_freed_memory
 from torchrl_bcq.modules.acting import Policy, check_dtype, check_latents, is_random, tensor_like
 from torchrl_bcq.modules.dispatch import accepts_tensors
-from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, check_action, check_networks, require
+from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, check_networks, decode_action, require
 
 _CHOICES: dict[str, Callable[[Tensor], Tensor]] = {  # maps the critics' values to one score per candidate
     "first": lambda value: value,
@@ -164,7 +164,7 @@ class BCQPolicy(Policy):
             latents = clipped_normal((number, *self.latents.shape), self.vae.latent_clip, like)
         else:
             latents = self.latents.to(like).expand(number, -1, -1)  # cast: users can change the networks' dtype
-        candidates = check_action(self.vae.decode(candidates, latents), self.vae.action_key)
+        candidates = decode_action(self.vae, candidates, latents)
         if self.actor is not None:
             candidates = self.actor(candidates)
         actions = candidates.get(self.vae.action_key)  # [N, n, A]
@@ -210,10 +210,12 @@ class BehaviorCloningPolicy(Policy):
         """Write an action for each state, ``[*B, A]``. ``latents [*B, L]`` replace the policy's own ones."""
         shape = (*tensordict.batch_size, *self.latent_shape)
         like = tensor_like(self, tensordict.get(self.in_keys[0]))
+        for key in self.in_keys:
+            check_dtype(key, tensordict.get(key), like.dtype)
         if latents is not None:
             latents = check_latents(latents, shape).to(like)
         elif is_random():
             latents = clipped_normal(shape, self.latent_clip, like)
         else:
             latents = like.new_zeros(shape)
-        return self.vae.decode(tensordict, latents)
+        return decode_action(self.vae, tensordict, latents)

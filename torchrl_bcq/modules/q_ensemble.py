@@ -19,6 +19,7 @@ from torchrl_bcq.modules.normalization import Rescale, Standardize
 
 _ELEMENTWISE = (nn.ELU, nn.GELU, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh,
                 Standardize, Rescale)  # fmt: skip
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class QEnsemble(TensorDictModuleBase):
@@ -152,15 +153,20 @@ def _have_equal_weights(one: nn.Module, other: nn.Module) -> bool:
 
 def _are_equal_mlps(critics: Sequence[Any]) -> bool:
     """Whether all critics are MLPs with one output and equal layers, which the batched pass supports."""
-    mlps = [critic.module for critic in critics if isinstance(critic, TensorDictModule) and type(critic.module) is MLP]
+    mlps = [critic.module for critic in critics if _is_plain(critic) and type(critic.module) is MLP]
     if len(mlps) < len(critics) or len({repr(mlp) for mlp in mlps}) > 1:
         return False
     linear = [layer for layer in mlps[0] if type(layer) is nn.Linear and layer.bias is not None]
-    elementwise = [layer for layer in mlps[0] if isinstance(layer, _ELEMENTWISE)]
+    elementwise = [layer for layer in mlps[0] if type(layer) in _ELEMENTWISE]
     return len(linear) + len(elementwise) == len(mlps[0]) and linear[-1].out_features == 1
+
+
+def _is_plain(critic: Any) -> bool:
+    """Whether a critic only calls its network; a subclass of TensorDictModule may do more."""
+    return isinstance(critic, TensorDictModule) and type(critic).forward is TensorDictModule.forward
 
 
 def _have_hooks(critics: Iterable[Any]) -> bool:
     """Whether a critic or one of its layers has hooks, which the batched pass would not call."""
     modules = (module for critic in critics for module in (critic, critic.module, *critic.module))
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    return any(getattr(module, kind) for module in modules for kind in _HOOKS)

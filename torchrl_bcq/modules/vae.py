@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -42,8 +43,8 @@ class ActionVAE(TensorDictModuleBase):
 
     Raises:
         ValueError: if ``action_spec`` is not a finite box of rank 1, or if ``latent_dim``, ``latent_clip``,
-            ``kl_weight`` or ``error_scale`` is out of range. A call of the VAE also raises this error if a network's
-            output has a wrong size.
+            ``log_std_range``, ``kl_weight`` or ``error_scale`` is out of range. A call of the VAE also raises this
+            error if ``noise`` has a wrong shape or a network's output has a wrong size.
 
     Example:
         >>> import torch
@@ -82,8 +83,10 @@ class ActionVAE(TensorDictModuleBase):
         super().__init__()
         if latent_dim < 1 or not latent_clip > 0:
             raise ValueError(f"latent_dim is {latent_dim} and latent_clip {latent_clip}; both must be positive.")
-        if not kl_weight >= 0:
-            raise ValueError(f"kl_weight is {kl_weight}, expected 0 or more.")
+        if not 0 <= kl_weight < math.inf:
+            raise ValueError(f"kl_weight is {kl_weight}, expected a finite number, 0 or more.")
+        if not log_std_range[0] < log_std_range[1]:
+            raise ValueError(f"log_std_range is {log_std_range}, expected a lower and a higher number.")
         self.observation_keys = list(observation_keys)
         self.action_key = action_key
         self.observation_specs = observation_specs
@@ -122,6 +125,8 @@ class ActionVAE(TensorDictModuleBase):
         tensordict = self.encode(tensordict)
         loc, std = tensordict.get("loc"), tensordict.get("log_std").exp()
         noise = torch.randn_like(loc) if noise is None else noise
+        if noise.shape != loc.shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {tuple(loc.shape)}.")
         return tensordict.set("reconstruction", self._decode(tensordict, loc + std * noise))
 
     def training_loss(

@@ -40,8 +40,8 @@ class OfflineLoss(LossModule):
         metadata: for each network name, the names of the metadata that the network's loss returns.
         action_key: entry of the action. The action's shape, ``[*B, A]``, defines the batch size ``*B``.
         reduction: reduction of the loss over the batch: ``"mean"`` (or None), ``"sum"`` or ``"none"``.
-        use_prioritized_weights: ``"auto"`` or True multiplies the loss of each row by ``priority_weight`` if the batch
-            has this entry; False ignores the entry.
+        use_prioritized_weights: ``"auto"`` or True weights the rows by ``priority_weight`` if the batch has this entry;
+            False ignores the entry. The reduction ``"mean"`` then is the weighted mean, ``sum(w * loss) / sum(w)``.
 
     The loss trains the given modules, not copies. A policy that holds the same modules therefore always uses the
     current weights. In the constructor of a subclass, the name of each network argument must end with ``_network``.
@@ -198,9 +198,10 @@ class OfflineLoss(LossModule):
 
     def reduce(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
         """Weight, mask and reduce the losses ``[*B]`` of the rows. The reduction ``none`` keeps the shape."""
-        weights = self._maybe_get_priority_weight(tensordict)
+        key = self.tensor_keys.priority_weight
+        weights = tensordict.get(key, None) if self.use_prioritized_weights else None
         if weights is not None and weights.shape != loss.shape:
-            key, shape = self.tensor_keys.priority_weight, tuple(weights.shape)
+            shape = tuple(weights.shape)
             raise ValueError(f"{key} has shape {shape}, expected {tuple(loss.shape)}: one weight for each row.")
         return self._reduce_loss(loss, tensordict=tensordict, weights=weights)
 
@@ -240,8 +241,9 @@ class OfflineLoss(LossModule):
             if name in self.delayed_names:
                 target = self._modules[f"target_{name}_network_params"]
                 self._targets[name] = target._param_td, find_slots(target, network)
-        # stored in a tuple: otherwise nn.Module would register this parameter a second time
-        self._first = (next(self.parameters()),)
+        if (first := next(self.parameters(), None)) is None:
+            raise ValueError("no network of the loss has parameters, so there is nothing to learn.")
+        self._first = (first,)  # a tuple: otherwise nn.Module would register this parameter a second time
         layers = [layer for name in self.network_names for layer in getattr(self, f"{name}_network").modules()]
         self.mixes_rows = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrl_bcq.functional import best_sample_value, clipped_normal
 from torchrl_bcq.objectives.candidates import evaluate_in_parts
 from torchrl_bcq.objectives.values import ValueLoss
-from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, check_action, check_networks
+from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, check_networks, decode_action
 
 
 class BCQLoss(ValueLoss):
@@ -32,7 +32,7 @@ class BCQLoss(ValueLoss):
         loss_function: loss of the TD error: ``"l2"`` (paper), ``"smooth_l1"`` (Huber, threshold 1) or ``"l1"``.
         reduction: reduction of each loss over the batch: ``"mean"`` (or None), ``"sum"`` or ``"none"``.
         deactivate_vmap: same meaning as in TorchRL's losses: if True, the value estimator uses a loop instead of vmap.
-        use_prioritized_weights: ``"auto"`` or True multiplies a row's loss by ``priority_weight`` if the batch has it.
+        use_prioritized_weights: ``"auto"`` or True weights the rows by ``priority_weight`` if the batch has it.
 
     Reads: observations and the action ``[*B, A]``. Under ``"next"``, the loss reads the observations, and ``reward``,
     ``done`` and ``terminated`` of shape ``[*B, 1]``. If the batch has ``steps_to_next_obs [*B, 1]``, the loss also
@@ -156,7 +156,7 @@ class BCQLoss(ValueLoss):
     def _sample(self, states: TensorDictBase, latent: Tensor | None) -> TensorDictBase:
         """Sample an action for each state from the behaviour model."""
         latent = self._draw_latent(states) if latent is None else latent
-        return check_action(self.vae_network.decode(states, latent), self.tensor_keys.action)
+        return decode_action(self.vae_network, states, latent)
 
     def _draw_latent(self, states: TensorDictBase) -> Tensor:
         shape = (*states.batch_size, self.vae_network.latent_dim)
@@ -164,8 +164,20 @@ class BCQLoss(ValueLoss):
 
     def _critics(self, state_actions: TensorDictBase) -> Tensor:
         """Return the values ``[*B, C]`` of all critics in the dtype of the loss, also under autocast."""
-        return self.qvalue_network(state_actions).get(self.tensor_keys.state_action_value).to(self._like.dtype)
+        return self._read_values(self.qvalue_network(state_actions))
 
     def _first_critic(self, state_actions: TensorDictBase) -> Tensor:
-        written = self.qvalue_network.first(state_actions)  # [*B, 1]
-        return written.get(self.tensor_keys.state_action_value).to(self._like.dtype).squeeze(-1)
+        values = self._read_values(self.qvalue_network.first(state_actions))
+        if values.shape[-1] != 1:
+            raise ValueError(f"first writes {values.shape[-1]} values for each row, expected that of one critic.")
+        return values.squeeze(-1)
+
+    def _read_values(self, written: TensorDictBase) -> Tensor:
+        key = self.tensor_keys.state_action_value
+        values = written.get(key)
+        if values.shape[:-1] != written.batch_size:
+            raise ValueError(
+                f"the critics write {key!r} of shape {tuple(values.shape)}, expected {(*written.batch_size, 'C')}: one "
+                "value for each row and critic."
+            )
+        return values.to(self._like.dtype)

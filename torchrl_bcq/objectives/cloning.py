@@ -15,8 +15,8 @@ class CloningLoss(OfflineLoss):
     Args:
         actor_network: network that reads observations and writes the action, such as ``DeterministicActor``.
         reduction: reduction of the loss over the batch: ``"mean"`` (or None), ``"sum"`` or ``"none"``.
-        use_prioritized_weights: ``"auto"`` or True multiplies the loss of each row by ``priority_weight`` if the batch
-            has this entry; False ignores the entry.
+        use_prioritized_weights: ``"auto"`` or True weights the rows by ``priority_weight`` if the batch has this entry;
+            False ignores the entry. The reduction ``"mean"`` then is the weighted mean, ``sum(w * loss) / sum(w)``.
 
     Reads: observations and action ``[*B, A]``. Writes the squared error of each row, ``[*B]``, to the input tensordict
     as the priority.

@@ -33,7 +33,7 @@ class DiscreteBCQLoss(DiscreteValueLoss):
         loss_function: loss of the TD error: ``"smooth_l1"`` (Huber, threshold 1; paper), ``"l2"`` or ``"l1"``.
         reduction: reduction of each term over the batch: ``"mean"`` (or None), ``"sum"`` or ``"none"``.
         deactivate_vmap: same meaning as in TorchRL's losses: if True, the value estimator uses a loop instead of vmap.
-        use_prioritized_weights: ``"auto"`` or True multiplies a row's loss by ``priority_weight`` if the batch has it.
+        use_prioritized_weights: ``"auto"`` or True weights the rows by ``priority_weight`` if the batch has it.
 
     Reads: observations and the action. Under ``"next"``, the loss reads the observations, and ``reward``, ``done`` and
     ``terminated`` of shape ``[*B, 1]``. If the batch has ``steps_to_next_obs [*B, 1]``, the loss also reads this entry

@@ -18,8 +18,8 @@ class DiscreteCloningLoss(DiscreteLoss):
             ``DiscreteNetwork`` with one output.
         action_space: as in ``DiscreteBCQLoss``.
         reduction: reduction of the loss over the batch: ``"mean"`` (or None), ``"sum"`` or ``"none"``.
-        use_prioritized_weights: ``"auto"`` or True multiplies the loss of each row by ``priority_weight`` if the batch
-            has this entry; False ignores the entry.
+        use_prioritized_weights: ``"auto"`` or True weights the rows by ``priority_weight`` if the batch has this entry;
+            False ignores the entry. The reduction ``"mean"`` then is the weighted mean, ``sum(w * loss) / sum(w)``.
 
     Reads: observations and action. If the network has an ``action_mask_key``, or after
     ``loss.set_keys(action_mask=key)``, the loss reads booleans ``[*B, K]``: an action that is not available has

@@ -15,7 +15,7 @@ from torchrl.objectives.utils import ValueEstimators, default_value_kwargs, disp
 from torchrl.objectives.value import TD0Estimator, ValueEstimatorBase
 
 from torchrl_bcq.objectives.base import OfflineLoss
-from torchrl_bcq.objectives.inputs import check_choice, check_time_dimension
+from torchrl_bcq.objectives.inputs import check_choice, check_gamma, check_time_dimension
 
 _SUPPORTED = (ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda)
 
@@ -32,8 +32,8 @@ class ValueLoss(OfflineLoss):
 
     The target bootstraps if an episode is only truncated, but not if ``terminated`` is True. Set
     the discount factor with ``loss.make_value_estimator(gamma=0.99)``. TorchRL's multi-step transforms write
-    ``steps_to_next_obs [*B, 1]``. If the batch has this entry, the value of the next state is multiplied by ``gamma **
-    steps_to_next_obs``.
+    ``steps_to_next_obs``, ``[*B]`` or ``[*B, 1]``. If the batch has this entry, the value of the next state is
+    multiplied by ``gamma ** steps_to_next_obs``.
     """
 
     @dataclass
@@ -73,7 +73,14 @@ class ValueLoss(OfflineLoss):
         reward, *flags = self._outcome_keys
         steps = self.tensor_keys.steps_to_next_obs
         keys = [*self.in_keys, *([steps] if steps in tensordict.keys(True) else [])]
-        return self._select(tensordict, keys, reward_key=reward, flag_keys=flags)
+        batch = self._select(tensordict, keys, reward_key=reward, flag_keys=flags)
+        if steps in keys:
+            number = batch.get(steps)
+            if number.shape not in (batch.shape, (*batch.shape, 1)):
+                shape = tuple(number.shape)
+                raise ValueError(f"{steps} has shape {shape}, expected {(*batch.shape, 1)}: one number for each row.")
+            batch.set(steps, number.reshape(*batch.shape, 1))  # TorchRL's transforms write [*B]
+        return batch
 
     def td_target(self, batch: TensorDictBase, next_value: Tensor) -> Tensor:
         """Compute the target from the values of the next states, with the value estimator. ``[*B, C] -> [*B, C]``."""
@@ -132,9 +139,13 @@ class ValueLoss(OfflineLoss):
                 An estimator class of TorchRL, or an instance of such a class, is also possible. With an instance,
                 ``gamma`` and ``hyperparams`` have no effect. ``TD1`` and ``TDLambda`` need slices of trajectories ``[B,
                 T]``. Their targets sum rewards of several steps of the dataset, without an off-policy correction.
-            gamma: discount factor.
+            gamma: discount factor, from 0 to 1.
             **hyperparams: other arguments of the estimator.
+
+        Raises:
+            ValueError: if ``gamma`` is out of range.
         """
+        check_gamma(gamma)
         value_type = self.default_value_estimator if value_type is None else value_type
         like, keys = self._like, self._value_estimator_keys
         if isinstance(value_type, ValueEstimatorBase):

@@ -131,9 +131,9 @@ def _read_continuous(settings: DictConfig, specs: Specs, reader: Mapping[str, An
             check_actions(transitions, chosen)
     except DatasetError as error:
         message = str(error)
-        if chosen is not None and "action spec" in message:
+        if chosen is not None and "action bounds" in message:
             origins = " and ".join(dict.fromkeys(source for side in chosen.origins for source in side))
-            message += f" The action spec comes from: {origins}."
+            message += f" These bounds come from: {origins}."
         raise DatasetError(message) from error.__cause__
     if processes.is_first():
         chosen.report()

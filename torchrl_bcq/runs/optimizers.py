@@ -25,7 +25,7 @@ def make_optimizer(
 ) -> Optimizer:
     """Make the optimizer of a network; ``optimizer`` is the name of a class in ``torch.optim``."""
     fused = {"fused": True} if optimizer in _FUSED else {}
-    return _call(torch.optim, optimizer, Optimizer, f"optim.{name}", parameters, {"lr": lr, **fused, **kwargs})
+    return _call(torch.optim, optimizer, Optimizer, (name, "optimizer"), parameters, {"lr": lr, **fused, **kwargs})
 
 
 def make_scheduler(
@@ -35,7 +35,7 @@ def make_scheduler(
     if scheduler is None:
         return None
     base = lr_scheduler.LRScheduler
-    return _call(lr_scheduler, scheduler, base, f"optim.{name}.scheduler", optimizer, scheduler_kwargs)
+    return _call(lr_scheduler, scheduler, base, (name, "scheduler"), optimizer, scheduler_kwargs)
 
 
 def optim_settings(networks: Sequence[str], *calls: Callable) -> Settings:
@@ -85,13 +85,16 @@ def _of_network(optim: Mapping[str, Any], name: str) -> dict[str, Any]:
     return settings
 
 
-def _call(module: Any, kind: str, base: Any, setting: str, first: Any, arguments: Mapping[str, Any]) -> Any:
-    """Make an instance of a PyTorch class; ``kind`` is the name of the class."""
+def _call(module: Any, kind: str, base: Any, setting: tuple[str, str], first: Any, arguments: Mapping[str, Any]) -> Any:
+    """Make an instance of the PyTorch class ``kind``; ``setting`` names the network and the setting."""
+    network, role = setting
     kinds = {name: value for name, value in vars(module).items() if isinstance(value, type) and value is not base}
     known = sorted(k for k, value in kinds.items() if issubclass(value, base) and k[0] != "_" and k not in _UNFIT)
     if kind not in known:
-        raise RunError(f"{setting} is {kind!r}, expected one of {module.__name__}: {known}.")
+        where = f"optim.{role} or optim.{network}.{role}"
+        raise RunError(f"the {role} {kind!r} ({where}) does not exist; {module.__name__} has {known}.")
     try:
         return kinds[kind](first, **{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
     except (TypeError, ValueError) as error:
-        raise RunError(f"{setting} cannot be made: {kind} rejects the arguments {dict(arguments)}: {error}") from error
+        found = f"{kind} rejects the arguments {dict(arguments)}: {error}"
+        raise RunError(f"the {role} of {network} cannot be made: {found}") from error

@@ -8,6 +8,7 @@ from torchrl.data import PrioritizedSampler, ReplayBuffer
 from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.trainers.trainers import OptimizationStepper
 
+from torchrl_bcq.errors import remedy
 from torchrl_bcq.objectives import OfflineLoss
 from torchrl_bcq.trainers.stepper import OfflineOptimizationStepper
 
@@ -26,6 +27,8 @@ def check_updater(loss_module: OfflineLoss, updater: TargetNetUpdater | None) ->
 
 def check_stepper(loss_module: OfflineLoss, stepper: OptimizationStepper, *, captured: bool, parallel: bool) -> None:
     """Raise a ValueError if the stepper does not fit the loss, ``cudagraph`` or ``data_parallel``."""
+    if loss_module.reduction == "none":
+        raise ValueError("the loss has reduction='none', but a gradient step needs one number; use 'mean' or 'sum'.")
     is_ours = isinstance(stepper, OfflineOptimizationStepper)
     trained = loss_module.trainable_names
     if is_ours and set(stepper.optimizers) != set(trained):
@@ -35,10 +38,12 @@ def check_stepper(loss_module: OfflineLoss, stepper: OptimizationStepper, *, cap
         setting = "cudagraph" if captured else "data_parallel"
         raise ValueError(f"{setting}=True needs an OfflineOptimizationStepper, not a {type(stepper).__name__}.")
     if captured and parallel:
-        raise ValueError("data_parallel=True and cudagraph=True cannot be combined; set one of them.")
+        advice = remedy("set data_parallel=False or cudagraph=False", "start one process, or set cudagraph=false")
+        raise ValueError(f"several processes cannot train with CUDA graphs; {advice}.")
     device = next(loss_module.parameters()).device
     if captured and device.type != "cuda":
-        raise ValueError(f"cudagraph=True needs a loss on a CUDA device, but the loss is on {device}.")
+        advice = remedy("move it to a GPU, or set cudagraph=False", "set device=cuda or cudagraph=false")
+        raise ValueError(f"CUDA graphs need a GPU, but the loss is on {device}; {advice}.")
 
 
 def check_buffer(loss_module: OfflineLoss, replay_buffer: ReplayBuffer) -> None:

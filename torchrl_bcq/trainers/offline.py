@@ -54,16 +54,16 @@ class OfflineTrainer(ReplicatedTrainer):
             ``"medium"`` is TF32 on Ampere and newer GPUs; it is float32 on x86 CPUs without AMX. On CPUs with AMX,
             ``"medium"`` rounds the inputs of a matrix product to bfloat16 if the product has more than 4,096
             multiplications. The relative error of such a product is then 2e-3; in float32, it is 3e-7.
-            ``"bf16-target"`` evaluates only the target networks in bfloat16, on every processor. ``"bf16-mixed"``
+            ``"bf16-target"`` computes only the target values in bfloat16, on every processor. ``"bf16-mixed"``
             evaluates all networks in bfloat16. Weights, targets, optimizer states and losses always remain float32.
         cudagraph: whether to capture gradient steps in CUDA graphs. Each step then needs only one launch on the GPU.
             ``cudagraph=True`` needs a loss on a CUDA device and optimizers that support capture.
         data_parallel: whether the processes of ``torch.distributed`` train together on different batches; ``torchrun``
             can start these processes. All processes start with the first process's networks and average the gradients
-            before each optimizer step. So N batches of B rows act as one batch of N * B rows. All processes must make
-            the same trainer and call the same methods. But the replay buffer of each process needs its own seed, for
-            example ``make_replay_buffer(..., seed=seed + rank)``. Only the first process logs and writes checkpoints. A
-            hook that changes nothing, such as a hook that only logs, may be registered in the first process alone.
+            before each optimizer step. So N uniform batches of B rows act as one batch of N * B rows. All processes
+            must make the same trainer and call the same methods. But the replay buffer of each process needs its own
+            seed, for example ``make_replay_buffer(..., seed=seed + rank)``. Only the first process logs and writes
+            checkpoints. A hook that changes nothing, such as a logging hook, may be registered in the first alone.
         logger: a TorchRL logger, or None.
         progress_bar: whether to show a progress bar; needs tqdm.
         seed: seed of PyTorch and NumPy, set by the constructor.

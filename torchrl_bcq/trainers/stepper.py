@@ -182,19 +182,19 @@ class OfflineOptimizationStepper(OptimizationStepper):
                 for group in state["param_groups"]:
                     group["capturable"] = False
                     group.update({key: _number(group[key]) for key in ("lr", "initial_lr") if key in group})
-        return {"steps": self.steps, "logs": dict(self._logs), "optimizers": optimizers}
+        return {"steps": self.steps, "logs": dict(self._logs), "optimizers": optimizers, "classes": self._classes}
+
+    @property
+    def _classes(self) -> dict[str, str]:
+        return {name: type(optimizer).__name__ for name, optimizer in self.optimizers.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state; raise a ValueError if networks or optimizer classes differ from the saved ones."""
-        given = state_dict["optimizers"]
-        saved = {name: set(state["param_groups"][0]) for name, state in given.items()}
-        own = {name: set(optimizer.param_groups[0]) for name, optimizer in self.optimizers.items()}
-        # PyTorch would load the state of another optimizer class without an error and fail in the next step
-        differing = [name for name in own if name in saved and not own[name] <= saved[name]]
-        if differing or own.keys() != saved.keys():
+        given, saved = state_dict["optimizers"], state_dict["classes"]
+        if saved != self._classes:  # PyTorch would load the state of another class without an error
             raise ValueError(
-                f"the saved run has optimizers of the networks {[*saved]}, this run of {[*own]}; networks whose "
-                f"optimizer class differs: {differing or 'none'}. Use the networks and optimizers of the saved run."
+                f"the saved run has the optimizers {saved}, this run {self._classes}; use the networks and optimizers "
+                "of the saved run."
             )
         self.steps = state_dict["steps"]
         device = _parameters(next(iter(self.optimizers.values())))[0].device

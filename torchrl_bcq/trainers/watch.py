@@ -13,11 +13,16 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 
 from torchrl_bcq.data.frame_stack import gather_frames
+from torchrl_bcq.errors import remedy
 from torchrl_bcq.files import write_whole
 from torchrl_bcq.objectives import OfflineLoss
 
-_REMEDY = "If the dataset has finite values only, lower the learning rate, set clip_norm, or scale the rewards."
 _SHOWN = 10  # largest number of rows that a message lists
+
+
+def _advice() -> str:
+    settings = remedy("set clip_norm, or scale the rewards", "set optim.clip_norm, or set reward.scale")
+    return f"If the dataset has finite values only, lower the learning rate, {settings}."
 
 
 class LossWatch:
@@ -58,7 +63,7 @@ class LossWatch:
         """Return an error message about the stored loss number ``place``; save its batch in ``folder``."""
         step, name, value = self._losses[place]
         rows = self._describe_rows(self._rows[step - 1], step, folder)
-        return f"{name} is {value.item()} in gradient step {self._before + step}{rows}. {last_good} {_REMEDY}"
+        return f"{name} is {value.item()} in gradient step {self._before + step}{rows}. {last_good} {_advice()}"
 
     def _describe_rows(self, rows: Tensor | None, step: int, folder: Path | None) -> str:
         if rows is None:
@@ -91,5 +96,5 @@ def check_parameters(loss_module: OfflineLoss, steps: int, last_good: str) -> No
         broken = [name for name, is_finite in zip(state, finite.tolist(), strict=True) if not is_finite]
         raise FloatingPointError(
             f"{len(broken)} of {len(state)} weight tensors, such as {broken[0]}, have values that are not finite after "
-            f"{steps} gradient steps. {last_good} {_REMEDY}"
+            f"{steps} gradient steps. {last_good} {_advice()}"
         )

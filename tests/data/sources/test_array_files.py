@@ -372,8 +372,8 @@ def test_bad_rows_are_counted_over_chunks(form, monkeypatch):
     assert refusal(load, path, action_spec=Bounded(-0.5, 0.5, (1,))) == (
         f"{path.name}: 2 defects:\n"
         "- rewards has 3 rows (first: 4) that are not finite in float32; drop or repair them.\n"
-        "- actions has 6 rows (first: 0) outside the action spec: the actions span [-1.0] to [1.0], the "
-        "spec spans [-0.5] to [0.5]; clip or rescale the actions."
+        "- actions has 6 rows (first: 0) outside the action bounds: the actions span [-1.0] to [1.0], the "
+        "bounds are [-0.5] to [0.5]; clip or rescale the actions."
     )
 
 

@@ -54,7 +54,7 @@ def test_values_that_are_not_finite(refusal):
 def test_actions_outside_the_spec_and_flags(refusal):
     """Actions above 0.75 are those of rows 7 and 8 in column a; column b is within the spec."""
     found = refusal(COLUMNS, ["x"], action=["b", "a"], action_spec=Bounded(0, 0.75, (2,)))
-    assert found.startswith("actions has 2 rows (first: 7) outside the action spec, in column a: the actions span [")
+    assert found.startswith("actions has 2 rows (first: 7) outside the action bounds, in column a: the actions span [")
     found = refusal({**COLUMNS, "end": [None] * 8 + [1]}, ["x"], name="d.parquet")
     assert found == (
         "terminated has 8 rows (first: 0) that are neither 0 nor 1, such as nan, in column end; use only 0 (false) and "

@@ -139,7 +139,7 @@ def test_other_content_or_settings_are_converted_anew(file, root, reads):
 
 def test_a_copy_is_not_used_for_other_bounds(file, root):
     load_hdf5(file, root=root, action_spec=Bounded(-1, 1, (1,)))
-    with pytest.raises(ValueError, match=r"^d.hdf5: actions has 20 rows \(first: 0\) outside the action spec"):
+    with pytest.raises(ValueError, match=r"^d.hdf5: actions has 20 rows \(first: 0\) outside the action bounds"):
         load_hdf5(file, root=root, action_spec=Bounded(-0.5, 0.5, (1,)))
 
 

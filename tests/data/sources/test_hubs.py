@@ -84,7 +84,7 @@ def test_minari_refusals(store):
     wild = episode(1, 3, True, False)
     wild.actions[1] = 7
     create("test/wild-v0", [wild])
-    with pytest.raises(ValueError, match=r"actions has 1 row \(first: 1\) outside the action spec"):
+    with pytest.raises(ValueError, match=r"actions has 1 row \(first: 1\) outside the action bounds"):
         load_minari("test/wild-v0")
     shifted = dataclasses.replace(episode(1, 3, True, False), actions=np.array([1, 2, 1]))
     create("test/shifted-v0", [shifted], action_space=gymnasium.spaces.Discrete(2, start=1))
@@ -121,8 +121,8 @@ def test_minari_bounds_may_be_given(store):
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole message is compared below)
         load_minari("test/narrow-v0", action_spec=Bounded(-0.5, 0.5, (1,)))
     assert str(error.value) == (
-        "test/narrow-v0: actions has 2 rows (first: 0) outside the action spec: the actions span [-1.0] to [1.0], "
-        "the spec spans [-0.5] to [0.5]; clip or rescale the actions."
+        "test/narrow-v0: actions has 2 rows (first: 0) outside the action bounds: the actions span [-1.0] to [1.0], "
+        "the bounds are [-0.5] to [0.5]; clip or rescale the actions."
     )
 
 
@@ -166,7 +166,7 @@ def test_minari_action_spaces_that_are_no_finite_box_keep_their_finite_bounds(st
     assert spec.space.low.tolist() == np.full(2, low).tolist()
     assert spec.space.high.tolist() == np.full(2, high).tolist()
     assert load_minari("test/wide-v0")["action"].tolist() == [[0.5, -1]] * 3
-    with pytest.raises(ValueError, match=r"actions has 3 rows \(first: 0\) outside the action spec"):
+    with pytest.raises(ValueError, match=r"actions has 3 rows \(first: 0\) outside the action bounds"):
         load_minari("test/wide-v0", action_spec=Bounded(torch.tensor([0.6, -np.inf]), torch.tensor(np.inf), (2,)))
 
 

@@ -318,8 +318,8 @@ def test_missing_and_repeated_columns_are_refused(write, tmp_path):
 
 def test_actions_are_checked(write):
     assert refusal(write(), truncated="cut", action_spec=Bounded(0, 0.75, (1,))).endswith(
-        "actions has 2 rows (first: 7) outside the action spec, in column dose: the actions span "
-        "[0.10000000149011612] to [0.8999999761581421], the spec spans [0.0] to [0.75]; clip or rescale the actions."
+        "actions has 2 rows (first: 7) outside the action bounds, in column dose: the actions span "
+        "[0.10000000149011612] to [0.8999999761581421], the bounds are [0.0] to [0.75]; clip or rescale the actions."
     )
 
 

@@ -211,7 +211,7 @@ def test_few_rows():
 def test_what_cannot_be_described(data):
     with pytest.raises(ValueError, match=r"action_spec has shape \(1, 2\), expected \[A\]"):
         describe(data, action_spec=Unbounded((1, 2)))
-    with pytest.raises(ValueError, match="actions have 2 columns, but the action spec has shape"):
+    with pytest.raises(ValueError, match="actions have 2 columns, but the action bounds have shape"):
         describe(data, action_spec=Bounded(-1, 1, (3,)))
     message = (
         "transitions span up to 3 steps (steps_to_next_obs), so the rewards are sums and the next observations are "

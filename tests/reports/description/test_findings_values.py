@@ -98,8 +98,8 @@ def test_the_same_action_twice(data):
 def test_actions_outside_the_spec(data):
     data["action"][[3, 4], 1] = torch.tensor([1.5, -7.0])
     assert messages(data) == [
-        "actions has 2 rows (first: 3) outside the action spec, such as 1.5 in column 1, where the spec spans -1 to 1; "
-        "clip or rescale the actions."
+        "actions has 2 rows (first: 3) outside the action bounds, such as 1.5 in column 1, where the bounds are -1 to "
+        "1; clip or rescale the actions."
     ]
 
 
@@ -118,7 +118,7 @@ def test_actions_at_the_bounds(data, spec, bound):
 def test_actions_of_other_units(data):
     data["action"][5], data["action"][6] = 1.0, -1.0
     assert messages(data, Bounded(-100, 100, (2,))) == [
-        "actions spans only -1 to 1 in columns 0, 1, in all 1212 rows (first: 0), but the action spec spans -100 to "
+        "actions spans only -1 to 1 in columns 0, 1, in all 1212 rows (first: 0), but the action bounds are -100 to "
         "100; if the actions are normalised, scale them to the units of the spec."
     ]
 

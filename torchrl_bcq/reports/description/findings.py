@@ -101,13 +101,13 @@ TEXTS = {  # a message for each kind of defect; the most certain kinds come firs
         "actions has {absent} of {number} discrete actions in no row: {listed}; BCQ avoids them, because the data does "
         "not show what they lead to; check the number of actions."
     ),
-    "outside": "actions has {rows} outside the action spec, such as {rows.example}; clip or rescale the actions.",
+    "outside": "actions has {rows} outside the action bounds, such as {rows.example}; clip or rescale the actions.",
     "at bounds": (
         "actions has {rows} at {bound} in {columns}; this is normal for bang-bang control, otherwise check whether the "
         "actions were clipped or scaled wrongly."
     ),
     "narrow": (
-        "actions spans only {low:g} to {high:g} in {columns}, in all {rows}, but the action spec spans {spec_low:g} to "
+        "actions spans only {low:g} to {high:g} in {columns}, in all {rows}, but the action bounds are {spec_low:g} to "
         "{spec_high:g}; if the actions are normalised, scale them to the units of the spec."
     ),
     "far": (

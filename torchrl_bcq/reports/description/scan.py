@@ -199,7 +199,7 @@ class Survey:
             if self.bounds and (beyond := (values < low) | (values > high)).any():
                 outside.add(beyond.any(1), rows.start)
                 row, at = beyond.nonzero()[0].tolist()
-                example = f"{values[row, at]:g} in column {at}, where the spec spans {low[at]:g} to {high[at]:g}"
+                example = f"{values[row, at]:g} in column {at}, where the bounds are {low[at]:g} to {high[at]:g}"
                 outside.example = outside.example or example
 
     def _read_outliers(self, reader: Reader, stops: Tensor) -> None:
