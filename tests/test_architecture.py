@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "trainers": LEARNING | {"trainers"},
     "evaluation": LEARNING | {"trainers", "evaluation"},
     "reports": LEARNING | {"trainers", "evaluation", "reports"},
-    "export": SHARED | {"modules", "export"},
+    "export": SHARED | {"data", "modules", "export"},
     "runs": LEARNING | {"trainers", "evaluation", "reports", "runs"},
     "conf": LEARNING | {"trainers", "evaluation", "runs", "conf"},
     "cli": LEARNING | {"trainers", "evaluation", "reports", "export", "runs", "cli"},

@@ -15,6 +15,8 @@ from torchrl.data import Bounded, Unbounded
 import torchrl_bcq
 from torchrl_bcq.__main__ import main
 from torchrl_bcq.evaluation import recording
+from torchrl_bcq.runs.algorithms import ALGORITHMS
+from torchrl_bcq.runs.settings import load_settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "examples" / "guides").glob("*.md"))]
@@ -33,6 +35,7 @@ def place(tmp_path, monkeypatch) -> Path:
     """A folder with the files that the pages name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setitem(ALGORITHMS, "absolute", ALGORITHMS["cloning"])  # a page sets it; the test deletes it
     rng = np.random.default_rng(0)
     for name, width in (("hopper", 3), ("trips", 2), ("first", 3), ("second", 3)):
         with h5py.File(f"{name}.hdf5", "w") as file:
@@ -136,7 +139,7 @@ def test_specs_without_an_environment(place):
 
 def test_parts_of_ones_own(place):
     """200 steps with another VAE, other critics, own keys, a plain loop: the critics' error on the data has shrunk."""
-    own_loop, _ = python_of("own_parts")
+    own_loop, *_ = python_of("own_parts")
     assert (ROOT / "examples" / "own_loop.py").read_text() == own_loop
     assert own_loop.count("\n") <= 60
     found: dict = {}
@@ -148,10 +151,15 @@ def test_parts_of_ones_own(place):
 
 
 def test_an_objective_of_ones_own(place):
-    _, code = python_of("own_parts")
+    _, code, registration = python_of("own_parts")
     found: dict = {}
     exec(compile(code, "own_parts.md", "exec"), found)
     assert found["policy"](torch.tensor([1.0, 0.0, 0.0])).shape == (1,)
+    exec(compile(registration, "own_parts.md", "exec"), found)
+    words = ["dataset=hopper.hdf5", "algorithm=absolute", "loss.scale=2", "network.hidden=[8]", "out=run", *FAST]
+    assert main(["train", *words]) == 0
+    assert load_settings(Path("run")).loss.scale == 2
+    assert main(["evaluate", "run"]) == 0
 
 
 def test_hydra(place):

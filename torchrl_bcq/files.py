@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from uuid import uuid4
 
 UNFINISHED = ".part-"  # start of the names of unfinished files and folders
@@ -24,6 +25,16 @@ def home(path: str | os.PathLike[str]) -> Path:
     if not expanded.exists():
         raise FileNotFoundError(f"{path} starts with the home folder of an unknown user; write the whole path.")
     return Path.cwd() / expanded  # a name such as ~file, which must not be expanded again
+
+
+def check_writable(file: Path, remedy: str) -> None:
+    """Raise an OSError if a file cannot be written into its folder. Call this before long work."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"{file} cannot be written: {error.strerror}; {remedy}.") from error
 
 
 @contextmanager
@@ -44,6 +55,10 @@ def write_whole(path: Path) -> Iterator[Path]:
     try:
         yield aside
         aside.replace(path)
+    except OSError as error:  # name the file of the user, not the temporary one
+        if error.errno is None or error.filename not in (None, str(aside)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         if aside.is_dir():
             shutil.rmtree(aside, ignore_errors=True)

@@ -125,7 +125,8 @@ def report(lines: Iterable[Mapping[str, Any]]) -> str:
     """Return a table of the errors and rank correlations of each task, means over seeds, and counts of intervals."""
     groups: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
     for line in lines:
-        groups.setdefault((line["task"], line["contender"], line["seed"]), []).append(line)
+        task = f"{line['task']}, {line['steps']:,} steps"
+        groups.setdefault((task, line["contender"], line["seed"]), []).append(line)
     rows = ["| task | | policies | seeds | mean absolute error | rank correlation | regret | covered | verdicts |"]
     rows += ["| --- |" + " --- |" * 8]
     for task in dict.fromkeys(key[0] for key in groups):

@@ -42,7 +42,6 @@ STEPS = {"pendulum-mixed": 20_000, "lunarlandercontinuous-mixed": 20_000}
 LONG = 100_000  # steps on the other datasets
 SETTINGS: dict[str, list[str]] = {  # settings of torchrl-bcq train
     "paper": [],
-    "bf16": ["precision=bf16-mixed"],
     "cloning": ["algorithm=cloning"],
     "mixture": ["network.behavior=mixture"],
     "flow": ["network.behavior=flow"],

@@ -96,12 +96,12 @@ def test_report(modules):
     estimate = {"interval": [0.0, 3.0], "critics": [1.0], "limits": [0.0, 9.0], "residual": 0.0, "difference": 1.0}
     estimate |= {"difference_interval": [0.5, 2.0], "far": 0.1, "effective_sample_size": None, "others": {}}
     estimate |= {"uses_critics": True, "uses_weights": False}
-    shared = {"task": "cart", "seed": 0, "true_error": 0.1}
+    shared = {"task": "cart", "seed": 0, "true_error": 0.1, "steps": 2000}
     lines = [
         {**shared, "contender": "here", "policy": str(t), "value": t + 1.0, "true": t, **estimate, "difference": d}
         for t, d in ((1.0, 1.5), (2.0, 1.5), (8.0, 0.5))  # the recorded behaviour is estimated at 0.5, 1.5 and 8.5
     ]
     lines += [{**shared, "contender": "d3rlpy", "policy": str(t), "value": -t, "true": t} for t in (1.0, 2.0, 8.0)]
     rows = modules[1].report(lines).splitlines()
-    assert rows[2] == "| cart | here | 3 | 1 | 1.0 | 1.00 | 0.0 | 2 of 3 | 3 of 3 given, 1 wrong |"
-    assert rows[3].startswith("| cart | d3rlpy | 3 | 1 | 7.3 | -1.00 | 7.0 |")
+    assert rows[2] == "| cart, 2,000 steps | here | 3 | 1 | 1.0 | 1.00 | 0.0 | 2 of 3 | 3 of 3 given, 1 wrong |"
+    assert rows[3].startswith("| cart, 2,000 steps | d3rlpy | 3 | 1 | 7.3 | -1.00 | 7.0 |")

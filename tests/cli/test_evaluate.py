@@ -16,9 +16,12 @@ from torchrl_bcq.__main__ import main
 from torchrl_bcq.cli.evaluate import _compare, _from_dataset, _mean_and_error
 from torchrl_bcq.cli.sweep import is_sweep
 from torchrl_bcq.data import split_episodes
-from torchrl_bcq.runs.folder import open_dataset
+from torchrl_bcq.evaluation.environments import time_limit
+from torchrl_bcq.runs.folder import load, open_dataset
 from torchrl_bcq.runs.job import train
 from torchrl_bcq.runs.settings import compose, load_settings, save_settings
+
+from ..array_files import write_arrays
 
 
 @pytest.fixture
@@ -69,7 +72,7 @@ def test_policies_are_compared_with_the_dataset(run, capsys):
     assert list(rows) == ["the dataset", *names]
     behaviour = json.loads((run / "results.json").read_text())["behaviour"]
     assert found["behaviour"] == behaviour
-    assert rows["the dataset"] == [f"{behaviour['mean']:.1f}", f"{behaviour['std']:.1f}", "-"]
+    assert rows["the dataset"] == [f"{behaviour['mean']:.1f}", f"{behaviour['std']:.1f}", "20.0"]
     for name in names:
         assert rows[name] == [f"{found[name]['return']:.1f}", f"{found[name]['return_std']:.1f}", "5.0"]
     assert [name for name in rows if "value_estimate" in found.get(name, {})] == ["BCQ"]
@@ -411,3 +414,34 @@ def test_numbers_are_written_to_the_file_that_is_named(run, tmp_path):
     assert main(["evaluate", str(run), "--episodes", "1", "--out", str(out)]) == 0
     assert [path.name for path in out.parent.iterdir()] == ["numbers.json"]
     assert not (run / "evaluation.json").exists()
+
+
+def cut_off_after(steps: int, path: Path) -> Path:
+    """Episodes that were cut off; those of the environment have up to 7 steps."""
+    rows = np.arange(12 * steps)
+    columns = {"observations": np.random.default_rng(0).normal(size=(len(rows), 3)), "rewards": -np.ones(len(rows))}
+    columns |= {"next_observations": columns["observations"] + 0.1, "actions": np.linspace(-1, 1, len(rows))[:, None]}
+    columns |= {"terminals": rows < 0, "timeouts": rows % steps == steps - 1}
+    return write_arrays(path, columns, env_id="Swing-v0")
+
+
+@pytest.mark.parametrize("steps", [3, 7])
+def test_returns_of_shorter_episodes_are_not_compared(make_run, tmp_path, capsys, caplog, steps):
+    """With the reward -1 in each step, a longer episode has a lower return, whatever the policy does."""
+    run = make_run("run", f"dataset={cut_off_after(steps, tmp_path / 'd.hdf5')}")
+    limit = time_limit(load(run).task.env)
+    assert main(["evaluate", str(run), "--episodes", "4", "--env-kwargs", "max_episode_steps=7"]) == 0
+    out = capsys.readouterr().out
+    assert table(out)["the dataset"][-1] == f"{steps}.0"
+    text = f"the recorded episodes were cut off after {steps} steps (median)"
+    assert (text in out) == ("--env-kwargs max_episode_steps=3" in out) == (steps == 3)
+    assert ("the dataset (" in out) == (steps == 7)
+    assert (text in caplog.text) == (steps < limit)
+
+
+def test_an_output_that_cannot_be_written_is_reported_before_the_episodes(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("torchrl_bcq.cli.evaluate._in_environment", lambda *_: pytest.fail("it ran"))
+    assert main(["evaluate", str(run), "--out", str(tmp_path / "file" / "found.json")]) == 1
+    assert "found.json cannot be written: " in (error := capsys.readouterr().err)
+    assert "; choose another file with --out." in error

@@ -291,3 +291,20 @@ def test_it_prints_its_settings():
     expected = yaml.safe_load(module.YAML)
     expected["loss"]["gamma"] = 0.5
     assert yaml.safe_load(shown) == {**expected, "dataset": "hopper.hdf5", "out": "run"}
+
+
+def test_a_damaged_checkpoint_is_reported(words, run, capsys, caplog):
+    """With the newest one damaged, the run resumes from the one before; with all of them, it does not start anew."""
+    assert main(["train", *words()]) == 0
+    manifests = sorted(run.glob("*/checkpoint-*/manifest.json"))
+    (run / "checkpoints" / "checkpoint-000000000020" / "manifest.json").write_text("")
+    assert main(["train", f"resume={run}", "steps=20"]) == 0
+    assert "['checkpoint-000000000020'] in" in caplog.text
+    assert "so the run resumes from the earlier checkpoint" in caplog.text
+    assert "steps 10 to 20" in caplog.text
+    for manifest in manifests:
+        manifest.write_text("{")
+    assert main(["train", f"resume={run}", "steps=30"]) == 1
+    assert "cannot be read, so the run cannot be resumed" in capsys.readouterr().err
+    assert main(["evaluate", str(run)]) == 1
+    assert f"{run} has only damaged checkpoints" in capsys.readouterr().err

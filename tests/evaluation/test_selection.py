@@ -167,7 +167,7 @@ def test_the_residual_is_the_error_of_the_value():
     ends = torch.zeros(rows, dtype=torch.bool)
     ends[lengths.cumsum(0) - 1] = True
     state = np.random.default_rng(0).normal(size=(rows, 2))
-    data = from_arrays(state, np.zeros(rows, int), np.ones(rows), ends.numpy(), np.zeros(rows))
+    data = from_arrays(state, np.arange(rows) % 2, np.ones(rows), ends.numpy(), np.zeros(rows))
     evaluation = OffPolicyEvaluation(data, SPEC, gamma=1.0, held_out=0.5, **{**FIT, "steps": 3})
     true = evaluation._returns.mean().item()
     assert evaluation.behaviour.residual == pytest.approx(true - evaluation.behaviour.value, rel=1e-4)

@@ -134,7 +134,7 @@ def test_a_precision_changes_the_run_a_little(make_trainer):
 
 
 def test_cuda_graphs_need_a_gpu(make_trainer):
-    with pytest.raises(ValueError, match="cudagraph=True needs a loss on a CUDA device, but the loss is on cpu"):
+    with pytest.raises(ValueError, match="CUDA graphs need a GPU, but the loss is on cpu; move it"):
         make_trainer("cudagraph=true", "device=cpu")
 
 

@@ -135,11 +135,11 @@ def test_an_environment_that_does_not_fit_is_blamed_and_not_the_dataset(make_set
         "continuous actions; set algorithm=discrete_bcq or discrete_cloning, or choose another environment with "
     )
     with pytest.raises(
-        ValueError, match=r"outside the action bounds: .* comes from: environment Bounded-v0 \(reach=1\)\."
+        ValueError, match=r"outside the action bounds: .* come from: environment Bounded-v0 \(reach=1\)\."
     ):
         open_dataset(make_settings(*bounded))
     make_file(actions=np.zeros((200, 2)))
-    with pytest.raises(ValueError, match=r"has shape \(1,\)\. These bounds come from: environment Swing-v0\."):
+    with pytest.raises(ValueError, match=r"have shape \(1,\)\. These bounds come from: environment Swing-v0\."):
         open_dataset(make_settings("evaluation.env=Swing-v0"))
 
 

@@ -79,6 +79,7 @@ def test_the_file_names_the_environment_which_gives_the_bounds(make_settings):
     assert task.reference_scores is None
     returns = transitions["next", "reward"].view(10, 20).double().sum(1)
     expected = {"mean": returns.mean().item(), "std": returns.std(correction=0).item(), "episodes": 10}
+    expected |= {"length": 20.0, "cut_off": 1.0, "cut_off_after": 20.0}
     assert task.behaviour == pytest.approx(expected)
 
 
@@ -159,7 +160,8 @@ def test_the_readers_settings_reach_it(make_settings, make_file):
         make_settings("reader.columns=1")
     transitions, task = open_dataset(make_settings("reader.names.rewards=bonus"))
     assert (transitions["next", "reward"] == 3).all()
-    assert task.behaviour == {"mean": 60.0, "std": 0.0, "episodes": 10}
+    expected = {"mean": 60.0, "std": 0.0, "episodes": 10, "length": 20.0, "cut_off": 1.0, "cut_off_after": 20.0}
+    assert task.behaviour == expected
 
 
 def test_large_data_is_memory_mapped_below_root(make_settings, tmp_path):
@@ -261,7 +263,7 @@ def test_the_whole_loss_is_loaded(make_trained, tmp_path, algorithm):
         (lambda metadata: metadata.pop("task"), "is not a checkpoint of torchrl-bcq train, or it is damaged: "),
         (lambda metadata: metadata["task"].pop("action_low"), "is not a checkpoint of torchrl-bcq train, or it is"),
         (lambda metadata: metadata.pop("config"), "is not a checkpoint of torchrl-bcq train, or it is damaged: "),
-        (lambda metadata: metadata.update(config=[1]), "cannot be read: it is a list, expected names and their values"),
+        (lambda metadata: metadata.update(config=[1]), "is empty or damaged; restore it"),
         (lambda metadata: metadata["config"].update(steps="many"), "cannot be read: Value 'many'"),
         (lambda metadata: metadata["config"].update(sed=1), "cannot be read: Key 'sed' not in "),
         (lambda metadata: metadata["config"].update(algorithm="bqc"), "cannot be read: algorithm is 'bqc', expected "),
@@ -313,7 +315,7 @@ def test_a_pickle_in_a_checkpoint_is_not_opened(run, tmp_path, protocol):
             torch.save({"state": Bomb(tmp_path / "trace")}, state)
         else:
             state.write_bytes(pickle.dumps(Bomb(tmp_path / "trace")))
-    with pytest.raises(RunError, match=r"checkpoint-000000000020 cannot be loaded: "):
+    with pytest.raises(RunError, match=r"checkpoint-000000000020 cannot be loaded, so it may be damaged: "):
         load_policy(run)
     assert not (tmp_path / "trace").exists()
     pickle.loads(pickle.dumps(Bomb(tmp_path / "trace")))
@@ -331,7 +333,7 @@ def test_a_pickle_in_a_checkpoint_is_not_opened(run, tmp_path, protocol):
 def test_a_damaged_checkpoint_is_refused(run, change):
     (state,) = find_checkpoint(run).glob("components/*-loss_module/state.pt")
     change(state)
-    with pytest.raises(RunError, match=r"checkpoint-000000000020 cannot be loaded: "):
+    with pytest.raises(RunError, match=r"checkpoint-000000000020 cannot be loaded, so it may be damaged: "):
         load_policy(run)
 
 
@@ -339,7 +341,7 @@ def test_a_network_of_another_size_is_refused(run):
     damage(run, lambda metadata: metadata["config"]["network"].update(hidden=[9]))
     with pytest.raises(
         RunError,
-        match=r"cannot be loaded: .*18 entries whose shape differs .*: \[8\] in the state_dict, \[9\] in the loss",
+        match=r"cannot be loaded, so .*18 entries whose shape differs .*: \[8\] in the state_dict, \[9\] in the loss",
     ):
         load_policy(run)
 

@@ -215,3 +215,9 @@ def test_later_lines_are_appended(scalars, tmp_path):
     loggers.log_scalar("return", 4.0, step=5)
     loggers.close()
     assert (scalars / "return.csv").read_text() == "0,1.0\n5,4.0\n"
+
+
+def test_a_line_that_is_no_step_and_value_is_refused(scalars, tmp_path):
+    (scalars / "return.csv").write_text("0,1.0\nabc,def\n")
+    with pytest.raises(RunError, match=r"line 2 of .*return.csv is 'abc,def', expected STEP,VALUE; remove this line"):
+        trim_log(tmp_path, 5)

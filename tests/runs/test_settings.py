@@ -347,7 +347,7 @@ def test_a_damaged_file_is_refused(make_settings, tmp_path, change, message):
     [
         ("seed: [", "config.yaml cannot be read: "),
         ("a: !!python/object/apply:os.getcwd []", "config.yaml cannot be read: could not determine a constructor"),
-        ("- 1", "config.yaml cannot be read: it is a list, expected names and their values."),
+        ("- 1", "config.yaml is empty or damaged; restore it, or train the run again."),
     ],
 )
 def test_what_is_no_settings_file_is_refused(tmp_path, text, message):
@@ -422,3 +422,20 @@ def test_each_setting_of_what_learns_must_stay(name):
     OmegaConf.update(now, name, of_null if value is None else others[type(value)])
     with pytest.raises(RunError, match=rf"changed settings: {name} was "):
         check_resumable(now, saved, Path("run"))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "- 1"])
+def test_an_empty_settings_file_is_damaged(tmp_path, text):
+    (tmp_path / FILE).write_text(text)
+    with pytest.raises(RunError, match="config.yaml is empty or damaged; restore it, or train the run again"):
+        load_settings(tmp_path)
+
+
+def test_a_resumed_run_keeps_its_folder(make_settings, tmp_path):
+    save_settings(make_settings(f"out={tmp_path / 'run'}"), tmp_path / "run")
+    resume = f"resume={tmp_path / 'run'}"
+    assert compose([resume, f"out={tmp_path / 'run'}/"])[0].out == str(tmp_path / "run")
+    with pytest.raises(RunError, match=r"continues in this folder; for a new run in out, use init_from="):
+        compose([resume, f"out={tmp_path / 'other'}"])
+    with pytest.raises(RunError, match="continues one run, so it cannot be used with -m"):
+        compose([resume, "steps=300,400"], sweep=True)

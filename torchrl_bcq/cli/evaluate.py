@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torchrl_bcq.cli.environment import REMEDY, add_options, choose_environment
 from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.errors import RunError
-from torchrl_bcq.files import write_whole
+from torchrl_bcq.files import check_writable, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,6 +90,7 @@ def _run(command: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.out is None and trained.path == args.folder:  # RUN is a checkpoint: write next to its folder
         out = args.folder.with_name(f"{args.folder.name}-evaluation.json")
     out = _unused(out) if args.out is None else out
+    check_writable(out, "choose another file with --out")
     results = _in_environment(trained, runs, args) if env else _on_the_dataset(trained, runs)
     with write_whole(out) as aside:
         numbers = {"checkpoint": str(trained.path), "step": trained.step, **results}
@@ -172,7 +173,10 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
             episodes: Any = evaluate(envs, policy, value=value, **shared)
             rows[title], returns[title] = summarize(episodes, task.reference_scores), episodes["return"]
     print(f"\n{task.env}, {args.episodes} episodes of each policy\n")
-    _print_returns({"the dataset": {"return": task.behaviour["mean"], "return_std": task.behaviour["std"]}, **rows})
+    recorded = {"return": task.behaviour["mean"], "return_std": task.behaviour["std"]}
+    if "length" in task.behaviour:  # checkpoints of older versions lack it
+        recorded["episode_length"] = task.behaviour["length"]
+    _print_returns({"the dataset": recorded, **rows})
     if "value_estimate" in rows[own]:
         longer = "" if limit is None or steps is None or steps <= limit else "at most "
         within = "" if steps is None else f" in {longer}{steps:,} steps"
@@ -182,10 +186,14 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
             f"\nAt the initial states the critic estimates a discounted return of {rows[own]['value_estimate']:.4g}; "
             f"the policy obtained {rows[own]['discounted_return']:.4g}{within}."
         )
+    if uneven := task.uneven_length(limit):
+        after = int(task.behaviour["cut_off_after"])
+        print(f"\nNote: {uneven}. For as long episodes: --env-kwargs max_episode_steps={after}")
     if args.episodes > 1:
-        differences = {"the dataset": _from_dataset(returns[own], task.behaviour)}
+        differences = {} if uneven else {"the dataset": _from_dataset(returns[own], task.behaviour)}
         differences |= {title: _mean_and_error(returns[own] - returns[title]) for title in baselines}
-        print(f"\n{_compare(own, differences, args.episodes)}")
+        if differences:
+            print(f"\n{_compare(own, differences, args.episodes)}")
     return {"env": str(task.env), "episodes": args.episodes, "seed": args.seed, "behaviour": task.behaviour, **rows}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torchrl_bcq.cli.environment import add_options
 from torchrl_bcq.cli.evaluate import choose_fitting, print_table
 from torchrl_bcq.errors import RunError
-from torchrl_bcq.files import write_whole
+from torchrl_bcq.files import check_writable, write_whole
 
 _EPILOG = """\
 In fitted Q evaluation, critics learn the value of each policy from the dataset, without the environment. The estimate
@@ -98,6 +98,7 @@ def _rank(args: argparse.Namespace) -> None:
     is_folder = len(args.runs) == 1 and not Checkpoint.is_checkpoint(args.runs[0])
     out = args.out or (args.runs[0] if is_folder else Path())
     settings |= {"env": env, "episodes": args.episodes if env else 0, "env_seed": args.seed if env else None}
+    check_writable(out / "ranking.json", "choose another folder with --out")
     results = _Results(out / "ranking.json", settings)
     count = "1 policy" if len(candidates) == 1 else f"{len(candidates)} policies"
     print(f"{settings['dataset']}: {count}, {settings['held_out']:.0%} of the {evaluation.units} are held out")

@@ -222,10 +222,9 @@ class OffPolicyEvaluation:
             logged = logged.reshape(len(self._held))
             bad = ~((logged > 0) & (logged <= 1 + 1e-6))
             if bad.any():
-                raise DatasetError(
-                    f"action_probability is not above 0 and at most 1 in {int(bad.sum())} held-out rows, such as "
-                    f"{logged[bad][0]}; give the probability with which the recorded policy chose the action."
-                )
+                found = f"is not above 0 and at most 1 in {int(bad.sum())} held-out rows, such as {logged[bad][0]}"
+                advice = "give the probability with which the recorded policy chose the action"
+                raise DatasetError(f"action_probability {found}; {advice}.")
             return logged
         return clone_probabilities(self._transitions[self._train_rows], self._held, self.action_spec, **self._clone)
 
@@ -254,9 +253,9 @@ class OffPolicyEvaluation:
         found["effective_sample_size"] = sampling.effective_sample_size
         if self.estimator != "fqe":
             i = names.index(self.estimator)
-            found |= {"value": float(everything[0, i]), "interval": (float(low[0, i]), float(high[0, i]))}
-            found |= {"difference": float(everything[1, i])}
-            found |= {"difference_interval": (float(low[1, i]), float(high[1, i]))}
+            ends = np.stack([low, high], -1)[:, i].tolist()  # of the value and of the difference
+            found |= {"value": float(everything[0, i]), "interval": tuple(ends[0])}
+            found |= {"difference": float(everything[1, i]), "difference_interval": tuple(ends[1])}
             found |= {"uses_critics": "robust" in self.estimator, "uses_weights": True}
         return found
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.actions import DiscreteActions
+from torchrl_bcq.data.frame_stack import gather_frames
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.export.check import largest_difference
 from torchrl_bcq.export.exported_policy import CONTRACT, FORMAT
@@ -183,7 +184,7 @@ def _states(policy: TensorDictModuleBase, observations: TensorDictBase | None) -
             if observations.get(key).shape[1:] != spec.shape:
                 found = tuple(observations.get(key).shape)
                 raise ValueError(f"observations has {key!r} of shape {found}, expected {('N', *spec.shape)}.")
-        chosen = observations.select(*policy.in_keys)[torch.arange(number) * len(observations) // number]
+        chosen = gather_frames(observations.select(*policy.in_keys)[torch.arange(number) * len(observations) // number])
         states = {key: chosen.get(key).to("cpu", copy=True) for key in policy.in_keys}
     else:
         specs = getattr(policy, "observation_specs", None) or {}

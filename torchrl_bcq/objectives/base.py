@@ -198,10 +198,9 @@ class OfflineLoss(LossModule):
 
     def reduce(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
         """Weight, mask and reduce the losses ``[*B]`` of the rows. The reduction ``none`` keeps the shape."""
-        key = self.tensor_keys.priority_weight
-        weights = tensordict.get(key, None) if self.use_prioritized_weights else None
+        weights = tensordict.get(self.tensor_keys.priority_weight, None) if self.use_prioritized_weights else None
         if weights is not None and weights.shape != loss.shape:
-            shape = tuple(weights.shape)
+            key, shape = self.tensor_keys.priority_weight, tuple(weights.shape)
             raise ValueError(f"{key} has shape {shape}, expected {tuple(loss.shape)}: one weight for each row.")
         return self._reduce_loss(loss, tensordict=tensordict, weights=weights)
 

@@ -16,7 +16,7 @@ from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation
 from torchrl.data import Binary, Bounded, Categorical, Composite, TensorSpec, Unbounded
 
 from torchrl_bcq.bounds import round_inwards
-from torchrl_bcq.data.episodes import episode_returns
+from torchrl_bcq.data.episodes import episode_numbers, episode_returns
 from torchrl_bcq.data.registry import find_source
 from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.data.sources.source import scores_or_none
@@ -31,7 +31,9 @@ from torchrl_bcq.runs.environment import REMEDY, choose_environment
 from torchrl_bcq.runs.settings import to_settings
 from torchrl_bcq.trainers import make_checkpoint
 from torchrl_bcq.trainers.best import best_checkpoint
+from torchrl_bcq.trainers.checkpoints import damaged_checkpoints
 
+_MANY = 0.1  # share of episodes that were cut off, from which on their length matters
 CHECKPOINTS, BEST, BASELINE = "checkpoints", "best", "baseline"  # subfolders of a run's folder
 
 
@@ -42,7 +44,7 @@ class Task:
     shapes: dict[str, list[int]]  # of the entries of a state, which joins ``stack`` observations; [C, H, W] of frames
     env_id: str | None  # Gymnasium id of the environment in which the policy is evaluated
     reference_scores: Sequence[float] | None  # mean returns of a random policy and of an expert
-    behaviour: dict[str, float]  # mean and std of the dataset's returns, and the number of the dataset's episodes
+    behaviour: dict[str, float]  # facts about the recorded episodes, from _describe_behaviour
     env_kwargs: dict[str, Any] = field(default_factory=dict)  # older checkpoints lack this field and the next ones
     max_episode_steps: int | None = None  # None: the time limit that is registered for env_id
     observation: list[str] | None = None  # entries of a Dict observation that are joined, in this order
@@ -70,6 +72,17 @@ class Task:
         if self.has_mask:
             specs["action_mask"] = Binary(self.n_actions, dtype=torch.bool)
         return Composite(specs) if len(specs) > 1 else specs["observation"]
+
+    def uneven_length(self, limit: int | None) -> str | None:
+        """Return a text if recorded episodes are shorter than those of the policy, although they were only cut off."""
+        after = self.behaviour.get("cut_off_after", 0)
+        # readers drop the last row of an episode that was cut off, if its next observation is missing
+        if limit is None or self.behaviour.get("cut_off", 0) < _MANY or after + 1 >= limit:
+            return None
+        return (
+            f"the recorded episodes were cut off after {after:g} steps (median), but episodes of {self.env} have up to "
+            f"{limit} steps, so their returns cannot be compared"
+        )
 
     @property
     def expected(self) -> dict[str, Any]:
@@ -119,19 +132,32 @@ def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
     references = scores_or_none(scores)
     if scores is not None and references is None:
         raise RunError(f"evaluation.reference_scores is {scores}, expected [random, expert], where expert is higher.")
-    returns = episode_returns(transitions)
     entries = settings.evaluation.observation or getattr(env or recorded, "observation", None)
     return transitions, Task(
         shapes=shapes,
         env_id=None if env is None else env.id,
         reference_scores=references,
-        behaviour={"mean": returns.mean().item(), "std": returns.std(correction=0).item(), "episodes": len(returns)},
+        behaviour=_describe_behaviour(transitions),
         env_kwargs={} if env is None else dict(env.kwargs),
         max_episode_steps=None if env is None else env.max_episode_steps,
         observation=None if entries is None else list(entries),
         stack=settings.stack,
         **actions,
     )
+
+
+def _describe_behaviour(transitions: TensorDictBase) -> dict[str, float]:
+    """Return facts about the recorded episodes: their returns and lengths, and how many were cut off, and when."""
+    returns, lengths = episode_returns(transitions), episode_numbers(transitions).bincount()
+    cut = lengths[~transitions["next", "terminated"].squeeze(-1)[lengths.cumsum(0) - 1]].double()
+    return {
+        "mean": returns.mean().item(),
+        "std": returns.std(correction=0).item(),
+        "episodes": len(returns),
+        "length": lengths.double().mean().item(),
+        "cut_off": len(cut) / len(lengths),
+        "cut_off_after": cut.median().item() if len(cut) else 0.0,
+    }
 
 
 def _earlier_bounds(*runs: str) -> TensorSpec | None:
@@ -176,6 +202,8 @@ def find_checkpoint(run: Path, which: str = "best") -> Path:
     elif found is None and run.name == CHECKPOINTS:
         found = CheckpointRotation(run, keep_last=1).latest()
     if found is None:
+        if damaged := damaged_checkpoints(run / CHECKPOINTS):
+            raise RunError(f"{run} has only damaged checkpoints: the manifest.json of {damaged} cannot be read.")
         runs = sorted(path.parent.name for path in run.glob(f"*/{CHECKPOINTS}"))
         inside = f" It contains the runs {runs}." if runs else ""
         expected = "choose the folder of a run of torchrl-bcq train, or a checkpoint"
@@ -241,5 +269,5 @@ def load(run: Path, which: str = "best", device: str = "auto") -> Trained:
     try:
         make_checkpoint(**parts).load(path, map_location=target)
     except CheckpointError as error:
-        raise RunError(f"{path} cannot be loaded: {error}") from error
+        raise RunError(f"{path} cannot be loaded, so it may be damaged: {error}; choose another checkpoint.") from error
     return Trained(path, step, settings, task, loss if average is None else average.loss_module)

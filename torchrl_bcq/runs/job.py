@@ -16,6 +16,7 @@ from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from torchrl_bcq.errors import RunError
+from torchrl_bcq.evaluation.environments import time_limit
 from torchrl_bcq.files import write_whole
 from torchrl_bcq.runs import processes
 from torchrl_bcq.runs.assembly import CHANGED, assemble, check_numbers, reward_formula
@@ -26,7 +27,7 @@ from torchrl_bcq.runs.settings import check_resumable, default_settings, save_se
 from torchrl_bcq.runs.threads import choose_threads, use_threads
 from torchrl_bcq.trainers import OfflineTrainer
 from torchrl_bcq.trainers.best import best_checkpoint
-from torchrl_bcq.trainers.checkpoints import tidy_rotation
+from torchrl_bcq.trainers.checkpoints import damaged_checkpoints, tidy_rotation
 
 RESULTS = "results.json"
 _SAME_IN_BASELINE = (
@@ -100,7 +101,8 @@ def _train(settings: DictConfig, start: Path | None) -> dict[str, Any]:
         try:
             trainer.load_from_file(start)
         except CheckpointError as error:
-            raise RunError(f"{start} cannot be loaded: {error}") from error
+            advice = "to resume from the checkpoint before it, move it away"
+            raise RunError(f"{start} cannot be loaded, so it may be damaged: {error}; {advice}.") from error
     elif settings.init_from is not None:
         load_networks(trainer.loss_module, settings, task)
     if processes.is_first():
@@ -147,8 +149,14 @@ def _find_start(settings: DictConfig) -> Path | None:
         tidy_rotation(folder)
         if (last := CheckpointRotation(folder, keep_last=1).latest()) is not None:
             break
-    else:
+    damaged = damaged_checkpoints(out / CHECKPOINTS, "" if last is None else last.name)
+    what = f"the manifest.json of {damaged} in {out / CHECKPOINTS} cannot be read"
+    if last is None and damaged:
+        raise RunError(f"{what}, so the run cannot be resumed; restore it, or start a new run with out=FOLDER.")
+    if last is None:
         return None
+    if damaged:
+        _logger.warning("%s, so the run resumes from the earlier checkpoint %s", what, last)
     saved, _, step = read_metadata(last)
     if not settings.resume:
         choice = "resume it with resume=true, or start a new one in another folder with out=FOLDER"
@@ -168,6 +176,9 @@ def _announce(settings: DictConfig, task: Task, trainer: OfflineTrainer) -> None
     _logger.info("%s: %s, %s, %s on %s", settings.out, what, where, span, device)
     if (formula := reward_formula(settings)) is not None:
         _logger.info("%s: rewards are changed to %s; %s", settings.out, formula, CHANGED)
+    if task.env is not None and (found := task.uneven_length(time_limit(task.env))):
+        after = int(task.behaviour["cut_off_after"])
+        _logger.warning("%s; to evaluate as long episodes, set evaluation.max_episode_steps=%d", found, after)
     if trainer.logger is not None and not trainer.collected_frames:
         trainer.logger.log_hparams(to_plain(settings))
 

@@ -106,7 +106,11 @@ def trim_log(out: Path, step: int) -> None:
     """
     for file in sorted((out / CSV / "scalars").glob("*.csv")):
         lines = file.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and int(line.partition(",")[0]) <= step]
+        whole = [line for line in lines if line.endswith("\n")]
+        for number, line in enumerate(whole, 1):
+            if not line.partition(",")[0].isdigit():
+                raise RunError(f"line {number} of {file} is {line.strip()!r}, expected STEP,VALUE; remove this line.")
+        kept = [line for line in whole if int(line.partition(",")[0]) <= step]
         if kept != lines:
             with write_whole(file) as aside:
                 aside.write_text("".join(kept))

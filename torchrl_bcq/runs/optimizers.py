@@ -96,5 +96,6 @@ def _call(module: Any, kind: str, base: Any, setting: tuple[str, str], first: An
     try:
         return kinds[kind](first, **{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
     except (TypeError, ValueError) as error:
-        found = f"{kind} rejects the arguments {dict(arguments)}: {error}"
+        given = {name: value for name, value in arguments.items() if name != "fused"}
+        found = f"{kind} rejects the arguments {given}: {error}"
         raise RunError(f"the {role} of {network} cannot be made: {found}") from error

@@ -122,12 +122,13 @@ def compose(overrides: Sequence[str], *, sweep: bool = False) -> list[DictConfig
     values, such as ``"seed=0,1"``. Then each combination of values is a run in a numbered subfolder of ``out``.
 
     Raises:
-        RunError: if a setting is unknown or has the wrong type, or if a setting has several values and ``sweep`` is
-            False.
+        RunError: if a setting is unknown, has the wrong type, or has several values although ``sweep`` is False.
     """
     chosen = read_words(overrides, _texts(tuple(ALGORITHMS)), sweep=sweep)
     runs = [_override(values) for values in chosen]
     if sweep:
+        if isinstance(resumed := chosen[0].get("resume"), str):
+            raise RunError(f"resume={resumed} continues one run, so it cannot be used with -m; leave out -m.")
         out = Path(runs[0].out)
         if len({values.get("out") for values in chosen}) > 1:
             raise RunError(f"out has several values; a sweep needs one folder, such as out={out}.")
@@ -149,7 +150,9 @@ def _override(values: dict[str, Any]) -> DictConfig:
             raise RunError(f"{resumed} is a run of algorithm {settings.algorithm}, not {asked}; start a new run.")
         if values.get("init_from", settings.init_from) != settings.init_from:
             raise RunError(f"init_from starts a new run, but resume={resumed} continues a run; set only one of them.")
-        values = {"out": str(resumed), **values, "resume": True}
+        if Path(str(values.get("out", resumed))) != Path(str(resumed)):
+            raise RunError(f"resume={resumed} continues in this folder; for a new run in out, use init_from={resumed}.")
+        values = {**values, "out": str(resumed), "resume": True}
     known = flat(settings)
     free = tuple(f"{name}." for name, value in known.items() if isinstance(value, dict))  # these accept any name
     for name, value in values.items():
@@ -213,7 +216,8 @@ def load_settings(run: Path) -> DictConfig:
     try:
         plain = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
     except Exception as error:  # the YAML parser and OmegaConf raise errors of many kinds
-        raise RunError(f"{file} cannot be read: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{file} cannot be read: {reason}; restore it, or train the run again.") from error
     return to_settings(plain, file)
 
 
@@ -238,8 +242,8 @@ def to_settings(plain: Any, where: str | Path) -> DictConfig:
         RunError: if another version of this package made the values, if the values contain a ``_target_``, or if a name
             or a type is wrong.
     """
-    if not isinstance(plain, dict):
-        raise RunError(f"{where} cannot be read: it is a {type(plain).__name__}, expected names and their values.")
+    if not plain or not isinstance(plain, dict):
+        raise RunError(f"{where} is empty or damaged; restore it, or train the run again.")
     found, present = str(plain.get("version", "0.1")), __version__
     if found.split(".")[:2] != present.split(".")[:2]:
         raise RunError(

@@ -104,6 +104,12 @@ def tidy_rotation(directory: Path, prefix: str = "checkpoint") -> None:
         tidy(directory / name)
 
 
+def damaged_checkpoints(directory: Path, after: str = "") -> list[str]:
+    """Return the names, above ``after``, of the checkpoints in the folder of a rotation that cannot be read."""
+    names = sorted(path.name for path in directory.glob("checkpoint-*") if not Checkpoint.is_checkpoint(path))
+    return [name for name in names if name > after]
+
+
 class LoggerState:
     """Saves what a logger needs in a resumed run, such as the id of a W&B run, but no logged scalars."""
 
