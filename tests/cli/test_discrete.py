@@ -113,7 +113,7 @@ def test_a_run(recorded, tmp_path, capsys):
     assert {"random", "imitation", "cloning", "discrete BCQ"} < numbers.keys()
     assert numbers["discrete BCQ"]["return"] == LENGTH
     assert numbers["random"]["return"] < LENGTH
-    assert "discrete BCQ is better than the dataset" in capsys.readouterr().out
+    assert "discrete BCQ is better than the recorded behaviour" in capsys.readouterr().out
     assert main(["plot", str(run)]) == 0
     assert (run / "learning_curve.png").stat().st_size > 10_000
     assert main(["record", "--policy", str(run), "--epsilon", "0.5", "--steps", "300", "--out", "own.hdf5"]) == 0

@@ -69,10 +69,10 @@ def test_policies_are_compared_with_the_dataset(run, capsys):
     assert (found["step"], found["env"], found["episodes"], found["seed"]) == (10, "Swing-v0", 4, 0)
     assert found["checkpoint"] == str(run / "best" / "checkpoint-000000000010")
     rows = table(shown)
-    assert list(rows) == ["the dataset", *names]
+    assert list(rows) == ["recorded behaviour", *names]
     behaviour = json.loads((run / "results.json").read_text())["behaviour"]
     assert found["behaviour"] == behaviour
-    assert rows["the dataset"] == [f"{behaviour['mean']:.1f}", f"{behaviour['std']:.1f}", "20.0"]
+    assert rows["recorded behaviour"] == [f"{behaviour['mean']:.1f}", f"{behaviour['std']:.1f}", "20.0"]
     for name in names:
         assert rows[name] == [f"{found[name]['return']:.1f}", f"{found[name]['return_std']:.1f}", "5.0"]
     assert [name for name in rows if "value_estimate" in found.get(name, {})] == ["BCQ"]
@@ -129,10 +129,10 @@ def test_the_policy_is_compared_with_the_dataset_and_the_baseline():
     assert (mean, error) == pytest.approx((-10, (100 / 3) ** 0.5 / 2))
     mean, error = _from_dataset(torch.tensor([9.0, 11.0, 9.0, 11.0]), {"mean": -20, "std": 8, "episodes": 16})
     assert (mean, error) == pytest.approx((30, (1 / 3 + 4) ** 0.5))
-    found = _compare("BCQ", {"the dataset": (30.0, 2.0), "cloning": (8.0, 2.5), "another": (3.0, 1.0)}, 4)
+    found = _compare("BCQ", {"the recorded behaviour": (30.0, 2.0), "cloning": (8.0, 2.5), "another": (3.0, 1.0)}, 4)
     assert found.splitlines() == [
-        "BCQ is better than the dataset (+30.0 ± 6.4) and cloning (+8.0 ± 8.0). BCQ is not clearly different from "
-        "another (+3.0 ± 3.2).",
+        "BCQ is better than the recorded behaviour (+30.0 ± 6.4) and cloning (+8.0 ± 8.0). BCQ is not clearly "
+        "different from another (+3.0 ± 3.2).",
         "(Differences in mean return with 95% confidence intervals.)",
     ]
     assert _compare("BCQ", {"cloning": (-8.0, 2.0)}, 4).startswith("BCQ is worse than cloning (-8.0 ± 6.4).")
@@ -146,7 +146,7 @@ def test_the_comparison_is_shown_unless_there_is_one_episode(run, make_run, caps
     assert main([*words, "--episodes", "3"]) == 0
     shown = capsys.readouterr().out
     numbers = r"\([+-][\d.]+ ± [\d.]+\)"
-    assert re.search(rf"\nBCQ is .* the dataset {numbers}.* cloning {numbers}\.\n", shown)
+    assert re.search(rf"\nBCQ is .* the recorded behaviour {numbers}.* cloning {numbers}\.\n", shown)
     assert main([*words, "--episodes", "1"]) == 0
     assert "BCQ is" not in capsys.readouterr().out
 
@@ -163,7 +163,7 @@ def test_scores_are_shown_if_there_are_references(make_run, capsys, evaluate):
     rows = table(capsys.readouterr().out)
     assert len(rows) == 4
     for name, cells in rows.items():
-        if name != "the dataset":
+        if name != "recorded behaviour":
             assert found[name]["normalized_score"] == pytest.approx(10 * found[name]["return"])
             assert cells[2] == f"{found[name]['normalized_score']:.1f}"
 
@@ -190,11 +190,11 @@ def test_the_baseline_of_a_run_is_a_row(make_run, evaluate, capsys):
     capsys.readouterr()
     found = evaluate(run, "--episodes", "3")
     shown = capsys.readouterr().out
-    assert list(table(shown)) == ["the dataset", "random", "behaviour model", "cloning", "BCQ"]
+    assert list(table(shown)) == ["recorded behaviour", "random", "behaviour model", "cloning", "BCQ"]
     assert f"\n{run}/baseline/best/checkpoint-000000000010: 10 gradient steps on " in shown
     alone = evaluate(run / "baseline", "--episodes", "3")
     assert found["cloning"] == alone["cloning"]
-    assert list(table(capsys.readouterr().out)) == ["the dataset", "random", "cloning"]
+    assert list(table(capsys.readouterr().out)) == ["recorded behaviour", "random", "cloning"]
     shutil.rmtree(run / "baseline")
     without = evaluate(run, "--episodes", "3")
     assert without == {name: value for name, value in found.items() if name != "cloning"}
@@ -210,7 +210,7 @@ def test_any_run_may_be_the_baseline(make_run, evaluate, capsys):
     title = f"BCQ, {other}"
     found = evaluate(run, "--episodes", "3", "--baseline", str(other))
     shown = capsys.readouterr().out
-    assert list(table(shown, len(title))) == ["the dataset", "random", "behaviour model", title, "BCQ"]
+    assert list(table(shown, len(title))) == ["recorded behaviour", "random", "behaviour model", title, "BCQ"]
     assert found[title]["return"] == evaluate(other, "--episodes", "3")["BCQ"]["return"] != found["BCQ"]["return"]
     assert list(evaluate(cloning, "--episodes", "3", "--baseline", str(run)))[-3:] == ["random", "BCQ", "cloning"]
 
@@ -432,10 +432,10 @@ def test_returns_of_shorter_episodes_are_not_compared(make_run, tmp_path, capsys
     limit = time_limit(load(run).task.env)
     assert main(["evaluate", str(run), "--episodes", "4", "--env-kwargs", "max_episode_steps=7"]) == 0
     out = capsys.readouterr().out
-    assert table(out)["the dataset"][-1] == f"{steps}.0"
+    assert table(out)["recorded behaviour"][-1] == f"{steps}.0"
     text = f"the recorded episodes were cut off after {steps} steps (median)"
     assert (text in out) == ("--env-kwargs max_episode_steps=3" in out) == (steps == 3)
-    assert ("the dataset (" in out) == (steps == 7)
+    assert ("recorded behaviour (" in out) == (steps == 7)
     assert (text in caplog.text) == (steps < limit)
 
 

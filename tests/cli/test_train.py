@@ -63,7 +63,7 @@ def test_cloning_is_trained_resumed_evaluated_plotted_and_loaded_like_any_algori
     capsys.readouterr()
     assert main(["evaluate", str(run), "--episodes", "2"]) == 0
     rows = capsys.readouterr().out.partition("policy  ")[2].splitlines()[1:4]
-    assert [row[:20].strip() for row in rows] == ["the dataset", "random", "cloning"]
+    assert [row[:20].strip() for row in rows] == ["recorded behaviour", "random", "cloning"]
     assert main(["plot", str(run)]) == 0
     assert (run / "learning_curve.png").stat().st_size > 10_000
     steps = make_env("Swing-v0").rollout(5, load_policy(run))
@@ -245,7 +245,13 @@ def test_help_shows_every_setting(capsys):
     assert main(["train", "steps=3", "--help"]) == 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 130
-    for word in ("checkpoints", "resume=runs/hopper", "-m", "--cfg", "bcq (BCQ), cloning (cloning)"):
+    for word in (
+        "checkpoints",
+        "resume=runs/hopper",
+        "-m",
+        "--cfg",
+        "algorithms: bcq, cloning (continuous actions); discrete_bcq, discrete_cloning (discrete actions)",
+    ):
         assert word in shown
 
 

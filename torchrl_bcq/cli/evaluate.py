@@ -21,6 +21,7 @@ from torchrl_bcq.files import check_writable, write_whole
 if TYPE_CHECKING:
     from torch import Tensor
 
+RECORDED = "recorded behaviour"  # the policies, or people, that chose the recorded actions
 _EXAMPLES = """\
 examples:
   torchrl-bcq evaluate runs/hopper --episodes 100
@@ -176,7 +177,7 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
     recorded = {"return": task.behaviour["mean"], "return_std": task.behaviour["std"]}
     if "length" in task.behaviour:  # checkpoints of older versions lack it
         recorded["episode_length"] = task.behaviour["length"]
-    _print_returns({"the dataset": recorded, **rows})
+    _print_returns({RECORDED: recorded, **rows})
     if "value_estimate" in rows[own]:
         longer = "" if limit is None or steps is None or steps <= limit else "at most "
         within = "" if steps is None else f" in {longer}{steps:,} steps"
@@ -190,7 +191,7 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
         after = int(task.behaviour["cut_off_after"])
         print(f"\nNote: {uneven}. For as long episodes: --env-kwargs max_episode_steps={after}")
     if args.episodes > 1:
-        differences = {} if uneven else {"the dataset": _from_dataset(returns[own], task.behaviour)}
+        differences = {} if uneven else {f"the {RECORDED}": _from_dataset(returns[own], task.behaviour)}
         differences |= {title: _mean_and_error(returns[own] - returns[title]) for title in baselines}
         if differences:
             print(f"\n{_compare(own, differences, args.episodes)}")
@@ -260,7 +261,7 @@ def _on_the_dataset(trained: Any, runs: dict[str, Any]) -> dict[str, Any]:
     where, formula = "the dataset" if learned is None else "held-out episodes", reward_formula(settings)
     changed = "" if formula is None else f", with the rewards of training, {formula}"
     print(f"\nThe run has no environment; --env ID names one. Metrics on {where}{changed}:\n")
-    table = {**found, "the dataset": behaviour}
+    table = {**found, RECORDED: behaviour}
     names = dict.fromkeys(name for row in table.values() for name in row)
     cells = [[name, *(f"{row[name]:.4g}" if name in row else "-" for row in table.values())] for name in names]
     print_table(

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation.recording import DATASET_ID, record_default
 from torchrl_bcq.runs import processes
-from torchrl_bcq.runs.algorithms import ALGORITHMS, algorithms_of, find_algorithm
+from torchrl_bcq.runs.algorithms import algorithms_of, find_algorithm
 from torchrl_bcq.runs.job import train
 from torchrl_bcq.runs.settings import AUTO, compose, default_settings
 from torchrl_bcq.trainers.distributed import PeerError
@@ -45,7 +45,7 @@ Train a policy on a fixed dataset (offline). Without dataset=..., the command us
 makes on Pendulum-v1, trains the algorithm's baseline too, and has other defaults: layers of {_DEFAULT_LAYERS} and
 {fill(", ".join([*DEFAULT_TASK[1:], *_DEFAULT_LOSS]), 110)}.
 
-algorithms: {", ".join(f"{name} ({record.title})" for name, record in ALGORITHMS.items())}
+algorithms: {", ".join(algorithms_of(False))} (continuous actions); {", ".join(algorithms_of(True))} (discrete actions)
 
 examples:
   torchrl-bcq train

@@ -56,6 +56,16 @@ def episode_numbers(transitions: TensorDictBase) -> Tensor:
     return starts.cumsum(0) - 1
 
 
+def first_rows(numbers: Tensor) -> Tensor:
+    """Return the first row of each episode, from the ``episode_numbers``. ``[N] -> [E]``."""
+    return numbers.diff(prepend=numbers.new_tensor([-1])).nonzero().squeeze(1)
+
+
+def last_rows(numbers: Tensor) -> Tensor:
+    """Return the last row of each episode, from the ``episode_numbers``. ``[N] -> [E]``."""
+    return numbers.bincount().cumsum(0) - 1
+
+
 def group_numbers(transitions: TensorDictBase) -> Tensor | None:
     """Return the group number of each row, ``[N]``, counted from 0. Without the entry ``group [N]``, return None.
 
@@ -109,8 +119,8 @@ def episode_returns(transitions: TensorDictBase, gamma: float = 1.0) -> Tensor:
     numbers = episode_numbers(transitions)
     reward = flat_entry(transitions, ("next", "reward"), "add the rewards").double()
     if gamma != 1:
-        first = numbers.diff(prepend=numbers.new_tensor([-1])).nonzero().squeeze(1)  # [E]
-        reward = reward * gamma ** (torch.arange(len(numbers), device=numbers.device) - first[numbers]).double()
+        step = torch.arange(len(numbers), device=numbers.device) - first_rows(numbers)[numbers]
+        reward = reward * gamma ** step.double()
     return reward.new_zeros(int(numbers[-1]) + 1).index_add_(0, numbers, reward)
 
 

@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase, is_leaf_nontensor, is_tensor_collection
 from torch import Tensor
 
-from torchrl_bcq.data.episodes import STEPS, episode_numbers, flat_entry
+from torchrl_bcq.data.episodes import STEPS, episode_numbers, flat_entry, last_rows
 from torchrl_bcq.data.sources.conversion import load_memmap, write_memmap
 from torchrl_bcq.errors import DatasetError
 from torchrl_bcq.files import home
@@ -94,12 +94,7 @@ def _steps_left(transitions: TensorDictBase) -> Tensor:
     done = flat_entry(transitions, ("next", "done"), "add it")
     if done.dtype != torch.bool:
         raise DatasetError(f"('next', 'done') has dtype {done.dtype}, expected torch.bool; cast it with .bool().")
-    ends = done.clone()
-    ends[:-1] |= numbers[1:] != numbers[:-1]
-    ends[-1] = True
-    ends = ends.nonzero().squeeze(1)
-    rows = torch.arange(len(numbers), device=numbers.device)
-    return ends[torch.searchsorted(ends, rows)] - rows + 1
+    return last_rows(numbers)[numbers] - torch.arange(len(numbers), device=numbers.device) + 1
 
 
 def _discounted_sum(reward: Tensor, steps: Tensor, num_steps: int, gamma: float) -> Tensor:

@@ -13,7 +13,7 @@ from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 from torchrl.trainers.trainers import Trainer, TrainerHookBase
 
-from torchrl_bcq.data.episodes import episode_numbers
+from torchrl_bcq.data.episodes import episode_numbers, first_rows
 from torchrl_bcq.data.frame_stack import gather_frames
 from torchrl_bcq.evaluation.rollouts import Policy, Value, evaluate, in_eval_mode, own_random_state, summarize
 from torchrl_bcq.objectives import OfflineLoss
@@ -166,15 +166,14 @@ class DatasetMetrics(PeriodicMetrics):
         shown = "td_error" if "td_error" in loss_module.out_keys else loss_module.out_keys[0]
         self.main = f"held_out_{shown}" if held_out else loss_module.action_metric
         device = next(loss_module.parameters()).device
-        numbers = episode_numbers(transitions)
-        starts = numbers.diff(prepend=numbers.new_tensor([-1])).nonzero().squeeze(1)
+        starts = first_rows(episode_numbers(transitions))
         generator = torch.Generator().manual_seed(seed)
 
         def some(rows: torch.Tensor) -> TensorDictBase:
             drawn = torch.randperm(len(rows), generator=generator)[:max_rows].sort().values
             return transitions[rows.cpu()[drawn]].clone().to(device)
 
-        self._rows = some(torch.arange(len(numbers)))
+        self._rows = some(torch.arange(len(transitions)))
         self._starts = some(starts).exclude(loss_module.tensor_keys.action)
 
     @property

@@ -16,7 +16,7 @@ from torchrl.data import TensorSpec
 
 from torchrl_bcq.data import split_episodes
 from torchrl_bcq.data.action_checks import number_of
-from torchrl_bcq.data.episodes import episode_numbers, episode_returns, group_numbers
+from torchrl_bcq.data.episodes import episode_numbers, episode_returns, first_rows, group_numbers, last_rows
 from torchrl_bcq.data.frame_stack import gather_frames
 from torchrl_bcq.errors import DatasetError
 from torchrl_bcq.evaluation.estimate import Estimate, bootstrap_interval
@@ -118,8 +118,7 @@ class OffPolicyEvaluation:
         self._train_rows, self._held_rows = split_episodes(transitions, held_out, seed=split_seed)
         self._transitions = transitions
         self._held = transitions[self._held_rows]
-        numbers = episode_numbers(self._held)
-        self._first = numbers.diff(prepend=numbers.new_tensor([-1])).nonzero().squeeze(1)
+        self._first = first_rows(episode_numbers(self._held))
         groups = group_numbers(self._held)
         self._groups = None if groups is None else groups[self._first].cpu().numpy()
         drawn = torch.randperm(len(self._held), generator=torch.Generator().manual_seed(seed))[:_DISTANCE_ROWS]
@@ -148,8 +147,7 @@ class OffPolicyEvaluation:
     def _continued_returns(self) -> Tensor:
         """Recorded returns; if an episode was cut off, its last reward is replaced by the value of the last action."""
         reward, critics = self._held["next", "reward"].clone(), self._behaviour_critics
-        lengths = episode_numbers(self._held).bincount()
-        last = self._first + lengths - 1
+        last = last_rows(episode_numbers(self._held))
         last = last[~self._held["next", "terminated"].squeeze(-1)[last]]
         if len(last):
             reward[last] = _values(critics, critics.values, self._held[last]).mean(-1, keepdim=True).to(reward.dtype)
@@ -277,11 +275,11 @@ class OffPolicyEvaluation:
 
         For ``gamma < 1``, an episode that was cut off counts as infinitely long: ``1 / (1 - gamma)``.
         """
-        lengths = episode_numbers(self._held).bincount()
-        last = self._held["next", "terminated"].squeeze(-1)[self._first + lengths - 1]
+        last = last_rows(episode_numbers(self._held))
+        lengths, ends = last - self._first + 1, self._held["next", "terminated"].squeeze(-1)[last]
         sums = lengths.double() if self.gamma == 1 else (1 - self.gamma ** lengths.double()) / (1 - self.gamma)
         if self.gamma < 1:
-            sums = torch.where(last, sums, 1 / (1 - self.gamma))
+            sums = torch.where(ends, sums, 1 / (1 - self.gamma))
         return float(sums.mean())
 
     @cached_property

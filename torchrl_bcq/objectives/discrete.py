@@ -119,10 +119,8 @@ class DiscreteValueLoss(DiscreteLoss, ValueLoss):
     """Base class of objectives that learn the values of discrete actions; see its two base classes."""
 
     @dataclass
-    class _AcceptedKeys(ValueLoss._AcceptedKeys):
-        """Keys of the batch's entries. ``action_mask`` is None if all actions are always available."""
+    class _AcceptedKeys(DiscreteLoss._AcceptedKeys, ValueLoss._AcceptedKeys):
+        """Keys of the batch's entries."""
 
-        action_mask: NestedKey | None = None
-
-    tensor_keys: _AcceptedKeys  # type: ignore[assignment]
+    tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys  # type: ignore[assignment]

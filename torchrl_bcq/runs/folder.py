@@ -16,7 +16,7 @@ from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation
 from torchrl.data import Binary, Bounded, Categorical, Composite, TensorSpec, Unbounded
 
 from torchrl_bcq.bounds import round_inwards
-from torchrl_bcq.data.episodes import episode_numbers, episode_returns
+from torchrl_bcq.data.episodes import episode_numbers, episode_returns, last_rows
 from torchrl_bcq.data.registry import find_source
 from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.data.sources.source import scores_or_none
@@ -148,13 +148,14 @@ def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
 
 def _describe_behaviour(transitions: TensorDictBase) -> dict[str, float]:
     """Return facts about the recorded episodes: their returns and lengths, and how many were cut off, and when."""
-    returns, lengths = episode_returns(transitions), episode_numbers(transitions).bincount()
-    cut = lengths[~transitions["next", "terminated"].squeeze(-1)[lengths.cumsum(0) - 1]].double()
+    returns, numbers = episode_returns(transitions), episode_numbers(transitions)
+    lengths = numbers.bincount().double()
+    cut = lengths[~transitions["next", "terminated"].squeeze(-1)[last_rows(numbers)]]
     return {
         "mean": returns.mean().item(),
         "std": returns.std(correction=0).item(),
         "episodes": len(returns),
-        "length": lengths.double().mean().item(),
+        "length": lengths.mean().item(),
         "cut_off": len(cut) / len(lengths),
         "cut_off_after": cut.median().item() if len(cut) else 0.0,
     }
