@@ -30,7 +30,7 @@ def test_unknown_field(compose_bcq, override):
         (["trainer.env=null"], "there is no env, and not both specs are given; set env, such as env=gym"),
         (
             ["optimization_stepper.actor.optimizer=Adm"],
-            "the optimizer 'Adm' (optim.optimizer or optim.actor.optimizer) does not exist; ",
+            r"the optimizer 'Adm' \(optim.optimizer or optim.actor.optimizer\) does not exist; ",
         ),
     ],
 )

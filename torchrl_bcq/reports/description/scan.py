@@ -56,7 +56,7 @@ class Survey:
         self.bounds = None if action_spec is None else tuple(map(torch.from_numpy, spec_bounds(action_spec)))
         if action_spec is not None and action_spec.shape != self.actions.low.shape:
             width, shape = len(self.actions.low), tuple(action_spec.shape)
-            raise DatasetError(f"actions have {width} columns, but the action spec has shape {shape}.")
+            raise DatasetError(f"actions have {width} columns, but the action bounds have shape {shape}.")
 
         flags = self._read_episodes(reader)
         self._read_values(reader, fields, flags)
