@@ -257,7 +257,7 @@ def test_without_an_environment_the_dataset_is_measured(make_run, capsys, held_o
     assert list(found) == ["checkpoint", "step", "behaviour", "BCQ", "cloning"]
     for name, value in own.items():
         other = f"{found['cloning'][name]:.4g}" if name in of_both else "-"
-        assert f"\n{name:<28}{value:>12.4g}{other:>12}{'-':>13}\n" in shown
+        assert f"\n{name:<28}{value:>12.4g}{other:>12}{'-':>20}\n" in shown
     transitions, _ = open_dataset(load_settings(run))
     rewards = transitions["next", "reward"].double().reshape(10, 20)  # episodes of 20 steps
     if held_out:
@@ -266,14 +266,14 @@ def test_without_an_environment_the_dataset_is_measured(make_run, capsys, held_o
     numbers = {"return": rewards.sum(1).mean().item(), "discounted_return": discounted.mean().item()}
     assert found["behaviour"] == pytest.approx(numbers)
     for name, value in numbers.items():
-        assert f"\n{name:<28}{'-':>12}{'-':>12}{value:>13.4g}\n" in shown
+        assert f"\n{name:<28}{'-':>12}{'-':>12}{value:>20.4g}\n" in shown
     explained = [line.partition(":")[0] for line in shown.partition("\n\n")[2].partition("\n\n")[2].splitlines()]
     expected = ["held_out_loss_vae", "held_out_vae_kl", "held_out_loss", "held_out_td_error"] if held_out else []
     expected += ["action_distance", "initial_value", "return", "discounted_return"]
     assert [name for name in explained if " " not in name and name] == expected
     where = "held-out episodes" if held_out else "the dataset"
     assert f"The run has no environment; --env ID names one. Metrics on {where}:\n\n" in shown
-    assert f"\n{'':<28}{'BCQ':>12}{'cloning':>12}{'the dataset':>13}\n" in shown
+    assert f"\n{'':<28}{'BCQ':>12}{'cloning':>12}{'recorded behaviour':>20}\n" in shown
     assert main(["evaluate", str(run), "--env", "Swing-v0", "--episodes", "2"]) == 0
     assert json.loads((run / "evaluation.json").read_text()) == found  # earlier results are kept
     assert list(json.loads((run / "evaluation-2.json").read_text()))[-3:] == ["behaviour model", "cloning", "BCQ"]

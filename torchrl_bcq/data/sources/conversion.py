@@ -74,7 +74,8 @@ def write_memmap(parts: Iterator[TensorDictBase], rows: int, folder: Path, store
                 _sync(path)
         _sync(folder.parent)
     except OSError as error:
-        raise OSError(f"{folder} cannot be written ({error.strerror or error}); no partial copy is left.") from error
+        reason = error.strerror if error.filename == str(folder) else error
+        raise OSError(f"{folder} cannot be written ({reason}); no partial copy is left.") from error
 
 
 def load_or_write(folder: Path, write: Callable[[], object]) -> TensorDict:
