@@ -190,7 +190,8 @@ class OfflineOptimizationStepper(OptimizationStepper):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state; raise a ValueError if networks or optimizer classes differ from the saved ones."""
-        given, saved = state_dict["optimizers"], state_dict["classes"]
+        given = state_dict["optimizers"]
+        saved = state_dict.get("classes", {name: self._classes.get(name) for name in given})  # older ones lack it
         if saved != self._classes:  # PyTorch would load the state of another class without an error
             raise ValueError(
                 f"the saved run has the optimizers {saved}, this run {self._classes}; use the networks and optimizers "
