@@ -153,7 +153,6 @@ def test_policies_on_frames_are_ranked(tmp_path, monkeypatch, capsys, beside):
 
 @pytest.mark.parametrize("stack", [1, 2])
 def test_export(tmp_path, stack):
-    pytest.importorskip("onnxruntime")
     words = [*write_frames(tmp_path, True, False), *SMALL, *OF["discrete_bcq"], f"stack={stack}"]
     assert main(["train", *words, f"out={tmp_path / 'run'}"]) == 0
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "policy.onnx")]) == 0

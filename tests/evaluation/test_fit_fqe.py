@@ -157,9 +157,12 @@ def test_a_missing_entry_is_named():
 
 
 def test_the_range_of_values_of_rows_that_span_several_steps():
-    """Rewards 1, 2, 4: the sums of two are 1 + 0.5 * 2, 2 + 0.5 * 4 and 4; in 1, 2, ... steps they can repeat."""
-    data = multi_step(chain(ends=True), 2, gamma=0.5)
-    assert value_range(data, 0.5) == (0, 8)  # 4 in each step: 4 / (1 - 0.5); 2 and 4 / (1 - 0.25) are smaller
+    """The reward is 1 in each step, so no value is above 1 / (1 - 0.5), although rows have the reward 1 + 0.5."""
+    data = chain(ends=True)
+    data["next", "reward"] = torch.ones(90, 1)
+    data = multi_step(data, 2, gamma=0.5)
+    assert data["next", "reward"].max() == 1.5
+    assert value_range(data, 0.5) == (0, 2)
 
 
 @pytest.mark.parametrize("gamma", [-1, 1.5])
