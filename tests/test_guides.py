@@ -56,7 +56,7 @@ def place(tmp_path, monkeypatch) -> Path:
 
 
 def test_every_block_is_of_a_kind_that_is_tested():
-    assert len(PAGES) == 11
+    assert len(PAGES) == 12
     assert {kind for blocks in BLOCKS.values() for kind, _ in blocks} <= {"python", "bash"} | OUTPUTS
 
 
