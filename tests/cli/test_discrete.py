@@ -294,6 +294,13 @@ def test_describe_shows_how_often_each_action_occurs(tmp_path, capsys):
     assert "actions has 2 of 5 discrete actions in no row: 2, 4; BCQ avoids them" in " ".join(lines)
 
 
+@pytest.mark.parametrize("words", [["--n-actions", "3"], ["--env", "CartPole-v1"]])
+def test_describe_refuses_discrete_options_for_continuous_actions(tmp_path, capsys, words):
+    source = write_table(tmp_path, [0.5, 0.1, 0.3, 0.1] * 20).partition("=")[2]
+    assert main(["describe", source, *TABLE, *words]) == 1
+    assert "the actions of the dataset are continuous, but those of --env or --n" in capsys.readouterr().err
+
+
 def test_numbers_of_record_fit_the_kind_of_actions(recorded, tmp_path, capsys, file):
     for words, message in (
         (["--env", "Lights-v0", "--epsilon", "0.5"], "--epsilon needs --policy RUN; without a policy, all actions are"),

@@ -64,6 +64,12 @@ def test_row_that_is_both_terminated_and_truncated_is_kept():
     assert column(td, "episode") == [0, 0, 0, 1, 1, 1]
 
 
+def test_a_single_feature_needs_no_second_dimension():
+    flat = arrays(observations=OBSERVATIONS[:, 0], actions=ACTIONS[:, 0], next_observations=OBSERVATIONS[:, 0] + 1)
+    expected = from_arrays(**arrays(next_observations=OBSERVATIONS + 1))
+    assert (from_arrays(**flat) == expected).all()
+
+
 def test_layout_and_dtypes_are_torchrls():
     columns = {
         "rewards": REWARDS[:, None],
@@ -121,11 +127,6 @@ BAD = [
     ),
     ({"actions": ACTIONS * 0}, "actions is zero in all 7 rows; check that it was written and read correctly."),
     ({"rewards": REWARDS * 0}, "rewards is zero in all 7 rows; check that it was written and read correctly."),
-    (
-        {"observations": OBSERVATIONS[:, 0]},
-        "observations has shape (7,), expected [N, features]; use np.asarray(observations)[:, None] for a single "
-        "feature.",
-    ),
     ({"actions": ACTIONS[:, :, None]}, "actions has shape (7, 1, 1), expected [N, features]."),
     ({"rewards": np.ones((7, 2))}, "rewards has shape (7, 2), expected [N] or [N, 1]."),
     ({"terminated": np.ones((7, 2))}, "terminated has shape (7, 2), expected [N] or [N, 1]."),

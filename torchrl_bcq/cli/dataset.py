@@ -97,6 +97,9 @@ def _describe(args: argparse.Namespace) -> None:
     action_spec = _action_spec(args, settings)
     origins = Origins()
     transitions = load_transitions(args.source, root=args.root, strict=False, origins=origins, **settings)
+    if number_of(action_spec) is not None and transitions["action"].is_floating_point():
+        found = "the actions of the dataset are continuous, but those of --env or --n-actions are discrete"
+        raise RunError(f"{found}; choose another environment, or leave the option out.")
     names = {f"{name}s": settings[name] for name in ("action", "observation") if name in settings}
     description = describe(transitions, action_spec=action_spec, column_names=names, origins=origins)
     name = Path(args.source[0].rpartition(":")[2]).name

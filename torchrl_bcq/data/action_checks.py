@@ -92,8 +92,7 @@ class ActionChecks:
                 f"actions has dtype {array.dtype} from row {start} on, but {self._dtype} before; store all actions "
                 "with one dtype."
             )
-        is_index = array.ndim == 1 and self.discrete
-        array = array[:, None] if is_index else column("actions", array, rank=2)
+        array = column("actions", array, rank=2)
         actions = to_float32("actions", array.astype(np.uint8) if array.dtype == bool else array)
         self._width, finite = actions.shape[1], np.isfinite(actions).all(1)  # Checks counts rows that are not finite
         self._rows += len(actions)

@@ -34,13 +34,14 @@ def conversion(name: str, array: np.ndarray) -> str:
 
 
 def column(name: str, array: np.ndarray, rank: int) -> np.ndarray:
-    """Check that ``array`` has ``rank`` dimensions. With rank 1, ``[N, 1]`` becomes ``[N]``."""
+    """Check that ``array`` has ``rank`` dimensions. ``[N, 1]`` becomes ``[N]`` with rank 1, and the reverse with 2."""
     if rank == 1 and array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
+    elif rank == 2 and array.ndim == 1:
+        array = array[:, None]
     if array.ndim != rank:
         expected = "[N] or [N, 1]" if rank == 1 else "[N, features]"
-        hint = f"; use np.asarray({name})[:, None] for a single feature" if (array.ndim, rank) == (1, 2) else ""
-        raise DatasetError(f"{name} has shape {array.shape}, expected {expected}{hint}.")
+        raise DatasetError(f"{name} has shape {array.shape}, expected {expected}.")
     if not array.size:
         raise DatasetError(f"{name} is empty (shape {array.shape}); it needs at least one value.")
     return array
