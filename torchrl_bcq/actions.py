@@ -63,7 +63,15 @@ class DiscreteActions:
         Args:
             action: indices or one-hot vectors.
             ndim: number of batch dimensions of the tensordict that holds the actions; ``*B`` has at least as many.
+
+        Raises:
+            ValueError: if the actions are no one-hot vectors of the right size, but should be.
         """
+        if self.one_hot and self.number and action.shape[-1:] != (self.number,):
+            raise ValueError(
+                f"the action has shape {tuple(action.shape)}, but the networks use one-hot vectors of {self.number} "
+                "actions; pass action_spec=env.action_spec to the function that reads the data, such as load_hdf5."
+            )
         has_features = self.one_hot or bool(self.shape) or (action.ndim > ndim and action.shape[-1] == 1)
         return action.shape[:-1] if has_features else action.shape
 

@@ -1,4 +1,4 @@
-"""Errors that a user can fix, and advice in the words of the place where the user stands."""
+"""Errors that a user can fix, with advice for Python or for the command line."""
 
 from __future__ import annotations
 

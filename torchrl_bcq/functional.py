@@ -42,8 +42,12 @@ def spread_normal(num: int, dim: int, clip: float, seed: int, like: Tensor) -> T
 
 def squash_to_bounds(logits: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Scale ``tanh(logits)`` to ``[low, high]``. ``[*B, A], [A], [A] -> [*B, A]``."""
-    action = (high + low) / 2 + (high - low) / 2 * torch.tanh(logits)
-    return action.clamp(low, high)  # if tanh saturates, rounding may exceed a bound
+    return scale_to_bounds(torch.tanh(logits), low, high)
+
+
+def scale_to_bounds(scaled: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Scale numbers from [-1, 1] to ``[low, high]``. ``[*B, A], [A], [A] -> [*B, A]``."""
+    return ((high + low) / 2 + (high - low) / 2 * scaled).clamp(low, high)  # rounding may exceed a bound
 
 
 def perturb(action: Tensor, logits: Tensor, phi: float, low: Tensor, high: Tensor) -> Tensor:

@@ -124,19 +124,24 @@ def test_returns_are_discounted_as_in_the_run(run, make_run, evaluate, capsys):
 
 
 def test_the_policy_is_compared_with_the_dataset_and_the_baseline():
-    """Four returns, and a dataset of 16 episodes: errors of 2.5, and of 1 and 2; Student's t with 3 degrees: 3.182."""
+    """Student's t with 3 degrees of freedom: 3.182. The variances of the means with the dataset are 1/3 and 64/15."""
     mean, error = _mean_and_error(torch.tensor([5.0, 15.0, 5.0, 15.0]) - 20)
     assert (mean, error) == pytest.approx((-10, (100 / 3) ** 0.5 / 2))
-    mean, error = _from_dataset(torch.tensor([9.0, 11.0, 9.0, 11.0]), {"mean": -20, "std": 8, "episodes": 16})
-    assert (mean, error) == pytest.approx((30, (1 / 3 + 4) ** 0.5))
-    found = _compare("BCQ", {"the recorded behaviour": (30.0, 2.0), "cloning": (8.0, 2.5), "another": (3.0, 1.0)}, 4)
+    mean, error, freedom = _from_dataset(torch.tensor([9.0, 11.0, 9.0, 11.0]), {"mean": -20, "std": 8, "episodes": 16})
+    assert (mean, error) == pytest.approx((30, 4.6**0.5))
+    assert freedom == pytest.approx(4.6**2 / ((1 / 3) ** 2 / 3 + (64 / 15) ** 2 / 15))
+    equal = _from_dataset(torch.tensor([1.0, 1.0]), {"mean": 1, "std": 0, "episodes": 3})
+    assert equal == (0, 0, 3)
+    found = _compare(
+        "BCQ", {"the recorded behaviour": (30.0, 2.0, 3), "cloning": (8.0, 2.5, 3), "another": (3.0, 1.0, 3)}
+    )
     assert found.splitlines() == [
         "BCQ is better than the recorded behaviour (+30.0 ± 6.4) and cloning (+8.0 ± 8.0). BCQ is not clearly "
         "different from another (+3.0 ± 3.2).",
         "(Differences in mean return with 95% confidence intervals.)",
     ]
-    assert _compare("BCQ", {"cloning": (-8.0, 2.0)}, 4).startswith("BCQ is worse than cloning (-8.0 ± 6.4).")
-    assert "worse" not in _compare("BCQ", {"cloning": (-8.0, 3.0)}, 4)
+    assert _compare("BCQ", {"cloning": (-8.0, 2.0, 3)}).startswith("BCQ is worse than cloning (-8.0 ± 6.4).")
+    assert "worse" not in _compare("BCQ", {"cloning": (-8.0, 3.0, 3)})
 
 
 def test_the_comparison_is_shown_unless_there_is_one_episode(run, make_run, capsys):

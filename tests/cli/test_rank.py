@@ -106,6 +106,31 @@ def test_the_true_value_of_a_random_policy_is_that_of_its_random_actions(folder,
     assert true == pytest.approx(10 / 3, abs=0.6)
 
 
+def test_estimates_of_a_corrected_dataset_are_computed_again(folder, capsys):
+    """The time limits were stored as terminal states; the sums of rewards and the ends of episodes stay the same."""
+    train("out=run", "steps=5")
+    for corrected in (False, True):
+        with h5py.File("lights.hdf5", "a") as file:
+            for name, value in (("terminals", not corrected), ("timeouts", corrected)):
+                file[name][:] = value & (np.arange(1, ROWS + 1) % LENGTH == 0)
+        assert main(["rank", "run", *QUICK]) == 0
+    saved = json.loads((folder / "run" / "ranking.json").read_text())["estimates"]
+    assert len(saved) == 4  # twice the run and the recorded behaviour
+    assert saved[0]["value"] != saved[2]["value"]
+
+
+def test_a_dataset_that_has_grown_has_other_held_out_episodes(folder, capsys):
+    train("out=run", "steps=5", "held_out=0.2")
+    with h5py.File("lights.hdf5", "a") as file:
+        fields = {name: file[name][:] for name in file}
+        for name, values in fields.items():
+            del file[name]
+            file[name] = np.concatenate([values, values])
+    assert main(["rank", "run", *QUICK]) == 1
+    assert "the dataset has changed since the run began: it had 40 episodes" in capsys.readouterr().err
+    assert main(["rank", "run", *QUICK, "--held-out", "0.5"]) == 0
+
+
 def test_nothing_is_estimated_twice(folder, capsys, monkeypatch):
     train("-m", "out=sweep", "seed=0,1")
     estimate, calls = OffPolicyEvaluation.estimate, []

@@ -96,7 +96,9 @@ def test_options_and_settings_of_the_reader_work_together(shown, file, tmp_path)
         "convert", "--names", "actions=u", "--", str(file), str(tmp_path / "c"), "reader.names.rewards=gain", rc=0
     )
     copy = next((tmp_path / "c").glob("[!.]*"))
-    assert f"Use the copy with dataset={copy}, or with load_memmap('{copy}') in Python.\n" in found
+    words = f"dataset={file} root={tmp_path / 'c'}"
+    assert f"torchrl-bcq train uses this copy with {words} and the same settings of the reader.\n" in found
+    assert f"In Python, load_memmap('{copy}') reads it.\n" in found
     assert "reader.NAME=VALUE" in capture_help("describe")
 
 

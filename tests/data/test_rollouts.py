@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.collectors import Collector
+from torchrl.collectors.utils import split_trajectories
 from torchrl.data import Bounded
 from torchrl.envs import GymEnv, StepCounter, TransformedEnv
 
@@ -32,6 +33,13 @@ def rollout(first: float, length: int, terminated=(), truncated=(), reset: float
     columns = {"observation": torch.tensor(states)[:, None], "action": torch.linspace(-1, 1, length)[:, None]}
     columns |= {name: torch.zeros(length, 1, dtype=torch.bool) for name in names}
     return TensorDict({**columns, "next": outcome}, [length])
+
+
+def test_padding_of_split_trajectories_is_left_out():
+    data = rollout(0.0, 5, terminated=[1], truncated=[3])
+    split = split_trajectories(data, done_key="done")
+    assert split.shape == (3, 2)
+    assert rows(from_rollouts(split), "observation") == data["observation"].squeeze(-1).tolist()
 
 
 def rows(td, *key):

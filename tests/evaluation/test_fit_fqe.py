@@ -78,16 +78,28 @@ def test_values_of_the_recorded_behaviour():
 
 
 def test_recorded_next_actions():
-    data = add_recorded_actions(chain(ends=False), Categorical(2))  # the last state of an episode has no next action
-    assert len(data) == 60
+    data = add_recorded_actions(chain(ends=True), Categorical(2))
     assert data["next", "policy_probability"][:2].tolist() == [[0, 1], [1, 0]]
     assert data["episode"].unique().tolist() == list(range(30))
-    without = add_recorded_actions(chain(ends=False).exclude("episode"), Categorical(2))
-    assert value_range(without, 1.0) == value_range(data, 1.0) == (0, 4)  # the last reward of each episode is left out
     rewards = torch.linspace(-1, 1, 90)[:, None]
     continuous = chain(ends=True).set("action", rewards)
     following = add_recorded_actions(continuous, UNIT)["next", "policy_action"]
     assert torch.equal(following[:2, 0], rewards[1:3])
+
+
+def test_a_row_before_a_cut_gets_the_action_of_a_similar_state():
+    data, last = chain(ends=False), torch.arange(90) % 3 == 2
+    data["next", "observation"][last] = torch.tensor([0.1, 0.9, 0.0, 0.0])  # nearest to state 1, with the action 1
+    labelled = add_recorded_actions(data, Categorical(2))
+    assert labelled["next", "policy_probability"][last].tolist() == [[0, 1]] * 30
+    data["next", "observation"][last] = torch.eye(4)[0]  # in state 0, one action of three is 1
+    data["action"][::3] = torch.arange(30) % 3 == 0
+    drawn = [add_recorded_actions(data, Categorical(2), seed=seed)["next", "policy_probability"] for seed in range(9)]
+    assert torch.stack(drawn)[:, last, 1].mean() == pytest.approx(1 / 3, abs=0.09)  # 3 standard errors
+    frames = data.replace({"observation": (data["observation"] * 255).byte()})
+    kept = add_recorded_actions(frames.exclude("episode"), Categorical(2))
+    assert len(kept) == 60
+    assert value_range(kept, 1.0) == (0, 4)  # the last reward of each episode is left out
 
 
 def test_several_steps_of_the_dataset_are_one_row():

@@ -99,6 +99,18 @@ def test_the_recorded_behaviour_is_not_better_than_itself_if_episodes_are_cut_of
     assert found.verdict.startswith("cannot tell")
 
 
+def test_cut_episodes_do_not_make_ends_more_frequent():
+    """Each step has the reward 1 and ends the episode with probability 1/2, so the value is 1 / (1 - 0.8 / 2) = 5/3.
+
+    Half of the episodes are cut off after one step. Without these rows, the value would be 1.
+    """
+    ends = np.arange(800) % 2 == 0
+    state = np.random.default_rng(0).normal(size=(800, 1))
+    data = from_arrays(state, np.zeros((800, 1)) + 0.5, np.ones(800), ends, ~ends, state[::-1].copy())
+    evaluation = OffPolicyEvaluation(data, Bounded(-1, 1, (1,)), gamma=0.8, **FIT)
+    assert evaluation.behaviour.value == pytest.approx(5 / 3, abs=0.05)
+
+
 def test_no_details(evaluation):
     found = evaluation.estimate(policy(1.0), details=False)
     assert (found.far, found.others) == (None, {})

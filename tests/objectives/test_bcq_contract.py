@@ -9,13 +9,16 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.data import Bounded, Unbounded
+from torchrl.modules import MLP
 from torchrl.objectives import HardUpdate, SoftUpdate
 from torchrl.objectives.utils import ValueEstimators
 
-from torchrl_bcq import ActionVAE, BCQLoss, CloningLoss, PerturbationActor, QEnsemble
+from torchrl_bcq import ActionVAE, BCQLoss, CloningLoss, PerturbationActor, QEnsemble, make_cloning_modules
 
 from ..conftest import ACTION_SPEC
-from .conftest import LOSSES, target_values
+from .conftest import LOSSES, bcq_modules, target_values, with_updater
 
 # as in TorchRL
 
@@ -279,3 +282,45 @@ def test_a_loss_without_parameters_is_refused():
     network = TensorDictModule(lambda x: x, ["observation"], ["action"])
     with pytest.raises(ValueError, match="no network of the loss has parameters"):
         CloningLoss(network)
+
+
+def test_a_loss_inside_another_module_checks_its_state_dict():
+    one, other = (nn.ModuleDict({"loss": with_updater(BCQLoss(*bcq_modules()))}) for _ in range(2))
+    state = other.state_dict()
+    one.load_state_dict(state)
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, state[name])
+    name = "loss.vae_network_params.encoder.0.weight"
+    for changed, message in (
+        ({key: value for key, value in state.items() if key != name}, "lacks 1 entries"),
+        ({**state, "loss.vae_network_params.more": torch.zeros(1)}, "1 other entries"),
+        ({**state, name: torch.zeros(1, 1)}, "has 1 entries whose shape differs"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            one.load_state_dict(changed)
+
+
+def test_tensors_with_equal_last_dimensions():
+    """TorchRL's dispatch takes the two features for a batch dimension."""
+    (network,) = make_cloning_modules(Unbounded((2,)), Bounded(-1, 1, (2,)), hidden=[8])
+    loss, observation, action = CloningLoss(network), torch.randn(5, 2), torch.rand(5, 2)
+    expected = loss(TensorDict({"observation": observation, "action": action}, [5]))["loss_actor"]
+    assert loss(observation=observation, action=action) == expected
+
+
+def test_the_vae_refuses_inputs_with_the_names_of_its_outputs():
+    with pytest.raises(ValueError, match=r"the VAE writes the entries .*; rename the inputs \['loc'\]"):
+        ActionVAE(nn.Identity(), nn.Identity(), Bounded(-1, 1, (1,)), latent_dim=2, observation_keys=["loc"])
+
+
+def test_the_vae_refuses_actions_of_another_size():
+    """An encoder that ignores the action, and a decoder of two dimensions."""
+
+    class Encoder(nn.Linear):
+        def forward(self, observation, action):
+            return super().forward(observation)
+
+    vae = ActionVAE(Encoder(3, 4), MLP(in_features=5, out_features=2), Bounded(-1, 1, (2,)), latent_dim=2)
+    batch = TensorDict({"observation": torch.zeros(6, 3), "action": torch.zeros(6, 1)}, [6])
+    with pytest.raises(ValueError, match=r"the action has shape \[6, 1\], expected \[6, 2\]"):
+        vae.training_loss(batch)

@@ -10,7 +10,15 @@ import torch
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from torchrl_bcq import BCQLoss, CloningLoss, DeterministicActor, OfflineLoss, PerturbationActor, QEnsemble
+from torchrl_bcq import (
+    ActionVAE,
+    BCQLoss,
+    CloningLoss,
+    DeterministicActor,
+    OfflineLoss,
+    PerturbationActor,
+    QEnsemble,
+)
 
 from ..conftest import ACTION_SPEC, random_transitions
 from .conftest import bcq_modules, with_updater
@@ -129,3 +137,28 @@ def test_targets_of_a_shared_layer_are_used():
         for name in ("trunk", "same"):
             params[name, "bias"].data.add_(1)
     assert (target() != before).all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"delay_actor": False}, {"delay_qvalue": False}])
+def test_networks_without_a_target_keep_a_shared_layer_in_the_target(settings):
+    """The VAE shares a layer with actor and critics. In the target, it decodes with the current weights."""
+    torch.manual_seed(0)
+    trunk, keys = nn.Linear(3, 3), (["observation", "action"], ["state_action_value"])
+    vae = ActionVAE(TwoNames(trunk, 2, 8), TwoNames(trunk, 4, 2), ACTION_SPEC, latent_dim=4)
+    actor = PerturbationActor(TwoNames(trunk, 2, 2), ACTION_SPEC, phi=0.5)
+    critics = QEnsemble([TensorDictModule(TwoNames(trunk, 2, 1), *keys) for _ in range(2)])
+    loss = with_updater(BCQLoss(vae, actor, critics, **settings))
+    _, target_actor, target_critics = copy.deepcopy((vae, actor, critics))
+    with torch.no_grad():
+        for weight in loss.parameters():
+            weight.add_(torch.randn_like(weight))
+        batch, latent = batch_and_noise("qvalue", loss)
+        candidates = batch["next"].select("observation").unsqueeze(-1).expand(6, 10).copy()
+        candidates = vae.decode(candidates, latent)
+        candidates = (actor if settings.get("delay_actor") is False else target_actor)(candidates)
+        values = (critics if settings.get("delay_qvalue") is False else target_critics)(candidates)
+        values = values["state_action_value"]
+        best = (0.75 * values.amin(-1) + 0.25 * values.amax(-1)).amax(1)
+    going_on = ~batch["next", "terminated"].squeeze(-1)
+    expected = batch["next", "reward"].squeeze(-1) + 0.99 * best * going_on
+    torch.testing.assert_close(loss.qvalue_loss(batch, latent)[1]["target_value"], expected)

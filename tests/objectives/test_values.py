@@ -140,3 +140,11 @@ def test_rows_of_a_replay_buffer_are_not_a_trajectory(loss, trajectory):
     loss.make_value_estimator(ValueEstimators.TDLambda, gamma=GAMMA)
     with pytest.raises(ValueError, match="need a time dimension"):
         loss.critic_loss(buffer.sample())
+
+
+@pytest.mark.parametrize("name", ["TD1", "TDLambda"])
+def test_rows_of_several_steps_do_not_fit_estimators_of_several_steps(loss, trajectory, name):
+    loss.make_value_estimator(CLASSES[name], gamma=GAMMA, **({"lmbda": 0.8} if name == "TDLambda" else {}))
+    trajectory["steps_to_next_obs"] = torch.ones(1, 3, 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="the batch has 'steps_to_next_obs', so its rewards are already sums"):
+        targets(loss, trajectory)

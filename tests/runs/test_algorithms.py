@@ -37,7 +37,10 @@ def test_each_algorithm_has_a_record():
         assert record.baseline is None or record.baseline in ALGORITHMS
     with pytest.raises(RunError) as error:
         find_algorithm("bqc")
-    assert str(error.value) == f"algorithm is 'bqc', expected one of {[*ALGORITHMS]}."
+    assert str(error.value) == (
+        f"algorithm is 'bqc', expected one of {[*ALGORITHMS]}. If a script defines it, run this script in place of "
+        "torchrl-bcq."
+    )
 
 
 def test_only_the_records_name_algorithms_and_networks():

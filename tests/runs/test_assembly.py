@@ -14,12 +14,17 @@ from torchrl_bcq.data import episode_weights, make_replay_buffer, return_weights
 from torchrl_bcq.data.episodes import episode_numbers, episode_returns
 from torchrl_bcq.data.sampling import WeightedSampler
 from torchrl_bcq.errors import RunError
+from torchrl_bcq.evaluation import FQEMetrics
+from torchrl_bcq.modules import ActionFlow, ActionMixture
 from torchrl_bcq.runs.algorithms import ALGORITHMS
-from torchrl_bcq.runs.assembly import assemble, check_numbers, split
+from torchrl_bcq.runs.assembly import _mode, assemble, check_numbers, split
 from torchrl_bcq.runs.folder import open_dataset
+from torchrl_bcq.runs.settings import default_settings
 from torchrl_bcq.trainers import NetworkLRScheduler
 
 from ..conftest import skip_without_extension
+
+MINE = ". If a script defines it, run this script in place of torchrl-bcq."
 
 
 @pytest.fixture
@@ -159,7 +164,7 @@ def test_cuda_graphs_need_a_gpu(make_trainer):
             "loss.reduction is 'none', expected mean or sum, because a gradient step needs one number.",
         ),
         ("optim.clip_norm=0", "optim.clip_norm is 0.0, expected more than 0, or null for no clipping."),
-        ("baseline=bqc", f"algorithm is 'bqc', expected one of {[*ALGORITHMS]}."),
+        ("baseline=bqc", f"algorithm is 'bqc', expected one of {[*ALGORITHMS]}{MINE}"),
         (
             "precision=bf16",
             "precision is 'bf16', expected null or one of ['highest', 'high', 'medium', 'bf16-target', 'bf16-mixed'].",
@@ -319,6 +324,26 @@ def test_the_best_is_by_return_if_there_is_one(make_trainer, tmp_path, env, kept
     make_trainer(f"evaluation.env={env}").train()
     best = [json.loads(file.read_text()) for file in (tmp_path / "run").glob("best/*/manifest.json")]
     assert [one["metadata"]["best_of"] for one in best] == ([[kept, "max"]] if kept else [])
+
+
+def test_the_mode_follows_from_the_metric():
+    """Errors, losses and distances are better if they are lower; a name that the user gave remains."""
+    lower = ["loss_vae", "action_distance", "held_out_td_error", "return_std"]
+    lower += [
+        f"held_out_{key}" for key in (*ActionMixture.loss_keys, *ActionFlow.loss_keys, "vae_kl", "vae_reconstruction")
+    ]
+    assert {_mode("auto", name) for name in lower} == {"min"}
+    higher = ["return", "normalized_score", "initial_value", "action_agreement", *FQEMetrics.names]
+    assert {_mode("auto", name) for name in higher} == {"max"}
+    assert [_mode(mode, "td_error") for mode in ("min", "max")] == ["min", "max"]
+
+
+@pytest.mark.parametrize(("algorithm", "wrong"), [("bcq", "discrete_cloning"), ("discrete_bcq", "cloning")])
+def test_a_baseline_for_other_actions_is_refused(algorithm, wrong):
+    settings = default_settings(algorithm)
+    settings.baseline = wrong
+    with pytest.raises(RunError, match=f"baseline is '{wrong}', which does not fit the actions of {algorithm}; choose"):
+        check_numbers(settings)
 
 
 def test_early_stopping_ends_a_run(make_trainer):

@@ -234,7 +234,10 @@ def test_a_run_is_not_resumed_with_other_settings(make_settings, run, setting, m
             {"seed": 1},
             "the dataset has changed since the checkpoint: it has the same number of transitions, but other values",
         ),
-        ({"timeouts": np.arange(200) % 20 == 18}, "the dataset has changed since the checkpoint"),
+        (
+            {"timeouts": np.arange(200) % 20 == 18},
+            "the dataset has changed since the run began: it had 10 episodes, and now has 11 episodes, so",
+        ),
     ],
 )
 def test_a_run_is_not_resumed_with_another_dataset(make_settings, make_file, run, change, message):
@@ -245,6 +248,18 @@ def test_a_run_is_not_resumed_with_another_dataset(make_settings, make_file, run
         train(make_settings("resume=true"))
     assert message in str(error.value)
     assert contents(run) == before
+
+
+def test_a_run_that_stopped_early_is_complete(make_settings, run):
+    words = ["steps=100", "evaluation.interval=10", "early_stopping={monitor: loss_vae, mode: max, patience: 10}"]
+    words += ["optim.lr=0.01", "checkpoint.interval=10"]
+    results = train(make_settings(*words))
+    assert "loss_vae" in results["stopped_early"]
+    stopped = last_step(run)
+    assert stopped < 100
+    assert train(make_settings(*words, "resume=true")) == results
+    more = train(make_settings(*words[:2], *words[3:], "resume=true"))
+    assert (more["steps"], last_step(run), "stopped_early" in more) == (100, 100, False)
 
 
 def test_a_finished_run_returns_its_results(make_settings, run, file):

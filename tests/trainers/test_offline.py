@@ -10,8 +10,10 @@ from torchrl.record.loggers import CSVLogger
 
 from torchrl_bcq import (
     BCQLoss,
+    BCQOptimizationStepper,
     OfflineOptimizationStepper,
     OfflineTrainer,
+    Schedule,
     make_replay_buffer,
 )
 
@@ -58,6 +60,31 @@ def test_modules_can_be_copied_after_training(make_batch):
     copied, batch = copy.deepcopy(trainer.loss_module), make_batch(4)
     latent = torch.zeros(4, 10, 4)
     torch.testing.assert_close(copied.qvalue_loss(batch, latent)[0], trainer.loss_module.qvalue_loss(batch, latent)[0])
+
+
+def test_priorities_are_kept_in_steps_without_a_td_error(make_batch):
+    """The critics learn in every second step. TorchRL would write the largest priority in the other steps."""
+    transitions = make_batch(50)
+    buffer, updated = prioritised_buffer(transitions), []
+
+    def stepper(loss):
+        learned = BCQOptimizationStepper.adam(loss)
+        learned.schedules["qvalue"] = Schedule(every=2)
+        return learned
+
+    trainer = make_trainer(transitions, total_steps=4, buffer=buffer, stepper=stepper)
+    trainer.register_op("post_optim_log", lambda batch: updated.append("td_error" in batch.keys()))
+    before = []
+    trainer.register_op("post_optim", lambda: before.append(priorities(buffer)))
+    after = []
+    trainer.register_op("post_optim_log", lambda batch: after.append(priorities(buffer)))
+    trainer.train()
+    assert sorted(updated) == [False, False, True, True]
+    assert [one != other for one, other in zip(before, after, strict=True)] == updated
+
+
+def priorities(buffer) -> list[float]:
+    return [buffer.sampler._sum_tree[row] for row in range(50)]
 
 
 def test_prioritised_replay_gets_the_td_error(make_batch):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from torchrl.data import Categorical, TensorSpec
@@ -14,6 +16,7 @@ from torchrl_bcq.data import DatasetError, load_transitions
 from torchrl_bcq.data.action_checks import number_of
 from torchrl_bcq.data.origins import Origins
 from torchrl_bcq.data.registry import find_source
+from torchrl_bcq.data.sources.environment import change_environment
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation.environments import make_env
 from torchrl_bcq.reports.description import describe
@@ -115,7 +118,10 @@ def _convert(args: argparse.Namespace) -> None:
     folder = Path(transitions["action"].filename).parent
     size = sum(file.stat().st_size for file in folder.rglob("*"))
     print(f"{len(transitions):,} transitions, {size / 1e6:.1f} MB, in {folder}")
-    print(f"Use the copy with dataset={folder}, or with load_memmap({str(folder)!r}) in Python.")
+    named = args.source[0] if len(args.source) == 1 else f"[{','.join(args.source)}]"
+    words = f"{quote(f'dataset={named}')} {quote(f'root={args.folder}')}"
+    print(f"torchrl-bcq train uses this copy with {words} and the same settings of the reader.")
+    print(f"In Python, load_memmap({str(folder)!r}) reads it.")
 
 
 def _action_spec(args: argparse.Namespace, settings: dict[str, Any]) -> TensorSpec | None:
@@ -127,6 +133,9 @@ def _action_spec(args: argparse.Namespace, settings: dict[str, Any]) -> TensorSp
         specs[args.env] = make_env(args.env, remedy="choose another with --env ID").base_env.action_spec
     elif (source := find_source(args.source, **settings)) is not None:
         specs["dataset's spec"] = source.action_spec
+        if (env := change_environment(getattr(source, "env", None), None, {})) is not None:
+            with suppress(RunError):  # an environment that cannot be made, such as one of a package
+                specs[f"environment {env}"] = make_env(env).base_env.action_spec
     if args.n_actions is not None:
         if args.n_actions < 2:
             raise RunError(f"--n-actions is {args.n_actions}, expected at least 2.")

@@ -175,6 +175,9 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
             rows[title], returns[title] = summarize(episodes, task.reference_scores), episodes["return"]
     print(f"\n{task.env}, {args.episodes} episodes of each policy\n")
     recorded = {"return": task.behaviour["mean"], "return_std": task.behaviour["std"]}
+    if task.reference_scores:
+        low, high = task.reference_scores
+        recorded["normalized_score"] = 100 * (task.behaviour["mean"] - low) / (high - low)
     if "length" in task.behaviour:  # checkpoints of older versions lack it
         recorded["episode_length"] = task.behaviour["length"]
     _print_returns({RECORDED: recorded, **rows})
@@ -191,30 +194,42 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
         after = int(task.behaviour["cut_off_after"])
         print(f"\nNote: {uneven}. For as long episodes: --env-kwargs max_episode_steps={after}")
     if args.episodes > 1:
-        differences = {} if uneven else {f"the {RECORDED}": _from_dataset(returns[own], task.behaviour)}
-        differences |= {title: _mean_and_error(returns[own] - returns[title]) for title in baselines}
+        comparable = not uneven and task.behaviour["episodes"] > 1
+        differences = {f"the {RECORDED}": _from_dataset(returns[own], task.behaviour)} if comparable else {}
+        paired = {title: _mean_and_error(returns[own] - returns[title]) for title in baselines}
+        differences |= {title: (*found, args.episodes - 1) for title, found in paired.items()}
         if differences:
-            print(f"\n{_compare(own, differences, args.episodes)}")
+            print(f"\n{_compare(own, differences)}")
     return {"env": str(task.env), "episodes": args.episodes, "seed": args.seed, "behaviour": task.behaviour, **rows}
 
 
-def _from_dataset(returns: Tensor, behaviour: Mapping[str, float]) -> tuple[float, float]:
-    """Compute the mean of ``returns`` minus the dataset's mean return; also return the standard error."""
+def _from_dataset(returns: Tensor, behaviour: Mapping[str, float]) -> tuple[float, float, float]:
+    """Return the mean of ``returns`` minus the dataset's mean return, the standard error, and the degrees of freedom.
+
+    The degrees of freedom are those of Welch's t-test (the Welch-Satterthwaite equation).
+    """
     mean, error = _mean_and_error(returns)
-    return mean - behaviour["mean"], math.hypot(error, behaviour["std"] / math.sqrt(behaviour["episodes"]))
+    freedom = [len(returns) - 1, behaviour["episodes"] - 1]
+    variances = [error**2, behaviour["std"] ** 2 / freedom[1]]  # std is without Bessel's correction
+    below = sum(variance**2 / number for variance, number in zip(variances, freedom, strict=True))
+    total = sum(variances)
+    return mean - behaviour["mean"], math.sqrt(total), total**2 / below if below else sum(freedom)
 
 
 def _mean_and_error(values: Tensor) -> tuple[float, float]:
     return values.mean().item(), values.std(correction=1).item() / math.sqrt(len(values))
 
 
-def _compare(own: str, differences: Mapping[str, tuple[float, float]], episodes: int) -> str:
-    """Return a text that says for each policy in ``differences`` if the policy ``own`` is better or worse."""
+def _compare(own: str, differences: Mapping[str, tuple[float, float, float]]) -> str:
+    """Return a text that says for each policy in ``differences`` if the policy ``own`` is better or worse.
+
+    A difference is the mean, its standard error and the degrees of freedom.
+    """
     from scipy.stats import t
 
     groups: dict[str, list[str]] = {}
-    for title, (mean, error) in differences.items():
-        half = t.ppf(0.975, episodes - 1) * error
+    for title, (mean, error, freedom) in differences.items():
+        half = t.ppf(0.975, freedom) * error
         kind = "better than" if mean - half > 0 else "worse than" if mean + half < 0 else "not clearly different from"
         groups.setdefault(kind, []).append(f"{title} ({mean:+.1f} ± {half:.1f})")
     sentences = [f"{own} is {kind} {' and '.join(titles)}." for kind, titles in groups.items()]
@@ -243,7 +258,9 @@ def _on_the_dataset(trained: Any, runs: dict[str, Any]) -> dict[str, Any]:
     from torchrl_bcq.runs.folder import open_dataset
 
     settings = trained.settings
-    transitions, _ = open_dataset(settings)
+    transitions, task = open_dataset(settings)
+    if settings.held_out:
+        trained.task.check_unchanged(task, "the run may have learned from the episodes that are held out now")
     learned = split(settings, transitions)
     transitions = change_rewards(settings, transitions)
     rows = transitions if learned is None else transitions[~learned]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -192,6 +191,7 @@ def _open(args: argparse.Namespace, first: Any) -> tuple[Any, dict[str, Any]]:
     from torchrl_bcq.evaluation import OffPolicyEvaluation
     from torchrl_bcq.runs.assembly import change_rewards, reward_formula
     from torchrl_bcq.runs.folder import open_dataset
+    from torchrl_bcq.trainers.checkpoints import dataset_digest
 
     own = first.settings
     gamma = args.gamma if args.gamma is not None else own.loss.get("gamma", 0.99)
@@ -205,22 +205,16 @@ def _open(args: argparse.Namespace, first: Any) -> tuple[Any, dict[str, Any]]:
         "split_seed": own.seed if own.held_out and not args.held_out else args.seed,
     }
     transitions, task = open_dataset(own)
+    if own.held_out and not args.held_out:
+        first.task.check_unchanged(task, "the run may have learned from the episodes that are held out now")
     transitions = change_rewards(own, transitions)
     if args.estimator != "fqe" and task.n_actions is None:
         raise RunError(f"--estimator {args.estimator} needs discrete actions; use --estimator fqe.")
     device = next(first.loss.parameters()).device
     keys = list(task.shapes)
     evaluation = OffPolicyEvaluation(transitions, task.action_spec, observation_keys=keys, device=device, **settings)
-    facts = {"dataset": str(own.dataset), "contents": _digest(transitions), "rewards": reward_formula(own)}
+    facts = {"dataset": str(own.dataset), "contents": dataset_digest(transitions), "rewards": reward_formula(own)}
     return evaluation, {**facts, **settings}
-
-
-def _digest(transitions: Any) -> str:
-    """Return a text that changes if the rows of the dataset, their actions or their rewards change."""
-    digest = hashlib.sha256()
-    for key in ("action", ("next", "reward"), ("next", "done")):
-        digest.update(transitions[key].cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _true_values(
@@ -238,9 +232,7 @@ def _true_values(
     if env is None:
         return (lambda policy: {}), None
     device = next(first.loss.parameters()).device
-    envs = make_envs(
-        env, args.episodes, device, max_steps=steps_to_compare(env.max_episode_steps or time_limit(env), gamma)
-    )
+    envs = make_envs(env, args.episodes, device, max_steps=steps_to_compare(time_limit(env), gamma))
     reward = partial(change_reward, **first.settings.reward)
 
     def measure(policy: Any) -> dict[str, Any]:

@@ -90,7 +90,12 @@ def main(arguments: Sequence[str]) -> int:
     with processes.joined():
         if processes.several() and len(runs) > 1:
             raise RunError("torchrun cannot start several runs with -m; start them one after another without -m.")
-        return max([_run(settings) for settings in runs], default=0)
+        try:
+            return max([_run(settings) for settings in runs], default=0)
+        except SystemExit:
+            if len(runs) > 1:
+                print("torchrl-bcq: to continue the sweep, repeat its command with resume=true", file=sys.stderr)
+            raise
 
 
 def _defaults(overrides: Sequence[str]) -> list[str]:
@@ -108,7 +113,8 @@ def _defaults(overrides: Sequence[str]) -> list[str]:
     loss = [word for word in _DEFAULT_LOSS if OmegaConf.select(settings, word.partition("=")[0]) is not None]
     layers = [f"network.{key}={_DEFAULT_LAYERS}" for key, value in settings.network.items() if OmegaConf.is_list(value)]
     baseline = [] if record.baseline is None else [f"baseline={record.baseline}"]
-    return [*DEFAULT_TASK, *loss, *layers, *baseline]
+    # the dataset does not exist before the first run, so it cannot decide about the algorithm
+    return [*DEFAULT_TASK, f"algorithm={name}", *loss, *layers, *baseline]
 
 
 def _run(settings: DictConfig) -> int:

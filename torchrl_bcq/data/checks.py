@@ -97,9 +97,7 @@ class Checks:
         found, odd_flags = self._defects()
         zero = [name for name, is_zero in self._zero.items() if is_zero]
         hint = "check that it was written and read correctly"
-        found += [
-            f"{name} is zero in all {self.rows} rows{in_columns(self._columns.get(name, ()))}; {hint}." for name in zero
-        ]
+        found += [f"{name} is zero in all {self.rows} rows{self._in_columns(name)}; {hint}." for name in zero]
         found += self.actions.unclear()
         if refused := found if strict else odd_flags:
             raise DatasetError(listed(refused))
@@ -177,13 +175,7 @@ class Checks:
                 )
         for name, values in fields.items():
             width = width_of(values)
-            if values.ndim == 4 and width != self._widths.setdefault(name, width):
-                raise DatasetError(
-                    f"{name} has frames of shape {width} from row {self.rows} on, but {self._widths[name]} before; "
-                    "every frame needs the same shape."
-                )
-            if width != self._widths.setdefault(name, width):
-                raise DatasetError(
-                    f"{name} has {width} features from row {self.rows} on, but {self._widths[name]} before; every row "
-                    "needs the same number."
-                )
+            if width != (before := self._widths.setdefault(name, width)):
+                found = f"frames of shape {width}" if values.ndim == 4 else f"{width} features"
+                every = "frame needs the same shape" if values.ndim == 4 else "row needs the same number"
+                raise DatasetError(f"{name} has {found} from row {self.rows} on, but {before} before; every {every}.")

@@ -27,7 +27,7 @@ def from_rollouts(
     Args:
         rollouts: results of ``env.rollout`` or batches of a collector, each ``[T]`` or ``[*B, T]``. If all rollouts
             have the same ``*B``, the rollouts are joined along time: each rollout continues the previous rollout.
-            Padded steps, where ``("collector", "mask")`` is false, are left out.
+            Padded steps, where ``("collector", "mask")``, or ``mask [*B, T]``, is false, are left out.
         action_spec: if given, ``action`` must lie within its bounds.
 
     Returns:
@@ -76,6 +76,8 @@ def _flat(rollout: TensorDictBase) -> TensorDictBase:
     """Flatten ``[*B, T]`` to ``[N]`` and drop the padded steps."""
     rows = rollout.reshape(-1)
     mask = rows.get(("collector", "mask"), None)
+    if mask is None and getattr(rows.get("mask", None), "shape", None) == rows.shape:  # of split_trajectories
+        mask = rows.pop("mask").bool()
     rows = rows.exclude("collector", *FLAGS)
     return rows if mask is None else rows[mask]
 

@@ -244,7 +244,5 @@ def check_steps(made: EnvBase, env: str | Environment, remedy: str) -> None:
         raise RunError(f"{found}, but a Box, or a Discrete whose first action is 0, is needed; {remedy}.")
     try:
         made.step(made.reset().set("action", made.action_spec.project(made.action_spec.zero())))
-    except (
-        Exception
-    ) as error:  # the code of an environment raises any exception, such as for an argument of a wrong type
+    except Exception as error:  # the code of an environment may raise any exception
         raise RunError(f"{env} fails in its first step: {error or repr(error)}; {remedy}.") from error

@@ -70,13 +70,11 @@ class Estimate:
     def doubts(self) -> list[str]:
         """Reasons why it is unknown whether the policy is better than the recorded behaviour."""
         found = self.objections
-        residual = max(
-            self.residual, self.behaviour_residual, key=lambda value: abs(value) if value == value else 1e999
-        )
-        if self.uses_critics and self.difference is not None and not abs(residual) < abs(self.difference):
+        residual = np.abs([self.residual, self.behaviour_residual]).max()  # NaN if one of them is NaN
+        if self.uses_critics and self.difference is not None and not residual < abs(self.difference):
             found.append(
                 f"the critics do not fit held-out rows well enough: their mean TD error corresponds to an error of "
-                f"{abs(residual):.4g} in the value, which is not below the difference, {abs(self.difference):.4g}"
+                f"{residual:.4g} in the value, which is not below the difference, {abs(self.difference):.4g}"
             )
         if self.uses_weights and self.effective_sample_size is not None and not self.effective_sample_size >= _FEWEST:
             size = f"{self.effective_sample_size:.1f} episodes, but a verdict needs at least {_FEWEST}"

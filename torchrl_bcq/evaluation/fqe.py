@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.data import Binary, Composite, TensorSpec, Unbounded
 from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
@@ -133,14 +133,26 @@ def clone_probabilities(
             specs, action_spec, hidden=hidden, normalization=scaling, device=device
         )
         loss = _fit(DiscreteCloningLoss(network), transitions, None, progress_bar=progress_bar, **settings)
-    found = []
-    with torch.no_grad():
-        for part in map(gather_frames, rows.split(_CHUNK)):
-            part = part.to(device)
-            (logits,) = loss.scores(part)
-            probability = available_logits(logits, part[_MASK] if has_mask else None).softmax(-1)
-            found.append(probability.gather(-1, loss.action_index(part, logits)).squeeze(-1))
-    return torch.cat(found).to(rows.device or "cpu")
+
+    def probability(part: TensorDictBase) -> Tensor:
+        (logits,) = loss.scores(part)
+        probabilities = available_logits(logits, part[_MASK] if has_mask else None).softmax(-1)
+        return probabilities.gather(-1, loss.action_index(part, logits)).squeeze(-1)
+
+    return values_in_parts(loss, probability, rows)
+
+
+@torch.no_grad()
+def values_in_parts(module: nn.Module, function: Callable[[TensorDictBase], Tensor], rows: TensorDictBase) -> Tensor:
+    """Evaluate a function of a module in parts of ``rows [N]``, on the device of the module."""
+    device = next(module.parameters()).device
+    parts = [function(gather_frames(part).to(device)) for part in rows.split(_CHUNK)]
+    return torch.cat(parts).to(rows["action"].device)
+
+
+def next_values(critics: FQELoss | DiscreteFQELoss, rows: TensorDictBase) -> Tensor:
+    """Return the values of the next states by each critic, ``[N, C]``."""
+    return values_in_parts(critics, lambda part: critics.state_values(part.get("next")), rows)
 
 
 def _fit(

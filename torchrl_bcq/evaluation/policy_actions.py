@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.data import TensorSpec
 
@@ -54,15 +58,25 @@ def add_policy_actions(
     return transitions.copy().set(("next", name), filled)
 
 
-def add_recorded_actions(transitions: TensorDictBase, action_spec: TensorSpec) -> TensorDictBase:
+def add_recorded_actions(
+    transitions: TensorDictBase,
+    action_spec: TensorSpec,
+    *,
+    observation_keys: Sequence[NestedKey] = ("observation",),
+    seed: int = 0,
+) -> TensorDictBase:
     """Add the recorded actions of the next states, in the form of ``add_policy_actions``.
 
     With them, fitted Q evaluation estimates the values of the policy that recorded the dataset. The last row of an
-    episode that was cut off has no next action, so it is left out.
+    episode that was cut off has no next action. It gets the action of a row whose state is nearest to its next state,
+    drawn at random among rows with the same state. If it were left out, terminal states would be too frequent. With
+    frames (bytes), it is left out.
 
     Args:
         transitions: dataset of batch size ``[N]``, with the entry ``episode`` or ``("next", "done")``.
         action_spec: spec of one action.
+        observation_keys: entries of the state.
+        seed: seed of the draws.
 
     Raises:
         DatasetError: if the episodes are not known (see ``episode_numbers``), or a row spans several steps.
@@ -72,9 +86,32 @@ def add_recorded_actions(transitions: TensorDictBase, action_spec: TensorSpec) -
     goes_on = torch.zeros_like(episode, dtype=torch.bool)
     goes_on[:-1] = episode[1:] == episode[:-1]
     name, recorded = recorded_actions(transitions, action_spec)
-    labelled = transitions.copy().set("episode", episode)  # some ends of episodes are left out below
-    labelled.set(("next", name), recorded.roll(-1, 0))  # not read in a terminal state
-    return labelled[goes_on | transitions["next", "terminated"].squeeze(-1)]
+    following = recorded.roll(-1, 0)  # not read in a terminal state
+    labelled = transitions.copy().set("episode", episode)  # ends of episodes may be left out below
+    labelled.set(("next", name), following)
+    known = goes_on | transitions["next", "terminated"].squeeze(-1)
+    if any(transitions.get(key).dtype == torch.uint8 for key in observation_keys):
+        return labelled[known]
+    if not known.all():
+        following[~known] = recorded[_similar_rows(transitions, ~known, observation_keys, seed)]
+    return labelled
+
+
+def _similar_rows(transitions: TensorDictBase, asked: Tensor, keys: Sequence[NestedKey], seed: int) -> Tensor:
+    """For each row in ``asked``, return the number of a row whose state is nearest to the next state."""
+
+    from scipy.spatial import cKDTree
+
+    def join(rows: TensorDictBase) -> np.ndarray:
+        return torch.cat([rows.get(key).flatten(1) for key in keys], -1).cpu().numpy()
+
+    states, after = join(transitions), join(transitions["next"][asked])
+    scale = np.where(states.std(0) > 0, states.std(0), 1)
+    different, number = np.unique(states / scale, axis=0, return_inverse=True)
+    _, nearest = cKDTree(different).query(after / scale)
+    rows, counts = np.argsort(number, kind="stable"), np.bincount(number)
+    drawn = (counts[nearest] * np.random.default_rng(seed).random(len(nearest))).astype(int)
+    return torch.as_tensor(rows[(counts.cumsum() - counts)[nearest] + drawn], device=asked.device)
 
 
 def check_single_steps(transitions: TensorDictBase) -> None:
@@ -124,15 +161,16 @@ def policy_actions(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
-    from tqdm import tqdm
-
     first = next(policy.parameters(), None) if isinstance(policy, nn.Module) else None
     device = torch.device("cpu") if first is None else first.device
-    parts = range(0, len(states), batch_size)
-    hidden = None if progress_bar is None else not progress_bar
+    parts: Any = range(0, len(states), batch_size)
+    if progress_bar is not False and find_spec("tqdm"):
+        from tqdm import tqdm
+
+        parts = tqdm(parts, desc="actions of the policy", unit="batch", disable=None if progress_bar is None else False)
     found = []
     with own_random_state(seed, device), in_eval_mode(policy), torch.no_grad():
-        for start in tqdm(parts, desc="actions of the policy", unit="batch", disable=hidden):
+        for start in parts:
             rows = states[start : start + batch_size].select(*policy.in_keys, "done", strict=False).to(device)
             found.append(_choices(policy, rows, action_spec, num_samples).to(states.device or "cpu"))
     return torch.cat(found)

@@ -11,16 +11,15 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
-from torch import Tensor, nn
+from torch import Tensor
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.data import split_episodes
 from torchrl_bcq.data.action_checks import number_of
 from torchrl_bcq.data.episodes import episode_numbers, episode_returns, first_rows, group_numbers, last_rows
-from torchrl_bcq.data.frame_stack import gather_frames
 from torchrl_bcq.errors import DatasetError
 from torchrl_bcq.evaluation.estimate import Estimate, bootstrap_interval
-from torchrl_bcq.evaluation.fqe import clone_probabilities, fit_fqe, value_range
+from torchrl_bcq.evaluation.fqe import clone_probabilities, fit_fqe, next_values, value_range, values_in_parts
 from torchrl_bcq.evaluation.importance import ImportanceSampling
 from torchrl_bcq.evaluation.policy_actions import (
     add_policy_actions,
@@ -40,7 +39,6 @@ ESTIMATORS = (
 )
 _DISTANCE_ROWS = 2_000
 _CLONED = ("steps", "batch_size", "lr", "hidden", "device")  # settings that fit_fqe and clone_probabilities share
-_CHUNK = 4096  # rows that the critics read at a time
 
 
 class OffPolicyEvaluation:
@@ -150,7 +148,8 @@ class OffPolicyEvaluation:
         last = last_rows(episode_numbers(self._held))
         last = last[~self._held["next", "terminated"].squeeze(-1)[last]]
         if len(last):
-            reward[last] = _values(critics, critics.values, self._held[last]).mean(-1, keepdim=True).to(reward.dtype)
+            value = values_in_parts(critics, critics.values, self._held[last])
+            reward[last] = value.mean(-1, keepdim=True).to(reward.dtype)
         return episode_returns(self._held.copy().set(("next", "reward"), reward), self.gamma)
 
     def estimate(self, policy: TensorDictModuleBase, *, details: bool = True) -> Estimate:
@@ -163,7 +162,8 @@ class OffPolicyEvaluation:
         critics = fit_fqe(labelled[self._train_rows], self.action_spec, **self._fit)
         held = labelled[self._held_rows]
         held = held.set(critics.policy_key, policy_actions(policy, held, self.action_spec, **self._sampling))
-        found = self._summarize(_values(critics, critics.state_values, held[self._first]), self._behaviour_values)
+        values = values_in_parts(critics, critics.state_values, held[self._first])
+        found = self._summarize(values, self._behaviour_values)
         found["residual"] = self._residual(critics, held)
         found["behaviour_residual"] = self._behaviour_residual
         if not details and self.estimator == "fqe":
@@ -187,23 +187,24 @@ class OffPolicyEvaluation:
 
     @cached_property
     def _behaviour_critics(self) -> Any:
-        recorded = add_recorded_actions(self._transitions[self._train_rows], self.action_spec)
-        return fit_fqe(recorded, self.action_spec, **self._fit)
+        return fit_fqe(self._add_recorded(self._transitions[self._train_rows]), self.action_spec, **self._fit)
+
+    def _add_recorded(self, rows: TensorDictBase) -> TensorDictBase:
+        return add_recorded_actions(rows, self.action_spec, observation_keys=self._keys, seed=self.seed)
 
     @cached_property
     def _behaviour_values(self) -> Tensor:
         """Values of the initial states by each critic of the recorded behaviour, ``[E, C]``."""
         critics = self._behaviour_critics
-        return _values(critics, critics.values, self._held[self._first])
+        return values_in_parts(critics, critics.values, self._held[self._first])
 
     @cached_property
     def _behaviour_residual(self) -> float:
-        return self._residual(self._behaviour_critics, add_recorded_actions(self._held, self.action_spec))
+        return self._residual(self._behaviour_critics, self._add_recorded(self._held))
 
     def _residual(self, critics: Any, held: TensorDictBase) -> float:
-        following = _values(critics, lambda rows: critics.state_values(rows.get("next")), held)
-        following = following.masked_fill(held["next", "terminated"], 0)
-        error = held["next", "reward"] + self.gamma * following - _values(critics, critics.values, held)
+        following = next_values(critics, held).masked_fill(held["next", "terminated"], 0)
+        error = held["next", "reward"] + self.gamma * following - values_in_parts(critics, critics.values, held)
         return error.double().mean().item() * self._horizon
 
     @cached_property
@@ -232,8 +233,10 @@ class OffPolicyEvaluation:
         ``held`` are the held-out rows with the policy's probabilities in their states and next states.
         """
         taken = (recorded_actions(held, self.action_spec)[1] * held[critics.policy_key]).sum(-1)
-        parts = (critics.values, critics.state_values, lambda rows: critics.state_values(rows.get("next")))
-        value, state_value, next_value = (_values(critics, part, held).mean(-1) for part in parts)
+        value, state_value = (
+            values_in_parts(critics, part, held).mean(-1) for part in (critics.values, critics.state_values)
+        )
+        next_value = next_values(critics, held).mean(-1)
         ratio = taken / self._probability
         sampling = ImportanceSampling(held, ratio, self.gamma, (value, state_value, next_value))
         # doubly robust estimates count what follows a cut-off, so they are compared with returns that do, too
@@ -288,11 +291,3 @@ class OffPolicyEvaluation:
 
     def _bootstrap(self, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         return bootstrap_interval(statistic, len(self._first), self._groups, seed=self.seed)
-
-
-@torch.no_grad()
-def _values(critics: nn.Module, function: Callable[[TensorDictBase], Tensor], rows: TensorDictBase) -> Tensor:
-    """Evaluate a function of the critics in parts, on the device of the critics."""
-    device = next(critics.parameters()).device
-    parts = [function(gather_frames(part).to(device)) for part in rows.split(_CHUNK)]
-    return torch.cat(parts).to(rows["next", "reward"].device)

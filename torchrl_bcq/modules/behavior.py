@@ -1,4 +1,4 @@
-"""Two alternatives to the VAE as model of the behaviour policy: a mixture of Gaussians and a flow-matching model."""
+"""Models of the behaviour policy: their base class, a mixture of Gaussians and a flow-matching model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch.nn.functional import softplus
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.bounds import action_bounds
-from torchrl_bcq.functional import clipped_normal
+from torchrl_bcq.functional import clipped_normal, scale_to_bounds
 from torchrl_bcq.modules.dispatch import accepts_tensors
 
 
-class _BehaviorModel(TensorDictModuleBase, ABC):
+class BehaviorModel(TensorDictModuleBase, ABC):
     """Stores the action bounds and the keys. Subclasses work with actions that are scaled to [-1, 1]."""
 
     latent_clip: float = math.inf  # no clipping
@@ -51,8 +51,7 @@ class _BehaviorModel(TensorDictModuleBase, ABC):
         if latent.shape[-1] != self.latent_dim:
             raise ValueError(f"latent has {latent.shape[-1]} numbers for each state, expected {self.latent_dim}.")
         scaled = self._decode(self._observations(tensordict), latent).to(self.low.dtype).clamp(-1, 1)
-        action = (self.high + self.low) / 2 + (self.high - self.low) / 2 * scaled
-        return tensordict.set(self.action_key, action.clamp(self.low, self.high))  # rounding can leave the bounds
+        return tensordict.set(self.action_key, scale_to_bounds(scaled, self.low, self.high))
 
     def _scaled_action(self, tensordict: TensorDictBase) -> Tensor:
         action = tensordict.get(self.action_key)
@@ -75,7 +74,7 @@ class _BehaviorModel(TensorDictModuleBase, ABC):
         """Return scaled actions. The caller clips them to [-1, 1]. ``[*B, L] -> [*B, A]``."""
 
 
-class ActionMixture(_BehaviorModel):
+class ActionMixture(BehaviorModel):
     """Mixture of Gaussians with diagonal covariance (mixture density network). It implements ``GenerativeModel``.
 
     The first number of the latent selects the component. The other numbers are the Gaussian noise. Samples outside the
@@ -165,7 +164,7 @@ class ActionMixture(_BehaviorModel):
         return logits.squeeze(-1), mean, log_std.exp()
 
 
-class ActionFlow(_BehaviorModel):
+class ActionFlow(BehaviorModel):
     """Flow-matching model: turns noise into an action by integrating a learned velocity, as a ``GenerativeModel``.
 
     The latent is the noise. The latent 0 can become an action between the recorded ones, if they form several groups.

@@ -232,11 +232,10 @@ def _check_entries(transitions: TensorDictBase, keys: Sequence[NestedKey]) -> No
             f"transitions have batch size {tuple(transitions.batch_size)}, expected [N] with N at least 1; flatten "
             "them with transitions.reshape(-1)."
         )
-    first, present = transitions[:1], transitions.keys(True, True)
-    if missing := [key for key in keys if key not in present]:
-        raise ValueError(
-            f"transitions lack {missing}; they hold {sorted(map(str, present))}. Set observation_keys and reward_key."
-        )
+    first = transitions[:1]
+    if missing := [key for key in keys if first.get(key, None) is None]:
+        present = sorted(map(str, transitions.keys(True, True)))
+        raise ValueError(f"transitions lack {missing}; they hold {present}. Set observation_keys and reward_key.")
     for key in keys:
         entry = first.get(key)
         if entry.ndim != 2 or not entry.dtype.is_floating_point:

@@ -7,17 +7,16 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.data import TensorSpec
 
-from torchrl_bcq.bounds import action_bounds
-from torchrl_bcq.functional import clipped_normal, gaussian_kl, squash_to_bounds
+from torchrl_bcq.functional import gaussian_kl, scale_to_bounds
+from torchrl_bcq.modules.behavior import BehaviorModel
 from torchrl_bcq.modules.dispatch import accepts_tensors
 
 
-class ActionVAE(TensorDictModuleBase):
+class ActionVAE(BehaviorModel):
     """Conditional variational auto-encoder of actions, given the state. The class implements ``GenerativeModel``.
 
     ``forward`` reconstructs the action of a transition; ``decode`` samples a new action for a state.
@@ -80,25 +79,23 @@ class ActionVAE(TensorDictModuleBase):
         observation_specs: Mapping[NestedKey, TensorSpec] | None = None,
     ) -> None:
         """Build the model from its encoder and decoder."""
-        super().__init__()
+        super().__init__(action_spec, observation_keys, action_key, observation_specs)
         if latent_dim < 1 or not latent_clip > 0:
             raise ValueError(f"latent_dim is {latent_dim} and latent_clip {latent_clip}; both must be positive.")
         if not 0 <= kl_weight < math.inf:
             raise ValueError(f"kl_weight is {kl_weight}, expected a finite number, 0 or more.")
         if not log_std_range[0] < log_std_range[1]:
             raise ValueError(f"log_std_range is {log_std_range}, expected a lower and a higher number.")
-        self.observation_keys = list(observation_keys)
-        self.action_key = action_key
-        self.observation_specs = observation_specs
-        self.in_keys = [*self.observation_keys, action_key]
         self.out_keys = ["reconstruction", "loc", "log_std"]
+        if taken := {*observation_keys, action_key} & {*self.out_keys}:
+            raise ValueError(f"the VAE writes the entries {self.out_keys}; rename the inputs {sorted(taken)}.")
+        self.in_keys = [*self.observation_keys, action_key]
         self.loss_keys = ["vae_reconstruction", "vae_kl"]
         self.encoder, self.decoder = encoder, decoder
         self.latent_dim = latent_dim
         self.latent_clip = latent_clip
         self.log_std_range = log_std_range
         self.kl_weight = kl_weight
-        self.low, self.high = map(nn.Buffer, action_bounds(action_spec))
         self.error_scale = None if error_scale is None else nn.Buffer(_error_scale(error_scale, like=self.low))
 
     def encode(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -113,12 +110,6 @@ class ActionVAE(TensorDictModuleBase):
         loc, log_std = posterior.chunk(2, -1)  # [*B, 2L] -> 2 x [*B, L]
         return tensordict.set("loc", loc).set("log_std", log_std.clamp(*self.log_std_range))
 
-    def decode(self, tensordict: TensorDictBase, latent: Tensor | None = None) -> TensorDictBase:
-        """Write an action ``[*B, A]`` for each state. If ``latent [*B, L]`` is None, draw a clipped latent."""
-        if latent is None:
-            latent = clipped_normal((*tensordict.batch_size, self.latent_dim), self.latent_clip, like=self.low)
-        return tensordict.set(self.action_key, self._decode(tensordict, latent))
-
     @accepts_tensors
     def forward(self, tensordict: TensorDictBase, noise: Tensor | None = None) -> TensorDictBase:
         """Encode and reconstruct the action. If ``noise [*B, L]`` is None, draw it from ``N(0, 1)``."""
@@ -127,7 +118,8 @@ class ActionVAE(TensorDictModuleBase):
         noise = torch.randn_like(loc) if noise is None else noise
         if noise.shape != loc.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {tuple(loc.shape)}.")
-        return tensordict.set("reconstruction", self._decode(tensordict, loc + std * noise))
+        scaled = self._decode(self._observations(tensordict), loc + std * noise)
+        return tensordict.set("reconstruction", scale_to_bounds(scaled, self.low, self.high))
 
     def training_loss(
         self, tensordict: TensorDictBase, noise: Tensor | None = None
@@ -138,24 +130,24 @@ class ActionVAE(TensorDictModuleBase):
         divergence in nats, averaged over the latent dimensions, without the factor ``kl_weight``.
         """
         out = self(tensordict.copy(), noise=noise)
-        error = out.get("reconstruction") - out.get(self.action_key)
+        reconstruction, action = out.get("reconstruction"), out.get(self.action_key)
+        if reconstruction.shape != action.shape:
+            raise ValueError(f"the action has shape {[*action.shape]}, expected {[*reconstruction.shape]}.")
+        error = reconstruction - action
         if self.error_scale is not None:
             error = error / self.error_scale
         error = error.square().mean(-1)  # [*B, A] -> [*B]
         kl = gaussian_kl(out.get("loc"), out.get("log_std")).mean(-1)  # [*B, L] -> [*B]
         return error + self.kl_weight * kl, {"vae_reconstruction": error.detach(), "vae_kl": kl.detach()}
 
-    def _observations(self, tensordict: TensorDictBase) -> list[Tensor]:
-        return [tensordict.get(key) for key in self.observation_keys]
-
-    def _decode(self, tensordict: TensorDictBase, latent: Tensor) -> Tensor:
-        logits = self.decoder(*self._observations(tensordict), latent)
+    def _decode(self, observations: list[Tensor], latent: Tensor) -> Tensor:
+        logits = self.decoder(*observations, latent)
         if logits.shape[-1] != len(self.low):
             raise ValueError(
                 f"decoder returns {logits.shape[-1]} features, but the action has {len(self.low)} dimensions; change "
                 "the decoder's output size."
             )
-        return squash_to_bounds(logits.to(self.low.dtype), self.low, self.high)
+        return logits.to(self.low.dtype).tanh()
 
 
 def _error_scale(scale: Tensor | Sequence[float], like: Tensor) -> Tensor:

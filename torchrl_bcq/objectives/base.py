@@ -16,7 +16,7 @@ from torch import Size, Tensor, nn
 from torchrl.envs.utils import ExplorationType
 from torchrl.objectives.common import LossModule
 
-from torchrl_bcq.objectives.inputs import check_choice, check_state_dict, select_inputs
+from torchrl_bcq.objectives.inputs import check_choice, check_state_dict, correct_batch_size, select_inputs
 from torchrl_bcq.objectives.ownership import RunOn, find_slots, follow_swapped_weights
 from torchrl_bcq.objectives.precision import target_autocast
 
@@ -155,6 +155,7 @@ class OfflineLoss(LossModule):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Compute all losses and their metadata. You can add the losses and call ``backward`` on the sum."""
+        tensordict = correct_batch_size(tensordict, self.tensor_keys.action, self._batch_of)
         out: dict[str, Tensor] = {}
         for name in self.network_names:
             loss, metadata = getattr(self, f"{name}_loss")(tensordict)
@@ -179,10 +180,13 @@ class OfflineLoss(LossModule):
         """Return the batch dimensions of actions ``[*B, A]``, the entry of a tensordict of ``ndim`` dimensions."""
         return action.shape[:-1]
 
-    def target_networks(self) -> AbstractContextManager:
-        """Context manager in which each network that has a target network uses the target's weights."""
+    def target_networks(self, *names: str) -> AbstractContextManager:
+        """Context manager in which networks use the weights of their target networks, if they have one.
+
+        Without ``names``, these are all networks. A layer that several networks share changes in all of them.
+        """
         slots = []
-        for name in self.delayed_names:
+        for name in [name for name in self.delayed_names if not names or name in names]:
             params = getattr(self, f"target_{name}_network_params")  # this access warns if no target updater exists
             known, found = self._targets[name]
             slots += found if params._param_td is known else find_slots(params, getattr(self, f"{name}_network"))
@@ -205,15 +209,14 @@ class OfflineLoss(LossModule):
         return self._reduce_loss(loss, tensordict=tensordict, weights=weights)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state dict.
-
-        An entry with a wrong shape raises an error. If ``strict`` is True, a missing or unknown entry also raises an
-        error. Without this check, tensordict would load such a state dict without an error.
-        """
-        check_state_dict(self.state_dict(), state_dict, strict=strict)
+        """Load a state dict. Raise a RuntimeError as PyTorch does, also if the loss is a part of another module."""
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self._bind()
         return result
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *found) -> None:
+        check_state_dict(self.state_dict(), state_dict, prefix, strict=strict)  # tensordict would ignore other names
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *found)
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn)
@@ -253,10 +256,6 @@ class OfflineLoss(LossModule):
 
     def _has_swapped_weights(self) -> bool:
         return any(self._modules[f"{name}_network_params"]._param_td is not own for name, (own, _) in self._own.items())
-
-    def _find_own_slots(self) -> list:
-        pairs = ((self._modules[f"{name}_network_params"], getattr(self, f"{name}_network")) for name in self._own)
-        return [slot for pair in pairs for slot in find_slots(*pair)]
 
     @property
     def in_keys(self) -> list[NestedKey]:

@@ -142,7 +142,7 @@ class BCQLoss(ValueLoss):
         candidates = states.unsqueeze(-1).expand(*states.batch_size, self.num_target_samples)  # [*B] -> [*B, n]
         latent = self._draw_latent(candidates) if latent is None else latent
         size = candidates.numel() if self.mixes_rows else self.target_chunk_size  # BatchNorm needs all rows at once
-        with self.target_autocast(), self.target_networks():
+        with self.target_autocast():
             next_value = evaluate_in_parts(self._best_value, candidates, latent, size)
         return self.td_target(batch, next_value)
 
@@ -150,8 +150,10 @@ class BCQLoss(ValueLoss):
         """Sample and perturb ``n`` actions for each state. Return the best value of each state, ``[*B, 1]``."""
         candidates = self._sample(candidates, latent)
         if self.actor_network is not None:
-            candidates = self.actor_network(candidates)
-        return best_sample_value(self._critics(candidates), self.lmbda)  # [*B, n, C] -> [*B, 1]
+            with self.target_networks("actor"):
+                candidates = self.actor_network(candidates)
+        with self.target_networks("qvalue"):
+            return best_sample_value(self._critics(candidates), self.lmbda)  # [*B, n, C] -> [*B, 1]
 
     def _sample(self, states: TensorDictBase, latent: Tensor | None) -> TensorDictBase:
         """Sample an action for each state from the behaviour model."""

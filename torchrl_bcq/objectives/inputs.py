@@ -75,8 +75,13 @@ def select_inputs(
     return selected
 
 
-def check_time_dimension(batch: TensorDictBase) -> None:
-    """Raise a ValueError if a batch has no time dimension, which multi-step value estimators need."""
+def check_time_dimension(batch: TensorDictBase, steps: NestedKey) -> None:
+    """Raise a ValueError if a batch has no time dimension, which multi-step value estimators need, or n-step rows."""
+    if steps in batch.keys(True):
+        raise ValueError(
+            f"the batch has {steps!r}, so its rewards are already sums over several steps, which TD(1) and TD(lambda) "
+            "would count more than once; use TD0, or single transitions."
+        )
     if batch.ndim < 2 and "time" not in (batch.names or ()):
         raise ValueError(
             f"the batch has size {tuple(batch.shape)}, but TD(1) and TD(lambda) need a time dimension; pass "
@@ -84,8 +89,27 @@ def check_time_dimension(batch: TensorDictBase) -> None:
         )
 
 
-def check_state_dict(own: Mapping[str, Any], given: Mapping[str, Any], *, strict: bool) -> None:
-    """Raise a RuntimeError if ``own`` and ``given`` differ in shapes or, if ``strict`` is True, in names."""
+def correct_batch_size(
+    tensordict: TensorDictBase, action_key: NestedKey, batch_of: Callable[[torch.Tensor, int], torch.Size]
+) -> TensorDictBase:
+    """Return a copy with the batch size of the action, if TorchRL's ``dispatch`` has found a larger batch size.
+
+    ``dispatch`` takes all first dimensions that tensors have in common, which includes equal numbers of features.
+    """
+    action = tensordict.get(action_key, None)
+    if action is None or len(batch := batch_of(action, tensordict.ndim)) >= tensordict.ndim:
+        return tensordict
+    corrected = tensordict.copy()
+    corrected.batch_size = batch
+    return corrected
+
+
+def check_state_dict(own: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "", *, strict: bool) -> None:
+    """Raise a RuntimeError if ``own`` and ``given`` differ in shapes or, if ``strict`` is True, in names.
+
+    ``prefix`` begins the names in ``given``, whose other entries are ignored.
+    """
+    given = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
     lacking, unknown = own.keys() - given.keys(), given.keys() - own.keys()
     if strict and (lacking or unknown):
         raise RuntimeError(

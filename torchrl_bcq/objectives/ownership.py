@@ -58,7 +58,8 @@ def follow_swapped_weights(method: Callable) -> Callable:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self._has_swapped_weights():
             return method(self, *args, **kwargs)
-        with RunOn(self._find_own_slots()):
+        pairs = ((self._modules[f"{name}_network_params"], getattr(self, f"{name}_network")) for name in self._own)
+        with RunOn([slot for pair in pairs for slot in find_slots(*pair)]):
             return method(self, *args, **kwargs)
 
     return call

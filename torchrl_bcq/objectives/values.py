@@ -90,7 +90,7 @@ class ValueLoss(OfflineLoss):
             for key in [*self._outcome_keys, *([steps] if steps in batch.keys(True) else [])]:
                 batch.set(key, batch.get(key).expand(*batch.shape, critics))
         if not isinstance(self.value_estimator, TD0Estimator):
-            check_time_dimension(batch)
+            check_time_dimension(batch, self.tensor_keys.steps_to_next_obs)
         return self.value_estimator.value_estimate(batch, next_value=next_value)
 
     def td_distance(
@@ -103,7 +103,7 @@ class ValueLoss(OfflineLoss):
         """
         distance = distance_loss(pred_value, target_value.expand_as(pred_value), self.loss_function)
         td_error = (pred_value.detach() - target_value).abs()
-        tensordict.set(self.tensor_keys.priority, td_error.amax(-1))
+        tensordict.set(self.tensor_keys.priority, td_error.amax(-1).float())  # the dtype of prioritized samplers
         metadata = {"td_error": td_error, "pred_value": pred_value.detach(), "target_value": target_value.squeeze(-1)}
         return self.reduce(distance.sum(-1), tensordict), metadata
 

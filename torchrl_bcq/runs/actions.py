@@ -80,7 +80,7 @@ def _load(settings: DictConfig, spec: TensorSpec | None, reader: Mapping[str, An
     """Read the transitions, and stack their observations."""
     transitions = load_transitions(settings.dataset, action_spec=spec, root=settings.root, **reader)
     if (not transitions["action"].is_floating_point()) != find_algorithm(settings.algorithm).discrete:
-        raise _wrong_kind(str(settings.dataset), settings.algorithm)
+        raise _wrong_kind(f"dataset {settings.dataset}", settings.algorithm)
     if settings.stack > 1 and settings.root is not None and transitions.is_memmap():
         return stack_in_folder(transitions, settings.stack)
     return stack_observations(transitions, settings.stack) if settings.stack > 1 else transitions

@@ -151,5 +151,6 @@ def algorithms_of(discrete: bool) -> list[str]:
 def find_algorithm(name: str) -> Algorithm:
     """Return the record of an algorithm; raises a RunError if the name is unknown."""
     if name not in ALGORITHMS:
-        raise RunError(f"algorithm is {name!r}, expected one of {sorted(ALGORITHMS)}.")
+        found = f"algorithm is {name!r}, expected one of {sorted(ALGORITHMS)}"
+        raise RunError(f"{found}. If a script defines it, run this script in place of torchrl-bcq.")
     return ALGORITHMS[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from torchrl_bcq.evaluation import DatasetMetrics, EnvironmentMetrics, FQEMetric
 from torchrl_bcq.evaluation.environments import make_envs, steps_to_compare, time_limit
 from torchrl_bcq.functional import change_reward
 from torchrl_bcq.runs import processes
-from torchrl_bcq.runs.algorithms import find_algorithm
+from torchrl_bcq.runs.algorithms import algorithms_of, find_algorithm
 from torchrl_bcq.runs.build import make_average, make_objective, make_run_policy
 from torchrl_bcq.runs.folder import BEST, CHECKPOINTS, Task, choose_device
 from torchrl_bcq.runs.loggers import make_loggers
@@ -217,9 +218,17 @@ def _add_metrics(
             raise RunError(f"{section}.monitor is {name!r}, but this run measures {known} only.")
     if monitor is not None:
         best = Path(settings.out) / BEST
-        KeepBest(best, monitor, checkpoint.mode, wait_for=checkpoint.wait_for).register(trainer)
+        mode = _mode(checkpoint.mode, monitor)
+        KeepBest(best, monitor, mode, wait_for=checkpoint.wait_for).register(trainer)
     if stopping.monitor is not None:
-        _EarlyStopping(**stopping).register(trainer)
+        _EarlyStopping(**{**stopping, "mode": _mode(stopping.mode, stopping.monitor)}).register(trainer)
+
+
+def _mode(mode: str, monitor: str) -> str:
+    """Return ``mode``; in place of ``auto``, ``min`` for errors, losses and distances, and ``max`` for the others."""
+    if mode != "auto":
+        return mode
+    return "min" if re.search("error|loss|distance|negative|reconstruction|_kl$|_std$", monitor) else "max"
 
 
 def _fqe_settings(settings: DictConfig, task: Task) -> dict[str, Any]:
@@ -248,8 +257,10 @@ def check_numbers(settings: DictConfig) -> None:
         if (interval := settings[section].interval) < 1 or interval % every:
             found = f"{section}.interval is {interval}, not a positive multiple of log_interval {every}"
             raise RunError(f"{found}; change one of them.")
-    if settings.baseline is not None:
-        find_algorithm(settings.baseline)
+    discrete = find_algorithm(settings.algorithm).discrete
+    if settings.baseline is not None and find_algorithm(settings.baseline).discrete != discrete:
+        found = f"baseline is {settings.baseline!r}, which does not fit the actions of {settings.algorithm}"
+        raise RunError(f"{found}; choose one of {[*algorithms_of(discrete)]}.")
     own, defaults = flat(settings), flat(default_settings(settings.algorithm))
     for name, (other, value) in find_algorithm(settings.algorithm).requires.items():
         if own[name] != defaults[name] and own[other] != value:

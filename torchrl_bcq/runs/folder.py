@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -83,6 +84,16 @@ class Task:
             f"the recorded episodes were cut off after {after:g} steps (median), but episodes of {self.env} have up to "
             f"{limit} steps, so their returns cannot be compared"
         )
+
+    def check_unchanged(self, now: Task, consequence: str) -> None:
+        """Raise a RunError if the dataset has other episodes now than in this task."""
+        names = self.behaviour.keys() & {"episodes", "length"}  # older checkpoints lack the length
+        if any(not math.isclose(self.behaviour[name], now.behaviour[name]) for name in names):
+            steps = [f"{task.behaviour['episodes']} episodes" for task in (self, now)]
+            found = f"the dataset has changed since the run began: it had {steps[0]}, and now has {steps[1]}"
+            if steps[0] == steps[1]:
+                found = "the episodes of the dataset have other lengths than when the run began"
+            raise RunError(f"{found}, so {consequence}; use the dataset of the run.")
 
     @property
     def expected(self) -> dict[str, Any]:

@@ -57,6 +57,9 @@ def train(settings: DictConfig) -> dict[str, Any]:
     if settings.baseline is not None and not results.get("stopped"):
         stopped = _make_run(baseline_settings(settings)).get("stopped")
         results = {**results, "stopped": stopped} if stopped else results
+    if processes.is_first() and not results.get("stopped"):
+        out = settings.out
+        _logger.info("what to do next: torchrl-bcq evaluate %s; torchrl-bcq plot %s", out, out)
     return results
 
 
@@ -76,9 +79,14 @@ def _make_run(settings: DictConfig) -> dict[str, Any]:
     with _alone(out):
         start = processes.from_first(lambda: _find_start(settings))
         file = out / RESULTS
-        if start is not None and file.is_file() and read_metadata(start)[2] >= settings.steps:
-            _logger.info("the run in %s is complete; to train it further, increase steps=N", out)
-            return json.loads(file.read_text())
+        if start is not None and file.is_file():
+            saved, _, step = read_metadata(start)
+            results = json.loads(file.read_text())
+            early = results.get("stopped_early") and saved.early_stopping == settings.early_stopping
+            if step >= settings.steps or early:
+                remedy = "set early_stopping.monitor=null" if early else "increase steps=N"
+                _logger.info("the run in %s is complete; to train it further, %s", out, remedy)
+                return results
         return _train(settings, start)
 
 
@@ -122,6 +130,7 @@ def _train(settings: DictConfig, start: Path | None) -> dict[str, Any]:
 
 def _check_bounds(task: Task, saved: Task, start: Path) -> None:
     """Raise a RunError if the actions differ from those of the checkpoint ``start``."""
+    saved.check_unchanged(task, f"{start} cannot be resumed exactly")
     if task.n_actions != saved.n_actions:
         found = f"{start} was trained with {saved.n_actions} actions, but there are now {task.n_actions}"
         raise RunError(f"{found}; set n_actions={saved.n_actions}.")
@@ -199,10 +208,10 @@ def _conclude(trainer: OfflineTrainer, task: Task, out: Path, stopped: str | Non
         return {**results, "stopped": stopped}
     if trainer._stop_reason:
         _logger.info("stopped early: %s", trainer._stop_reason)
+        results["stopped_early"] = trainer._stop_reason
     with write_whole(out / RESULTS) as aside:
         aside.write_text(json.dumps(results, indent=2) + "\n")
     _logger.info("%s: the run has made %d steps; %s", out, steps, _summary(results))
-    _logger.info("what to do next: torchrl-bcq evaluate %s; torchrl-bcq plot %s", out, out)
     return results
 
 

@@ -73,10 +73,7 @@ def default_settings(algorithm: str = "bcq") -> DictConfig:
             **of_loss,
             **(settings_of(record.make_updater) if record.make_updater else {}),
         },
-        "optim": {
-            **optim_settings(networks, make_optimizer, make_scheduler),
-            **settings_of(OfflineTrainer, "clip_norm"),
-        },
+        "optim": optim_settings(networks, make_optimizer, make_scheduler) | settings_of(OfflineTrainer, "clip_norm"),
         "policy": {name: setting for name, setting in settings_of(record.policy).items() if name not in of_loss},
         "evaluation": {
             "interval": (int, 5_000),
@@ -98,11 +95,13 @@ def default_settings(algorithm: str = "bcq") -> DictConfig:
             "interval": (int, 5_000),
             "keep": (int, 2),
             "monitor": (str | None, "auto"),
-            **settings_of(KeepBest, "mode", "wait_for"),
+            "mode": (str, "auto"),
+            **settings_of(KeepBest, "wait_for"),
         },
         "early_stopping": {
             "monitor": (str | None, None),
-            **settings_of(EarlyStopping, "mode", "patience", "min_delta"),
+            "mode": (str, "auto"),
+            **settings_of(EarlyStopping, "patience", "min_delta"),
             **settings_of(KeepBest, "wait_for"),
         },
         "out": (str, "runs/${now:%Y%m%d-%H%M%S}"),
@@ -146,7 +145,7 @@ def _override(values: dict[str, Any]) -> DictConfig:
         values.pop("algorithm", None)
     else:
         settings = load_settings(Path(str(resumed)))
-        if (asked := values.get("algorithm", settings.algorithm)) != settings.algorithm:
+        if (asked := values.pop("algorithm", AUTO)) not in (AUTO, settings.algorithm):
             raise RunError(f"{resumed} is a run of algorithm {settings.algorithm}, not {asked}; start a new run.")
         if values.get("init_from", settings.init_from) != settings.init_from:
             raise RunError(f"init_from starts a new run, but resume={resumed} continues a run; set only one of them.")

@@ -187,7 +187,9 @@ class OfflineTrainer(ReplicatedTrainer):
         self._replay = ReplayBufferTrainer(replay_buffer)
         self.register_op("process_optim_batch", self._draw)
         if isinstance(replay_buffer.sampler, PrioritizedSampler):
-            self.register_op("post_optim_log", self._replay.update_priority)
+            key, update = loss_module.tensor_keys.priority, self._replay.update_priority
+            # if the network that writes the priorities has made no step, the batch has none
+            self.register_op("post_optim_log", lambda batch: update(batch) if key in batch.keys(True) else None)
         if target_net_updater is not None:
             hook = FastTargetNetUpdaterHook(target_net_updater)
             self.register_op("setup", hook.find)
@@ -264,9 +266,8 @@ class OfflineTrainer(ReplicatedTrainer):
         self._fail_together(watch.find(), lambda at: watch.describe(at, self._checkpoint_folder, self._last_good))
         if average_losses is None or self._steps_left:
             return None  # log nothing yet: a resumed run completes this interval and logs it
-        names = list(average_losses.keys())
-        values = self.processes.mean(torch.stack([average_losses.get(name) for name in names]))
-        means = zip(names, values.tolist(), strict=True)
+        values = self.processes.mean(torch.stack([*average_losses.values()]))
+        means = zip(average_losses.keys(), values.tolist(), strict=True)
         known = {name: mean for name, mean in means if not math.isnan(mean)}  # skip networks that did not learn (NaN)
         self._log(**{name: mean for name, mean in known.items() if not name.startswith("loss_")})
         return {"log_pbar": True, **{name: mean for name, mean in known.items() if name.startswith("loss_")}}

@@ -502,3 +502,9 @@ def test_environment_and_scores_make_no_other_copy(tmp_path):
     assert source.read(root=tmp_path / "copies")["action"].filename == (
         other.read(root=tmp_path / "copies")["action"].filename
     )
+
+
+def test_a_time_limit_without_effect_is_reported(tmp_path, caplog):
+    path = write_hdf5(tmp_path / "d.hdf5", steps(D4RL))
+    same(load_hdf5(path, max_episode_steps=2), load_hdf5(path))
+    assert caplog.messages == ["max_episode_steps has no effect, because the file says where episodes were cut off."]

@@ -14,6 +14,7 @@ from torchrl_bcq.data.sources.environment import (
     recorded_in_hdf5,
     recorded_in_minari,
 )
+from torchrl_bcq.errors import RunError
 
 MAZE = [[1, "r"], [0, 1.5]]
 
@@ -92,6 +93,9 @@ def test_a_user_changes_an_environment():
     known = Environment("Maze-v1", {"maze": 1, "size": 2}, 30)
     assert change_environment(known, None, {"size": 3}) == Environment("Maze-v1", {"maze": 1, "size": 3}, 30)
     assert change_environment(known, None, {}, 40).max_episode_steps == 40
+    for limit in (0, -1, 2.5, "long"):
+        with pytest.raises(RunError, match=f"max_episode_steps is {limit!r}, expected a whole number of at least 1"):
+            change_environment(known, None, {"max_episode_steps": limit})
     assert change_environment(known, None, {"max_episode_steps": 50}) == Environment("Maze-v1", known.kwargs, 50)
     assert change_environment(known, "mazes:Maze-v1", {}) == Environment("mazes:Maze-v1", known.kwargs, 30)
     assert change_environment(known, "Other-v1", {"a": 1}) == Environment("Other-v1", {"a": 1})

@@ -231,10 +231,19 @@ def test_starts_do_not_say_whether_an_episode_was_terminated(tmp_path):
 
 
 def test_one_way_to_show_ends_is_read(tmp_path):
-    """Time-outs have priority, unless another entry is named."""
+    """If entries disagree, one must be named."""
     wrong = np.arange(12) % 2 == 0
-    path = write_arrays(tmp_path / "d.npz", {**FLAT, "timeouts": CUT["truncated"], "episode_terminals": wrong})
-    same(load_npz(path), from_arrays(**CUT))
+    both = {**FLAT, "timeouts": CUT["truncated"]}
+    for name, agreeing, other in (
+        ("episode_terminals", ENDS, wrong),
+        ("episode_starts", np.r_[True, ENDS[:-1]], wrong),
+        ("lengths", np.array(EPISODES), np.ones(12, int)),
+    ):
+        same(load_npz(write_arrays(tmp_path / "d.npz", {**both, name: agreeing})), from_arrays(**CUT))
+        path = write_arrays(tmp_path / "d.npz", {**both, name: other})
+        row = int(name == "episode_starts")
+        assert f"d.npz: timeouts and {name} disagree on whether row {row} ends an episode; " in refusal(path, load_npz)
+        same(load_npz(path, names={"truncated": "timeouts"}), from_arrays(**CUT))
     path = write_arrays(tmp_path / "d.npz", {**FLAT, "timeouts": wrong, "starts": np.r_[True, ENDS[:-1]]})
     same(load_npz(path, names={"episode_starts": "starts"}), from_arrays(**CUT))
     assert refusal(path, load_npz, names={"episode_starts": "starts", "truncated": "timeouts"}) == (
@@ -339,8 +348,6 @@ def test_flat_arrays_with_lengths(tmp_path, name, load):
     assert refusal(path, load) == (
         f"{name}: lengths adds up to 13 steps, but there are 12 rows; correct lengths, or add timeouts."
     )
-    path = write_arrays(tmp_path / name, {**fields, "lengths": np.ones(7, int), "timeouts": CUT["truncated"]})
-    same(load(path), from_arrays(**CUT))  # time-outs have priority
 
 
 # groups of episodes
@@ -372,6 +379,23 @@ def test_an_episode_with_as_many_observations_as_steps_loses_its_last_step(tmp_p
     assert rows(td, "next", "truncated") == [row in (8 - (short == 1), 11 - (short == 2)) for row in kept]
     told = [f"dropped 1 row (first: {row}) without a next observation" for row in dropped]
     assert [message[: len(told[0])] for message in caplog.messages] == told
+
+
+def test_episodes_beside_metadata_and_in_several_groups(tmp_path, caplog):
+    caplog.set_level("INFO")
+    expected = load_hdf5(write_groups(tmp_path / "d.hdf5"))
+    with h5py.File(tmp_path / "d.hdf5", "a") as file:
+        file["meta"], file["config/layers2/width"] = 1.0, 2.0
+        file.create_group("episode_3")
+    same(load_hdf5(tmp_path / "d.hdf5"), expected)
+    assert "/: the entries ['config', 'episode_3', 'meta'] are not read; they are no episodes" in caplog.text
+    with h5py.File(tmp_path / "two.hdf5", "w") as file, h5py.File(tmp_path / "d.hdf5") as source:
+        for name, parts in (("test", [2]), ("train", [0, 1])):
+            for number in parts:
+                source.copy(f"episode_{number}", file, f"{name}/episode_{number}")
+    both = load_hdf5(tmp_path / "two.hdf5")
+    assert rows(both, "next", "reward") == [*REWARDS[9:], *REWARDS[:9]]
+    assert "the file has episodes in the groups ['/test', '/train']; all are read" in caplog.text
 
 
 def test_an_episode_whose_fields_differ_in_length_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import zipfile
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from torchrl_bcq.data.sources.hdf5_storage import open_hdf5
 from torchrl_bcq.data.sources.layouts import read_steps
 from torchrl_bcq.data.sources.source import Source, existing_file, scores_or_none
 from torchrl_bcq.errors import DatasetError, remedy
+
+_logger = logging.getLogger(__name__)
 
 
 def load_hdf5(
@@ -159,7 +162,9 @@ def _source(
 def _with_ends(chunks: Iterator[Columns], max_episode_steps: int | None) -> Iterator[Columns]:
     """Yield the chunks. A missing ``truncated`` is computed from ``max_episode_steps``, if this is set."""
     steps = 0  # number of steps of the current episode in earlier chunks
-    for chunk in chunks:
+    for number, chunk in enumerate(chunks):
+        if "truncated" in chunk and max_episode_steps is not None and not number:
+            _logger.warning("max_episode_steps has no effect, because the file says where episodes were cut off.")
         if "truncated" in chunk or (max_episode_steps is None and "next_observations" in chunk):
             yield chunk
             continue

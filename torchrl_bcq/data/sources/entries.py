@@ -15,7 +15,7 @@ from torchrl_bcq.errors import DatasetError, remedy
 Names = Mapping[str, str | Sequence[str]]  # maps fields to the entry that holds the field, or to entries to join
 
 # common names of each field in D4RL, Gymnasium, Minari, TorchRL, Tianshou, d3rlpy and others
-_NAMES = {
+NAMES = {
     "observations": ("observations", "observation", "obs", "states", "state"),
     "actions": ("actions", "action", "act"),
     "rewards": ("rewards", "reward", "rew"),
@@ -83,17 +83,17 @@ def find_fields(found: Sequence[str], names: Names | None = None) -> dict[str, l
     if absent := sorted({entry for entries in given.values() for entry in entries} - set(found)):
         raise DatasetError(f"names refers to the entries {absent}, but the file holds only {sorted(found)}.")
     fields = {}
-    for field, known in _NAMES.items():
+    for field, known in NAMES.items():
         matches = [name for name in known if name in found]
         if field not in given and len(matches) > 1:
-            raise DatasetError(f"{matches} could all be {field}; choose one with {_naming(field, matches[:1])}.")
+            raise DatasetError(f"{matches} could all be {field}; choose one with {naming(field, matches[:1])}.")
         if entries := given.get(field, matches):
             fields[field] = entries
     if missing := [field for field in _REQUIRED if field not in fields]:
         unclear = next((name for name in _NO_KIND if name in found), None)
         hint = f" {unclear} does not say whether an episode was terminated or truncated." if unclear else ""
         raise DatasetError(
-            f"it lacks {missing}; it holds {sorted(found)}.{hint} Name the entries with {_naming(missing[0])}."
+            f"it lacks {missing}; it holds {sorted(found)}.{hint} Name the entries with {naming(missing[0])}."
         )
     # a file may show in several ways where episodes end: read the way in names, or the first one
     ways = sorted((field for field in WAYS if field in fields), key=lambda field: field not in given)
@@ -109,8 +109,8 @@ def as_lists(names: Names | None) -> dict[str, list[str]]:
     given = {}
     if not isinstance(names, (Mapping, NoneType)):
         raise DatasetError(f"names is {names!r}, expected a dictionary from fields to entries: {{'actions': 'u'}}.")
-    if unknown := sorted(set(names or ()) - _NAMES.keys(), key=str):
-        raise DatasetError(f"names has the unknown fields {unknown}; the known fields are {list(_NAMES)}.")
+    if unknown := sorted(set(names or ()) - NAMES.keys(), key=str):
+        raise DatasetError(f"names has the unknown fields {unknown}; the known fields are {list(NAMES)}.")
     for field, value in (names or {}).items():
         entries = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
         if not entries or len({_plain(entry) for entry in entries if isinstance(entry, str)}) < len(entries):
@@ -136,7 +136,7 @@ def open_fields(group: Any, names: Names | None) -> dict[str, Any]:
     """
     given = as_lists(names)
     named = [entry for entries in given.values() for entry in entries]
-    nested = [name for names in _NAMES.values() for name in names if "/" in name]
+    nested = [name for names in NAMES.values() for name in names if "/" in name]
     found = dict.fromkeys([*group, *(entry for entry in [*named, *nested] if entry in group)])
     opened: dict[str, Any] = {}
     fields = find_fields([*found], names)
@@ -150,7 +150,7 @@ def open_fields(group: Any, names: Names | None) -> dict[str, Any]:
         for entry, item in items.items():
             if not hasattr(item, "shape"):
                 parts = [f"{entry}/{part}" for part in item]
-                raise DatasetError(f"{field} is the group {entry!r}; choose from it, as in {_naming(field, parts)}.")
+                raise DatasetError(f"{field} is the group {entry!r}; choose from it, as in {naming(field, parts)}.")
             if hasattr(item, "is_virtual"):
                 check_stored(entry, item)
         if field == "actions" and len({item.dtype.kind in "biu" for item in items.values()}) > 1:
@@ -160,7 +160,7 @@ def open_fields(group: Any, names: Names | None) -> dict[str, Any]:
     return opened
 
 
-def _naming(field: str, entries: Sequence[str] = ()) -> str:
+def naming(field: str, entries: Sequence[str] = ()) -> str:
     """Return the argument, or the setting, that says which entries of the file hold a field."""
     if len(entries) > 1:
         return remedy(f"names={{{field!r}: {list(entries)}}}", f"reader.names.{field}=[{','.join(entries)}]")

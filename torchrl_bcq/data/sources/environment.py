@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torchrl_bcq.errors import RunError
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -119,7 +121,10 @@ def change_environment(
     if known is None:
         return None
     changed = {**known.kwargs, **kwargs}
-    limit = changed.pop("max_episode_steps", None) or max_episode_steps or known.max_episode_steps
+    limit = changed.pop("max_episode_steps", None)
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise RunError(f"max_episode_steps is {limit!r}, expected a whole number of at least 1.")
+    limit = limit or max_episode_steps or known.max_episode_steps
     return Environment(env_id or known.id, changed, limit, observation)
 
 

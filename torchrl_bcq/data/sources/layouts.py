@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
@@ -12,9 +13,10 @@ import numpy as np
 from torchrl_bcq.data.arrays import check_lengths
 from torchrl_bcq.data.checks import Columns
 from torchrl_bcq.data.defects import Rows
-from torchrl_bcq.data.sources.entries import LATER, WAYS, Names, as_lists, is_group, open_fields
+from torchrl_bcq.data.sources.entries import LATER, NAMES, WAYS, Names, as_lists, is_group, naming, open_fields
 from torchrl_bcq.errors import DatasetError
 
+_logger = logging.getLogger(__name__)
 CHUNK_BYTES = 16 << 20  # limit in bytes for the largest field of a chunk, or for a chunk of whole episodes
 
 
@@ -25,11 +27,13 @@ def read_steps(file: Any, names: Names | None) -> Iterator[Columns]:
             return _tianshou_buffer(file, names)
         if "columns" in file and ("observations_0" in file or "observations_0_0" in file):
             return joined(_d3rlpy_episodes(file, names))
-        if groups := _episode_groups(file):
+        if groups := _episode_groups(file, names):
             parts = (open_fields(group, names) for group in groups)
             return joined({name: field[()] for name, field in part.items()} for part in parts)
     fields = open_fields(file, names)
     shape, is_padded = fields["actions"].shape, _is_padded(fields)
+    if not is_padded:
+        _check_ends(file, fields, names)
     if is_padded and "lengths" not in fields:
         raise DatasetError(
             f"actions has shape {shape}. If this is [episode, step, feature], add an entry lengths with the number of "
@@ -171,15 +175,59 @@ def _episodes_of_lengths(fields: Mapping[str, Any], lengths: np.ndarray) -> Iter
             yield own | {name: fields[name][stops[episode] - length : stops[episode]] for name in shapes}
 
 
-def _episode_groups(file: Any) -> list[Any]:
-    """Return the HDF5 groups of the episodes, sorted by the number in the group's name, or ``[]``."""
-    if not all(map(is_group, file.values())):
-        return []
-    for group in [file, *file.values()]:
-        numbers = {name: int(match[1]) for name in group if (match := re.search(r"(\d+)$", name))}
-        if numbers and len(numbers) == len(group) and all(map(is_group, group.values())):
-            return [group[name] for name in sorted(numbers, key=numbers.__getitem__)]
-    return []
+def _episode_groups(file: Any, names: Names | None) -> list[Any]:
+    """Return the HDF5 groups of the episodes, or ``[]``.
+
+    The groups are in the file, or one level below. Their names end in a number, by which they are sorted. Entries
+    beside them, such as metadata, are not read.
+    """
+    rewards = as_lists(names).get("rewards", NAMES["rewards"])
+    found: dict[str, list[Any]] = {}
+    for parent in [file, *filter(is_group, file.values())]:
+        numbers = {
+            name: int(match[1])
+            for name, item in parent.items()
+            if is_group(item) and (match := re.search(r"(\d+)$", name))
+        }
+        if len(numbers) < len(parent) or (parent is not file and not all(map(is_group, file.values()))):
+            # other entries are beside them
+            numbers = {name: n for name, n in numbers.items() if any(entry in parent[name] for entry in rewards)}
+            if beside := sorted(parent.keys() - numbers.keys()) if numbers else []:
+                _logger.info("%s: the entries %s are not read; they are no episodes", parent.name, beside)
+        if numbers:
+            found[parent.name] = [parent[name] for name in sorted(numbers, key=numbers.__getitem__)]
+        if parent is file and numbers:
+            break
+    if len(found) > 1:
+        _logger.info("the file has episodes in the groups %s; all are read", [*found])
+    return [group for groups in found.values() for group in groups]
+
+
+def _check_ends(file: Any, fields: Mapping[str, Any], names: Names | None) -> None:
+    """Raise a DatasetError if a file shows in several ways where episodes end, and they disagree."""
+    entries = {way: name for way in (*WAYS, "lengths") for name in NAMES[way] if name in file}
+    if len(entries) < 2 or entries.keys() & as_lists(names).keys():
+        return
+    ended = np.ravel(fields["terminated"][()]) == 1
+    first = None
+    for way, name in entries.items():
+        values = np.ravel(file[name][()]) if hasattr(file[name], "shape") else np.zeros(0)
+        if way == "lengths":
+            last = np.isin(np.arange(len(ended)), values.cumsum() - 1)
+        elif values.shape != ended.shape:
+            return  # the checks refuse other numbers of rows
+        elif way == "truncated":
+            last = ended | (values == 1)
+        else:
+            last = np.roll(values == 1, -1 if way == "episode_starts" else 0)
+        ends = way, name, last[:-1]  # the last row ends an episode in any case
+        first = first or ends
+        if len(apart := (first[2] != ends[2]).nonzero()[0]):
+            choice = f"{naming(first[0], [first[1]])} or {naming(way, [name])}"
+            raise DatasetError(
+                f"{first[1]} and {name} disagree on whether row {apart[0]} ends an episode; correct them, or choose "
+                f"{choice}."
+            )
 
 
 def _cut_off(steps: Columns) -> np.ndarray:

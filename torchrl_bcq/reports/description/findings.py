@@ -98,8 +98,8 @@ TEXTS = {  # a message for each kind of defect; the most certain kinds come firs
     ),
     "no action": "actions has {rows} with no action of the spec, such as {rows.example}; correct the actions.",
     "never": (
-        "actions has {absent} of {number} discrete actions in no row: {listed}; BCQ avoids them, because the data does "
-        "not show what they lead to; check the number of actions."
+        "actions has {absent} of {number} discrete actions in no row: {listed}; the data does not show what they "
+        "lead to; check the number of actions."
     ),
     "outside": "actions has {rows} outside the action bounds, such as {rows.example}; clip or rescale the actions.",
     "at bounds": (
