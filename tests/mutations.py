@@ -112,10 +112,25 @@ BREAKS = {
         "recorded.roll(-1, 0)",
         "recorded",
     ),
-    "fqe: rows that are cut off keep a next action": (
+    "fqe: rows before a cut get the action of the next episode": (
         "evaluation/policy_actions.py",
-        "return labelled[goes_on | ",
-        "return labelled[goes_on | ~goes_on | ",
+        "if not known.all():",
+        "if False:",
+    ),
+    "priorities are written in steps without a TD error": (
+        "trainers/offline.py",
+        "update(batch) if key in batch.keys(True) else None",
+        "update(batch)",
+    ),
+    "Welch: the episodes of the dataset do not count": (
+        "cli/evaluate.py",
+        "total**2 / below if below else sum(freedom)",
+        "freedom[0]",
+    ),
+    "rank: estimates of the same actions and rewards are reused": (
+        "cli/rank.py",
+        "dataset_digest(transitions)",
+        'dataset_digest(transitions.select("action", ("next", "reward"), ("next", "done")))',
     ),
     "fqe: critics of held-out episodes": (
         "evaluation/selection.py",
@@ -169,14 +184,19 @@ BREAKS = {
         "            pass\n",
     ),
     "target perturbation is the trained one": (
-        "objectives/base.py",
-        "slots = []\n        for name in self.delayed_names:",
-        "slots = []\n        for name in {*self.delayed_names} - {'actor'}:",
+        "objectives/bcq.py",
+        'with self.target_networks("actor"):',
+        "with torch.no_grad():",
+    ),
+    "target: the behaviour model also uses shared target layers": (
+        "objectives/bcq.py",
+        "with self.target_autocast():",
+        "with self.target_autocast(), self.target_networks():",
     ),
     "target critics are the trained ones": (
         "objectives/base.py",
-        "slots = []\n        for name in self.delayed_names:",
-        "slots = []\n        for name in {*self.delayed_names} - {'qvalue', 'critic'}:",
+        "for name in self.delayed_names if not names or name in names]:",
+        "for name in {*self.delayed_names} - {'qvalue', 'critic'} if not names or name in names]:",
     ),
     "parts of the target in the wrong order": (
         "objectives/candidates.py",
@@ -205,7 +225,7 @@ BREAKS = {
     ),
     "priority not written": (
         "objectives/values.py",
-        "tensordict.set(self.tensor_keys.priority, td_error.amax(-1))",
+        "tensordict.set(self.tensor_keys.priority, td_error.amax(-1).float())",
         "td_error.amax(-1)",
     ),
     "priority is the mean over critics": (
