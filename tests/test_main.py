@@ -84,7 +84,7 @@ def test_convert_prints_how_to_open_the_copy(file, capsys):
         assert main(["convert", "swings.hdf5", "copies"]) == 0
         out = capsys.readouterr().out
         assert out.startswith("1,194 transitions, 0.1 MB, in ")
-    copy = eval(out.partition("or with ")[2].partition(" in Python")[0], {"load_memmap": load_memmap})
+    copy = eval(out.partition("In Python, ")[2].partition(" reads")[0], {"load_memmap": load_memmap})
     assert (copy == load_hdf5(file)).all()
     assert copy.is_memmap()
 

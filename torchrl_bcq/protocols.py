@@ -115,7 +115,7 @@ def check_networks(
     """Check that the three networks of BCQ can be used together.
 
     Raises:
-        TypeError: if a network lacks a member of its protocol.
+        TypeError: if a network lacks a member of its protocol, or ``observation_keys`` is a string.
         ValueError: if the networks use different action keys, or a network has uninitialised lazy layers.
     """
     require(names[0], vae, GenerativeModel)

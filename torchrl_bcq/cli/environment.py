@@ -1,4 +1,4 @@
-"""The options ``--env``, ``--env-kwargs`` and ``--observation``, which choose an environment and what it returns."""
+"""The options ``--env``, ``--env-kwargs`` and ``--observation``, which choose an environment and its observation."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from torchrl_bcq.cli.environment import REMEDY, add_options, choose_environment
@@ -45,10 +46,8 @@ _MEANINGS = {
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command ``evaluate`` to the parser. ``args.run(args)`` then runs this command."""
     what = "Run episodes with the policy of a run and with policies to compare."
-    description = (
-        f"{what} A run without an environment is evaluated on its dataset. For the folder of a sweep (train -m), print "
-        "a table of its runs."
-    )
+    more = "A run without an environment is evaluated on its dataset. For the folder of a sweep (train -m), print a"
+    description = fill(f"{what} {more} table of its runs.", 110)
     command = commands.add_parser("evaluate", help=what, description=description, epilog=_EXAMPLES)
     add = command.add_argument
     add("folder", type=Path, metavar="RUN", help="folder of a run, one of its checkpoints, or a sweep")

@@ -152,7 +152,7 @@ class _Results:
                 raise RunError(f"{found}. Move this file away, or choose another folder with --out.") from error
 
     def get(self, name: str, source: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> Any:
-        """Return the estimate of a policy, which is known by its source and by the settings."""
+        """Return the estimate for this source and these settings; compute and store it if the file lacks it."""
         from torchrl_bcq.evaluation.estimate import Estimate
         from torchrl_bcq.reports.ranking import Ranked
 
@@ -187,7 +187,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _open(args: argparse.Namespace, first: Any) -> tuple[Any, dict[str, Any]]:
-    """Open the dataset of the first run; return its evaluation, and what the estimates depend on, as plain values."""
+    """Open the dataset of the first run; return its evaluation, and the settings that determine the estimates."""
     from torchrl_bcq.evaluation import OffPolicyEvaluation
     from torchrl_bcq.runs.assembly import change_rewards, reward_formula
     from torchrl_bcq.runs.folder import open_dataset

@@ -162,7 +162,7 @@ class ActionChecks:
             self._bad["action"].add(inside & ~np.take_along_axis(mask, chosen[:, None], 1)[:, 0], start)
 
     def add(self, name: str, source: ActionChecks) -> None:
-        """Add what the checks of the source ``name`` found."""
+        """Add the findings of the source ``name``."""
         if not source._rows:
             return
         if self._rows and self._typed and self.discrete != source.discrete:

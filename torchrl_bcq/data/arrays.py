@@ -1,4 +1,4 @@
-"""Converts what users pass to NumPy arrays, and checks their shapes."""
+"""Converts arguments to NumPy arrays, and checks their shapes."""
 
 from __future__ import annotations
 

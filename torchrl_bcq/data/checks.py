@@ -107,7 +107,7 @@ class Checks:
         return Checks(*self._expected, self._columns, typed=typed)
 
     def add(self, name: str, source: Checks) -> None:
-        """Add what the checks of the source ``name`` found. A field may be zero in some sources, but not in all."""
+        """Add the findings of the source ``name``. A field may be zero in some sources, but not in all."""
         found, odd_flags = source._defects()
         self._found += [f"{name}: {defect}" for defect in found]
         self._odd_flags += [f"{name}: {defect}" for defect in odd_flags]

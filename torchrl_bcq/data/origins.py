@@ -53,7 +53,7 @@ class Origins:
         return self.locate(self._odd) if self._odd.count else Rows()
 
     def locate(self, rows: Rows) -> Rows:
-        """Return ``rows``, whose first row is counted over all sources, with the number of this row in its source."""
+        """Convert the first row's number over all sources to its number in its own source."""
         at = bisect_right(self.starts, rows.first) - 1
         if at < 0:
             return rows
@@ -61,7 +61,7 @@ class Origins:
         return replace(rows, first=rows.first - self.starts[at], where=f" of {name}" if name else "")
 
     def locate_kept(self, rows: Rows) -> Rows:
-        """Return ``rows``, whose first row is counted over the transitions, with the number of this row in its source.
+        """Convert the first row's number in the transitions to its number in its own source.
 
         >>> origins = Origins()
         >>> origins.begin("")

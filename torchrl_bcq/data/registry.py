@@ -22,7 +22,7 @@ from torchrl_bcq.data.sources.array_files import hdf5, load_hdf5, load_npz, npz
 from torchrl_bcq.data.sources.conversion import load_memmap
 from torchrl_bcq.data.sources.hubs import d4rl, load_d4rl, load_minari, minari
 from torchrl_bcq.data.sources.joined import join
-from torchrl_bcq.data.sources.source import Source
+from torchrl_bcq.data.sources.source import Source, existing_file
 from torchrl_bcq.data.sources.tables import load_table, table
 from torchrl_bcq.errors import DatasetError, remedy
 from torchrl_bcq.files import home
@@ -93,9 +93,9 @@ def load_transitions(
     try:
         dataset = load_dataset(name, **settings)
     except Exception as error:  # loaders of other packages may raise any exception
+        raised = f" TorchRL's load_dataset raised: {error}" if ":" in name else ""
         raise DatasetError(
-            f"{name!r} is not a file, folder or known source; the known sources are {[*_SOURCES, 'memmap']}. "
-            f"TorchRL's load_dataset raised: {error}"
+            f"{name!r} is not a file, folder or known source; the known sources are {[*_SOURCES, 'memmap']}.{raised}"
         ) from error
     rollouts = dataset[:] if isinstance(dataset, ReplayBuffer) else dataset
     return from_rollouts(rollouts, action_spec=action_spec)
@@ -166,6 +166,8 @@ def _find_one(name: str, settings: dict[str, Any]) -> Source | None:
     _, *parameters = signature(read).parameters.values()  # the first parameter is the path or id
     taken = {parameter.name: parameter for parameter in parameters if parameter.name not in NOT_SETTINGS}
     if missing := [key for key in taken if taken[key].default is Parameter.empty and key not in settings]:
+        if prefix in _ENDINGS.values():
+            existing_file(rest)  # before the user looks for the names of columns
         columns = " ".join(f"reader.{key}=COLUMN" for key in missing)
         if "episode" in taken and not settings.keys() & {"episode", "truncated", "next_observation"}:
             columns += ", and one of reader.episode=COLUMN reader.truncated=COLUMN reader.next_observation=COLUMN"

@@ -43,7 +43,8 @@ def write_hdf5(
 
     Raises:
         RunError: if the file exists and ``overwrite`` is not set, if ``path`` is a folder, or if ``path`` does not end
-        in ``.hdf5`` or ``.h5``. OSError: if the file cannot be written.
+        in ``.hdf5`` or ``.h5``.
+        OSError: if the file cannot be written.
 
     Source: D4RL, arXiv:2004.07219.
     """

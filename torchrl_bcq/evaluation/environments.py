@@ -197,7 +197,7 @@ def check_fits(
     Args:
         made: the environment, made by ``make_env(env)``.
         env, remedy: as for ``make_env``; used in the message.
-        whose: whose observations and actions the environment must have, such as "the dataset".
+        whose: owner of the required observations and actions, such as "the dataset"; used in the message.
         shapes: shape of ``observation``, and of ``pixels`` if there are frames beside vectors.
         action_spec: spec of one action; None if the actions are not checked.
         has_mask: whether the policy needs masks of the available actions.

@@ -129,7 +129,7 @@ class OffPolicyEvaluation:
 
     @property
     def units(self) -> str:
-        """What is held out and drawn for the intervals: ``"episodes"`` or ``"groups"``."""
+        """Unit that is held out, and drawn for the intervals: ``"episodes"`` or ``"groups"``."""
         return "episodes" if self._groups is None else "groups"
 
     @property

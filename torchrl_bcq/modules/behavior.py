@@ -78,8 +78,8 @@ class ActionMixture(BehaviorModel):
     """Mixture of Gaussians with diagonal covariance (mixture density network). It implements ``GenerativeModel``.
 
     The first number of the latent selects the component. The other numbers are the Gaussian noise. Samples outside the
-    action bounds are clipped to the bounds. The latent 0 selects the component in the middle of the order of the
-    network's output, which is not always the most likely one.
+    action bounds are clipped to the bounds. The latent 0 selects the component at which the cumulative weight
+    reaches 1/2, which is not always the most likely one.
 
     Args:
         network: network ``(*observations) -> [*B, K * (1 + 2 * A)]``: for each of ``K`` components, the logit of its

@@ -43,7 +43,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Style:
-    """What all pictures of one command share: title, group labels, and settings of confidence intervals."""
+    """Title, group labels and interval settings, which all pictures of one command share."""
 
     title: str
     labels: list[str]  # labels of all groups; each group has one colour in all pictures

@@ -73,7 +73,7 @@ def soft_update(loss: OfflineLoss, *, tau: float = 0.005) -> SoftUpdate:
 
 
 def soft_or_hard_update(loss: OfflineLoss, *, tau: float = 0.005, copy_interval: int | None = None) -> TargetNetUpdater:
-    """Make an updater as ``soft_update``. With ``copy_interval``, the targets become copies after so many steps."""
+    """Make a soft updater; with ``copy_interval``, one that copies the weights every ``copy_interval`` steps."""
     if copy_interval is None:
         return SoftUpdate(loss, tau=tau)
     if copy_interval < 1:

@@ -97,7 +97,7 @@ class Task:
 
     @property
     def expected(self) -> dict[str, Any]:
-        """What an environment must have, as arguments of ``check_fits``."""
+        """Requirements for an environment, as arguments of ``check_fits``."""
         shapes = {name: tuple(shape) for name, shape in self.shapes.items()}
         return {"shapes": shapes, "action_spec": self.action_spec, "has_mask": self.has_mask}
 
@@ -193,10 +193,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def find_checkpoint(run: Path, which: str = "best") -> Path:
-    """Find the ``best`` or ``last`` checkpoint of a run. If ``run`` is a checkpoint, return ``run``. If ``run`` is the
-    folder ``best`` of a run, return its best checkpoint; if it is the folder ``checkpoints``, the newest one.
+    """Find the ``best`` or ``last`` checkpoint of a run.
 
-    If the run kept no best checkpoint, ``best`` finds the last checkpoint.
+    ``run`` may also be a checkpoint, or the folder ``best`` or ``checkpoints`` of a run. If the run kept no best
+    checkpoint, ``best`` finds the last checkpoint.
 
     Raises:
         RunError: if there is no checkpoint, or ``which`` is another word.

@@ -85,7 +85,7 @@ def check_device(name: str) -> None:
 
 @contextmanager
 def stoppable(trainer: OfflineTrainer) -> Iterator[None]:
-    """Run a block. A SIGINT or SIGTERM saves a checkpoint and stops training; a second exits at once."""
+    """Run a block. A SIGINT or SIGTERM saves a checkpoint and stops training; a second signal exits at once."""
 
     def stop(number: int, frame: Any) -> None:
         name = signal.Signals(number).name

@@ -31,7 +31,7 @@ class Schedule:
         start_after: number of gradient steps before the network begins to learn.
         stop_after: number of the gradient step after which the network stops learning; None means that the network
             never stops learning.
-        every: ``n`` lets the network learn in every ``n``-th gradient step after ``start_after``.
+        every: the network learns in every ``every``-th gradient step after ``start_after``.
 
     Raises:
         ValueError: if a number is out of range, or the network would never learn.
@@ -191,7 +191,7 @@ class OfflineOptimizationStepper(OptimizationStepper):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state; raise a ValueError if networks or optimizer classes differ from the saved ones."""
         given = state_dict["optimizers"]
-        saved = state_dict.get("classes", {name: self._classes.get(name) for name in given})  # older ones lack it
+        saved = state_dict.get("classes", {name: self._classes.get(name) for name in given})  # not in old checkpoints
         if saved != self._classes:  # PyTorch would load the state of another class without an error
             raise ValueError(
                 f"the saved run has the optimizers {saved}, this run {self._classes}; use the networks and optimizers "

@@ -63,7 +63,8 @@ def load_minari(
 
     Raises:
         DatasetError: if the dataset cannot be opened or downloaded, a space is not one of these, or a check of
-        ``from_arrays`` fails. OSError: if the memory-mapped copy cannot be written.
+        ``from_arrays`` fails.
+        OSError: if the memory-mapped copy cannot be written.
 
     Example:
         >>> load_minari("mujoco/hopper/medium-v0")["observation"].shape[-1]
