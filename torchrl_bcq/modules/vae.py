@@ -19,7 +19,7 @@ from torchrl_bcq.modules.dispatch import accepts_tensors
 class ActionVAE(BehaviorModel):
     """Conditional variational auto-encoder of actions, given the state. The class implements ``GenerativeModel``.
 
-    ``forward`` reconstructs the action of a transition; ``decode`` samples a new action for a state.
+    ``forward`` reconstructs the action of a transition; ``decode(states)`` samples a new action for each state.
 
     Args:
         encoder: network ``(*observations, action [*B, A]) -> [*B, 2 * L]``; it returns the mean and the log standard
@@ -35,7 +35,7 @@ class ActionVAE(BehaviorModel):
         error_scale: divisor of the reconstruction error in each action dimension, ``[A]``; None means 1, as in the
             paper.
         observation_keys: observation entries that both networks read, in this order.
-        action_key: entry of the action, which the encoder reads and ``decode`` writes.
+        action_key: entry of the action, which the encoder reads and ``decode(states)`` writes.
         observation_specs: for each key, the spec of one observation. ``Policy.act`` checks its input with these specs.
 
     Writes: ``reconstruction [*B, A]``, ``loc [*B, L]``, ``log_std [*B, L]``.
