@@ -6,7 +6,8 @@ python tests/benchmarks/bench_returns.py report
 FOLDER holds the datasets. Each run is one of ``torchrl-bcq train``: a dataset, a setting of SETTINGS and a seed. The
 policy is evaluated every 5,000 gradient steps with 20 episodes. A run that was interrupted is resumed bit for bit. When
 a run has ended, ``run`` appends a line of JSON for each of its evaluations, and skips the run from then on. A run that
-fails does not stop the others. On a GPU, gradient steps are captured into CUDA graphs.
+fails does not stop the others. On a GPU, gradient steps are captured into CUDA graphs. The settings "tianshou" and
+"d3rlpy" are the BCQ of these libraries with the paper's settings, on the CPU; an interrupted run starts again.
 
 ``report`` prints a table for each dataset and draws the returns over steps. A score is the interquartile mean over
 seeds of the return, normalized by the file's references (0 is a random policy, 100 is an expert), with a 95 % bootstrap
@@ -55,6 +56,7 @@ SETTINGS: dict[str, list[str]] = {  # settings of torchrl-bcq train
     "5 steps": ["n_step=5"],
     "5 steps, gamma 0.997": ["n_step=5", "loss.gamma=0.997"],
 }
+PEERS = ("tianshou", "d3rlpy")  # of peer_returns.py
 EVERY, EPISODES = 5_000, 20
 LAST = 5  # evaluations, the lowest of which shows how steady the returns are
 METRICS = ("return", "return_std", "normalized_score", "value_estimate", "discounted_return")
@@ -118,29 +120,23 @@ def name_of(run: Mapping[str, Any]) -> str:
 def train(run: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Train one run to its end, and return a line for each of its evaluations."""
     out = (args.out / run["dataset"] / folder_of(label_of(run)) / str(run["seed"])).absolute()
-    data = (args.folder / run["dataset"]).absolute()
-    words = [f"dataset={data}.hdf5", f"out={out}", "resume=true", f"seed={run['seed']}", f"steps={run['steps']}"]
-    words += ["threads=1", f"evaluation.interval={EVERY}", f"evaluation.episodes={EPISODES}"]
-    words += [
-        f"checkpoint.interval={EVERY}",
-        "baseline=null",
-        "progress_bar=false",
-        f"device={args.device}",
-        f"cudagraph={str(args.device.startswith('cuda')).lower()}",
-        *SETTINGS[run["setting"]],
-        *args.overrides,
-    ]
+    file = (args.folder / f"{run['dataset']}.hdf5").absolute()
     start = time.time()
-    command = [sys.executable, "-W", "ignore", "-m", "torchrl_bcq", "train", *words]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        *(peer_command if run["setting"] in PEERS else own_command)(run, args, file, out),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=_end_with_the_parent)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     found = {name: read_metric(out / "log" / "scalars" / f"{name}.csv") for name in METRICS}
     if not found["normalized_score"]:
         raise RuntimeError(f"{out} has no normalized scores; the dataset names no environment or no reference scores")
-    made, results = describe(args.device, []), json.loads((out / "results.json").read_text())
-    with h5py.File(f"{data}.hdf5") as file:
-        low, high = file.attrs["ref_min_score"], file.attrs["ref_max_score"]
+    made, results = describe(args.device, {run["setting"]} & {*PEERS}), json.loads((out / "results.json").read_text())
+    with h5py.File(file) as held:
+        low, high = held.attrs["ref_min_score"], held.attrs["ref_max_score"]
     behaviour = round(float(100 * (results["behaviour"]["mean"] - low) / (high - low)), 4)
     facts = {"behaviour_score": behaviour, "commit": args.commit}
     facts |= {"device": made["device"], "versions": made["versions"]}
@@ -149,6 +145,23 @@ def train(run: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]
         {**run, "step": step, **{name: found[name].get(step) for name in METRICS}, **facts}
         for step in sorted(found["return"])
     ]
+
+
+def own_command(run: Mapping[str, Any], args: argparse.Namespace, file: Path, out: Path) -> list[str]:
+    return [
+        *("-m", "torchrl_bcq", "train", f"dataset={file}", f"out={out}", "resume=true", f"seed={run['seed']}"),
+        *(f"steps={run['steps']}", "threads=1", f"evaluation.interval={EVERY}", f"evaluation.episodes={EPISODES}"),
+        *(f"checkpoint.interval={EVERY}", "baseline=null", "progress_bar=false", f"device={args.device}"),
+        f"cudagraph={str(args.device.startswith('cuda')).lower()}",
+        *SETTINGS[run["setting"]],
+        *args.overrides,
+    ]
+
+
+def peer_command(run: Mapping[str, Any], args: argparse.Namespace, file: Path, out: Path) -> list[str]:
+    words = {"--seed": run["seed"], "--steps": run["steps"], "--interval": EVERY, "--episodes": EPISODES}
+    more = [str(word) for pair in words.items() for word in pair]
+    return [str(Path(__file__).parent / "peer_returns.py"), run["setting"], str(file), str(out), *more, *args.overrides]
 
 
 def folder_of(label: str) -> str:
@@ -251,7 +264,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = run.add_argument
     add("folder", type=Path, help="folder of the datasets, HDF5 files in D4RL's layout")
     add("--datasets", nargs="+", default=[*STEPS], metavar="NAME", help=default)
-    add("--settings", nargs="+", default=[*SETTINGS], choices=[*SETTINGS], help=default)
+    add("--settings", nargs="+", default=[*SETTINGS], choices=[*SETTINGS, *PEERS], help=default)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help=default)
     add("--steps", type=int, help=f"gradient steps (default: {STEPS}, otherwise {LONG})")
     add("--jobs", type=int, default=1, help=f"runs at the same time, each with one thread {default}")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from floor import GAMMA, LMBDA, LR, PHI, TARGET_SAMPLES, TAU
 from tensordict import TensorDict
-from transitions import ACTIONS, LATENTS, OBSERVATIONS, Sizes, make_transitions
+from transitions import Sizes, make_transitions
 
 EPISODE = 1000  # rows
 
@@ -38,23 +38,24 @@ def make_tianshou(device: str, sizes: Sizes, samples: int):
     from tianshou.utils.net.continuous import VAE, ContinuousCritic, Perturbation
 
     hidden, vae_hidden = list(sizes.hidden), list(sizes.vae_hidden)
+    states, actions = sizes.observations, sizes.actions
 
     def critic() -> ContinuousCritic:
-        net = Net(state_shape=(OBSERVATIONS,), action_shape=(ACTIONS,), hidden_sizes=hidden, concat=True)
+        net = Net(state_shape=(states,), action_shape=(actions,), hidden_sizes=hidden, concat=True)
         return ContinuousCritic(preprocess_net=net)
 
     # the example has an MLP, of whose output Perturbation takes the first row for all states
-    actor = Net(state_shape=(OBSERVATIONS + ACTIONS,), action_shape=(ACTIONS,), hidden_sizes=hidden)
+    actor = Net(state_shape=(states + actions,), action_shape=(actions,), hidden_sizes=hidden)
     vae = VAE(
-        encoder=MLP(input_dim=OBSERVATIONS + ACTIONS, hidden_sizes=vae_hidden),
-        decoder=MLP(input_dim=OBSERVATIONS + LATENTS, output_dim=ACTIONS, hidden_sizes=vae_hidden),
+        encoder=MLP(input_dim=states + actions, hidden_sizes=vae_hidden),
+        decoder=MLP(input_dim=states + sizes.latents, output_dim=actions, hidden_sizes=vae_hidden),
         hidden_dim=vae_hidden[-1],
-        latent_dim=LATENTS,
-        max_action=1.0,
+        latent_dim=sizes.latents,
+        max_action=sizes.bound,
     )
     policy = BCQPolicy(
-        actor_perturbation=Perturbation(preprocess_net=actor, max_action=1.0, phi=PHI),
-        action_space=Box(-1, 1, (ACTIONS,)),
+        actor_perturbation=Perturbation(preprocess_net=actor, max_action=sizes.bound, phi=PHI),
+        action_space=Box(-sizes.bound, sizes.bound, (actions,)),
         critic=critic(),
         vae=vae,
         forward_sampled_times=samples,
@@ -82,14 +83,14 @@ def make_buffer(data: TensorDict):
     """Tianshou's buffer."""
     from tianshou.data import ReplayBuffer
 
-    flags = np.zeros(len(data), bool)
+    terminated, done = (data["next", name].squeeze(-1).numpy() for name in ("terminated", "done"))
     return ReplayBuffer.from_data(
         obs=data["observation"].numpy(),
         act=data["action"].numpy(),
         rew=data["next", "reward"].squeeze(-1).numpy(),
-        terminated=flags,
-        truncated=flags,
-        done=flags,
+        terminated=terminated,
+        truncated=done & ~terminated,
+        done=done,
         obs_next=data["next", "observation"].numpy(),
     )
 
@@ -106,8 +107,8 @@ def act_tianshou(device: str, sizes: Sizes, samples: int) -> Callable[[np.ndarra
     return act
 
 
-def make_d3rlpy(device: str, sizes: Sizes, batch_size: int, samples: int, graph: bool):
-    """d3rlpy's BCQ and its dataset.
+def make_d3rlpy(device: str, sizes: Sizes, batch_size: int, samples: int, graph: bool, data: TensorDict | None = None):
+    """d3rlpy's BCQ and its dataset, of random transitions unless ``data`` is given.
 
     Differences from the author's code: decoded actions are not squashed by tanh; the actor's loss computes gradients of
     decoder and critics, which are not used; the actor's loss and the policy evaluate both critics (3.40 GFLOP in place
@@ -118,7 +119,9 @@ def make_d3rlpy(device: str, sizes: Sizes, batch_size: int, samples: int, graph:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         from d3rlpy.algos import BCQConfig
         from d3rlpy.models.encoders import VectorEncoderFactory
+        from d3rlpy.preprocessing import MinMaxActionScaler
 
+        ends = [[sizes.bound * sign] * sizes.actions for sign in (-1, 1)]
         hidden, vae_hidden = (VectorEncoderFactory(list(units)) for units in (sizes.hidden, sizes.vae_hidden))
         algorithm = BCQConfig(
             **{f"{name}_learning_rate": LR for name in ("actor", "critic", "imitator")},
@@ -132,23 +135,25 @@ def make_d3rlpy(device: str, sizes: Sizes, batch_size: int, samples: int, graph:
             n_action_samples=samples,
             action_flexibility=PHI,
             compile_graph=graph,
+            action_scaler=None if sizes.bound == 1 else MinMaxActionScaler(*map(np.array, ends)),
         ).create(device="cuda:0" if device == "cuda" else device)
-        dataset = make_dataset(make_transitions())
+        dataset = make_dataset(make_transitions() if data is None else data)
         algorithm.build_with_dataset(dataset)
     return algorithm, dataset
 
 
 def make_dataset(data: TensorDict):
-    """d3rlpy's dataset, of episodes of equal length."""
+    """d3rlpy's dataset; transitions without ends are split into episodes of equal length."""
     from d3rlpy.dataset import MDPDataset
 
-    ends = np.arange(len(data)) % EPISODE == EPISODE - 1
+    terminated, done = (data["next", name].squeeze(-1).numpy() for name in ("terminated", "done"))
+    ends = done if done.any() else np.arange(len(data)) % EPISODE == EPISODE - 1
     return MDPDataset(
         data["observation"].numpy(),
         data["action"].numpy(),
         data["next", "reward"].numpy(),
-        terminals=np.zeros(len(data), np.float32),
-        timeouts=ends.astype(np.float32),
+        terminals=terminated.astype(np.float32),
+        timeouts=(ends & ~terminated).astype(np.float32),
     )
 
 

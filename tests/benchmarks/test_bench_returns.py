@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium
 import h5py
 import numpy as np
 import pytest
 
+from torchrl_bcq.evaluation.environments import make_envs
 from torchrl_bcq.runs.settings import compose
 
 HERE = Path(__file__).parent
@@ -88,18 +90,54 @@ def test_settings_exist_and_have_their_own_folders(bench):
     assert len({bench.folder_of(name) for name in bench.SETTINGS}) == len(bench.SETTINGS)
 
 
-def test_a_matrix_continues_where_it_was(tmp_path):
+def write_swing(path: Path) -> float:
+    """Write three episodes of a pendulum, and return the normalized score of the recorded behaviour."""
     rng = np.random.default_rng(0)
-    with h5py.File(tmp_path / "swing.hdf5", "w") as file:
+    with h5py.File(path, "w") as file:
         for name, width in (("observations", 3), ("next_observations", 3), ("actions", 1)):
             file[name] = rng.uniform(-1, 1, (60, width)).astype(np.float32)
-        file["rewards"], file["terminals"], file["timeouts"] = (
-            rng.normal(size=60),
-            np.zeros(60),
-            np.arange(60) % 20 == 19,
-        )
+        file["rewards"] = rng.normal(size=60)
+        file["terminals"], file["timeouts"] = np.zeros(60), np.arange(60) % 20 == 19
         file.attrs.update(env_id="Pendulum-v1", ref_min_score=-1200.0, ref_max_score=-100.0)
-        found_score = (np.sum(file["rewards"][:]) / 3 + 1200) / 11  # three episodes
+        return (np.sum(file["rewards"][:]) / 3 + 1200) / 11
+
+
+def test_another_library_is_evaluated_as_this_package(bench, tmp_path, monkeypatch):
+    """The initial states are those of ``torchrl-bcq train``; a policy that does nothing has Gymnasium's returns."""
+    peers = importlib.import_module("peer_returns")
+    score, made, given, seen = write_swing(tmp_path / "swing.hdf5"), [], [], []
+
+    def act(states):
+        seen.append(states)
+        return np.zeros((len(states), 1), np.float32)
+
+    def library(data, sizes, seed, out):
+        given.append((len(data), sizes.observations, sizes.actions, sizes.bound, seed))
+        return lambda: made.append(1), lambda: act
+
+    monkeypatch.setattr(peers, "CONTENDERS", {"tianshou": library})
+    run = {"dataset": "swing", "setting": "tianshou", "seed": 3, "steps": 10}
+    args = bench.parse(["run", str(tmp_path), "--settings", "tianshou"])
+    script, *words = bench.peer_command(run, args, tmp_path / "swing.hdf5", tmp_path / "out")
+    assert Path(script).name == "peer_returns.py"
+    peers.main([*words, "--interval", "5", "--episodes", "2"])
+    assert (len(made), given) == (10, [(60, 3, 1, 2.0, 3)])
+    envs = make_envs("Pendulum-v1", 2)
+    envs.set_seed(compose(["dataset=a.hdf5", "out=b"])[0].evaluation.seed)
+    assert np.array_equal(seen[0], envs.reset()["observation"])
+    env, returns = gymnasium.make("Pendulum-v1"), []
+    for cosine, sine, speed in seen[0]:
+        env.reset()
+        env.unwrapped.state = np.array([np.arctan2(sine, cosine), speed])
+        returns.append(sum(env.step([0.0])[1] for _ in range(200)))
+    found = bench.read_metric(tmp_path / "out" / "log" / "scalars" / "return.csv")
+    assert found == dict.fromkeys((0, 5, 10), pytest.approx(np.mean(returns), rel=1e-3))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (results["behaviour"]["mean"] + 1200) / 11 == pytest.approx(score)
+
+
+def test_a_matrix_continues_where_it_was(tmp_path):
+    found_score = write_swing(tmp_path / "swing.hdf5")
     (tmp_path / "bad.hdf5").write_bytes(b"")
     results = tmp_path / "results.jsonl"
 

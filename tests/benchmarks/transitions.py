@@ -14,10 +14,17 @@ FRAME, FRAME_ROWS = (4, 84, 84), 2_000  # of Atari games, with as many discrete 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Hidden layers; the defaults are the author's sizes."""
+    """Sizes of the networks; the defaults are the author's hidden layers, and the sizes of HalfCheetah."""
 
     hidden: Sequence[int] = (400, 300)  # actor and critics
     vae_hidden: Sequence[int] = (750, 750)  # encoder and decoder
+    observations: int = OBSERVATIONS
+    actions: int = ACTIONS
+    bound: float = 1.0  # largest magnitude of an action
+
+    @property
+    def latents(self) -> int:
+        return 2 * self.actions
 
 
 @dataclass(frozen=True)
