@@ -155,3 +155,17 @@ def test_a_table_is_read_with_options(shown, tmp_path):
     shown("convert", str(tmp_path / "a.csv"), str(tmp_path / "copies"), *words.split(), rc=0)
     (copy,) = (tmp_path / "copies").glob("a-*")
     assert load_memmap(copy)["observation"].squeeze(1).tolist() == [i + 0.5 for i in range(8)]
+
+
+def test_an_output_that_cannot_be_written(words, run, file, tmp_path, shown):
+    (tmp_path / "note").write_text("")
+    within = tmp_path / "note" / "new"
+    shown("train", *words(), rc=0)
+    for command, remedy in [
+        (["describe", str(file), "--out", f"{within}.png"], "choose another file with --out."),
+        (["plot", str(run), "--out", str(within)], "choose another folder with --out."),
+        (["export", str(run), f"{within}.onnx"], "choose another FILE."),
+    ]:
+        message = shown(*command)
+        assert message.startswith(f"torchrl-bcq: {within}")
+        assert re.search(f" cannot be written: .*; {re.escape(remedy)}\n$", message)

@@ -176,7 +176,7 @@ def test_large_data_is_memory_mapped_below_root(make_settings, tmp_path):
 def test_devices():
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("abacus", "cuda:99"):
+    for name in ("abacus", "cuda:99", "meta", "hpu"):
         with pytest.raises(RunError, match=rf"^device={name} cannot be used: "):
             choose_device(name)
 

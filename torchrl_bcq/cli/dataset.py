@@ -19,6 +19,7 @@ from torchrl_bcq.data.registry import find_source
 from torchrl_bcq.data.sources.environment import change_environment
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation.environments import make_env
+from torchrl_bcq.files import check_writable
 from torchrl_bcq.reports.description import describe
 
 _SEVERAL = ("observation", "action", "next_observation", "action_mask", "next_action_mask")
@@ -39,10 +40,14 @@ Several sources are read as one dataset, in which no episode continues from one 
 settings of the reader:
   reader.NAME=VALUE        any argument of the reader, as in torchrl-bcq train: reader.delimiter=';'
                            reader.names.observations=obs  reader.max_episode_steps=200  'reader.observation=[x, v]'
-
+"""
+_DESCRIBE = """
 examples:
   torchrl-bcq describe hopper.hdf5 --env Hopper-v5
   torchrl-bcq describe trips.csv --observation x v --action force --reward r --terminated crashed --episode trip
+"""
+_CONVERT = """
+examples:
   torchrl-bcq convert d4rl:hopper-medium-v2 copies
   torchrl-bcq convert first.hdf5 second.hdf5 copies
 """
@@ -74,16 +79,17 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     for name, (metavar, text) in _FORMAT.items():
         columns.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=text)
 
-    def add(name: str, run: Any, what: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, parents=[shared], help=what, description=what, epilog=_SOURCES)
+    def add(name: str, run: Any, what: str, examples: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, parents=[shared], help=what, description=what, epilog=_SOURCES + examples)
         command.set_defaults(run=run)
         return command
 
-    command = add("describe", _describe, "Print and draw the statistics and possible defects of a dataset.")
+    command = add("describe", _describe, "Print and draw the statistics and possible defects of a dataset.", _DESCRIBE)
     picture = "file of the picture (default: ./SOURCE.png, with the name of the first source)"
     command.add_argument("--out", type=Path, metavar="PNG", help=picture)
     command.add_argument("--root", metavar="FOLDER", help="folder for a memory-mapped copy of data larger than memory")
-    command = add("convert", _convert, "Check a dataset and make a memory-mapped copy of it, if no copy exists yet.")
+    what = "Check a dataset and make a memory-mapped copy of it, if no copy exists yet."
+    command = add("convert", _convert, what, _CONVERT)
     command.add_argument("folder", metavar="FOLDER", help="folder in which copies are kept")
 
 
@@ -96,8 +102,11 @@ def reader_words(arguments: Sequence[str]) -> list[str]:
 def _describe(args: argparse.Namespace) -> None:
     if args.out is not None and args.out.suffix.lower() != ".png":  # the file of a dataset must not be replaced
         raise DatasetError(f"--out is {str(args.out)!r}, expected the name of a picture, such as dataset.png.")
+    name = Path(args.source[0].rpartition(":")[2]).name
+    out = args.out or Path(f"{re.sub(r'[*?]+', '_', name)}.png")
     settings = _settings(args)
     action_spec = _action_spec(args, settings)
+    check_writable(out, "choose another file with --out")
     origins = Origins()
     transitions = load_transitions(args.source, root=args.root, strict=False, origins=origins, **settings)
     if number_of(action_spec) is not None and transitions["action"].is_floating_point():
@@ -105,8 +114,6 @@ def _describe(args: argparse.Namespace) -> None:
         raise RunError(f"{found}; choose another environment, or leave the option out.")
     names = {f"{name}s": settings[name] for name in ("action", "observation") if name in settings}
     description = describe(transitions, action_spec=action_spec, column_names=names, origins=origins)
-    name = Path(args.source[0].rpartition(":")[2]).name
-    out = args.out or Path(f"{re.sub(r'[*?]+', '_', name)}.png")
     print(description)
     description.plot(out)
     print(f"\nThe pictures are in {out}.")

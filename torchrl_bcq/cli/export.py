@@ -8,6 +8,7 @@ from typing import Any
 
 from torchrl_bcq.data import DatasetError
 from torchrl_bcq.errors import RunError
+from torchrl_bcq.files import check_writable
 
 _EPILOG = """\
 The file contains the whole policy: from raw observations, including their scaling and the short history of a run with
@@ -50,6 +51,7 @@ def _export(args: argparse.Namespace) -> None:
     if args.file.suffix.lower() != ".onnx":
         raise RunError(f"FILE is {str(args.file)!r}, expected the name of an ONNX file, such as policy.onnx.")
     trained = load(args.folder, args.checkpoint, "cpu")
+    check_writable(args.file, "choose another FILE")
     policy: Any = trained.policy
     if args.value or args.candidates:
         if not hasattr(policy, "set_outputs"):

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from torchrl_bcq.errors import RunError
+from torchrl_bcq.files import check_writable
 from torchrl_bcq.reports.curves import Estimate
 from torchrl_bcq.reports.logs import DEFAULT_METRICS, choose_metric, find_runs
 from torchrl_bcq.reports.pictures import draw_runs, save
@@ -56,8 +57,9 @@ def _plot(args: argparse.Namespace) -> None:
 
     runs = find_runs(args.runs, lambda run: flat(load_settings(run)))
     metric = choose_metric(runs, args.metric)
-    figures = draw_runs(runs, metric, Estimate(args.statistic, args.confidence, args.resamples))
     out = args.out or (args.runs[0] if len(args.runs) == 1 else Path())
+    check_writable(out / "learning_curve.png", "choose another folder with --out")
+    figures = draw_runs(runs, metric, Estimate(args.statistic, args.confidence, args.resamples))
     for name, figure in figures.items():
         save(figure, out / name)
     print(f"The pictures are in {out}: {', '.join(figures)}.")

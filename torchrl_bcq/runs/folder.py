@@ -186,10 +186,13 @@ def choose_device(name: str) -> torch.device:
     """Return the device ``name``; ``auto`` is cuda or cpu. Raises a RunError for an unusable device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reason = "it holds no numbers"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise RunError(f"device={name} cannot be used: {error}") from error
+        if (device := torch.empty(0, device=name).device).type != "meta":
+            return device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition(". ")[0].rstrip(".")  # some messages of PyTorch are pages long
+    raise RunError(f"device={name} cannot be used: {reason}; choose another device, such as cpu.")
 
 
 def find_checkpoint(run: Path, which: str = "best") -> Path:

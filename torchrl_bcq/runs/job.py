@@ -20,7 +20,7 @@ from torchrl_bcq.evaluation.environments import time_limit
 from torchrl_bcq.files import write_whole
 from torchrl_bcq.runs import processes
 from torchrl_bcq.runs.assembly import CHANGED, assemble, check_numbers, reward_formula
-from torchrl_bcq.runs.folder import BASELINE, BEST, CHECKPOINTS, Task, open_dataset, read_metadata
+from torchrl_bcq.runs.folder import BASELINE, BEST, CHECKPOINTS, Task, choose_device, open_dataset, read_metadata
 from torchrl_bcq.runs.initial import load_networks
 from torchrl_bcq.runs.loggers import trim_log
 from torchrl_bcq.runs.settings import check_resumable, default_settings, save_settings, to_plain, to_settings
@@ -53,6 +53,7 @@ def train(settings: DictConfig) -> dict[str, Any]:
     """
     check_numbers(settings)
     processes.check_device(settings.device)
+    choose_device(settings.device)  # an unusable device is reported before the dataset is read
     results = _make_run(settings)
     if settings.baseline is not None and not results.get("stopped"):
         stopped = _make_run(baseline_settings(settings)).get("stopped")
