@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gymnasium
 import pytest
 import torch
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 
 from torchrl_bcq.bounds import action_bounds
+from torchrl_bcq.modules import make_bcq_modules, make_discrete_bcq_modules
 
 
 def test_bounds_of_each_dimension_are_copies():
@@ -38,6 +40,17 @@ def test_bounds_of_each_dimension_are_copies():
 def test_unusable_action_specs_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         action_bounds(spec)
+
+
+def test_a_space_of_gymnasium_is_refused():
+    spaces = gymnasium.spaces.Box(-1, 1, (3,)), gymnasium.spaces.Discrete(2)
+    with pytest.raises(TypeError, match=r"^action_spec is of the type Box, .*GymWrapper\(env\)\.action_spec is that "):
+        make_bcq_modules(Unbounded((3,)), spaces[0])
+    for make in (make_bcq_modules, make_discrete_bcq_modules):
+        with pytest.raises(TypeError, match="^observation_spec is of the type Box, "):
+            make(spaces[0], Bounded(-1, 1, (2,)) if make is make_bcq_modules else Categorical(2))
+    with pytest.raises(ValueError, match="^action_space is a Discrete, expected discrete actions; pass action_space="):
+        make_discrete_bcq_modules(Unbounded((3,)), spaces[1])
 
 
 @pytest.mark.parametrize(

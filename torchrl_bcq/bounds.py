@@ -9,6 +9,15 @@ from torchrl.data import Composite, TensorSpec
 _REMEDY = "pass torchrl.data.Bounded(low, high, shape)"
 
 
+def check_spec(name: str, spec: TensorSpec) -> None:
+    """Raise a TypeError if an argument is not a spec of TorchRL, but for example a space of Gymnasium."""
+    if not isinstance(spec, TensorSpec):
+        raise TypeError(
+            f"{name} is of the type {type(spec).__name__}, expected a spec of torchrl.data, such as Bounded(-1, 1, "
+            f"(3,)); torchrl.envs.GymWrapper(env).{name} is that of an environment of Gymnasium."
+        )
+
+
 def action_bounds(action_spec: TensorSpec, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Return the lower bound and the upper bound of each action dimension.
 
@@ -22,6 +31,7 @@ def action_bounds(action_spec: TensorSpec, dtype: torch.dtype | None = None) -> 
         ``(low, high)``, each a new tensor of shape ``[A]`` in the spec's units.
 
     Raises:
+        TypeError: if ``action_spec`` is not a spec of TorchRL.
         ValueError: if the spec lacks a float dtype, the shape ``[A]`` or finite bounds, or if a lower bound is equal to
             or above its upper bound.
     """
@@ -45,8 +55,10 @@ def action_box(action_spec: TensorSpec) -> tuple[Tensor, Tensor]:
     """Return new tensors ``(low, high)``, each ``[A]``; a missing bound is infinite.
 
     Raises:
+        TypeError: if ``action_spec`` is not a spec of TorchRL.
         ValueError: if the spec lacks a float dtype or the shape ``[A]``.
     """
+    check_spec("action_spec", action_spec)
     if isinstance(action_spec, Composite):
         raise ValueError(
             f"action_spec is a Composite; pass one of its leaves {list(action_spec.keys(True, True))}, as in "

@@ -280,7 +280,8 @@ def _to_array(port: dict[str, Any], value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:  # lists of different lengths, tensors with gradients
-        raise ValueError(f"{_shown(port['key'])} is not an array of numbers: {str(error).rstrip('.')}.") from error
+        advice = "if it is the result of env.reset() or env.step(), pass the first value only"
+        raise ValueError(f"{_shown(port['key'])} is not an array of numbers ({error}); {advice}.") from error
     if wanted.kind == "b":
         if array.dtype.kind not in "biu" or not ((array == 0) | (array == 1)).all():
             found = f"dtype {array.dtype}"

@@ -135,7 +135,8 @@ def _to_tensor(key: NestedKey, value: Any, spec: TensorSpec | None, like: Tensor
     try:
         array = np.asarray(value)
     except ValueError as error:  # raised for lists of unequal lengths
-        raise ValueError(f"{key!r} is not an array of numbers: {str(error).rstrip('.')}.") from error
+        advice = "if it is the result of env.reset() or env.step(), pass the first value only"
+        raise ValueError(f"{key!r} is not an array of numbers ({error}); {advice}.") from error
     if array.dtype.kind not in "fiu":
         raise ValueError(f"{key!r} has dtype {array.dtype}, expected real numbers.")
     is_image = array.dtype == np.uint8 and (spec is None or spec.dtype == torch.uint8)

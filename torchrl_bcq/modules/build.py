@@ -78,7 +78,7 @@ def make_bcq_modules(
         ``vae`` is the chosen behaviour model, and ``actor`` is None if ``phi`` is None.
 
     Raises:
-        TypeError: if ``normalization`` is not a ``Normalization``.
+        TypeError: if a spec is not one of TorchRL, or ``normalization`` is not a ``Normalization``.
         ValueError: if an observation is neither a vector of ``dtype`` nor a frame, the action space is not a finite
             box, the normalization was fitted to other observations, or ``behavior`` is unknown.
 

@@ -55,7 +55,7 @@ def make_discrete_bcq_modules(
         ``(network,)``: a tuple with the only network of ``DiscreteBCQLoss`` and ``DiscreteBCQPolicy``.
 
     Raises:
-        TypeError: if ``normalization`` is not a ``Normalization``.
+        TypeError: if ``observation_spec`` is not a spec of TorchRL, or ``normalization`` is not a ``Normalization``.
         ValueError: if an observation is neither a vector of ``dtype`` nor a frame, actions are not discrete, the mask
             has a wrong shape or dtype, or the normalization was fitted to other observations.
 

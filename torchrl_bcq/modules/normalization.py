@@ -11,6 +11,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.data import Composite, TensorSpec
 
+from torchrl_bcq.bounds import check_spec
 from torchrl_bcq.functional import merge_moments
 
 CHUNK_ROWS = 65_536  # number of dataset rows that are read at a time
@@ -175,6 +176,7 @@ def _is_frame(spec: TensorSpec) -> bool:
 
 def observation_leaves(spec: TensorSpec) -> dict[NestedKey, TensorSpec]:
     """Return the leaves of a Composite as a dict. Any other spec gets the key ``"observation"``."""
+    check_spec("observation_spec", spec)
     return dict(spec.items(True, True)) if isinstance(spec, Composite) else {"observation": spec}
 
 
