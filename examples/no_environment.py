@@ -1,6 +1,7 @@
 """Trains without an environment: measures on held-out episodes, stops early, and chooses a checkpoint.
 
 python examples/no_environment.py
+python examples/no_environment.py --table trips.csv
 
 The dataset imitates recorded data: 200 trips of a cart. In each trip, somebody pushes the cart towards the middle of a
 track, but not well. The metrics cannot rank policies as returns can. They show when the values have converged, when the
@@ -25,6 +26,7 @@ import torchrl_bcq as bcq
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=2_000, help="largest number of gradient steps (default: %(default)s)")
 parser.add_argument("--out", type=Path, default=Path("runs/cart"), help="folder of the run (default: %(default)s)")
+parser.add_argument("--table", type=Path, metavar="CSV", help="write the trips to this table, and do not train")
 
 TRIPS, STEPS = 200, 40
 
@@ -50,9 +52,20 @@ def log_trips(seed: int = 0) -> TensorDict:
     return bcq.from_arrays(observations, actions, rewards, np.zeros(len(rewards)), cut_off, following)
 
 
+def write_table(data: TensorDict, path: Path) -> None:
+    """Write a row for each step; no trip ends with a crash."""
+    trip = torch.arange(len(data))[:, None] // STEPS
+    columns = [trip, data["observation"], data["action"], data["next", "reward"], data["next", "terminated"]]
+    header = "trip,x,v,force,r,crashed"
+    np.savetxt(path, torch.cat(columns, 1), "%.9g", delimiter=",", header=header, comments="")
+
+
 def main() -> None:
     args = parser.parse_args()
     data = log_trips()
+    if args.table is not None:
+        write_table(data, args.table)
+        return
     train, held_out = bcq.split_episodes(data, 0.1)
     torch.manual_seed(0)
     networks = bcq.make_bcq_modules(Unbounded((2,)), Bounded(-1, 1, (1,)), hidden=(64, 64), vae_hidden=(64, 64))

@@ -347,7 +347,7 @@ def test_a_copy_of_rollouts(tmp_path, capsys, one_hot):
     assert "2 columns" not in capsys.readouterr().err
     if one_hot:
         assert main(["train", *words[:-1], "n_actions=4", f"out={tmp_path / 'other'}"]) == 1
-        assert "actions has 3 columns, but there are 4 discrete actions." in capsys.readouterr().err
+        assert "actions has 3 columns, but there are 4 discrete actions; store" in capsys.readouterr().err
 
 
 def test_recorded_files_hold_the_number_of_actions(recorded):

@@ -95,7 +95,8 @@ REFUSED = [
     ),
     (
         {"actions": np.eye(3, dtype=int)[CHOICES], "action_spec": Categorical(4)},
-        "actions has 3 columns, but there are 4 discrete actions.",
+        "actions has 3 columns, but there are 4 discrete actions; store each action as an index, or as a one-hot "
+        "vector with one column for each action.",
     ),
     (
         {"action_type": "continuous", "action_spec": Categorical(3)},
@@ -112,7 +113,7 @@ REFUSED = [
     ),
     (
         {"action_masks": MASKS[:, :2], "action_spec": Categorical(3)},
-        "action_masks has 2 columns, but there are 3 discrete actions.",
+        "action_masks has 2 columns, but there are 3 discrete actions; store one column for each action.",
     ),
     (
         {"action_masks": MASKS & (np.arange(3) != 2)},

@@ -169,7 +169,11 @@ BAD = [
         {"action_spec": Binary(1)},
         "action_spec must be a continuous Bounded spec, got Binary of torch.int8.",
     ),
-    ({"action_spec": Bounded(-1, 1, (2,))}, "actions have shape (7, 1), but the action bounds have shape (2,)."),
+    (
+        {"action_spec": Bounded(-1, 1, (2,))},
+        "actions have shape (7, 1), but the action bounds have shape (2,); choose the bounds "
+        "of this dataset, or read other actions.",
+    ),
     (
         {"truncated": None},
         "truncated and next_observations are both missing, so it is unknown where episodes were cut off; pass one of "

@@ -109,7 +109,10 @@ class ActionChecks:
         assert self._bounds is not None
         low, high = self._bounds
         if actions.shape[1:] != low.shape:
-            raise DatasetError(f"actions have shape {actions.shape}, but the action bounds have shape {low.shape}.")
+            raise DatasetError(
+                f"actions have shape {actions.shape}, but the action bounds have shape {low.shape}; choose the bounds "
+                "of this dataset, or read other actions."
+            )
         self._lowest = np.minimum(self._lowest, actions[finite].min(0, initial=np.inf))
         self._highest = np.maximum(self._highest, actions[finite].max(0, initial=-np.inf))
         self._outside.add(finite[:, None] & ((actions < low) | (actions > high)), start)
@@ -118,7 +121,10 @@ class ActionChecks:
         """Count rows that are no index from 0 to ``number - 1``, or no one-hot vector."""
         if self._width > 1:
             if self.number not in (None, self._width):
-                raise DatasetError(f"actions has {self._width} columns, but there are {self.number} discrete actions.")
+                raise DatasetError(
+                    f"actions has {self._width} columns, but there are {self.number} discrete actions; store each "
+                    "action as an index, or as a one-hot vector with one column for each action."
+                )
             odd = ((actions != 0) & (actions != 1)).any(1) | ((actions == 1).sum(1) != 1)
             index = actions.argmax(1)
         else:
@@ -150,7 +156,10 @@ class ActionChecks:
                 )
             number = self._width if self._width > 1 else self.number
             if number not in (None, mask.shape[1]):
-                raise DatasetError(f"{name} has {mask.shape[1]} columns, but there are {number} discrete actions.")
+                raise DatasetError(
+                    f"{name} has {mask.shape[1]} columns, but there are {number} discrete actions; store one column "
+                    "for each action."
+                )
             self.number = mask.shape[1]
             ended = fields["terminated"] if name.startswith("next") else np.zeros(len(mask), bool)
             self._bad[name].add(~mask.any(1) & ~ended, start)

@@ -389,7 +389,7 @@ def test_other_and_damaged_files(form, tmp_path):
     path = tmp_path / f"text{whole.suffix}"
     path.write_text("neither of them")
     kind = "an HDF5" if load is load_hdf5 else "an NPZ"
-    assert refusal(load, path) == f"{path.name}: it is not {kind} file."
+    assert refusal(load, path) == f"{path.name}: it is not {kind} file; choose another file."
     path.write_bytes(whole.read_bytes()[:-30])
     if load is load_hdf5:
         assert re.fullmatch(
@@ -398,7 +398,7 @@ def test_other_and_damaged_files(form, tmp_path):
             refusal(load, path),
         )
     else:
-        assert refusal(load, path) == "text.npz: it is not an NPZ file."
+        assert refusal(load, path) == "text.npz: it is not an NPZ file; choose another file."
 
 
 @pytest.mark.parametrize("write", [write_npz, write_compressed])
@@ -492,7 +492,7 @@ def test_a_file_that_is_not_hdf5_is_refused_when_it_is_read(tmp_path):
     (tmp_path / "d.hdf5").write_text("no HDF5")
     source = array_files.hdf5(tmp_path / "d.hdf5")
     assert (source.env, source.reference_scores) == (None, None)
-    with pytest.raises(ValueError, match=r"^d.hdf5: it is not an HDF5 file.$"):
+    with pytest.raises(ValueError, match=r"^d.hdf5: it is not an HDF5 file; choose another file.$"):
         source.read()
 
 

@@ -350,7 +350,7 @@ MALFORMED = {
     ),
     "damaged": (
         lambda: ["a.hdf5", str(Path("bad.hdf5").write_text("x") and "bad.hdf5")],
-        "2 sources: bad.hdf5: it is not an HDF5 file.",
+        "2 sources: bad.hdf5: it is not an HDF5 file; choose another file.",
     ),
     "format": (
         lambda: ["a.hdf5", write_table("c.parquet", 0, ["x"])],

@@ -126,7 +126,7 @@ def npz(
 
     def chunks() -> Iterator[Columns]:
         if not zipfile.is_zipfile(path):
-            raise DatasetError("it is not an NPZ file.")
+            raise DatasetError("it is not an NPZ file; choose another file.")
         with zipfile.ZipFile(path) as archive:
             members = [name.removesuffix(".npy") for name in archive.namelist()]
             if repeated := sorted({name for name in members if members.count(name) > 1}):

@@ -17,7 +17,7 @@ def open_hdf5(path: Path) -> Iterator[Any]:
     import h5py
 
     if not h5py.is_hdf5(path):
-        raise DatasetError("it is not an HDF5 file.")
+        raise DatasetError("it is not an HDF5 file; choose another file.")
     try:
         file = h5py.File(path, "r")
     except BlockingIOError as error:
