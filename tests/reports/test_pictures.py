@@ -31,6 +31,10 @@ def test_learning_curve_shows_lines_seeds_and_the_dataset(seeds, make_run):
         *map(list, RETURNS), [3.0, 40.0], [5.0, 5.5], [-3.0, -3.0],
     ]  # fmt: skip
     assert axes.lines[-1].get_linestyle() == "--"
+    both = draw_metric(curves, {-3.0: groups[0].label, 4.0: groups[1].label}, style)
+    assert legend_of(both)[2:] == [
+        "dataset=minari:swings: mean return of the dataset", "dataset=minari:walks: mean return of the dataset",
+    ]  # fmt: skip
     np.testing.assert_array_equal(axes.collections[0].get_paths()[0].vertices[1:3, 1], curves[0].band[0])
 
 

@@ -122,8 +122,9 @@ def draw_metric(curves: Sequence[Curve], behaviours: Mapping[float, str], style:
         _draw(axes, curve, style.color(curve.label), thin=True)
     if curves[0].metric == "return":
         for mean, label in behaviours.items():
-            color = GREY if len(behaviours) == 1 else style.color(label)
-            axes.axhline(mean, color=color, linestyle=DASHED, linewidth=1.3, label="mean return of the dataset")
+            color, whose = (GREY, "") if len(behaviours) == 1 else (style.color(label), f"{label}: ")
+            name = f"{whose}mean return of the dataset"
+            axes.axhline(mean, color=color, linestyle=DASHED, linewidth=1.3, label=name)
     axes.set_ylabel(metric_label(curves[0].metric) + (style.rewards if curves[0].metric in _OF_REWARDS else ""))
     _legend(figure, style, curves, thin=True)
     return figure
