@@ -87,6 +87,12 @@ def test_a_module_that_only_a_checkpoint_names_is_not_imported(words, run, capsy
         " names the environment slopes:Sloped-v0 (slope=3, at most 4 steps). A module that only a checkpoint names is "
         "not imported; to allow the import, add --env slopes:Sloped-v0.\n"
     )
+    for command, remedy in (
+        (["rank", str(next((run / "checkpoints").glob("*20")))], "to allow the import, add --env slopes:Sloped-v0."),
+        (["export", str(run), "policy.onnx"], "To export without the dataset, use --random-states."),
+    ):
+        assert main(command) == 1
+        assert capsys.readouterr().err.endswith(f"{remedy}\n")
     assert "slopes" not in sys.modules
     assert numbers(run, "--env", "slopes:Sloped-v0")["BCQ"]["return"] == 12  # the arguments of the run remain
 

@@ -144,8 +144,9 @@ def test_the_policy_is_compared_with_the_dataset_and_the_baseline():
     assert "worse" not in _compare("BCQ", {"cloning": (-8.0, 3.0, 3)})
 
 
-def test_the_comparison_is_shown_unless_there_is_one_episode(run, make_run, capsys):
-    baseline = make_run("cloning", "algorithm=cloning")
+def test_the_comparison_is_shown_unless_there_is_one_episode(make_run, tmp_path, capsys):
+    file = f"dataset={cut_off_after(5, tmp_path / 'd.hdf5')}"
+    run, baseline = make_run("run", file), make_run("cloning", file, "algorithm=cloning")
     capsys.readouterr()
     words = ["evaluate", str(run), "--baseline", str(baseline)]
     assert main([*words, "--episodes", "3"]) == 0
@@ -154,6 +155,11 @@ def test_the_comparison_is_shown_unless_there_is_one_episode(run, make_run, caps
     assert re.search(rf"\nBCQ is .* the recorded behaviour {numbers}.* cloning {numbers}\.\n", shown)
     assert main([*words, "--episodes", "1"]) == 0
     assert "BCQ is" not in capsys.readouterr().out
+    assert main([*words, "--episodes", "3", "--env-kwargs", "max_episode_steps=3"]) == 0
+    shown = capsys.readouterr().out
+    assert "have 5 steps on average, but episodes of Swing-v0 (at most 3 steps) have up to 3 steps" in shown
+    assert "To evaluate episodes of the same length: --env-kwargs max_episode_steps=5\n" in shown
+    assert "the recorded behaviour (" not in shown
 
 
 def test_deterministic_actions_are_others(run, evaluate):
@@ -350,8 +356,8 @@ def test_runs_of_two_algorithms_differ_only_in_the_settings_that_both_have(tmp_p
         "2          bcq          0.2  1,000          2.5          2.5",
     ]
     assert main(["evaluate", str(sweep), "--out", "x.json", "--episodes", "5", "--device", "auto"]) == 1
-    message = f"torchrl-bcq: {sweep} contains several runs, which --episodes, --out cannot evaluate; "
-    advice = f"choose one run in {sweep}, or leave out --episodes, --out.\n"
+    message = f"torchrl-bcq: {sweep} contains several runs, but --episodes, --out needs a single run; "
+    advice = "choose one of them, or leave the option out to print a table of all runs.\n"
     assert capsys.readouterr().err == message + advice
 
 

@@ -129,7 +129,10 @@ def test_videos_are_of_the_best_policy_of_each_run(make_run, trained, capsys):
     plot(*runs, "--video", "--out", runs[0].parent)
     one, two = ((name, "best", "cpu") for name in ("one", "two"))
     assert trained == [one, "policy.mp4", one, "one-policy.mp4", two, "two-policy.mp4"]
-    with pytest.raises(RunError, match=r"blind has no environment to record a video in\."):
+    sweeps = [make_run(f"{name}/0", **{"return": {1: 1.0}}) for name in ("a", "b")]
+    plot(*sweeps, "--video", "--out", runs[0].parent)
+    assert trained[-3::2] == ["a-0-policy.mp4", "b-0-policy.mp4"]
+    with pytest.raises(RunError, match="blind has no environment to record a video in; leave out --video, or this run"):
         plot(make_run("blind", **{"return": {1: 1.0}}), "--video")
 
 

@@ -139,7 +139,7 @@ def test_a_second_signal_leaves_the_baseline_at_once(words, run, send, capsys):
     with pytest.raises(SystemExit) as end:
         main(["train", *words("baseline=cloning")])
     assert end.value.code == 130
-    assert "interrupted, without a new checkpoint; resume from the last one with resume=true" in capsys.readouterr().err
+    assert "To resume from the last one: torchrl-bcq train resume=" in capsys.readouterr().err
     assert (run / "results.json").exists()
     assert list((run / "baseline").glob("*/checkpoint-*")) == []
     send()

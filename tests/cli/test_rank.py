@@ -6,14 +6,17 @@ import json
 import math
 import shutil
 import sys
+from pathlib import Path
 
 import gymnasium
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from torchrl_bcq.__main__ import main
 from torchrl_bcq.evaluation import OffPolicyEvaluation
+from torchrl_bcq.runs.candidates import import_policy
 
 from ..array_files import write_arrays
 from ..small_runs import TINY
@@ -29,6 +32,7 @@ best = TensorDictModule(lambda x: (x.argmax(-1) + 1) % 3, ["observation"], ["act
 number = 3
 Kind = TensorDictModule
 wrong = TensorDictModule(lambda x: x, ["observation"], ["action"])
+learned = TensorDictModule(torch.nn.Linear(3, 3), ["observation"], ["action"])
 from torch.distributions import Categorical
 from torchrl.modules import ProbabilisticActor
 even = TensorDictModule(lambda x: torch.zeros(len(x), 3), ["observation"], ["logits"])
@@ -157,6 +161,33 @@ def test_nothing_is_estimated_twice(folder, capsys, monkeypatch):
     assert len(calls) == 6
     assert main(words) == 0  # the estimates with the first settings are still in the file
     assert len(calls) == 7
+
+
+def test_a_policy_with_new_weights_is_estimated_again(folder, monkeypatch):
+    """The weights may come from another file than the module."""
+    facts = [import_policy("mine_lights:learned", "cpu").facts for _ in range(2)]
+    assert facts[0] == facts[1]
+    with torch.no_grad():
+        next(sys.modules["mine_lights"].learned.parameters()).add_(1)
+    assert import_policy("mine_lights:learned", "cpu").facts != facts[0]
+
+
+def test_runs_that_read_other_columns_are_refused(tmp_path, monkeypatch, capsys):
+    """Both read two columns, so only the settings of the readers differ."""
+    monkeypatch.chdir(tmp_path)
+    rows = np.random.default_rng(0).normal(size=(40, 3)).round(3)
+    lines = [f"{x},{v},{w},{i % 2},0.5,0,{i // 10}" for i, (x, v, w) in enumerate(rows)]
+    Path("trips.csv").write_text("\n".join(["x,v,w,a,r,end,trip", *lines]) + "\n")
+    for name, columns in (("one", "[x,v]"), ("two", "[x,w]")):
+        names = f"observation: {columns}, action: [a], reward: r, terminated: end, episode: trip"
+        reader = f"reader={{{names}, action_type: discrete}}"
+        small = [word for word in SMALL if not word.startswith("evaluation")]
+        assert main(["train", "dataset=trips.csv", reader, *small, "evaluation.env=null", f"out={name}"]) == 0
+    capsys.readouterr()
+    assert main(["rank", "one", "two"]) == 1
+    assert "two reads other columns or entries of trips.csv than one; compare runs with the" in capsys.readouterr().err
+    assert main(["evaluate", "one", "--baseline", "two"]) == 1
+    assert "two reads other columns or entries of trips.csv than one; compare runs with the" in capsys.readouterr().err
 
 
 def test_all_checkpoints_of_a_run(folder, capsys):

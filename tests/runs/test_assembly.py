@@ -312,7 +312,7 @@ def test_metrics_that_are_offered_are_measured(make_trainer, make_file, section,
     with_all = ["evaluation.env=auto", "held_out=0.3", "steps=10", f"algorithm={algorithm}"]
     with pytest.raises(RunError) as error:
         make_trainer(*with_all, f"{section}.monitor=x")
-    offered = ast.literal_eval(str(error.value).partition("measures ")[2].removesuffix(" only."))
+    offered = ast.literal_eval(str(error.value).partition("measures ")[2].removesuffix(" only; choose one of these."))
     trainer = make_trainer(*with_all)
     trainer.train()
     assert set(offered) == set(trainer.metrics)
@@ -361,6 +361,19 @@ def test_early_stopping_waits_for_what_a_warm_up_does_not_log(make_trainer):
     trainer.train()
     assert trainer.collected_frames == 20
     assert "td_error" in trainer.metrics
+
+
+def test_early_stopping_counts_only_steps_at_which_the_metric_was_measured(make_trainer):
+    """Measured at steps 10, 20 and 30: the first value is the best, and 20 steps later there was no better one."""
+    words = [
+        "early_stopping={monitor: initial_value, patience: 15}",
+        "evaluation.interval=10",
+        "steps=100",
+        "optim.lr=0",
+    ]
+    trainer = make_trainer(*words)
+    trainer.train()
+    assert trainer.collected_frames == 30
 
 
 def test_progress_shows_on_a_terminal_only(make_trainer, monkeypatch):

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -191,6 +192,20 @@ def test_the_best_checkpoint_is_found_or_else_the_last(make_trained, tmp_path):
     assert find_checkpoint(last) == last
     shutil.rmtree(run / "best")
     assert find_checkpoint(run, "best") == last
+
+
+def test_episodes_of_other_lengths_are_not_compared(make_trained, run):
+    task = read_metadata(find_checkpoint(run, "last"))[1]
+    long = replace(task, env_id="Walk-v0", behaviour={"length": 700.5, "cut_off": 0.5, "cut_off_after": 1000.0})
+    assert long.uneven_length(200) == (
+        "the recorded episodes have 700.5 steps on average, but episodes of Walk-v0 have up to 200 steps, so their "
+        "returns cannot be compared",
+        1000,
+    )
+    assert long.uneven_length(1000) is long.uneven_length(1001) is long.uneven_length(None) is None
+    found, steps = long.uneven_length(1002)
+    assert "were cut off after 1000 steps (median)" in found
+    assert steps == 1000
 
 
 def test_where_there_is_no_checkpoint_nothing_is_made(tmp_path):

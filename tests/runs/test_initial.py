@@ -100,7 +100,7 @@ def test_the_bounds_are_those_of_the_run_if_the_data_have_none(make_settings, ma
             ["normalize=true", "network.num_critics=1"],
             r"such as qvalue.*\.critics\.1\..*; set network\.num_critics=2\.$",
         ),
-        (["algorithm=cloning"], r"is of algorithm bcq, not cloning; set another init_from\.$"),
+        (["algorithm=cloning"], r"is of algorithm bcq, not cloning; set another init_from or algorithm\.$"),
     ],
 )
 def test_networks_that_do_not_fit_are_refused_with_the_settings_that_fit(make_settings, old, words, message):

@@ -250,6 +250,13 @@ def test_a_run_is_not_resumed_with_another_dataset(make_settings, make_file, run
     assert contents(run) == before
 
 
+def test_early_stopping_that_is_new_in_a_resumed_run_is_refused(make_settings, run):
+    train(make_settings("steps=10"))
+    with pytest.raises(RunError, match="has no state of early_stopping, because the run began without it; resume"):
+        train(make_settings("steps=20", "resume=true", "early_stopping.monitor=loss_vae"))
+    assert train(make_settings("steps=20", "resume=true"))["steps"] == 20
+
+
 def test_a_run_that_stopped_early_is_complete(make_settings, run):
     words = ["steps=100", "evaluation.interval=10", "early_stopping={monitor: loss_vae, mode: max, patience: 10}"]
     words += ["optim.lr=0.01", "checkpoint.interval=10"]

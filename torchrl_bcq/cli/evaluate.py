@@ -76,8 +76,8 @@ def _run(command: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if is_sweep(args.folder):
         given = [name for name, value in vars(args).items() if value != command.get_default(name)]
         if options := [f"--{name.replace('_', '-')}" for name in given if name not in ("folder", "reader")]:
-            found = f"{args.folder} contains several runs, which {', '.join(options)} cannot evaluate"
-            raise RunError(f"{found}; choose one run in {args.folder}, or leave out {', '.join(options)}.")
+            found = f"{args.folder} contains several runs, but {', '.join(options)} needs a single run"
+            raise RunError(f"{found}; choose one of them, or leave the option out to print a table of all runs.")
         return print_runs(args.folder)
     trained = load(args.folder, args.checkpoint, args.device)
     runs = {trained.algorithm.title: trained, **_load_baseline(args, trained)}
@@ -110,6 +110,7 @@ def _load_baseline(args: argparse.Namespace, trained: Any) -> dict[str, Any]:
     Returns ``{name: run}``: the name of the baseline in the printed tables, and the loaded run of the baseline.
     Without a baseline, the dictionary is empty.
     """
+    from torchrl_bcq.runs.candidates import check_same_columns
     from torchrl_bcq.runs.folder import BASELINE, find_checkpoint, load
 
     folder = args.baseline or args.folder / BASELINE
@@ -122,6 +123,7 @@ def _load_baseline(args: argparse.Namespace, trained: Any) -> dict[str, Any]:
     if baseline.task.stack != trained.task.stack:
         stacks = f"stack={baseline.task.stack}, but {args.folder} with stack={trained.task.stack}"
         raise RunError(f"{folder} was trained with {stacks}; compare runs with the same stack.")
+    check_same_columns((baseline.settings, baseline.task), folder, (trained.settings, trained.task), args.folder)
     for what in ("observation", "action"):
         if getattr(trained.task, f"{what}_spec") != getattr(baseline.task, f"{what}_spec"):
             raise RunError(f"{folder} has other {what}s than {args.folder}; compare runs of the same dataset.")
@@ -190,8 +192,8 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
             f"the policy obtained {rows[own]['discounted_return']:.4g}{within}."
         )
     if uneven := task.uneven_length(limit):
-        after = int(task.behaviour["cut_off_after"])
-        print(f"\nNote: {uneven}. For as long episodes: --env-kwargs max_episode_steps={after}")
+        found, steps = uneven
+        print(f"\nNote: {found}. To evaluate episodes of the same length: --env-kwargs max_episode_steps={steps}")
     if args.episodes > 1:
         comparable = not uneven and task.behaviour["episodes"] > 1
         differences = {f"the {RECORDED}": _from_dataset(returns[own], task.behaviour)} if comparable else {}
@@ -266,7 +268,8 @@ def _on_the_dataset(trained: Any, runs: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for title, one in runs.items():
         if learned is not None and (one.settings.held_out, one.settings.seed) != (settings.held_out, settings.seed):
-            raise RunError(f"{one.path} held out other episodes than {trained.path}; compare runs with the same seed.")
+            why = f"{one.path} held out other episodes than {trained.path}"
+            raise RunError(f"{why}; compare runs with the same held_out and the same seed.")
         # draw the same rows for all runs: the rows on which training measured its logged metrics
         drawn = {"max_rows": settings.evaluation.max_rows, "seed": settings.evaluation.seed}
         metrics = DatasetMetrics(one.loss, one.policy, rows, interval=1, held_out=learned is not None, **drawn)

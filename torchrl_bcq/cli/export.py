@@ -46,6 +46,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from torchrl_bcq.export import export_policy
+    from torchrl_bcq.runs.environment import check_trusted
     from torchrl_bcq.runs.folder import load, open_dataset
 
     if args.file.suffix.lower() != ".onnx":
@@ -64,8 +65,9 @@ def _export(args: argparse.Namespace) -> None:
     transitions = None
     if not args.random_states:
         try:
+            check_trusted(trained.task.env, trained.path, {}, "the bounds of the actions come from this environment")
             transitions, _ = open_dataset(trained.settings)
-        except (DatasetError, OSError) as error:
+        except (DatasetError, OSError, RunError) as error:
             raise RunError(f"{error} To export without the dataset, use --random-states.") from error
     facts = {
         "algorithm": trained.algorithm.title,
@@ -90,6 +92,6 @@ def _export(args: argparse.Namespace) -> None:
     *numbers, last = map(str, made.differences)
     print(
         f"checked with {', '.join(numbers)} and {last} {source}: largest difference from the policy "
-        f"{max(made.differences.values()):.2g}"
+        f"{max(made.differences.values()):.2g} of the range"
     )
     print(f"The policy is in {made.path} ({made.path.stat().st_size / 1e6:.1f} MB).")

@@ -64,8 +64,10 @@ def _plot(args: argparse.Namespace) -> None:
         save(figure, out / name)
     print(f"The pictures are in {out}: {', '.join(figures)}.")
     if args.video:
+        several = len({run.folder.name for run in runs}) < len(runs)  # runs of two sweeps have equal names
         for run in runs:
-            name = "policy.mp4" if run.folder == out else f"{run.folder.name}-policy.mp4"
+            parts = run.folder.resolve().parts[-2 if several else -1 :]
+            name = "policy.mp4" if run.folder == out else f"{'-'.join(parts)}-policy.mp4"
             _record_video(run.folder, out / name)
 
 
@@ -77,8 +79,8 @@ def _record_video(run: Path, file: Path) -> None:
 
     trained = load(run, "best", "cpu")
     if (env := trained.task.env) is None:
-        raise RunError(f"{run} has no environment to record a video in.")
-    check_trusted(env, trained.path, {})
+        raise RunError(f"{run} has no environment to record a video in; leave out --video, or this run.")
+    check_trusted(env, trained.path, {}, "leave out --video")
     render_offscreen()
     made = make_env(env, render_mode="rgb_array")
     print(f"The video is {record_video(made, trained.policy, file)}.")

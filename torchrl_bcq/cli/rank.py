@@ -86,12 +86,14 @@ def _rank(args: argparse.Namespace) -> None:
     from torchrl_bcq.reports import ranking
     from torchrl_bcq.reports.pictures import save
     from torchrl_bcq.runs.candidates import find_candidates, import_policy
+    from torchrl_bcq.runs.environment import check_trusted
     from torchrl_bcq.runs.folder import load
 
     _check(args)
     candidates = find_candidates(args.runs, args.checkpoint, args.device)
-    candidates += [import_policy(name) for name in args.policy]
+    candidates += [import_policy(name, args.device) for name in args.policy]
     first = load(Path(candidates[0].facts["checkpoint"]), device=args.device)
+    check_trusted(first.task.env, first.path, {"id": args.env})
     evaluation, settings = _open(args, first)
     measure, env = _true_values(args, first, settings["gamma"])
     is_folder = len(args.runs) == 1 and not Checkpoint.is_checkpoint(args.runs[0])
@@ -108,6 +110,9 @@ def _rank(args: argparse.Namespace) -> None:
         try:
             policy = candidate.load()
             return {**_plain(evaluation.estimate(policy)), **measure(policy)}
+        except FloatingPointError as error:
+            found = f"the value of {candidate.name} cannot be estimated, because a loss of its critics is not finite"
+            raise RunError(f"{found}; correct outliers of the rewards, which torchrl-bcq describe shows.") from error
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             if "policy" not in candidate.facts:
                 raise

@@ -31,10 +31,11 @@ examples:
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command ``record`` to the parser. ``args.run(args)`` then runs this command."""
     what = "Record the transitions of a policy in an environment, as a dataset to learn from."
-    description = f"{what}\nWithout --env, record the default dataset: steps of a scripted controller in {DATASET_ENV}."
+    default = f"Without --env and --policy, it records the default dataset: a scripted controller in {DATASET_ENV}."
+    description = f"{what}\n{default}"
     command = commands.add_parser("record", help=what, description=description, epilog=_EXAMPLES)
     add = command.add_argument
-    add_options(command, "Gymnasium environment of vectors (default: that of RUN, if --policy RUN is given)")
+    add_options(command, "Gymnasium environment with vectors as observations (default: that of --policy RUN)")
     add("--policy", metavar="RUN", help="folder of a run of torchrl-bcq train, or random (default: random)")
     noise = "standard deviation of Gaussian action noise, as a fraction of half the action range (default: 0)"
     add("--noise", type=float, metavar="SIGMA", help=noise)

@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from textwrap import fill
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from torchrl_bcq.errors import RunError
@@ -94,7 +95,8 @@ def main(arguments: Sequence[str]) -> int:
             return max([_run(settings) for settings in runs], default=0)
         except SystemExit:
             if len(runs) > 1:
-                print("torchrl-bcq: to continue the sweep, repeat its command with resume=true", file=sys.stderr)
+                words = f"out={Path(runs[0].out).parent} resume=true"
+                print(f"torchrl-bcq: to continue the sweep, repeat its command with {words}", file=sys.stderr)
             raise
 
 
@@ -145,7 +147,7 @@ def _train(settings: DictConfig) -> int:
             with processes.first_goes_first():
                 record_default()
         results = train(settings)
-    except (ValueError, OSError, ImportError, FloatingPointError, PeerError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, PeerError, torch.OutOfMemoryError) as error:
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
         # log FloatingPointError and PeerError only in the first process, other errors in each process
@@ -153,7 +155,8 @@ def _train(settings: DictConfig) -> int:
             _logger.error("%s", error)
         return 1
     except KeyboardInterrupt:
-        _logger.warning("interrupted, without a new checkpoint; resume from the last one with resume=true")
+        message = "interrupted; no new checkpoint was saved. To resume from the last one: torchrl-bcq train resume=%s"
+        _logger.warning(message, settings.out)
         raise SystemExit(130) from None
     if stopped := results.get("stopped"):
         raise SystemExit(128 + signal.Signals[stopped])

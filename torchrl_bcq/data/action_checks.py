@@ -176,7 +176,8 @@ class ActionChecks:
             return
         if self._rows and self._typed and self.discrete != source.discrete:
             kinds = [_KINDS[one.discrete] for one in (source, self)]
-            raise DatasetError(f"{name}: its actions are {kinds[0]}, but {kinds[1]} in the sources before it.")
+            found = f"{name}: its actions are {kinds[0]}, but {kinds[1]} in the sources before it"
+            raise DatasetError(f"{found}; join only sources of the same task.")
         self._dtype, self._width = source._dtype, source._width
         self._whole = source._whole and (self._whole or not self._rows)
         self._rows += source._rows

@@ -133,7 +133,7 @@ def export_policy(
         "largest_batch": policy.largest_batch if isinstance(policy, Policy) else None,
         "inputs": [_with_range(port, graph.stack, observations) for port in graph.inputs],
         "outputs": [port.describe() for port in graph.outputs],
-        "weights_sha256": _digest(own),
+        "weights_sha256": weights_digest(own),
         "versions": {"torchrl_bcq": __version__, **{name: importlib.metadata.version(name) for name in _VERSIONS}},
     }
     if reserved := sorted(contract.keys() & {*(facts or {})}):
@@ -146,8 +146,8 @@ def export_policy(
         differences = {number: largest_difference(aside, graph, states, number) for number in CHECKED}
         if not max(differences.values()) <= TOLERANCE:
             raise RunError(
-                f"the outputs of the file differ by {max(differences.values()):.3g} from those of the policy, more "
-                f"than {TOLERANCE}; no file is written. If the policy draws random numbers under "
+                f"the outputs of the file differ by {max(differences.values()):.3g} of their range from those of the "
+                f"policy, more than {TOLERANCE}; no file is written. If the policy draws random numbers under "
                 "ExplorationType.DETERMINISTIC, remove them; otherwise, report this as a bug, with the versions of "
                 "torch and onnxruntime."
             )
@@ -241,7 +241,7 @@ def _bounds(spec: TensorSpec | None) -> dict[str, Any]:
     return {}
 
 
-def _digest(policy: TensorDictModuleBase) -> str:
+def weights_digest(policy: TensorDictModuleBase) -> str:
     """Return the SHA-256 digest of the weights: names, dtypes, shapes and numbers of the state_dict."""
     digest = hashlib.sha256()
     for name, value in sorted(policy.state_dict().items()):

@@ -103,7 +103,8 @@ def _read_discrete(settings: DictConfig, specs: Specs, reader: Mapping[str, Any]
     if number is None:
         origin, number = (DATA, int(transitions["action"].max()) + 1) if masks is None else ("masks", masks.shape[-1])
     if masks is not None and masks.shape[-1] != number:
-        raise DatasetError(f"action_mask has {masks.shape[-1]} columns, but there are {number} actions ({origin}).")
+        found = f"action_mask has {masks.shape[-1]} columns, but there are {number} actions ({origin})"
+        raise DatasetError(f"{found}; store one column for each action, or correct n_actions.")
     if processes.is_first():
         _logger.info("number of actions: %d (%s)", number, origin)
         if origin == DATA:

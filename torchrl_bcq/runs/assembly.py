@@ -63,10 +63,11 @@ CHANGED = "values, TD errors and discounted returns are of the changed rewards, 
 
 
 class _EarlyStopping(EarlyStopping):
-    """TorchRL's ``EarlyStopping``, but it waits until the trainer has logged the monitored metric."""
+    """TorchRL's ``EarlyStopping``, but it counts only steps at which the monitored metric was measured."""
 
     def __call__(self, batch: TensorDictBase | None = None) -> None:
-        if self._trainer is not None and self.monitor in self._trainer.metrics:
+        trainer = self._trainer
+        if trainer is not None and trainer.logged_at(self.monitor) == trainer.collected_frames:
             super().__call__(batch)
 
 
@@ -215,7 +216,7 @@ def _add_metrics(
         monitor = None if task.env_id is None else "return"
     for section, name in (("checkpoint", monitor), ("early_stopping", stopping.monitor)):
         if name is not None and name not in known:
-            raise RunError(f"{section}.monitor is {name!r}, but this run measures {known} only.")
+            raise RunError(f"{section}.monitor is {name!r}, but this run measures {known} only; choose one of these.")
     if monitor is not None:
         best = Path(settings.out) / BEST
         mode = _mode(checkpoint.mode, monitor)

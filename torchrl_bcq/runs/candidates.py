@@ -12,11 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torchrl.checkpoint import Checkpoint
 
 from torchrl_bcq.errors import RunError
+from torchrl_bcq.export.exporter import weights_digest
 from torchrl_bcq.reports.logs import find_runs
-from torchrl_bcq.runs.folder import BEST, CHECKPOINTS, find_checkpoint, load, read_metadata
+from torchrl_bcq.runs.folder import BEST, CHECKPOINTS, Task, choose_device, find_checkpoint, load, read_metadata
 from torchrl_bcq.trainers.best import best_checkpoint
 
 _logger = logging.getLogger(__name__)
@@ -61,9 +63,10 @@ def find_candidates(folders: Sequence[Path], which: str, device: str) -> list[Ca
     if not found:
         raise RunError(f"the runs in {', '.join(map(str, folders))} contain no checkpoint; train them first.")
     first, *others = found
-    task = read_metadata(first)[1]
+    settings, task, _ = read_metadata(first)
     for path in others:
-        other = read_metadata(path)[1]
+        other_settings, other, _ = read_metadata(path)
+        check_same_columns((other_settings, other), found[path], (settings, task), found[first])
         if other.stack != task.stack:
             stacks = f"stack={other.stack}, but {found[first]} with stack={task.stack}"
             raise RunError(f"{found[path]} was trained with {stacks}; rank runs with the same stack.")
@@ -74,6 +77,24 @@ def find_candidates(folders: Sequence[Path], which: str, device: str) -> list[Ca
             )
     _warn_of_other_data(found)
     return [Candidate(name, _facts(path), partial(_load, path, device)) for path, name in found.items()]
+
+
+def check_same_columns(
+    one: tuple[Any, Task], name: str | Path, other: tuple[Any, Task], other_name: str | Path
+) -> None:
+    """Raise a RunError if two policies read other columns of one dataset, or other entries of an observation.
+
+    ``one`` and ``other`` are the settings and the task of two runs.
+    """
+    reads = []
+    for settings, task in (one, other):
+        columns = {what: settings.reader.get(what) for what in ("observation", "action")}
+        reads.append((str(settings.dataset), task.observation, columns))
+    if reads[0][0] == reads[1][0] and reads[0] != reads[1]:
+        raise RunError(
+            f"{name} reads other columns or entries of {reads[0][0]} than {other_name}; compare runs with the same "
+            "columns in the same order."
+        )
 
 
 def _warn_of_other_data(found: dict[Path, str]) -> None:
@@ -90,8 +111,8 @@ def _warn_of_other_data(found: dict[Path, str]) -> None:
                 )
 
 
-def import_policy(name: str) -> Candidate:
-    """Return the policy ``MODULE:OBJECT``; the module may lie in the current folder.
+def import_policy(name: str, device: str) -> Candidate:
+    """Return the policy ``MODULE:OBJECT``, on the device; the module may lie in the current folder.
 
     Raises:
         RunError: if there is no such object, or it is no policy.
@@ -110,8 +131,11 @@ def import_policy(name: str) -> Candidate:
         found = "does not exist" if policy is None else f"is a {type(policy).__name__}"
         raise RunError(f"{attribute} of {module_name} {found}, expected a TensorDict policy, such as TensorDictModule.")
     file = getattr(module, "__file__", None)
-    changed = os.stat(file).st_mtime_ns if file else 0
-    return Candidate(name, {"policy": name, "changed": changed}, lambda: policy)
+    facts = {"policy": name, "changed": os.stat(file).st_mtime_ns if file else 0}
+    if isinstance(policy, nn.Module):  # the weights may come from another file
+        facts["weights"] = weights_digest(policy)
+        policy = policy.to(choose_device(device))
+    return Candidate(name, facts, lambda: policy)
 
 
 def _load(path: Path, device: str) -> Any:

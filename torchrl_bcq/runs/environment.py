@@ -82,22 +82,25 @@ def _check_package(recorded: RecordedEnvironment | None) -> None:
         raise RunError(f"{recorded.id} is registered by {package}, but the dataset was recorded with {expected}")
 
 
-def check_trusted(env: Environment, checkpoint: Path, given: Mapping[str, Any]) -> None:
+def check_trusted(
+    env: Environment | None, checkpoint: Path, given: Mapping[str, Any], remedy: str | None = None
+) -> None:
     """Raise a RunError if making the environment of a checkpoint can import a module that only the checkpoint names.
 
     Args:
-        env: environment of the checkpoint, maybe changed by the user.
+        env: environment of the checkpoint, maybe changed by the user; None has no module.
         checkpoint: folder of the checkpoint. The settings file of its run contains what the user of the run named.
         given: id and arguments of the environment that the user has named for this command.
+        remedy: advice if the command has no option for the environment.
     """
-    named = {name: value for name, value in env.named_code.items() if given.get(name) != value}
+    code = {} if env is None else env.named_code
+    named = {name: value for name, value in code.items() if given.get(name) != value}
     if named and (run := checkpoint.resolve().parents[1]).joinpath(FILE).is_file():
         evaluation: Any = OmegaConf.to_container(load_settings(run).evaluation, resolve=True)
         settings = {**evaluation["env_kwargs"], "id": evaluation["env"]}
         named = {name: value for name, value in named.items() if settings.get(name) != value}
     if named:
         words = [f"--env {value}" if name == "id" else f"--env-kwargs {name}={value}" for name, value in named.items()]
-        raise RunError(
-            f"{checkpoint} names the environment {env}. A module that only a checkpoint names is not imported; to "
-            f"allow the import, add {' '.join(words)}."
-        )
+        remedy = remedy or f"to allow the import, add {' '.join(words)}"
+        found = f"{checkpoint} names the environment {env}. A module that only a checkpoint names is not imported"
+        raise RunError(f"{found}; {remedy}.")

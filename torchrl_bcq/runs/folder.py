@@ -74,16 +74,20 @@ class Task:
             specs["action_mask"] = Binary(self.n_actions, dtype=torch.bool)
         return Composite(specs) if len(specs) > 1 else specs["observation"]
 
-    def uneven_length(self, limit: int | None) -> str | None:
-        """Return a text if recorded episodes are shorter than those of the policy, although they were only cut off."""
-        after = self.behaviour.get("cut_off_after", 0)
-        # readers drop the last row of an episode that was cut off, if its next observation is missing
-        if limit is None or self.behaviour.get("cut_off", 0) < _MANY or after + 1 >= limit:
+    def uneven_length(self, limit: int | None) -> tuple[str, int] | None:
+        """Return a text if recorded episodes and those of the policy have other time limits, and the recorded limit."""
+        after, length = (self.behaviour.get(name, 0) for name in ("cut_off_after", "length"))
+        if limit is None:
             return None
-        return (
-            f"the recorded episodes were cut off after {after:g} steps (median), but episodes of {self.env} have up to "
-            f"{limit} steps, so their returns cannot be compared"
-        )
+        if length > limit:
+            found, steps = f"have {length:g} steps on average", math.ceil(max(length, after))
+        # readers drop the last row of an episode that was cut off, if its next observation is missing
+        elif self.behaviour.get("cut_off", 0) >= _MANY and after + 1 < limit:
+            found, steps = f"were cut off after {after:g} steps (median)", int(after)
+        else:
+            return None
+        policy = f"but episodes of {self.env} have up to {limit} steps"
+        return f"the recorded episodes {found}, {policy}, so their returns cannot be compared", steps
 
     def check_unchanged(self, now: Task, consequence: str) -> None:
         """Raise a RunError if the dataset has other episodes now than in this task."""
@@ -218,7 +222,8 @@ def find_checkpoint(run: Path, which: str = "best") -> Path:
         found = CheckpointRotation(run, keep_last=1).latest()
     if found is None:
         if damaged := damaged_checkpoints(run / CHECKPOINTS):
-            raise RunError(f"{run} has only damaged checkpoints: the manifest.json of {damaged} cannot be read.")
+            why = f"{run} has only damaged checkpoints: the manifest.json of {damaged} cannot be read"
+            raise RunError(f"{why}; restore this file, or train the run again.")
         runs = sorted(path.parent.name for path in run.glob(f"*/{CHECKPOINTS}"))
         inside = f" It contains the runs {runs}." if runs else ""
         expected = "choose the folder of a run of torchrl-bcq train, or a checkpoint"

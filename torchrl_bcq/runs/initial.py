@@ -30,7 +30,9 @@ def load_networks(loss: OfflineLoss, settings: DictConfig, task: Task) -> None:
     path = find_checkpoint(Path(settings.init_from))
     saved, then, step = read_metadata(path)
     if saved.algorithm != settings.algorithm:
-        raise RunError(f"{path} is of algorithm {saved.algorithm}, not {settings.algorithm}; set another init_from.")
+        raise RunError(
+            f"{path} is of algorithm {saved.algorithm}, not {settings.algorithm}; set another init_from or algorithm."
+        )
     if then.stack != task.stack:
         raise RunError(f"{path} was trained with stack={then.stack}, not {task.stack}; set stack={then.stack}.")
     there, here = ((one.shapes, one.n_actions or len(one.action_low)) for one in (then, task))

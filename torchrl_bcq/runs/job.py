@@ -110,6 +110,12 @@ def _train(settings: DictConfig, start: Path | None) -> dict[str, Any]:
         try:
             trainer.load_from_file(start)
         except CheckpointError as error:
+            missing = {name.rpartition(".")[2] for name in getattr(error.result, "missing", ())}
+            if new := " and ".join(sorted(missing & {"early_stopping", "logger"})):
+                found = f"{start} has no state of {new}, because the run began without it"
+                raise RunError(
+                    f"{found}; resume the run without it, or start a new run with init_from={out}."
+                ) from error
             advice = "to resume from the checkpoint before it, move it away"
             raise RunError(f"{start} cannot be loaded, so it may be damaged: {error}; {advice}.") from error
     elif settings.init_from is not None:
@@ -186,9 +192,9 @@ def _announce(settings: DictConfig, task: Task, trainer: OfflineTrainer) -> None
     _logger.info("%s: %s, %s, %s on %s", settings.out, what, where, span, device)
     if (formula := reward_formula(settings)) is not None:
         _logger.info("%s: rewards are changed to %s; %s", settings.out, formula, CHANGED)
-    if task.env is not None and (found := task.uneven_length(time_limit(task.env))):
-        after = int(task.behaviour["cut_off_after"])
-        _logger.warning("%s; to evaluate as long episodes, set evaluation.max_episode_steps=%d", found, after)
+    if task.env is not None and (uneven := task.uneven_length(time_limit(task.env))):
+        message = "%s; to evaluate episodes of the same length, set evaluation.max_episode_steps=%d"
+        _logger.warning(message, *uneven)
     if trainer.logger is not None and not trainer.collected_frames:
         trainer.logger.log_hparams(to_plain(settings))
 

@@ -206,7 +206,8 @@ def test_full_disks_are_refused_before_anything_is_written(file, root, monkeypat
     usage = type("Usage", (), {"free": 38 * 35 - 1})
     monkeypatch.setattr(conversion.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(
-        OSError, match=r"^\S*/d-\w{16} cannot be written \(the copy needs 0.0 GB, but only 0.0 GB are free\); no"
+        OSError,
+        match=r"^\S*/d-\w{16} cannot be written \(the copy needs 0.0 GB, but only 0.0 GB are free; choose",
     ):
         load_hdf5(file, root=root)
     assert leftovers(root) == []

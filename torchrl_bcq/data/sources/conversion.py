@@ -56,7 +56,9 @@ def write_memmap(parts: Iterator[TensorDictBase], rows: int, folder: Path, store
             size = (first.bytes() / len(first) + sum(map(prod, store.shapes.values()))) * rows
             free = shutil.disk_usage(folder.parent).free
             if free < size:
-                raise OSError(f"the copy needs {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free")
+                raise OSError(
+                    f"the copy needs {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free; choose another folder"
+                )
             target = first[:1].expand(rows).memmap_like(str(aside))  # creates the files; the rows are written below
             # write with file streams: writing to mapped tensors would increase the resident memory
             streams = {k: stack.enter_context(open(leaf.filename, "r+b")) for k, leaf in target.items(True, True)}

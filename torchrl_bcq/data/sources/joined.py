@@ -53,7 +53,8 @@ def _checked(source: Source, checks: Checks, widths: dict[str, tuple[str, Any]])
             own = sorted({"frames", "action_masks", "action_probabilities", "groups"} & fields.keys())
             first, expected = widths.setdefault("", (source.name, own))
             if own != expected:
-                raise DatasetError(f"it holds {own}, but {first} holds {expected}; all sources need the same fields.")
+                found = f"of the optional fields, it holds {own}, but {first} holds {expected}"
+                raise DatasetError(f"{found}; all sources need the same fields.")
             for name in {"observations", "actions", "frames", "action_masks"} & fields.keys():
                 width = width_of(fields[name])
                 first, expected = widths.setdefault(name, (source.name, width))
