@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -31,7 +30,7 @@ from torchrl_bcq.export.check import largest_difference
 from torchrl_bcq.export.exported_policy import CONTRACT, FORMAT
 from torchrl_bcq.export.graph import PolicyGraph, Port, current
 from torchrl_bcq.files import home, write_whole
-from torchrl_bcq.modules.acting import Policy, tensor_like
+from torchrl_bcq.modules.acting import Policy, tensor_like, weights_digest
 from torchrl_bcq.version import __version__
 
 CHECKED = (1, 3, 257)  # numbers of states for which the file is compared with the policy
@@ -239,17 +238,6 @@ def _bounds(spec: TensorSpec | None) -> dict[str, Any]:
     if (space.low > -largest).all() and (space.high < largest).all():
         return {"low": space.low.tolist(), "high": space.high.tolist()}
     return {}
-
-
-def weights_digest(policy: TensorDictModuleBase) -> str:
-    """Return the SHA-256 digest of the weights: names, dtypes, shapes and numbers of the state_dict."""
-    digest = hashlib.sha256()
-    for name, value in sorted(policy.state_dict().items()):
-        if isinstance(value, Tensor):
-            array = value.detach().cpu().contiguous()
-            digest.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
-            digest.update(array.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _cause(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -177,3 +178,14 @@ def _batch_of(key: NestedKey, value: Tensor, spec: TensorSpec | None, stack: int
             f"{key!r} has shape {shape}, expected {expected}: one state or several.{hint if stack > 1 else ''}"
         )
     return batch
+
+
+def weights_digest(policy: nn.Module) -> str:
+    """Return the SHA-256 digest of the weights: names, dtypes, shapes and numbers of the state_dict."""
+    digest = hashlib.sha256()
+    for name, value in sorted(policy.state_dict().items()):
+        if isinstance(value, Tensor):
+            array = value.detach().cpu().contiguous()
+            digest.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
+            digest.update(array.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

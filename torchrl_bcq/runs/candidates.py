@@ -16,7 +16,7 @@ from torch import nn
 from torchrl.checkpoint import Checkpoint
 
 from torchrl_bcq.errors import RunError
-from torchrl_bcq.export.exporter import weights_digest
+from torchrl_bcq.modules.acting import weights_digest
 from torchrl_bcq.reports.logs import find_runs
 from torchrl_bcq.runs.folder import BEST, CHECKPOINTS, Task, choose_device, find_checkpoint, load, read_metadata
 from torchrl_bcq.trainers.best import best_checkpoint

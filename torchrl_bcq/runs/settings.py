@@ -254,7 +254,7 @@ def to_settings(plain: Any, where: str | Path) -> DictConfig:
         settings = default_settings(str(values.get("algorithm", "bcq")))
         return OmegaConf.merge(settings, OmegaConf.create(values))  # type: ignore[return-value]
     except Exception as error:  # _as_text raises RunError; OmegaConf raises many classes of errors
-        raise RunError(f"{where} cannot be read: {str(error).splitlines()[0]}; restore the file.") from error
+        raise RunError(f"{where} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _as_text(value: Any, at: str = "") -> Any:
