@@ -184,7 +184,7 @@ def test_entries_that_contradict_the_dataset_are_refused(make_run, make_settings
     assert capsys.readouterr().err.endswith(f"but the run was trained on {ENTRIES}; leave it out.\n")
     train(make_run("reader.observation=[goal/x,goal/y,observation]", "out=other"))
     assert main(["evaluate", "run", "--baseline", "other"]) == 1
-    assert "other reads other columns or entries of " in capsys.readouterr().err
+    assert "other reads other columns or entries than run; compare" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -79,21 +79,19 @@ def find_candidates(folders: Sequence[Path], which: str, device: str) -> list[Ca
     return [Candidate(name, _facts(path), partial(_load, path, device)) for path, name in found.items()]
 
 
-def check_same_columns(
-    one: tuple[Any, Task], name: str | Path, other: tuple[Any, Task], other_name: str | Path
-) -> None:
-    """Raise a RunError if two policies read other columns of one dataset, or other entries of an observation.
+Recorded = tuple[Any, Task]  # the settings and the task of a run
 
-    ``one`` and ``other`` are the settings and the task of two runs.
-    """
-    reads = []
-    for settings, task in (one, other):
-        columns = {what: settings.reader.get(what) for what in ("observation", "action")}
-        reads.append((str(settings.dataset), task.observation, columns))
-    if reads[0][0] == reads[1][0] and reads[0] != reads[1]:
+
+def check_same_columns(one: Recorded, name: str | Path, other: Recorded, other_name: str | Path) -> None:
+    """Raise a RunError if two runs read other entries of an observation, or other columns of one dataset."""
+    (own, task), (others, other_task) = one, other
+    same = task.observation == other_task.observation
+    if own.dataset == others.dataset:
+        same &= all(own.reader.get(what) == others.reader.get(what) for what in ("observation", "action"))
+    if not same:
         raise RunError(
-            f"{name} reads other columns or entries of {reads[0][0]} than {other_name}; compare runs with the same "
-            "columns in the same order."
+            f"{name} reads other columns or entries than {other_name}; compare runs with the same columns or entries, "
+            "in the same order."
         )
 
 
