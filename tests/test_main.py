@@ -220,7 +220,10 @@ def test_copies_are_not_copied_again(file, capsys):
     assert main(["convert", "swings.hdf5", "copies"]) == 0
     copy = capsys.readouterr().out.partition("load_memmap('")[2].partition("'")[0]
     assert main(["convert", copy, "elsewhere"]) == 1
-    assert capsys.readouterr().err == f"torchrl-bcq: {copy} is already a memory-mapped copy; leave out root.\n"
+    error = capsys.readouterr().err
+    assert (
+        error == f"torchrl-bcq: {copy} is already a memory-mapped copy; use it as it is, without a folder for copies.\n"
+    )
 
 
 def test_it_says_its_version(capsys):

@@ -97,6 +97,13 @@ def test_prioritized_where_the_extension_does_not_fit(monkeypatch):
         make_replay_buffer(transitions(), sampler="prioritized")
 
 
+def test_prioritized_on_a_gpu_needs_a_build_with_cuda():
+    """The build of PyPI has no CUDA code. TorchRL raises its error before it uses a GPU, so no GPU is needed here."""
+    skip_without_extension()
+    with pytest.raises(ImportError, match=r"a build of TorchRL with CUDA, .*; use sampler='uniform', or device='cpu'"):
+        make_replay_buffer(transitions(), sampler="prioritized", device="cuda")
+
+
 def test_any_sampler_of_torchrl_is_used_as_it_is():
     sampler = SamplerWithoutReplacement(shuffle=False)
     buffer = make_replay_buffer(transitions(), batch_size=10, sampler=sampler)

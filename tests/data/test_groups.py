@@ -411,7 +411,7 @@ def test_a_run_holds_out_whole_groups(tmp_path, monkeypatch, caplog):
     """12 groups of 2 episodes: 3 groups are held out, and both commands leave them on one side."""
     from torchrl_bcq.__main__ import main
     from torchrl_bcq.runs.assembly import split
-    from torchrl_bcq.runs.folder import open_dataset
+    from torchrl_bcq.runs.dataset import open_dataset
     from torchrl_bcq.runs.settings import load_settings
 
     monkeypatch.chdir(tmp_path)

@@ -66,9 +66,9 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     reading = shared.add_argument_group("HDF5 and NPZ")
     names = "says that ENTRY of the file holds FIELD, such as observations=obs; several entries of a FIELD are joined"
     reading.add_argument("--names", nargs="+", metavar="FIELD=ENTRY", help=names)
-    reading.add_argument("--max-episode-steps", type=int, metavar="N", help="time limit, if the file has no time-outs")
     kinds = "discrete; or continuous, if whole numbers are amounts, such as doses (default: integers are discrete)"
     shared.add_argument("--action-type", metavar="TYPE", help=kinds)
+    shared.add_argument("--max-episode-steps", type=int, metavar="N", help="time limit, if the file has no time-outs")
     columns = shared.add_argument_group("tables")
     for name in _COLUMNS:
         several = name in _SEVERAL

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from tensordict import TensorDict
+from torch import Tensor
 from torchrl.data import Binary, Categorical, MultiCategorical, MultiOneHot, OneHot, TensorSpec
 
 from torchrl_bcq.actions import DiscreteActions
-from torchrl_bcq.bounds import action_box
-from torchrl_bcq.data.arrays import as_array, column, to_float32
+from torchrl_bcq.data.arrays import as_array, column, spec_bounds, to_float32
 from torchrl_bcq.data.defects import Rows, in_columns
 from torchrl_bcq.errors import DatasetError, remedy
 
@@ -248,6 +248,21 @@ class ActionChecks:
             return str(self._stored)
         return self.number if self._bounds is None else [bound.tolist() for bound in self._bounds]
 
+    @property
+    def stored_as(self) -> Any:
+        """What the spec says about the actions, without their bounds, which do not change the stored rows."""
+        return self.expected if self._bounds is None else "continuous"
+
+    def accepts(self, actions: Tensor) -> bool:
+        """Return whether stored actions ``[M, A]`` are continuous and within the bounds, or the spec has no bounds."""
+        if self._bounds is None:
+            return True
+        low, high = map(torch.from_numpy, self._bounds)
+        if not actions.is_floating_point() or actions.shape[1:] != low.shape:
+            return False
+        least, most = actions.aminmax(dim=0)
+        return bool((least >= low).all() and (most <= high).all())
+
     def convert(self, transitions: TensorDict) -> TensorDict:
         """Return the transitions. Discrete actions are stored as the spec says, by default as indices ``[M]`` of int64.
 
@@ -268,21 +283,6 @@ def number_of(spec: TensorSpec) -> int | None:
         spec, (Binary, MultiCategorical, MultiOneHot)
     )
     return DiscreteActions.of(spec).number if is_discrete else None
-
-
-def spec_bounds(spec: TensorSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lower and upper bounds of an action spec in float32; a missing bound is infinite.
-
-    The bounds are rounded like the actions of a dataset, so a float64 action at its bound stays within the bounds.
-
-    Raises:
-        DatasetError: if the spec is not a float vector.
-    """
-    try:
-        low, high = action_box(spec)
-    except ValueError as error:
-        raise DatasetError(str(error)) from error
-    return low.cpu().float().numpy(), high.cpu().float().numpy()
 
 
 def _setting(kind: str) -> str:

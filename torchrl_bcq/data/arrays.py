@@ -1,4 +1,4 @@
-"""Converts arguments to NumPy arrays, and checks their shapes."""
+"""Converts arguments to NumPy arrays, and checks their shapes; reads bounds as arrays."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor, bfloat16
+from torchrl.data import TensorSpec
 
+from torchrl_bcq.bounds import action_box
 from torchrl_bcq.errors import DatasetError
 
 
@@ -62,3 +64,18 @@ def to_float32(name: str, array: np.ndarray) -> np.ndarray:
         raise DatasetError(f"{name} has dtype {array.dtype}, expected real numbers.{conversion(name, array)}")
     with np.errstate(over="ignore", invalid="ignore"):
         return array.astype(np.float32)
+
+
+def spec_bounds(spec: TensorSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lower and upper bounds of an action spec in float32; a missing bound is infinite.
+
+    The bounds are rounded like the actions of a dataset, so a float64 action at its bound stays within the bounds.
+
+    Raises:
+        DatasetError: if the spec is not a float vector.
+    """
+    try:
+        low, high = action_box(spec)
+    except ValueError as error:
+        raise DatasetError(str(error)) from error
+    return low.cpu().float().numpy(), high.cpu().float().numpy()

@@ -18,6 +18,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl_bcq.data.episodes import check_finite, check_outcomes, check_rows
 from torchrl_bcq.data.frame_stack import gather_frames
 from torchrl_bcq.data.sampling import WeightedSampler
+from torchrl_bcq.errors import remedy
 
 PRIORITY_ALPHA, PRIORITY_BETA = 0.6, 0.4  # as in arXiv:1511.05952 (proportional variant), but beta stays constant
 _SAMPLERS = ("uniform", "without_replacement", "prioritized")
@@ -59,7 +60,8 @@ def make_replay_buffer(
             under ``"next"`` has another shape than ``[N, 1]``.
         ValueError: if the transitions have no rows or another batch size than ``[N]``, if ``batch_size`` is below 1, if
             ``sampler`` is unknown, if ``weights`` are invalid, or if both ``weights`` and ``sampler`` are passed.
-        ImportError: if ``sampler="prioritized"`` and TorchRL's compiled extension does not fit the installed torch.
+        ImportError: if ``sampler="prioritized"``, and TorchRL's compiled extension does not fit the installed torch, or
+            the data is on a GPU and the extension has no CUDA code.
 
     Example:
         >>> import torch
@@ -76,11 +78,11 @@ def make_replay_buffer(
     rows = check_rows(transitions)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1.")
-    chosen = _make_sampler(sampler, weights, rows)
+    device = transitions.device or torch.device("cpu") if device is None else torch.device(device)
+    chosen = _make_sampler(sampler, weights, rows, device)
     check_outcomes(transitions)
     for key, value in transitions.items(include_nested=True, leaves_only=True):
         check_finite(repr(key), value)
-    device = transitions.device or torch.device("cpu") if device is None else torch.device(device)
     held = transitions.to(device)
     if not held.is_memmap():
         held = held.detach().contiguous()  # the buffer gets its own TensorDict, without a copy of the tensors
@@ -95,7 +97,7 @@ def make_replay_buffer(
     )
 
 
-def _make_sampler(sampler: str | Sampler, weights: Tensor | None, rows: int) -> Sampler:
+def _make_sampler(sampler: str | Sampler, weights: Tensor | None, rows: int, device: torch.device) -> Sampler:
     if weights is not None:
         if sampler != "uniform":
             raise ValueError(f"weights and sampler={sampler!r} both choose the rows to draw; pass only one of them.")
@@ -110,8 +112,14 @@ def _make_sampler(sampler: str | Sampler, weights: Tensor | None, rows: int) -> 
     if sampler != "prioritized":
         return RandomSampler() if sampler == "uniform" else SamplerWithoutReplacement()
     try:
-        return PrioritizedSampler(rows, alpha=PRIORITY_ALPHA, beta=PRIORITY_BETA)
+        where = device if device.type == "cuda" else None  # where TorchRL keeps the priorities
+        return PrioritizedSampler(rows, alpha=PRIORITY_ALPHA, beta=PRIORITY_BETA, device=where)
     except RuntimeError as error:
+        if "CUDA" in str(error):
+            raise ImportError(
+                "prioritized sampling of data on a GPU needs a build of TorchRL with CUDA, which the package of PyPI "
+                "is not; " + remedy("use sampler='uniform', or device='cpu'.", "set sampler=uniform or device=cpu.")
+            ) from error
         raise ImportError(
             f"prioritized sampling needs TorchRL's compiled extension, but it does not fit torch {torch.__version__}. "
             "torchrl 0.14 is built for torch 2.14: install torch 2.14, or use sampler='uniform'."

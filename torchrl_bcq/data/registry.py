@@ -86,10 +86,12 @@ def load_transitions(
     if prefix == "memmap":
         transitions = load_memmap(rest)
         if root is not None or settings:
-            raise DatasetError(f"{name} is already a memory-mapped copy; leave out {[*settings] or 'root'}.")
-        if strict and action_spec is not None:
-            _check_actions(rest, transitions, action_spec)
+            why = f"{name} is already a memory-mapped copy"
+            raise DatasetError(f"{why}; use it as it is, without {', '.join(settings) or 'a folder for copies'}.")
+        _check_copy(rest, transitions, action_spec if strict else None)
         return transitions
+    if root is not None:
+        raise DatasetError(f"{name} cannot be copied to {root}: only files, Minari and D4RL datasets can be copied.")
     try:
         dataset = load_dataset(name, **settings)
     except Exception as error:  # loaders of other packages may raise any exception
@@ -101,12 +103,15 @@ def load_transitions(
     return from_rollouts(rollouts, action_spec=action_spec)
 
 
-def _check_actions(name: str, transitions: TensorDictBase, action_spec: TensorSpec) -> None:
-    """Check that the actions of a memory-mapped copy are within the bounds of ``action_spec``."""
+def _check_copy(name: str, transitions: TensorDictBase, action_spec: TensorSpec | None) -> None:
+    """Check the entries of a memory-mapped copy, and that its actions are within the bounds of ``action_spec``."""
+    needed = ("observation", "action", ("next", "reward"))
     try:
-        if missing := [key for key in ("action", ("next", "reward")) if key not in transitions.keys(True)]:
-            raise DatasetError(f"it lacks the entries {missing}; rename its entries with rename_key_.")
-        Checks(action_spec).check_all({"actions": transitions["action"], "rewards": transitions["next", "reward"]})
+        if missing := [key for key in needed if key not in transitions.keys(True)]:
+            how = remedy("load it with load_memmap, and rename its entries with rename_key_", "write a copy with them")
+            raise DatasetError(f"it lacks the entries {missing}; {how}.")
+        if action_spec is not None:
+            Checks(action_spec).check_all({"actions": transitions["action"], "rewards": transitions["next", "reward"]})
     except DatasetError as error:
         raise DatasetError(f"{name}: {error}") from None
 

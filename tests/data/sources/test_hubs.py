@@ -221,7 +221,7 @@ def test_d4rl_known_time_limits(shelf, monkeypatch):
         load_d4rl("antmaze-umaze-v0")
 
 
-def test_d4rl_file_with_everything(shelf):
+def test_d4rl_file_with_everything(shelf, caplog):
     """hopper-medium-v2: its own time-outs replace the known limit and keep their true next observation."""
     timeouts = np.zeros(1100, dtype=bool)
     timeouts[[49, 1049]] = True
@@ -229,6 +229,7 @@ def test_d4rl_file_with_everything(shelf):
     after[49] = 77
     path = write(shelf / file_of("hopper-medium-v2"), 1100, [9], timeouts=timeouts, next_observations=after)
     td = load_d4rl("hopper-medium-v2")
+    assert "max_episode_steps" not in caplog.text  # the user has set no time limit
     assert len(td) == 1100
     assert td["next", "truncated"].flatten().nonzero().flatten().tolist() == [49, 1049, 1099]
     assert td["next", "terminated"].flatten().nonzero().flatten().tolist() == [9]

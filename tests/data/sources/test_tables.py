@@ -12,7 +12,7 @@ import torch
 from pyarrow import csv, parquet
 from torchrl.data import Bounded
 
-from torchrl_bcq import from_arrays, load_table
+from torchrl_bcq import from_arrays, load_table, load_transitions
 from torchrl_bcq.data.sources import tables
 
 # a stay of 3 hours that ended, one of 4 that was cut off, one of 2 that just stops
@@ -183,9 +183,28 @@ def test_numbers_of_csv_episodes_are_compared_as_they_are_written(tmp_path):
 def test_a_column_must_say_where_episodes_end(write):
     assert refusal(write()) == (
         "it is not known where episodes were cut off: set episode, truncated or next_observation to the name of "
-        "its column."
+        "its column, or max_episode_steps to the time limit."
     )
     assert refusal(write(), step="step").startswith("it is not known where episodes were cut off")
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_time_limit_ends_episodes(write):
+    """Episodes end after row 2, where the patient died, and two rows later. A cut-off row has no next observation."""
+    td = load_table(write(), **ROLES, max_episode_steps=2)
+    assert td["observation"][:, 0].tolist() == [60, 62, 70, 72, 80]
+    assert td["next", "observation"][:, 0].tolist() == [61, 62, 71, 73, 81]
+    assert td["next", "terminated"].flatten().tolist() == [False, True, False, False, False]
+    assert td["episode"].tolist() == [0, 1, 2, 3, 4]
+    assert refusal(write(), max_episode_steps=0) == "max_episode_steps is 0, expected a whole number of at least 1."
+
+
+def test_files_with_one_episode_each_need_only_a_time_limit(tmp_path):
+    for name in ("one.csv", "two.csv"):
+        write_csv(tmp_path / name, {column: values[3:7] for column, values in COLUMNS.items()})
+    td = load_transitions(tmp_path, **ROLES, max_episode_steps=1000)
+    assert td["next", "observation"][:, 0].tolist() == [71, 72, 73] * 2
+    assert td["episode"].tolist() == [0] * 3 + [1] * 3
 
 
 @pytest.mark.usefixtures("small_chunks")

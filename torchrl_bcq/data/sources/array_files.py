@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ from torchrl_bcq.data.sources.entries import Names
 from torchrl_bcq.data.sources.environment import recorded_in_hdf5
 from torchrl_bcq.data.sources.hdf5_storage import open_hdf5
 from torchrl_bcq.data.sources.layouts import read_steps
+from torchrl_bcq.data.sources.order import check_limit, cut_at_limit
 from torchrl_bcq.data.sources.source import Source, existing_file, scores_or_none
-from torchrl_bcq.errors import DatasetError, remedy
-
-_logger = logging.getLogger(__name__)
+from torchrl_bcq.errors import DatasetError
 
 
 def load_hdf5(
@@ -103,15 +102,17 @@ def hdf5(
     names: Names | None = None,
     max_episode_steps: int | None = None,
     action_type: str | None = None,
+    report_limit: bool = True,
 ) -> Source:
-    """Return a ``Source`` that reads the HDF5 file ``path`` in chunks."""
+    """Return a ``Source`` that reads the HDF5 file ``path`` in chunks. ``report_limit`` is for ``cut_at_limit``."""
     path = existing_file(path)
 
     def chunks() -> Iterator[Columns]:
         with open_hdf5(path) as file:
             yield from read_steps(file, names)
 
-    return replace(_source(path, chunks, names, max_episode_steps, action_type), **_hdf5_attributes(path))
+    source = _source(path, chunks, names, max_episode_steps, action_type, report_limit)
+    return replace(source, **_hdf5_attributes(path))
 
 
 def npz(
@@ -152,38 +153,12 @@ def _source(
     names: Names | None,
     max_episode_steps: int | None,
     action_type: str | None,
+    report_limit: bool = True,
 ) -> Source:
-    if max_episode_steps is not None and (not isinstance(max_episode_steps, int) or max_episode_steps < 1):
-        raise DatasetError(f"max_episode_steps is {max_episode_steps!r}, expected a whole number of at least 1.")
+    check_limit(max_episode_steps)
     settings = {"names": names, "max_episode_steps": max_episode_steps, "action_type": action_type}
-    return Source(path.name, lambda: _with_ends(chunks(), max_episode_steps), [path], settings, action_type=action_type)
-
-
-def _with_ends(chunks: Iterator[Columns], max_episode_steps: int | None) -> Iterator[Columns]:
-    """Yield the chunks. A missing ``truncated`` is computed from ``max_episode_steps``, if this is set."""
-    steps = 0  # number of steps of the current episode in earlier chunks
-    for number, chunk in enumerate(chunks):
-        if "truncated" in chunk and max_episode_steps is not None and not number:
-            _logger.warning("max_episode_steps has no effect, because the file says where episodes were cut off.")
-        if "truncated" in chunk or (max_episode_steps is None and "next_observations" in chunk):
-            yield chunk
-            continue
-        if max_episode_steps is None:
-            raise DatasetError(
-                "it has neither timeouts nor next_observations, so it is unknown where episodes were cut off. "
-                + remedy(
-                    "Pass max_episode_steps=, add timeouts, or use from_arrays if no episode was cut off.",
-                    "Set reader.max_episode_steps=N to the time limit, or add timeouts, which are all 0 if no episode "
-                    "was cut off.",
-                )
-            )
-        ends = np.asarray(chunk["terminated"]).reshape(-1) == 1
-        row = np.arange(len(ends))
-        starts = np.where(np.roll(ends, 1), row, -steps)
-        starts[:1] = -steps
-        step = row - np.maximum.accumulate(starts) + 1  # rows since the last terminated row, including this row
-        yield {**chunk, "truncated": ~ends & (step % max_episode_steps == 0)}
-        steps = int(step[-1]) if len(step) and not ends[-1] else 0
+    cut = partial(cut_at_limit, max_episode_steps=max_episode_steps, report=report_limit)
+    return Source(path.name, lambda: cut(chunks()), [path], settings, action_type=action_type)
 
 
 def _hdf5_attributes(path: Path) -> dict[str, Any]:

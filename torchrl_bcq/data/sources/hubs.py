@@ -204,10 +204,9 @@ def d4rl(dataset_id: str, *, max_episode_steps: int | None = None) -> Source:
     if not file.is_file():
         _download(url, file)
     env_id, scores = _D4RL_TASKS.get(task, (None, None))
-    if max_episode_steps is None and scores is not None:
-        max_episode_steps = _D4RL_TIME_LIMIT
-    env = recorded_environment(env_id)
-    return replace(hdf5(file, max_episode_steps=max_episode_steps), env=env, reference_scores=scores)
+    limit = _D4RL_TIME_LIMIT if max_episode_steps is None and scores is not None else max_episode_steps
+    source = hdf5(file, max_episode_steps=limit, report_limit=max_episode_steps is not None)
+    return replace(source, env=recorded_environment(env_id), reference_scores=scores)
 
 
 def _download(url: str, file: Path) -> None:

@@ -1,7 +1,8 @@
-"""Checks that the rows of a table are in order, and marks the ends of its episodes."""
+"""Checks that the rows of a table are in order, and marks the ends of episodes."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,7 +10,9 @@ import numpy as np
 from torchrl_bcq.data.checks import Columns
 from torchrl_bcq.data.defects import Rows, listed
 from torchrl_bcq.data.transitions import with_successors
-from torchrl_bcq.errors import DatasetError
+from torchrl_bcq.errors import DatasetError, remedy
+
+_logger = logging.getLogger(__name__)
 
 # messages about rows in a wrong order, or with a wrong episode name, step number or flag
 _NAMELESS = "the episode column has {} without a name or number; fill in the cells, or drop these rows."
@@ -23,6 +26,42 @@ _JUMPS = (
     "step has {} that are not 1 more than the row before; sort the table by episode and step, and start a new episode "
     "after each gap."
 )
+
+
+def check_limit(max_episode_steps: int | None) -> None:
+    """Raise a ``DatasetError`` if the time limit is not None and not a whole number of at least 1."""
+    if max_episode_steps is not None and (not isinstance(max_episode_steps, int) or max_episode_steps < 1):
+        raise DatasetError(f"max_episode_steps is {max_episode_steps!r}, expected a whole number of at least 1.")
+
+
+def cut_at_limit(chunks: Iterator[Columns], max_episode_steps: int | None, *, report: bool = True) -> Iterator[Columns]:
+    """Yield the chunks. A missing ``truncated`` is computed from ``max_episode_steps``, if this is set.
+
+    If ``report`` is true, a time limit that has no effect causes a warning.
+    """
+    steps = 0  # number of steps of the current episode in earlier chunks
+    for number, chunk in enumerate(chunks):
+        if "truncated" in chunk and max_episode_steps is not None and report and not number:
+            _logger.warning("max_episode_steps has no effect, because the file says where episodes were cut off.")
+        if "truncated" in chunk or (max_episode_steps is None and "next_observations" in chunk):
+            yield chunk
+            continue
+        if max_episode_steps is None:
+            raise DatasetError(
+                "it has neither timeouts nor next_observations, so it is unknown where episodes were cut off. "
+                + remedy(
+                    "Pass max_episode_steps=, add timeouts, or use from_arrays if no episode was cut off.",
+                    "Set reader.max_episode_steps=N to the time limit, or add timeouts, which are all 0 if no episode "
+                    "was cut off.",
+                )
+            )
+        ends = np.asarray(chunk["terminated"]).reshape(-1) == 1
+        row = np.arange(len(ends))
+        starts = np.where(np.roll(ends, 1), row, -steps)
+        starts[:1] = -steps
+        step = row - np.maximum.accumulate(starts) + 1  # rows since the last terminated row, including this row
+        yield {**chunk, "truncated": ~ends & (step % max_episode_steps == 0)}
+        steps = int(step[-1]) if len(step) and not ends[-1] else 0
 
 
 def in_order(chunks: Iterator[dict[str, np.ndarray]]) -> Iterator[Columns]:

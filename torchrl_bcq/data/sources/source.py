@@ -20,7 +20,7 @@ from torchrl.data import TensorSpec
 from torchrl_bcq.data.checks import Checks, Columns
 from torchrl_bcq.data.frame_store import FramesInFolder, FramesInMemory, FrameStore
 from torchrl_bcq.data.origins import Origins
-from torchrl_bcq.data.sources.conversion import fingerprint, load_or_write, write_memmap
+from torchrl_bcq.data.sources.conversion import fingerprint, load_memmap, load_or_write, write_memmap
 from torchrl_bcq.data.sources.environment import RecordedEnvironment
 from torchrl_bcq.data.transitions import lay_out
 from torchrl_bcq.errors import DatasetError
@@ -108,11 +108,15 @@ class Source:
     def _convert(self, root: Path, action_spec: TensorSpec | None, strict: bool, origins: Origins | None) -> TensorDict:
         """Return the memory-mapped copy in ``root``. If there is no copy, check all steps and write one first."""
         checks = self._checks(action_spec)
-        settings = {**self.settings, "action_spec": checks.actions.expected, "strict": strict}
+        settings = {**self.settings, "action_spec": checks.actions.stored_as, "strict": strict}
         digest = fingerprint(self.files, settings)
         folder = root / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(self.name).stem)[:100]}-{digest}"
         # find the copy by its digest, because the source file may have been renamed since the conversion
-        folder = next(root.glob(f"[!.]*-{digest}"), folder)
+        found = next(root.glob(f"[!.]*-{digest}"), None)
+        if found is None and checks.actions.stored_as == "continuous":  # a copy made without a spec may be the same
+            without = fingerprint(self.files, {**settings, "action_spec": None})
+            found = next((one for one in root.glob(f"[!.]*-{without}") if _is_continuous(one)), None)
+        folder = found or folder
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -125,6 +129,9 @@ class Source:
                 write_memmap(map(checks.actions.convert, parts), rows, folder, store)
 
         copy = load_or_write(folder, write)
+        if strict and not checks.actions.accepts(copy["action"]):  # an earlier copy, made without these bounds
+            for _ in self._parts(self._checks(action_spec), "checking", FrameStore()):
+                pass  # the error shows the rows of the source
         if origins is not None and not origins.rows:  # an earlier copy does not tell which rows were dropped
             for _ in self._parts(self._checks(), "counting", FrameStore(), strict=False, origins=origins):
                 pass
@@ -174,6 +181,10 @@ class Source:
             raise DatasetError(
                 f"the source cannot be read ({error}) and may be damaged: copy or create the source again."
             ) from error
+
+
+def _is_continuous(copy: Path) -> bool:
+    return load_memmap(copy)["action"].is_floating_point()
 
 
 def _progress_bar(description: str, rows: int | None) -> Any:

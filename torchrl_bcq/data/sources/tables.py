@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.data.checks import FIELDS, Columns
-from torchrl_bcq.data.sources.order import in_order
+from torchrl_bcq.data.sources.order import check_limit, cut_at_limit, in_order
 from torchrl_bcq.data.sources.source import Source, existing_file
 from torchrl_bcq.errors import DatasetError, remedy
 
@@ -43,6 +43,7 @@ def load_table(
     action_type: str | None = None,
     delimiter: str = ",",
     decimal_point: str = ".",
+    max_episode_steps: int | None = None,
     action_spec: TensorSpec | None = None,
     root: str | Path | None = None,
 ) -> TensorDict:
@@ -73,7 +74,8 @@ def load_table(
             default, actions are discrete in a Parquet file if their columns hold integers, and in a CSV file if all
             actions are whole numbers.
         delimiter, decimal_point: column separator and decimal separator of a CSV file, such as ``";"`` and ``","``.
-        action_spec, root: as for ``load_hdf5``.
+        max_episode_steps, action_spec, root: as for ``load_hdf5``. ``max_episode_steps`` is for tables without
+            ``truncated`` and ``episode``.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -92,8 +94,10 @@ def load_table(
     """
     given = (observation, action, reward, terminated, truncated, next_observation, group)
     masks = (action_mask, next_action_mask, action_probability)
-    columns = {**dict(zip(_ARGUMENTS, (*given, *masks), strict=True)), "episode": episode, "step": step}
-    source = table(path, action_type=action_type, delimiter=delimiter, decimal_point=decimal_point, **columns)
+    columns: dict[str, Any] = dict(zip(_ARGUMENTS, (*given, *masks), strict=True))
+    columns |= {"episode": episode, "step": step}
+    csv: dict[str, Any] = {"delimiter": delimiter, "decimal_point": decimal_point}
+    source = table(path, action_type=action_type, max_episode_steps=max_episode_steps, **csv, **columns)
     return source.read(action_spec=action_spec, root=root)
 
 
@@ -103,6 +107,7 @@ def table(
     action_type: str | None = None,
     delimiter: str = ",",
     decimal_point: str = ".",
+    max_episode_steps: int | None = None,
     **columns: Sequence[str] | str | None,
 ) -> Source:
     """Return the table at ``path`` as a ``Source``. The arguments are the same as in ``load_table``."""
@@ -117,11 +122,14 @@ def table(
     if missing := [field for field in FIELDS[:4] if field not in named]:
         how = remedy("pass", "set in reader")
         raise DatasetError(f"no columns are given for {missing}; {how} the names of these columns.")
-    if not named.keys() & {"truncated", "next_observations", "episode"}:
+    check_limit(max_episode_steps)
+    if max_episode_steps is None and not named.keys() & {"truncated", "next_observations", "episode"}:
         raise DatasetError(
             "it is not known where episodes were cut off: set "
             + remedy("episode, truncated or ", "reader.episode, reader.truncated or reader.")
-            + "next_observation to the name of its column."
+            + "next_observation to the name of its column, or "
+            + remedy("", "reader.")
+            + "max_episode_steps to the time limit."
         )
     if "step" in named and not named.keys() & {"truncated", "episode"}:
         alone = "the step column alone does not show where an episode ends"
@@ -133,11 +141,14 @@ def table(
 
     def chunks() -> Iterator[Columns]:
         batches = _csv_batches(path, named, delimiter, decimal_point) if is_csv else _parquet_batches(path, named)
-        steps = (_fields(batch, named, whole=action_type is None and not is_csv) for batch in batches)
-        return in_order(steps) if named.keys() & {"episode", "step"} else steps
+        fields = (_fields(batch, named, whole=action_type is None and not is_csv) for batch in batches)
+        steps = in_order(fields) if named.keys() & {"episode", "step"} else fields
+        return steps if max_episode_steps is None else cut_at_limit(steps, max_episode_steps)
 
     settings = {**named, "action_type": action_type, "delimiter": delimiter, "decimal_point": decimal_point}
-    return Source(path.name, chunks, [path], settings, action_type=action_type, typed=not is_csv, columns=named)
+    limit = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
+    kind: dict[str, Any] = {"action_type": action_type, "typed": not is_csv}
+    return Source(path.name, chunks, [path], {**settings, **limit}, **kind, columns=named)
 
 
 def _check_name_column(field: str, named: Mapping[str, list[str]]) -> None:

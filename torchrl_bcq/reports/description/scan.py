@@ -9,7 +9,8 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import TensorSpec
 
-from torchrl_bcq.data.action_checks import number_of, spec_bounds
+from torchrl_bcq.data.action_checks import number_of
+from torchrl_bcq.data.arrays import spec_bounds
 from torchrl_bcq.data.defects import Rows
 from torchrl_bcq.data.origins import Origins
 from torchrl_bcq.errors import DatasetError
