@@ -139,8 +139,8 @@ BREAKS = {
     ),
     "importance: an episode loses its weight at its end": (
         "evaluation/importance.py",
-        'torch.where(padded["mask"], padded["ratio"], 1.0)',
-        'torch.where(padded["mask"], padded["ratio"], 0.0)',
+        "log_importance_weights(pad(ratio, 1.0))",
+        "log_importance_weights(pad(ratio, 0.0))",
     ),
     "importance: the value after an end counts": (
         "evaluation/importance.py",

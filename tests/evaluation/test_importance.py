@@ -7,7 +7,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from torchrl_bcq import DatasetError, ImportanceSampling
+from torchrl_bcq import DatasetError, ImportanceSampling, multi_step
 
 RATIO = torch.tensor([2.0, 0.5, 0.0])
 GAMMA = 0.5
@@ -72,3 +72,16 @@ def test_long_episodes(probability):
     assert sampling.estimate()["weighted_importance_sampling"] == pytest.approx(1200)
     assert 1 <= sampling.effective_sample_size <= 4
     assert not np.isnan(sampling.estimate()["importance_sampling"])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "values", "name"), [(RATIO[:, None], None, "ratio"), (RATIO, (ONES, ONES[:, None], ONES), "values")]
+)
+def test_wrong_shapes_are_refused(ratio, values, name):
+    with pytest.raises(ValueError, match=rf"{name} has shape \(3, 1\), expected one number for each row: \(3,\)"):
+        ImportanceSampling(episodes(), ratio, GAMMA, values)
+
+
+def test_several_steps_in_a_row_are_refused():
+    with pytest.raises(DatasetError, match="a row spans several steps"):
+        ImportanceSampling(multi_step(episodes(), 2, GAMMA), RATIO, GAMMA)

@@ -166,3 +166,10 @@ def test_a_mask_may_exclude_all_actions_only_in_a_terminal_state():
     data["next", "terminated"] = torch.tensor([[True], [True], [True], [False]])
     with pytest.raises(ValueError, match="allows no action in 1 states"):
         add_policy_actions(data, DiscreteBCQPolicy(network), Categorical(3))
+
+
+def test_actions_have_the_dtype_of_the_recorded_actions():
+    """The spec of an environment may be float64."""
+    data, policy = random_transitions(6), policy_of(lambda observation: observation[:, :2].double())
+    found = add_policy_actions(data, policy, Bounded(-99, 99, (2,), dtype=torch.float64))
+    assert found["next", "policy_action"].dtype == data["action"].dtype == torch.float32

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.data import Composite, Unbounded
-from torchrl.envs import SerialEnv, StepCounter, TransformedEnv
+from torchrl.envs import GymEnv, SerialEnv, StepCounter, TransformedEnv
 
 from torchrl_bcq import BCQLoss, CloningLoss, evaluate, make_cloning_modules
 from torchrl_bcq.evaluation.rollouts import summarize
@@ -176,3 +176,8 @@ def test_large_observations_are_not_kept(monkeypatch, large, kept):
 
     evaluate(SerialEnv(2, Wide), policy)
     assert (alive[-1] >= alive[10] + 15) == kept
+
+
+def test_one_environment_without_a_batch_is_refused():
+    with pytest.raises(ValueError, match=r"envs has batch size \(\), expected one dimension: the number of episodes"):
+        evaluate(GymEnv("Pendulum-v1"), None)

@@ -220,3 +220,21 @@ def test_history_of_frames():
         History(3, dim=-3)(np.zeros((2, 2), np.uint8))
     with pytest.raises(ValueError, match="dim is 1, expected -1 for vectors, or -3 for frames"):
         History(3, dim=1)
+
+
+def test_actions_are_scaled_beside_frames_alone():
+    """Actions of 100 and 200 times the size give the same codes and values, because the networks scale them."""
+    data = from_arrays(
+        np.random.default_rng(0).integers(0, 256, (8, 36, 40), dtype=np.uint8), np.linspace(-1, 1, 8)[:, None],
+        np.arange(8.0), np.arange(8) == 7, np.zeros(8),
+    )  # fmt: skip
+    spec = Unbounded((1, 36, 40), dtype=torch.uint8)
+    found = []
+    for high in (100.0, 200.0):
+        torch.manual_seed(0)
+        vae, _, critics = make_bcq_modules(
+            spec, Bounded(-high, high, (1,)), normalization=Normalization.fit(data, scale_rewards=False), **SMALL
+        )
+        batch = data.clone().set("action", high * data["action"])
+        found.append((vae.encode(batch).get(vae.out_keys[0], None), critics(batch)["state_action_value"]))
+    torch.testing.assert_close(found[0][1], found[1][1])

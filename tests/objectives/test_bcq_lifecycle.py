@@ -174,10 +174,10 @@ def test_key_names_and_their_defaults(modules):
 def test_vmap_switches_change_nothing(modules, make_batch, estimator):
     """Nothing is vmapped: TorchRL's switches are accepted and have no effect."""
     values, batch, latent = [], make_batch(2, 3), torch.randn(2, 3, 10, 4)
+    loss = BCQLoss(*modules)
+    SoftUpdate(loss, tau=0.005)
     for settings in ({}, {"deactivate_vmap": True}):
-        loss = BCQLoss(*modules, **settings)
-        SoftUpdate(loss, tau=0.005)
-        loss.make_value_estimator(estimator)
+        loss.make_value_estimator(estimator, **settings)
         assert loss.value_estimator.deactivate_vmap == bool(settings)
         values.append(loss.qvalue_loss(batch, latent)[0])
         loss.set_vmap_randomness("different")

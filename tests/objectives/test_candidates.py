@@ -45,3 +45,8 @@ def test_other_devices_evaluate_all_at_once():
     out = torch.zeros(6, 1)
     assert evaluate_in_parts(lambda part, _: seen.append(part) or out, rows, latent.to("meta"), 1) is out
     assert seen == [rows]
+
+
+def test_no_candidates():
+    states, latent = TensorDict({}, [0, 4]), torch.zeros(0, 4, 2)
+    assert evaluate_in_parts(lambda states, latent: latent.sum((-1, -2))[:, None], states, latent, 8).shape == (0, 1)

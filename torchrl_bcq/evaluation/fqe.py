@@ -137,7 +137,8 @@ def clone_probabilities(
     def probability(part: TensorDictBase) -> Tensor:
         (logits,) = loss.scores(part)
         probabilities = available_logits(logits, part[_MASK] if has_mask else None).softmax(-1)
-        return probabilities.gather(-1, loss.action_index(part, logits)).squeeze(-1)
+        chosen = probabilities.gather(-1, loss.action_index(part, logits)).squeeze(-1)
+        return chosen.clamp_min(torch.finfo(chosen.dtype).tiny)  # a ratio to 0 would be infinite
 
     return values_in_parts(loss, probability, rows)
 

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.collectors.utils import split_trajectories
 
-from torchrl_bcq.data.episodes import episode_numbers
+from torchrl_bcq.data.episodes import episode_numbers, first_rows
+from torchrl_bcq.evaluation.policy_actions import check_single_steps
 from torchrl_bcq.functional import (
     doubly_robust_values,
     effective_sample_size,
@@ -32,7 +32,8 @@ class ImportanceSampling:
             next states, each ``[N]``, for example from the critics of ``fit_fqe``.
 
     Raises:
-        DatasetError: if the episodes are not known (see ``episode_numbers``).
+        DatasetError: if the episodes are not known (see ``episode_numbers``), or a row spans several steps.
+        ValueError: if ``ratio`` or ``values`` have another shape than ``[N]``.
 
     Source: see the functions of ``torchrl_bcq.functional``, which this class calls.
     """
@@ -44,15 +45,25 @@ class ImportanceSampling:
         gamma: float,
         values: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
-        rows = {"episode": episode_numbers(transitions), "ratio": ratio}
-        rows["reward"] = transitions["next", "reward"].squeeze(-1).double()
+        check_single_steps(transitions)
+        for name, given in {"ratio": (ratio,), "values": values or ()}.items():
+            if odd := [tuple(each.shape) for each in given if each.shape != (len(transitions),)]:
+                raise ValueError(f"{name} has shape {odd[0]}, expected one number for each row: ({len(transitions)},).")
+        numbers = episode_numbers(transitions)
+        step = torch.arange(len(numbers), device=numbers.device) - first_rows(numbers)[numbers]
+        shape = (int(numbers[-1]) + 1, int(step.max()) + 1)  # [E, T]
+
+        def pad(rows: Tensor, fill: float = 0.0) -> Tensor:
+            return rows.new_full(shape, fill).index_put_((numbers, step), rows)
+
+        padded = {"reward": pad(transitions["next", "reward"].squeeze(-1).double())}
         if values is not None:
-            rows["value"], rows["state_value"], following = (each.double() for each in values)
-            rows["next_value"] = following * ~transitions["next", "terminated"].squeeze(-1)
-        padded = split_trajectories(TensorDict(rows, [len(transitions)]), trajectory_key="episode")  # [E, T]
-        ratios = torch.where(padded["mask"], padded["ratio"], 1.0)  # after its end, an episode keeps its weight
-        self._log_weights, self._gamma = log_importance_weights(ratios), gamma
-        self._padded = padded
+            value, state_value, following = (each.double() for each in values)
+            following = following * ~transitions["next", "terminated"].squeeze(-1)
+            padded |= {"value": pad(value), "state_value": pad(state_value), "next_value": pad(following)}
+        self._padded = TensorDict(padded, shape)
+        self._log_weights = log_importance_weights(pad(ratio, 1.0))  # after its end, an episode keeps its weight
+        self._gamma = gamma
 
     @property
     def effective_sample_size(self) -> float:

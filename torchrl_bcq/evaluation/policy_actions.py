@@ -55,6 +55,8 @@ def add_policy_actions(
     choices = policy_actions(policy, states, action_spec, **settings)
     # nothing reads them, and a mask without any available action gives NaN
     filled = choices.masked_fill(ended.reshape(-1, *[1] * (choices.ndim - 1)), 0)
+    if name == ACTIONS:
+        filled = filled.to(transitions["action"].dtype)  # the spec of an environment may have another one
     return transitions.copy().set(("next", name), filled)
 
 
@@ -163,6 +165,7 @@ def policy_actions(
         raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
     first = next(policy.parameters(), None) if isinstance(policy, nn.Module) else None
     device = torch.device("cpu") if first is None else first.device
+    home = next(iter(states.values(True, True))).device  # a TensorDict without a device may hold tensors of a GPU
     parts: Any = range(0, len(states), batch_size)
     if progress_bar is not False and find_spec("tqdm"):
         from tqdm import tqdm
@@ -172,7 +175,7 @@ def policy_actions(
     with own_random_state(seed, device), in_eval_mode(policy), torch.no_grad():
         for start in parts:
             rows = states[start : start + batch_size].select(*policy.in_keys, "done", strict=False).to(device)
-            found.append(_choices(policy, rows, action_spec, num_samples).to(states.device or "cpu"))
+            found.append(_choices(policy, rows, action_spec, num_samples).to(home))
     return torch.cat(found)
 
 

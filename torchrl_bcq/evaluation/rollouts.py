@@ -62,6 +62,12 @@ def evaluate(
         includes these rewards. Returns None if ``should_stop`` stopped the evaluation.
     """
 
+    if len(envs.batch_size) != 1:
+        raise ValueError(
+            f"envs has batch size {tuple(envs.batch_size)}, expected one dimension: the number of episodes, as in "
+            "SerialEnv(10, make_env)."
+        )
+
     def watch(*_: Any) -> None:
         if should_stop():
             raise _BrokenOff

@@ -205,7 +205,7 @@ class NetworkBuilder:
         self.keys = list(self.specs)
         sizes = {key: leaf.shape[0] for key, leaf in vectors.items()}
         self.width = sum(sizes.values())
-        self.statistics = normalization.columns(sizes) if normalization is not None and sizes else None
+        self.statistics = None if normalization is None else normalization.columns(sizes)
         self.reward_scale = None if normalization is None else normalization.reward_scale
         fitted = normalization or Normalization({})
         self.byte_scales = [fitted.byte_scale(key, leaf.shape[0]) for key, leaf in self.frames.items()]
@@ -224,7 +224,8 @@ class NetworkBuilder:
             return self.mlp(out_features, num_cells, *other, layer_norm=layer_norm)
         features = torch.zeros(trunk.num_frame_features), torch.ones(trunk.num_frame_features)
         joined = [torch.cat(pair) for pair in zip(features, other, strict=True)] if other else features
-        return FrameNetwork(trunk, self.mlp(out_features, num_cells, *joined, layer_norm=layer_norm))
+        scaled = bool(self.width or other)  # features of frames are not scaled
+        return FrameNetwork(trunk, self.mlp(out_features, num_cells, *joined, layer_norm=layer_norm, scaled=scaled))
 
     def critics(
         self,
@@ -250,10 +251,18 @@ class NetworkBuilder:
         shapes = [leaf.shape for leaf in self.frames.values()]
         return FrameTrunk(len(self.keys) - len(shapes), shapes, self.byte_scales) if shapes else None
 
-    def mlp(self, out_features: int, num_cells: Sequence[int], *other: Tensor, layer_norm: bool = False) -> MLP:
+    def mlp(
+        self,
+        out_features: int,
+        num_cells: Sequence[int],
+        *other: Tensor,
+        layer_norm: bool = False,
+        scaled: bool = True,
+    ) -> MLP:
         """Build an MLP of the vectors. ``other``: mean ``[F]`` and scale ``[F]`` of a second input.
 
-        ``layer_norm``: whether a ``LayerNorm`` follows each hidden layer, before its ReLU.
+        ``layer_norm``: whether a ``LayerNorm`` follows each hidden layer, before its ReLU. ``scaled``: whether a
+        normalization scales the inputs.
         """
         loc, scale = other or (torch.zeros(0), torch.ones(0))
         network = MLP(
@@ -265,7 +274,7 @@ class NetworkBuilder:
             norm_class=nn.LayerNorm if layer_norm else None,
             norm_kwargs=[{"normalized_shape": size} for size in num_cells] if layer_norm else None,
         )
-        if self.statistics is not None:
+        if self.statistics is not None and scaled:
             columns = zip(self.statistics, (loc, scale), strict=True)
             network.insert(0, Standardize(*(torch.cat([one, other.cpu()]).to(self.dtype) for one, other in columns)))
         return network

@@ -145,7 +145,8 @@ class DiscreteNetworkBuilder:
         if self.trunk is None:
             return self.layers.mlp(self.number, hidden)
         features = self.trunk.num_frame_features
-        return self.layers.mlp(self.number, frame_hidden, torch.zeros(features), torch.ones(features))
+        scaled = bool(self.layers.width)  # features of frames are not scaled
+        return self.layers.mlp(self.number, frame_hidden, torch.zeros(features), torch.ones(features), scaled=scaled)
 
     def value_head(self, hidden: Sequence[int], frame_hidden: Sequence[int]) -> nn.Sequential:
         """Build the MLP of an output of values, which are in the units of the rewards."""

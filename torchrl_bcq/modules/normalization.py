@@ -158,7 +158,8 @@ class Normalization:
                 raise ValueError(
                     f"{key!r} has {size} features, but the normalization was fitted on {fitted}; fit it again."
                 )
-        return tuple(torch.cat(parts).cpu() for parts in zip(*(self.observations[key] for key in sizes), strict=True))
+        columns = zip(*(self.observations[key] for key in sizes), strict=True)
+        return tuple(torch.cat(parts).cpu() for parts in columns) or (torch.zeros(0), torch.ones(0))
 
     def byte_scale(self, key: NestedKey, channels: int) -> tuple[Tensor, ...]:
         """Return the mean ``[C]`` and the scale ``[C]`` of the bytes of a frame; raise as ``columns`` does."""

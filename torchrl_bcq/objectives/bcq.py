@@ -31,7 +31,6 @@ class BCQLoss(ValueLoss):
             updater changes the weights of the target networks.
         loss_function: loss of the TD error: ``"l2"`` (paper), ``"smooth_l1"`` (Huber, threshold 1) or ``"l1"``.
         reduction: reduction of each loss over the batch: ``"mean"`` (or None), ``"sum"`` or ``"none"``.
-        deactivate_vmap: same meaning as in TorchRL's losses: if True, the value estimator uses a loop instead of vmap.
         use_prioritized_weights: ``"auto"`` or True weights the rows by ``priority_weight`` if the batch has it.
 
     Reads: observations and the action ``[*B, A]``. Under ``"next"``, the loss reads the observations, and ``reward``,
@@ -77,7 +76,6 @@ class BCQLoss(ValueLoss):
         delay_qvalue: bool = True,
         loss_function: str = "l2",
         reduction: str | None = "mean",
-        deactivate_vmap: bool = False,
         use_prioritized_weights: str | bool = "auto",
     ) -> None:
         """Build the loss from its networks."""
@@ -94,7 +92,6 @@ class BCQLoss(ValueLoss):
             value_key=qvalue_network.out_keys[-1],
             loss_function=loss_function,
             reduction=reduction,
-            deactivate_vmap=deactivate_vmap,
             use_prioritized_weights=use_prioritized_weights,
         )
         self.delay_actor = delay_actor and actor_network is not None

@@ -18,7 +18,7 @@ def evaluate_in_parts(
     depend only on the candidates of this state. The candidates are split along the last dimension of ``*B``.
     """
     parts = -(-candidates.numel() // size)
-    if latent.device.type != "cpu" or parts == 1 or candidates.ndim == 1:
+    if latent.device.type != "cpu" or parts <= 1 or candidates.ndim == 1:
         return evaluate(candidates, latent)
     dim = candidates.ndim - 2
     rows = -(-candidates.shape[dim] // parts)

@@ -67,5 +67,5 @@ class CloningLoss(OfflineLoss):
                 "the network for the actions of the dataset."
             )
         error = (action - batch.get(key)).square().mean(-1)  # [*B, A] -> [*B]
-        tensordict.set(self.tensor_keys.priority, error.detach())
+        tensordict.set(self.tensor_keys.priority, error.detach().float())  # the dtype of prioritized samplers
         return self.reduce(error, tensordict), {}

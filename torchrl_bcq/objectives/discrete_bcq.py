@@ -32,7 +32,6 @@ class DiscreteBCQLoss(DiscreteValueLoss):
         delay_qvalue: if True, add a target network, which evaluates the next action. A target updater changes it.
         loss_function: loss of the TD error: ``"smooth_l1"`` (Huber, threshold 1; paper), ``"l2"`` or ``"l1"``.
         reduction: reduction of each term over the batch: ``"mean"`` (or None), ``"sum"`` or ``"none"``.
-        deactivate_vmap: same meaning as in TorchRL's losses: if True, the value estimator uses a loop instead of vmap.
         use_prioritized_weights: ``"auto"`` or True weights the rows by ``priority_weight`` if the batch has it.
 
     Reads: observations and the action. Under ``"next"``, the loss reads the observations, and ``reward``, ``done`` and
@@ -77,7 +76,6 @@ class DiscreteBCQLoss(DiscreteValueLoss):
         delay_qvalue: bool = True,
         loss_function: str = "smooth_l1",
         reduction: str | None = "mean",
-        deactivate_vmap: bool = False,
         use_prioritized_weights: str | bool = "auto",
     ) -> None:
         """Build the loss from its network."""
@@ -94,7 +92,6 @@ class DiscreteBCQLoss(DiscreteValueLoss):
             value_key="state_action_value",
             loss_function=loss_function,
             reduction=reduction,
-            deactivate_vmap=deactivate_vmap,
             use_prioritized_weights=use_prioritized_weights,
         )
         self.delay_qvalue = delay_qvalue

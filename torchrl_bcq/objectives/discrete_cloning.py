@@ -64,5 +64,5 @@ class DiscreteCloningLoss(DiscreteLoss):
         batch = self.select(tensordict)
         (logits,) = self.scores(batch)
         nll, is_best = self.imitation(logits, self.action_index(batch, logits), self.mask(batch, logits))
-        tensordict.set(self.tensor_keys.priority, nll.detach())
+        tensordict.set(self.tensor_keys.priority, nll.detach().float())  # the dtype of prioritized samplers
         return self.reduce(nll, tensordict), {"imitation_accuracy": is_best}

@@ -85,7 +85,7 @@ class FQELoss(_PolicyValueLoss):
         value_range: smallest and largest possible value, to which targets are clipped. In states that are far from the
             data, targets could otherwise grow without a limit. None does not clip, as in the paper.
         delay_qvalue: if True, add target critics. A target updater changes them.
-        loss_function, reduction, deactivate_vmap, use_prioritized_weights: as in ``BCQLoss``.
+        loss_function, reduction, use_prioritized_weights: as in ``BCQLoss``.
 
     Reads: observations and the action. Under ``"next"``, the loss reads the observations, the policy's actions, and
     ``reward``, ``done`` and ``terminated`` of shape ``[*B, 1]``. The target does not bootstrap if ``terminated`` is
@@ -117,7 +117,6 @@ class FQELoss(_PolicyValueLoss):
         delay_qvalue: bool = True,
         loss_function: str = "l2",
         reduction: str | None = "mean",
-        deactivate_vmap: bool = False,
         use_prioritized_weights: str | bool = "auto",
     ) -> None:
         """Build the loss from its critics."""
@@ -131,7 +130,6 @@ class FQELoss(_PolicyValueLoss):
             value_key=qvalue_network.out_keys[-1],
             loss_function=loss_function,
             reduction=reduction,
-            deactivate_vmap=deactivate_vmap,
             use_prioritized_weights=use_prioritized_weights,
         )
 
@@ -162,7 +160,7 @@ class DiscreteFQELoss(DiscreteValueLoss, _PolicyValueLoss):
         qvalue_network: network with one output ``[*B, K]`` for each critic, such as that of ``make_fqe_modules``.
         action_space: as in ``DiscreteBCQLoss``.
         policy_probability_key: entry of the policy's probabilities in a state, ``[*B, K]``.
-        value_range, delay_qvalue, loss_function, reduction, deactivate_vmap, use_prioritized_weights: as in
+        value_range, delay_qvalue, loss_function, reduction, use_prioritized_weights: as in
             ``FQELoss``.
 
     Reads and returns: the same as ``FQELoss``, but the policy's probabilities instead of its actions. Masks are
@@ -184,7 +182,6 @@ class DiscreteFQELoss(DiscreteValueLoss, _PolicyValueLoss):
         delay_qvalue: bool = True,
         loss_function: str = "l2",
         reduction: str | None = "mean",
-        deactivate_vmap: bool = False,
         use_prioritized_weights: str | bool = "auto",
     ) -> None:
         """Build the loss from its network."""
@@ -198,7 +195,6 @@ class DiscreteFQELoss(DiscreteValueLoss, _PolicyValueLoss):
             value_key=qvalue_network.out_keys[0],
             loss_function=loss_function,
             reduction=reduction,
-            deactivate_vmap=deactivate_vmap,
             use_prioritized_weights=use_prioritized_weights,
         )
 

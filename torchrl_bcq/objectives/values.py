@@ -27,7 +27,6 @@ class ValueLoss(OfflineLoss):
         networks: networks by name, as in ``OfflineLoss``.
         value_key: entry of the state-action values, ``[*B, C]``.
         loss_function: loss of the TD error: ``"l2"``, ``"smooth_l1"`` (Huber loss with threshold 1) or ``"l1"``.
-        deactivate_vmap: same meaning as in TorchRL's losses: if True, the value estimator uses a loop instead of vmap.
         **settings: other arguments of ``OfflineLoss``.
 
     The target bootstraps if an episode is only truncated, but not if ``terminated`` is True. Set
@@ -56,14 +55,12 @@ class ValueLoss(OfflineLoss):
         *,
         value_key: NestedKey,
         loss_function: str = "l2",
-        deactivate_vmap: bool = False,
         **settings: Any,
     ) -> None:
         """Build the loss from its networks."""
         super().__init__(networks, **settings)
         check_choice("loss_function", loss_function, ("l2", "smooth_l1", "l1"))
         self.loss_function = loss_function
-        self.deactivate_vmap = deactivate_vmap
         self._decided_keys["state_action_value"] = value_key
         self.tensor_keys.state_action_value = value_key
         self.make_value_estimator()
@@ -152,7 +149,7 @@ class ValueLoss(OfflineLoss):
             super().make_value_estimator(value_type)
             self._value_estimator.set_keys(**keys)
             return self
-        settings = {"gamma": gamma, "device": like.device, "deactivate_vmap": self.deactivate_vmap, **hyperparams}
+        settings = {"gamma": gamma, "device": like.device, **hyperparams}
         hyperparams = {"value_network": None, **settings}
         if isinstance(value_type, type):
             super().make_value_estimator(value_type, **hyperparams)

@@ -40,16 +40,24 @@ class WeightAverage:
         if short := [str(dtype) for dtype in dtypes if torch.finfo(dtype).bits < 32]:
             raise ValueError(f"the networks have {short[0]} weights, expected float32 or float64 for an average.")
         self._source = loss_module
-        self._model = AveragedModel(loss_module, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self._model, self._mix = AveragedModel(loss_module), get_ema_multi_avg_fn(decay)
 
     @property
     def loss_module(self) -> OfflineLoss:
         """A copy of the objective. Its networks have the averaged weights."""
         return cast("OfflineLoss", self._model.module)
 
+    @torch.no_grad()
     def __call__(self) -> None:
-        """Add the current weights to the average."""
-        self._model.update_parameters(self._source)
+        """Add the current weights to the average. ``AveragedModel.update_parameters`` would make a GPU wait."""
+        model, source = self._model, self._source
+        if model.n_averaged:
+            self._mix([*model.module.parameters()], [*source.parameters()], torch.zeros(()))  # the number has no effect
+        else:
+            torch._foreach_copy_([*model.module.parameters()], [*source.parameters()])
+        for own, new in zip(model.module.buffers(), source.buffers(), strict=True):
+            own.copy_(new)
+        model.n_averaged += 1
 
     def register(self, trainer: Trainer, name: str = "average") -> None:
         """Update the average after each gradient step of the trainer, and save it in checkpoints."""
