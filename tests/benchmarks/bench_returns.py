@@ -48,6 +48,10 @@ SETTINGS: dict[str, list[str]] = {  # settings of torchrl-bcq train
     "flow": ["network.behavior=flow"],
     "no actor, 20 samples": ["network.phi=null", "loss.num_target_samples=20"],
     "mixture, no actor, 20 samples": ["network.behavior=mixture", "network.phi=null", "loss.num_target_samples=20"],
+    "mixture, no actor, 5 samples": [
+        *("network.behavior=mixture", "network.phi=null"),
+        *("loss.num_target_samples=5", "policy.num_action_samples=5"),
+    ],
     "minimum": ["policy.choose_by=min"],
     "mean": ["policy.choose_by=mean"],
     "average": ["average_decay=0.999"],

@@ -17,7 +17,8 @@ from torchrl_bcq.cli.evaluate import _compare, _from_dataset, _mean_and_error
 from torchrl_bcq.cli.sweep import is_sweep
 from torchrl_bcq.data import split_episodes
 from torchrl_bcq.evaluation.environments import time_limit
-from torchrl_bcq.runs.folder import load, open_dataset
+from torchrl_bcq.runs.dataset import open_dataset
+from torchrl_bcq.runs.folder import load
 from torchrl_bcq.runs.job import train
 from torchrl_bcq.runs.settings import compose, load_settings, save_settings
 

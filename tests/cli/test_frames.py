@@ -13,7 +13,8 @@ from gymnasium.spaces import Box, Dict, Discrete
 from torchrl_bcq import History, load_policy
 from torchrl_bcq.__main__ import main
 from torchrl_bcq.data.frame_stack import FrameStack
-from torchrl_bcq.runs.folder import load, open_dataset
+from torchrl_bcq.runs.dataset import open_dataset
+from torchrl_bcq.runs.folder import load
 
 from ..array_files import write_arrays
 from ..runs.folders import assert_same

@@ -7,16 +7,19 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import h5py
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from torchrl_bcq.__main__ import main
+from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation import OffPolicyEvaluation
-from torchrl_bcq.runs.candidates import import_policy
+from torchrl_bcq.runs.candidates import check_same_columns, import_policy
 
 from ..array_files import write_arrays
 from ..small_runs import TINY
@@ -188,6 +191,38 @@ def test_runs_that_read_other_columns_are_refused(tmp_path, monkeypatch, capsys)
     assert "two reads other columns or entries than one; compare runs with the same" in capsys.readouterr().err
     assert main(["evaluate", "one", "--baseline", "two"]) == 1
     assert "two reads other columns or entries than one; compare runs with the same" in capsys.readouterr().err
+
+
+def test_entries_in_another_order_are_refused():
+    """The names of one file must be equal; those of other files may differ, but not in their order alone."""
+    task = SimpleNamespace(observation=None)
+
+    def check(dataset, *names):
+        readers = [{"names": {"observations": each}} for each in (["x", "v"], [*names])]
+        runs = [OmegaConf.create({"dataset": d, "reader": r}) for d, r in zip(("a", dataset), readers, strict=True)]
+        check_same_columns((runs[0], task), "one", (runs[1], task), "two")
+
+    check("a", "x", "v")
+    check("b", "place", "speed")
+    for dataset, *names in (("a", "v", "x"), ("b", "v", "x"), ("a", "x", "w")):
+        with pytest.raises(RunError, match="one reads other columns or entries than two"):
+            check(dataset, *names)
+
+
+def test_a_machine_without_the_environment_can_rank(folder, capsys):
+    train("out=run", "evaluation.env=Lights-v2")
+    spec = gymnasium.registry.pop("Lights-v2")
+    assert main(["rank", "run", "--steps", "3", "--episodes", "0"]) == 0
+    gymnasium.registry["Lights-v2"] = spec
+    assert "run: cannot tell" in capsys.readouterr().out
+
+
+def test_rewards_that_are_too_large_are_blamed(folder, capsys):
+    train("out=run", "steps=5")
+    with h5py.File("lights.hdf5", "r+") as file:
+        file["rewards"][:] = 1e30
+    assert main(["rank", "run", *QUICK]) == 1
+    assert "the value of the recorded behaviour cannot be estimated, because a loss" in capsys.readouterr().err
 
 
 def test_all_checkpoints_of_a_run(folder, capsys):

@@ -127,3 +127,10 @@ def test_refusals_come_before_anything_is_recorded(store, learned, monkeypatch, 
     with pytest.raises(RunError, match=re.escape(message)):
         command(*arguments.split())
     assert {path.name for path in store.parent.iterdir()} <= {"there.hdf5", "store"}
+
+
+def test_a_file_that_cannot_be_written_is_found_before_anything_is_recorded(store, monkeypatch):
+    (store.parent / "blocked").touch()
+    monkeypatch.setattr(recording, "_collect", lambda *_: pytest.fail("it was recorded"))
+    with pytest.raises(OSError, match=r"blocked.x\.hdf5 cannot be written: .*; choose another file with --out"):
+        command("--env", "Pendulum-v1", "--out", "blocked/x.hdf5")

@@ -13,7 +13,7 @@ from torchrl_bcq.__main__ import main
 from torchrl_bcq.cli.dataset import reader_words
 from torchrl_bcq.data import DatasetError, load_hdf5, load_memmap
 from torchrl_bcq.data.registry import _SOURCES
-from torchrl_bcq.runs.folder import open_dataset
+from torchrl_bcq.runs.dataset import open_dataset
 from torchrl_bcq.runs.settings import load_settings
 
 

@@ -19,7 +19,8 @@ from torchrl_bcq.data import make_replay_buffer
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation.environments import make_env
 from torchrl_bcq.evaluation.recording import DATASET_ID
-from torchrl_bcq.runs.folder import find_checkpoint, open_dataset, read_metadata
+from torchrl_bcq.runs.dataset import open_dataset
+from torchrl_bcq.runs.folder import find_checkpoint, read_metadata
 from torchrl_bcq.runs.settings import load_settings
 
 from ..runs.folders import assert_same, contents, equal, state

@@ -10,7 +10,8 @@ from torchrl.checkpoint import Checkpoint
 
 from torchrl_bcq import FQEMetrics, OffPolicyEvaluation, load_policy
 from torchrl_bcq.__main__ import main
-from torchrl_bcq.runs.folder import BEST, load, open_dataset
+from torchrl_bcq.runs.dataset import open_dataset
+from torchrl_bcq.runs.folder import BEST, load
 from torchrl_bcq.trainers.best import best_checkpoint
 
 from ..runs.folders import state

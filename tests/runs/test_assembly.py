@@ -18,7 +18,7 @@ from torchrl_bcq.evaluation import FQEMetrics
 from torchrl_bcq.modules import ActionFlow, ActionMixture
 from torchrl_bcq.runs.algorithms import ALGORITHMS
 from torchrl_bcq.runs.assembly import _mode, assemble, check_numbers, split
-from torchrl_bcq.runs.folder import open_dataset
+from torchrl_bcq.runs.dataset import open_dataset
 from torchrl_bcq.runs.settings import default_settings
 from torchrl_bcq.trainers import NetworkLRScheduler
 
@@ -224,7 +224,9 @@ def test_of_several_steps_none_is_held_out(make_trainer, make_settings):
     transitions, _ = open_dataset(settings)
     learned = split(settings, transitions)
     trainer = make_trainer("held_out=0.3", "n_step=3", "loss.gamma=0.5")
-    held = trainer._replay.replay_buffer[:]
+    buffer = trainer._replay.replay_buffer
+    assert learned[torch.cat([buffer.sample()["index"] for _ in range(20)])].all()
+    held = buffer[:][learned]
     rewards = transitions["next", "reward"][learned].view(7, 20)
     padded = torch.nn.functional.pad(rewards, (0, 2))
     expected = rewards + 0.5 * padded[:, 1:21] + 0.25 * padded[:, 2:22]

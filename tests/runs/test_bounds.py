@@ -17,7 +17,8 @@ from torchrl_bcq.data import DatasetError
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation.recording import record
 from torchrl_bcq.runs.bounds import choose_bounds
-from torchrl_bcq.runs.folder import load, open_dataset
+from torchrl_bcq.runs.dataset import open_dataset
+from torchrl_bcq.runs.folder import load
 from torchrl_bcq.runs.job import train
 
 from ..small_runs import LENGTH, Swing

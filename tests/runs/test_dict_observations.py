@@ -23,7 +23,7 @@ from torchrl_bcq.data.sources.hubs import minari as minari_source
 from torchrl_bcq.data.sources.joined import join
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation.environments import make_env
-from torchrl_bcq.runs.folder import open_dataset
+from torchrl_bcq.runs.dataset import open_dataset
 from torchrl_bcq.runs.job import train
 
 STEPS = 6

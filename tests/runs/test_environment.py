@@ -12,8 +12,8 @@ import pytest
 from torchrl_bcq.data.sources.environment import recorded_environment
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation.environments import make_env
+from torchrl_bcq.runs.dataset import open_dataset
 from torchrl_bcq.runs.environment import choose_environment
-from torchrl_bcq.runs.folder import open_dataset
 
 from ..small_runs import Swing
 

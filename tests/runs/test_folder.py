@@ -24,7 +24,8 @@ from torchrl_bcq.data import DatasetError
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.runs.algorithms import ALGORITHMS
 from torchrl_bcq.runs.assembly import assemble
-from torchrl_bcq.runs.folder import choose_device, find_checkpoint, load, open_dataset, read_metadata
+from torchrl_bcq.runs.dataset import open_dataset
+from torchrl_bcq.runs.folder import choose_device, find_checkpoint, load, read_metadata
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import torch
 
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.runs.assembly import assemble
-from torchrl_bcq.runs.folder import find_checkpoint, load, open_dataset
+from torchrl_bcq.runs.dataset import open_dataset
+from torchrl_bcq.runs.folder import find_checkpoint, load
 from torchrl_bcq.runs.initial import load_networks
 from torchrl_bcq.runs.job import train
 from torchrl_bcq.runs.settings import compose, load_settings
@@ -147,3 +148,17 @@ def test_settings_that_differ_are_logged(make_settings, make_file, tmp_path, cap
 def test_a_run_is_not_resumed_from_other_networks(old, tmp_path):
     with pytest.raises(RunError, match=f"init_from starts a new run, but resume={old} continues a run; set only one"):
         compose([f"resume={old}", f"init_from={tmp_path}"])
+
+
+def test_the_baseline_has_the_bounds_of_the_run(make_settings, make_file, tmp_path):
+    """They are those of the old run, so the two policies can be compared. -0.1 is no float32."""
+    actions = np.random.default_rng(1).uniform(-0.1, 0.1, (200, 1))
+    actions[0] = -0.1
+    dataset = f"dataset={make_file('narrow.hdf5', None, actions=actions)}"
+    train(make_settings(dataset, f"out={tmp_path / 'old'}", "steps=10", "action_low=-0.1", "action_high=0.2"))
+    words = [dataset, f"out={tmp_path / 'new'}", f"init_from={tmp_path / 'old'}", "baseline=cloning"]
+    train(make_settings(*words))
+    for run in (tmp_path / "new", tmp_path / "new" / "baseline"):
+        assert (load(run).task.action_low, load(run).task.action_high) == ([-0.1], [0.2])
+    train(make_settings(*words, "steps=30", "resume=true"))
+    assert load(tmp_path / "new" / "baseline", "last").step == 30

@@ -269,6 +269,14 @@ def test_a_run_that_stopped_early_is_complete(make_settings, run):
     assert (more["steps"], last_step(run), "stopped_early" in more) == (100, 100, False)
 
 
+def test_a_run_that_goes_on_after_an_early_stop_can_be_resumed_twice(make_settings, run):
+    """If the second part was interrupted, results.json is still that of the early stop."""
+    train(make_settings("steps=20"))
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps({**results, "steps": 10, "stopped_early": "loss_vae"}))
+    assert train(make_settings("steps=40", "resume=true"))["steps"] == 40
+
+
 def test_a_finished_run_returns_its_results(make_settings, run, file):
     results = train(make_settings())
     before = contents(run)

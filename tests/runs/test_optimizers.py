@@ -145,3 +145,14 @@ def test_settings_have_the_names_of_the_networks():
         "stop_after": (int | None, None),
         "every": (int, 1),
     }
+
+
+@pytest.mark.parametrize("argument", ["foreach", "differentiable"])
+def test_arguments_that_exclude_fused_replace_it(loss, argument):
+    (made, *_) = make_stepper(loss, **optim(f"kwargs.{argument}=true")).optimizers.values()
+    assert (made.defaults[argument], made.defaults["fused"]) == (True, None)
+
+
+def test_arguments_that_exclude_each_other_are_refused(loss):
+    with pytest.raises(RunError, match="the optimizer of vae cannot be made: Adam rejects the arguments"):
+        make_stepper(loss, **optim("kwargs.fused=true", "kwargs.foreach=true"))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.runs import processes
 from torchrl_bcq.runs.assembly import assemble
-from torchrl_bcq.runs.folder import open_dataset
+from torchrl_bcq.runs.dataset import open_dataset
 
 
 @pytest.fixture

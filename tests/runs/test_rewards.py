@@ -12,7 +12,8 @@ import torch
 from torchrl_bcq.__main__ import main
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.runs.assembly import assemble, change_rewards
-from torchrl_bcq.runs.folder import load, open_dataset
+from torchrl_bcq.runs.dataset import open_dataset
+from torchrl_bcq.runs.folder import load
 from torchrl_bcq.runs.job import train
 
 CHANGE = ["reward.shift=1", "reward.scale=10", "reward.clip=15"]  # -3, -1.25, 0.25, 1.5 become -15, -2.5, 12.5, 15

@@ -14,8 +14,9 @@ from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation import evaluate
 from torchrl_bcq.evaluation.environments import make_env, make_envs
-from torchrl_bcq.runs.assembly import assemble
-from torchrl_bcq.runs.folder import find_checkpoint, load, open_dataset, read_metadata
+from torchrl_bcq.runs.assembly import assemble, split
+from torchrl_bcq.runs.dataset import open_dataset
+from torchrl_bcq.runs.folder import find_checkpoint, load, read_metadata
 from torchrl_bcq.runs.job import train
 
 
@@ -34,7 +35,7 @@ def test_all_parts_of_a_run_get_stacked_rows(make_settings, file):
     assert (task.shapes, task.observation_spec.shape, task.stack) == ({"observation": [9]}, (9,), 3)
     assert task.env == Environment("Swing-v0", stack=3)
     trainer = assemble(settings, transitions, task)
-    rows = trainer._replay.replay_buffer[:]
+    rows = trainer._replay.replay_buffer[:][split(settings, transitions)]
     assert rows["observation"].shape == (140, 9)
     assert torch.equal(rows["next", "observation"][0], expected["next", "observation"][1])  # two steps further
     mean = expected["observation"][torch.isin(expected["episode"], rows["episode"])].mean(0)

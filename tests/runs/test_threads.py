@@ -12,7 +12,8 @@ import torchrl
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.runs import threads
 from torchrl_bcq.runs.assembly import assemble, check_numbers
-from torchrl_bcq.runs.folder import find_checkpoint, open_dataset, read_metadata
+from torchrl_bcq.runs.dataset import open_dataset
+from torchrl_bcq.runs.folder import find_checkpoint, read_metadata
 from torchrl_bcq.runs.job import train
 from torchrl_bcq.runs.settings import load_settings
 

@@ -154,6 +154,10 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
     from torchrl_bcq.runs.assembly import reward_formula
 
     task, loss, own, *baselines = trained.task, trained.loss, *runs
+    recorded_in = runs[own].task.env  # task has the environment that the user chose
+    elsewhere = recorded_in is not None and (recorded_in.id, recorded_in.kwargs) != (task.env_id, task.env_kwargs)
+    if elsewhere:
+        task = replace(task, reference_scores=None)
     discount = {"gamma": trained.settings.loss.gamma} if loss.has_values else {}
     limit = time_limit(task.env)
     steps = steps_to_compare(limit, **discount) if discount else None
@@ -191,8 +195,10 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
     if uneven := task.uneven_length(limit):
         found, steps = uneven
         print(f"\nNote: {found}. To evaluate episodes of the same length: --env-kwargs max_episode_steps={steps}")
+    if elsewhere:
+        print(f"\nNote: the data was recorded in {recorded_in}, so the returns cannot be compared with it.")
     if args.episodes > 1:
-        comparable = not uneven and task.behaviour["episodes"] > 1
+        comparable = not uneven and not elsewhere and task.behaviour["episodes"] > 1
         differences = {f"the {RECORDED}": _from_dataset(returns[own], task.behaviour)} if comparable else {}
         paired = {title: _mean_and_error(returns[own] - returns[title]) for title in baselines}
         differences |= {title: (*found, args.episodes - 1) for title, found in paired.items()}
@@ -253,10 +259,10 @@ def _on_the_dataset(trained: Any, runs: dict[str, Any]) -> dict[str, Any]:
     from torchrl_bcq.data.episodes import episode_returns
     from torchrl_bcq.evaluation import DatasetMetrics
     from torchrl_bcq.runs.assembly import change_rewards, reward_formula, split
-    from torchrl_bcq.runs.folder import open_dataset
+    from torchrl_bcq.runs.dataset import reopen_dataset
 
     settings = trained.settings
-    transitions, task = open_dataset(settings)
+    transitions, task = reopen_dataset(trained)
     if settings.held_out:
         trained.task.check_unchanged(task, "the run may have learned from the episodes that are held out now")
     learned = split(settings, transitions)

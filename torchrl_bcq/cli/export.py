@@ -46,8 +46,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from torchrl_bcq.export import export_policy
-    from torchrl_bcq.runs.environment import check_trusted
-    from torchrl_bcq.runs.folder import load, open_dataset
+    from torchrl_bcq.runs.dataset import reopen_dataset
+    from torchrl_bcq.runs.folder import load
 
     if args.file.suffix.lower() != ".onnx":
         raise RunError(f"FILE is {str(args.file)!r}, expected the name of an ONNX file, such as policy.onnx.")
@@ -65,8 +65,7 @@ def _export(args: argparse.Namespace) -> None:
     transitions = None
     if not args.random_states:
         try:
-            check_trusted(trained.task.env, trained.path, {}, "the bounds of the actions come from this environment")
-            transitions, _ = open_dataset(trained.settings)
+            transitions, _ = reopen_dataset(trained)
         except (DatasetError, OSError, RunError) as error:
             raise RunError(f"{error} To export without the dataset, use --random-states.") from error
     facts = {

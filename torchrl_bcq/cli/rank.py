@@ -86,14 +86,12 @@ def _rank(args: argparse.Namespace) -> None:
     from torchrl_bcq.reports import ranking
     from torchrl_bcq.reports.pictures import save
     from torchrl_bcq.runs.candidates import find_candidates, import_policy
-    from torchrl_bcq.runs.environment import check_trusted
     from torchrl_bcq.runs.folder import load
 
     _check(args)
     candidates = find_candidates(args.runs, args.checkpoint, args.device)
     candidates += [import_policy(name, args.device) for name in args.policy]
     first = load(Path(candidates[0].facts["checkpoint"]), device=args.device)
-    check_trusted(first.task.env, first.path, {"id": args.env})
     evaluation, settings = _open(args, first)
     measure, env = _true_values(args, first, settings["gamma"])
     is_folder = len(args.runs) == 1 and not Checkpoint.is_checkpoint(args.runs[0])
@@ -106,20 +104,28 @@ def _rank(args: argparse.Namespace) -> None:
     if settings["rewards"]:
         print(f"All values are of the rewards that {candidates[0].name} was trained with: {settings['rewards']}.")
 
+    def finite(name: str, estimate: Callable[[], Any]) -> dict[str, Any]:
+        try:
+            return _plain(estimate())
+        except FloatingPointError as error:
+            found = f"the value of {name} cannot be estimated, because a loss of its critics is not finite"
+            raise RunError(f"{found}; correct outliers of the rewards, which torchrl-bcq describe shows.") from error
+
     def compute(candidate: Any) -> dict[str, Any]:
         try:
             policy = candidate.load()
-            return {**_plain(evaluation.estimate(policy)), **measure(policy)}
-        except FloatingPointError as error:
-            found = f"the value of {candidate.name} cannot be estimated, because a loss of its critics is not finite"
-            raise RunError(f"{found}; correct outliers of the rewards, which torchrl-bcq describe shows.") from error
+            return {**finite(candidate.name, partial(evaluation.estimate, policy)), **measure(policy)}
+        except RunError:
+            raise
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             if "policy" not in candidate.facts:
                 raise
             remedy = "correct its in_keys, or the shape of its actions"
             raise RunError(f"--policy {candidate.name} cannot act on this dataset: {error!r}; {remedy}.") from error
 
-    behaviour = results.get(ranking.BEHAVIOUR, {}, lambda: _plain(evaluation.behaviour))
+    behaviour = results.get(
+        ranking.BEHAVIOUR, {}, lambda: finite(f"the {ranking.BEHAVIOUR}", lambda: evaluation.behaviour)
+    )
     ranked = [
         results.get(one.name, one.facts, partial(compute, one))
         for one in tqdm(candidates, desc="policies", unit="policy", disable=None)
@@ -195,7 +201,7 @@ def _open(args: argparse.Namespace, first: Any) -> tuple[Any, dict[str, Any]]:
     """Open the dataset of the first run; return its evaluation, and the settings that determine the estimates."""
     from torchrl_bcq.evaluation import OffPolicyEvaluation
     from torchrl_bcq.runs.assembly import change_rewards, reward_formula
-    from torchrl_bcq.runs.folder import open_dataset
+    from torchrl_bcq.runs.dataset import reopen_dataset
     from torchrl_bcq.trainers.checkpoints import dataset_digest
 
     own = first.settings
@@ -209,7 +215,7 @@ def _open(args: argparse.Namespace, first: Any) -> tuple[Any, dict[str, Any]]:
         "seed": args.seed,
         "split_seed": own.seed if own.held_out and not args.held_out else args.seed,
     }
-    transitions, task = open_dataset(own)
+    transitions, task = reopen_dataset(first)
     if own.held_out and not args.held_out:
         first.task.check_unchanged(task, "the run may have learned from the episodes that are held out now")
     transitions = change_rewards(own, transitions)

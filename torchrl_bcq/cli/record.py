@@ -15,6 +15,7 @@ from torchrl_bcq.data.writers import check_out, write_hdf5, write_minari
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation.environments import check_fits, check_steps, make_env
 from torchrl_bcq.evaluation.recording import DATASET_ENV, DATASET_ID, record, record_default
+from torchrl_bcq.files import check_writable, home
 
 _STEPS = 10_000
 _EXAMPLES = f"""\
@@ -83,6 +84,8 @@ def _run(args: argparse.Namespace) -> None:
     elif args.observation is not None:
         raise RunError(f"the observation of {env.id} is one vector, without entries; leave --observation out.")
     check_out(out, args.overwrite, env)
+    if not out.startswith("minari:"):
+        check_writable(home(out), "choose another file with --out")
     steps = _STEPS if args.steps is None else args.steps
     transitions = record(env, policy, steps, noise=noise, epsilon=epsilon, seed=args.seed or 0)
     env = replace(env, stack=1)  # the dataset holds single observations

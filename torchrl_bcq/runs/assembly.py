@@ -164,7 +164,7 @@ def _make_buffer(
     held_out = None
     if learned is not None:
         held_out = transitions[~learned]
-        if settings.sampler == "uniform" and settings.n_step == 1:  # held-out rows get weight 0, so no data is copied
+        if settings.sampler == "uniform":  # held-out rows get weight 0, so no data is copied
             weights = learned if weights is None else weights * learned
         else:
             transitions, weights = transitions[learned], None if weights is None else weights[learned]

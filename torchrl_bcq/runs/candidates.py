@@ -80,14 +80,20 @@ def find_candidates(folders: Sequence[Path], which: str, device: str) -> list[Ca
 
 
 Recorded = tuple[Any, Task]  # the settings and the task of a run
+# settings of readers that name what the networks read
+_COLUMNS = ("observation", "action", "action_mask", "observations", "actions", "frames", "action_masks")
 
 
 def check_same_columns(one: Recorded, name: str | Path, other: Recorded, other_name: str | Path) -> None:
     """Raise a RunError if two runs read other entries of an observation, or other columns of one dataset."""
     (own, task), (others, other_task) = one, other
+    here, there = ({**settings.reader, **(settings.reader.get("names") or {})} for settings in (own, others))
     same = task.observation == other_task.observation
-    if own.dataset == others.dataset:
-        same &= all(own.reader.get(what) == others.reader.get(what) for what in ("observation", "action"))
+    for what in _COLUMNS:
+        columns = [[names] if isinstance(names := read.get(what), str) else list(names or ()) for read in (here, there)]
+        # other files may have other names, but not the same names in another order
+        may_differ = own.dataset != others.dataset and sorted(columns[0]) != sorted(columns[1])
+        same &= columns[0] == columns[1] or may_differ
     if not same:
         raise RunError(
             f"{name} reads other columns or entries than {other_name}; compare runs with the same columns or entries, "

@@ -101,6 +101,5 @@ def check_trusted(
         named = {name: value for name, value in named.items() if settings.get(name) != value}
     if named:
         words = [f"--env {value}" if name == "id" else f"--env-kwargs {name}={value}" for name, value in named.items()]
-        remedy = remedy or f"to allow the import, add {' '.join(words)}"
         found = f"{checkpoint} names the environment {env}. A module that only a checkpoint names is not imported"
-        raise RunError(f"{found}; {remedy}.")
+        raise RunError(f"{found}; {remedy or 'to allow the import, add ' + ' '.join(words)}.")

@@ -10,25 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from tensordict import TensorDictBase
+from omegaconf import DictConfig
 from tensordict.nn import TensorDictModuleBase
 from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation
 from torchrl.data import Binary, Bounded, Categorical, Composite, TensorSpec, Unbounded
 
 from torchrl_bcq.bounds import round_inwards
-from torchrl_bcq.data.episodes import episode_numbers, episode_returns, last_rows
-from torchrl_bcq.data.registry import find_source
 from torchrl_bcq.data.sources.environment import Environment
-from torchrl_bcq.data.sources.source import scores_or_none
-from torchrl_bcq.errors import RunError, on_command_line
-from torchrl_bcq.evaluation.environments import check_fits, check_steps
+from torchrl_bcq.errors import RunError
 from torchrl_bcq.files import home
 from torchrl_bcq.objectives import OfflineLoss
-from torchrl_bcq.runs.actions import check_kinds, read
 from torchrl_bcq.runs.algorithms import Algorithm, find_algorithm
 from torchrl_bcq.runs.build import make_average, make_objective, make_run_policy
-from torchrl_bcq.runs.environment import REMEDY, choose_environment
 from torchrl_bcq.runs.settings import to_settings
 from torchrl_bcq.trainers import make_checkpoint
 from torchrl_bcq.trainers.best import best_checkpoint
@@ -108,82 +101,18 @@ class Task:
     @property
     def action_spec(self) -> TensorSpec:
         """Spec of one action: its number of choices, or its bounds in float32, rounded inwards."""
+        spec = self.exact_action_spec
+        if self.n_actions is not None:
+            return spec
+        return Bounded(*round_inwards(spec.low, spec.high, torch.float32), spec.shape)
+
+    @property
+    def exact_action_spec(self) -> Any:
+        """Spec of one action: its number of choices, or its bounds in float64."""
         if self.n_actions is not None:
             return Categorical(self.n_actions)
         low, high = (torch.tensor(bound, dtype=torch.float64) for bound in (self.action_low, self.action_high))
-        return Bounded(*round_inwards(low, high, torch.float32), low.shape)
-
-
-@on_command_line()  # the user writes settings
-def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
-    """Read the dataset of a run; returns the transitions and a ``Task``.
-
-    Raises:
-        RunError: if the environment cannot be made or does not fit the dataset, or if the action bounds or the
-            reference scores are invalid.
-        DatasetError: if the dataset cannot be read or has defects.
-    """
-    reader: Any = OmegaConf.to_container(settings.reader, resolve=True)
-    source = find_source(settings.dataset, **reader)
-    recorded = getattr(source, "env", None)
-    env, made = choose_environment(settings.evaluation, recorded)
-    specs = {f"environment {env}": None, "dataset's spec": getattr(source, "action_spec", None)}
-    if settings.init_from is not None:
-        specs["run of init_from"] = _earlier_bounds(settings.out, settings.init_from)
-    if made is not None:
-        specs[f"environment {env}"] = made.base_env.action_spec  # bounds that are not rounded
-    check_kinds(settings.algorithm, specs)
-    if made is not None:
-        check_steps(made, str(env), REMEDY)
-    transitions, actions = read(settings, specs, reader)
-    shapes = {name: [*transitions[name].shape[1:]] for name in ("observation", "pixels") if name in transitions.keys()}
-    if env is not None and made is not None:
-        singles = {name: (shape[0] // settings.stack, *shape[1:]) for name, shape in shapes.items()}
-        number = Categorical(actions["n_actions"]) if "n_actions" in actions else None
-        fits = {"shapes": singles, "action_spec": number, "has_mask": actions.get("has_mask", False)}
-        check_fits(made, env, REMEDY, whose="the dataset", **fits)
-    scores = settings.evaluation.reference_scores
-    scores = getattr(source, "reference_scores", None) if scores == "auto" else scores
-    references = scores_or_none(scores)
-    if scores is not None and references is None:
-        raise RunError(f"evaluation.reference_scores is {scores}, expected [random, expert], where expert is higher.")
-    entries = settings.evaluation.observation or getattr(env or recorded, "observation", None)
-    return transitions, Task(
-        shapes=shapes,
-        env_id=None if env is None else env.id,
-        reference_scores=references,
-        behaviour=_describe_behaviour(transitions),
-        env_kwargs={} if env is None else dict(env.kwargs),
-        max_episode_steps=None if env is None else env.max_episode_steps,
-        observation=None if entries is None else list(entries),
-        stack=settings.stack,
-        **actions,
-    )
-
-
-def _describe_behaviour(transitions: TensorDictBase) -> dict[str, float]:
-    """Return facts about the recorded episodes: their returns and lengths, and how many were cut off, and when."""
-    returns, numbers = episode_returns(transitions), episode_numbers(transitions)
-    lengths = numbers.bincount().double()
-    cut = lengths[~transitions["next", "terminated"].squeeze(-1)[last_rows(numbers)]]
-    return {
-        "mean": returns.mean().item(),
-        "std": returns.std(correction=0).item(),
-        "episodes": len(returns),
-        "length": lengths.mean().item(),
-        "cut_off": len(cut) / len(lengths),
-        "cut_off_after": cut.median().item() if len(cut) else 0.0,
-    }
-
-
-def _earlier_bounds(*runs: str) -> TensorSpec | None:
-    """Return the action spec of the first run that has a checkpoint, or None."""
-    for run in runs:
-        try:
-            return read_metadata(find_checkpoint(Path(run)))[1].action_spec
-        except RunError:
-            continue  # load_networks raises this error if the checkpoint is needed
-    return None
+        return Bounded(low, high, low.shape, dtype=torch.float64)
 
 
 def choose_device(name: str) -> torch.device:
@@ -259,8 +188,6 @@ def read_metadata(path: Path) -> tuple[DictConfig, Task, int]:
     try:
         metadata = Checkpoint.manifest(path)["metadata"]
         settings, facts, step = metadata["config"], dict(metadata["task"]), int(metadata["optim_steps"])
-        if (size := facts.pop("observation_size", None)) is not None:  # of checkpoints of an earlier version
-            facts["shapes"] = {"observation": [size]}
         task = Task(**{fact.name: facts[fact.name] for fact in fields(Task) if fact.name in facts})
         if task.n_actions is None and not (task.action_low and task.action_high):
             raise ValueError("it has neither action bounds nor a number of actions")

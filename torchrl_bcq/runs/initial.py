@@ -43,11 +43,9 @@ def load_networks(loss: OfflineLoss, settings: DictConfig, task: Task) -> None:
             f"{here[1]}; set another init_from, or another dataset."
         )
     if (then.action_low, then.action_high) != (task.action_low, task.action_high):
-        raise RunError(
-            f"{path} has actions from {then.action_low} to {then.action_high}, but this run has actions from "
-            f"{task.action_low} to {task.action_high}; set action_low={then.action_low} and "
-            f"action_high={then.action_high}."
-        )
+        remedy = f"set action_low={then.action_low} action_high={then.action_high}".replace(", ", ",")  # two words
+        found = f"{path} has actions from {then.action_low} to {then.action_high}"
+        raise RunError(f"{found}, but this run has actions from {task.action_low} to {task.action_high}; {remedy}.")
     _copy_networks(load(path, device="cpu"), loss, _differing(saved, settings))
     _logger.info("the networks start with the weights of %s, after %s gradient steps", path, f"{step:,}")
     _report_settings(flat(saved), flat(settings))

@@ -20,7 +20,8 @@ from torchrl_bcq.evaluation.environments import time_limit
 from torchrl_bcq.files import write_whole
 from torchrl_bcq.runs import processes
 from torchrl_bcq.runs.assembly import CHANGED, assemble, check_numbers, reward_formula
-from torchrl_bcq.runs.folder import BASELINE, BEST, CHECKPOINTS, Task, choose_device, open_dataset, read_metadata
+from torchrl_bcq.runs.dataset import open_dataset, set_actions
+from torchrl_bcq.runs.folder import BASELINE, BEST, CHECKPOINTS, Task, choose_device, find_checkpoint, read_metadata
 from torchrl_bcq.runs.initial import load_networks
 from torchrl_bcq.runs.loggers import trim_log
 from torchrl_bcq.runs.settings import check_resumable, default_settings, save_settings, to_plain, to_settings
@@ -56,7 +57,10 @@ def train(settings: DictConfig) -> dict[str, Any]:
     choose_device(settings.device)  # an unusable device is reported before the dataset is read
     results = _make_run(settings)
     if settings.baseline is not None and not results.get("stopped"):
-        stopped = _make_run(baseline_settings(settings)).get("stopped")
+        baseline = baseline_settings(settings)
+        if settings.init_from is not None:  # that run may have given the bounds
+            set_actions(baseline, processes.from_first(lambda: read_metadata(find_checkpoint(Path(settings.out)))[1]))
+        stopped = _make_run(baseline).get("stopped")
         results = {**results, "stopped": stopped} if stopped else results
     if processes.is_first() and not results.get("stopped"):
         out = settings.out
@@ -83,7 +87,8 @@ def _make_run(settings: DictConfig) -> dict[str, Any]:
         if start is not None and file.is_file():
             saved, _, step = read_metadata(start)
             results = json.loads(file.read_text())
-            early = results.get("stopped_early") and saved.early_stopping == settings.early_stopping
+            early = results.get("stopped_early") and results["steps"] == step
+            early = early and saved.early_stopping == settings.early_stopping
             if step >= settings.steps or early:
                 remedy = "set early_stopping.monitor=null" if early else "increase steps=N"
                 _logger.info("the run in %s is complete; to train it further, %s", out, remedy)

@@ -24,7 +24,7 @@ def make_optimizer(
     name: str, parameters: Any, *, optimizer: str = "Adam", lr: float = 1e-3, kwargs: Mapping[str, Any] = _EMPTY
 ) -> Optimizer:
     """Make the optimizer of a network; ``optimizer`` is the name of a class in ``torch.optim``."""
-    fused = {"fused": True} if optimizer in _FUSED else {}
+    fused = {"fused": True} if optimizer in _FUSED and not {"foreach", "differentiable"} & {*kwargs} else {}
     return _call(torch.optim, optimizer, Optimizer, (name, "optimizer"), parameters, {"lr": lr, **fused, **kwargs})
 
 
@@ -95,7 +95,7 @@ def _call(module: Any, kind: str, base: Any, setting: tuple[str, str], first: An
         raise RunError(f"the {role} {kind!r} ({where}) does not exist; {module.__name__} has {known}.")
     try:
         return kinds[kind](first, **{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         given = {name: value for name, value in arguments.items() if name != "fused"}
         found = f"{kind} rejects the arguments {given}: {error}"
         raise RunError(f"the {role} of {network} cannot be made: {found}") from error
