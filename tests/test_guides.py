@@ -10,9 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from torchrl.data import Bounded, Unbounded
 
-import torchrl_bcq
 from torchrl_bcq.__main__ import main
 from torchrl_bcq.evaluation import recording
 from torchrl_bcq.runs.algorithms import ALGORITHMS
@@ -88,6 +86,7 @@ def test_commands(name, place, monkeypatch, capsys):
             words += ["--cfg"] if "mujoco" in str(words) else [*FAST, *small]  # which would be downloaded
         words += ["--episodes", "2"] if words[0] in ("evaluate", "rank") else []
         words += ["--steps", "2"] if words[0] == "rank" else []
+        words += ["--steps", "200", "--overwrite"] if words[0] == "record" else []
         assert main(words) == 0, (words, capsys.readouterr().err)
 
 
@@ -171,20 +170,19 @@ def test_hydra(place):
 
 def test_batches_of_your_data(place):
     """The recipes for d3rlpy and Tianshou are tested with the readers."""
-    *_, code = python_of("your_data")
-    found = {name: getattr(torchrl_bcq, name) for name in torchrl_bcq.__all__}
-    found["transitions"] = torchrl_bcq.load_hdf5("hopper.hdf5")
-    exec(compile(code, "your_data.md", "exec"), found)
+    imports, *_, code = python_of("your_data")
+    found: dict = {}
+    exec(compile(imports + code, "your_data.md", "exec"), found)
     assert len(found["rest"]) == 10  # one of the six episodes
     assert not found["held_out"][found["buffer"].sample()["index"]].any()
     assert found["three"]["steps_to_next_obs"].unique().tolist() == [1, 2, 3]
 
 
 def test_frames_of_your_data():
-    names = {name: getattr(torchrl_bcq, name) for name in torchrl_bcq.__all__}
-    found = {**names, "np": np, "torch": torch, "Bounded": Bounded, "Unbounded": Unbounded}
-    (code,) = [code for code in python_of("your_data") if "film" in code]
-    exec(compile(code, "your_data.md", "exec"), found)
+    imports, *codes = python_of("your_data")
+    (code,) = [code for code in codes if "film" in code]
+    found: dict = {}
+    exec(compile(imports + code, "your_data.md", "exec"), found)
     assert found["batch"]["observation"].shape == (8, 4, 48, 48)
     assert found["actor"](found["batch"])["action"].shape == (8, 1)
 
