@@ -62,6 +62,8 @@ def write_table(data: TensorDict, path: Path) -> None:
 
 def main() -> None:
     args = parser.parse_args()
+    if args.table is None and (args.out / "log").exists():
+        parser.error(f"{args.out} holds another run; pass another --out")
     data = log_trips()
     if args.table is not None:
         write_table(data, args.table)

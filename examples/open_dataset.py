@@ -28,7 +28,7 @@ def open_dataset(
         raise ValueError(f"{name} does not name its environment; pass a Gymnasium id with --env")
 
     make = partial(make_env, env)
-    return make, bcq.load_transitions(name, action_spec=make().action_spec, root=root)
+    return make, bcq.load_transitions(name, action_spec=make().base_env.action_spec, root=root)  # exact bounds
 
 
 def _env(name: str) -> Environment | None:

@@ -12,6 +12,7 @@ Settings of ``torchrl-bcq train`` may follow. The same command resumes a stopped
 from __future__ import annotations
 
 import argparse
+from math import gcd
 from pathlib import Path
 
 import ale_py
@@ -108,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
         record(data, args.frames)
     interval = min(5000, args.steps)
     words = [f"dataset={data}", f"root={args.out / 'copies'}", f"out={run}", "resume=true", f"steps={args.steps}"]
-    words += [f"evaluation.env=pong:{ID}", f"evaluation.episodes={args.episodes}", f"log_interval={min(100, interval)}"]
+    words += [f"evaluation.env=pong:{ID}", f"evaluation.episodes={args.episodes}", f"log_interval={gcd(100, interval)}"]
     words += [f"{name}.interval={interval}" for name in ("evaluation", "checkpoint")]
     return torchrl_bcq(["train", *words, *SETTINGS, *settings]) or torchrl_bcq(
         ["evaluate", str(run), "--checkpoint", "last", "--episodes", str(args.episodes)]

@@ -362,7 +362,7 @@ BREAKS = {
     ),
     "export: every call warns": (
         "export/exported_policy.py",
-        "            limits[0][feature], limits[1][feature] = -np.inf, np.inf\n",
+        "            limits[0][feature], limits[1][feature] = np.finfo(array.dtype).min, np.finfo(array.dtype).max\n",
         "",
     ),
     "export: latents beyond their clip": ("export/exported_policy.py", "drawn = drawn.clip(", "drawn.clip("),

@@ -41,6 +41,7 @@ from tqdm import tqdm
 RESULTS = Path(__file__).parent / "results" / "returns.jsonl"
 STEPS = {"pendulum-mixed": 20_000, "lunarlandercontinuous-mixed": 20_000}
 LONG = 100_000  # steps on the other datasets
+_FEW = ["network.behavior=mixture", "network.phi=null", "loss.num_target_samples=5", "policy.num_action_samples=5"]
 SETTINGS: dict[str, list[str]] = {  # settings of torchrl-bcq train
     "paper": [],
     "cloning": ["algorithm=cloning"],
@@ -48,10 +49,8 @@ SETTINGS: dict[str, list[str]] = {  # settings of torchrl-bcq train
     "flow": ["network.behavior=flow"],
     "no actor, 20 samples": ["network.phi=null", "loss.num_target_samples=20"],
     "mixture, no actor, 20 samples": ["network.behavior=mixture", "network.phi=null", "loss.num_target_samples=20"],
-    "mixture, no actor, 5 samples": [
-        *("network.behavior=mixture", "network.phi=null"),
-        *("loss.num_target_samples=5", "policy.num_action_samples=5"),
-    ],
+    "mixture, no actor, 5 samples": _FEW,
+    "mixture, no actor, 5 samples, minimum of 4 critics": [*_FEW, "network.num_critics=4", "loss.lmbda=1"],
     "minimum": ["policy.choose_by=min"],
     "mean": ["policy.choose_by=mean"],
     "average": ["average_decay=0.999"],

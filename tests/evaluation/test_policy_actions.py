@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -14,6 +16,7 @@ from torchrl_bcq import (
     BCQPolicy,
     BehaviorCloningPolicy,
     DiscreteBCQPolicy,
+    OffPolicyEvaluation,
     add_policy_actions,
     make_bcq_modules,
     make_cloning_modules,
@@ -170,6 +173,9 @@ def test_a_mask_may_exclude_all_actions_only_in_a_terminal_state():
 
 def test_actions_have_the_dtype_of_the_recorded_actions():
     """The spec of an environment may be float64."""
-    data, policy = random_transitions(6), policy_of(lambda observation: observation[:, :2].double())
-    found = add_policy_actions(data, policy, Bounded(-99, 99, (2,), dtype=torch.float64))
+    data, policy = random_transitions(60), policy_of(lambda observation: observation[:, :2].double())
+    spec = Bounded(-99, 99, (2,), dtype=torch.float64)
+    found = add_policy_actions(data, policy, spec)
     assert found["next", "policy_action"].dtype == data["action"].dtype == torch.float32
+    data["episode"] = torch.arange(60) // 10
+    assert math.isfinite(OffPolicyEvaluation(data, spec, steps=1, hidden=(4,)).estimate(policy).value)

@@ -69,3 +69,11 @@ def reached(example, policy) -> float:
         state = example.move(state, policy(states)["action"].numpy())
         total -= (state[:, 0] ** 2).mean()
     return total
+
+
+def test_a_second_run_does_not_mix_with_the_first(example, monkeypatch, tmp_path, capsys):
+    (tmp_path / "log").mkdir()
+    monkeypatch.setattr(sys, "argv", ["no_environment.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        example.main()
+    assert "holds another run; pass another --out" in capsys.readouterr().err

@@ -188,5 +188,8 @@ def test_a_number_outside_the_training_range_warns_once(vector):
         vector.act([0.0, 9.0, 5.0])
     with pytest.warns(UserWarning, match=re.escape("'observation'[0] is 9, but")):
         vector.act([9.0, 9.0, 5.0])
-    with pytest.raises(ValueError, match="not finite"):
-        vector.act([np.inf, 9.0, 9.0])
+    for odd in ([np.inf, 9.0, 9.0], [np.inf, 9.0, 5.0], [9.0, 1e300, 5.0]):
+        with pytest.raises(ValueError, match="not finite"):
+            vector.act(odd)
+    with pytest.raises(ValueError, match="'observation' is a masked array; fill in its values"):
+        vector.act(np.ma.array([0.0, 1.0, 5.0], mask=[1, 0, 0]))

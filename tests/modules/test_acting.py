@@ -177,3 +177,15 @@ def test_networks_in_bfloat16():
 def test_the_behaviour_model_refuses_other_dtypes():
     with pytest.raises(ValueError, match=r"observation has dtype torch.float64, but the networks have dtype"):
         make_policies()["vae-bc"](torch.zeros(2, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.ma.array([1.0, 2.0, 3.0], mask=[0, 1, 0]), "'observation' is a masked array; fill in its values"),
+        ([torch.ones(1, requires_grad=True)[0]] * 3, "'observation' is not an array of numbers"),
+    ],
+)
+def test_arrays_that_numpy_would_misread_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        make_policies()["bcq"].act(given)

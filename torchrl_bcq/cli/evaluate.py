@@ -154,8 +154,9 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
     from torchrl_bcq.runs.assembly import reward_formula
 
     task, loss, own, *baselines = trained.task, trained.loss, *runs
-    recorded_in = runs[own].task.env  # task has the environment that the user chose
-    elsewhere = recorded_in is not None and (recorded_in.id, recorded_in.kwargs) != (task.env_id, task.env_kwargs)
+    usual = runs[own].task.env  # task has the environment that the user chose
+    ids = [str(name).rpartition(":")[2] for name in (task.env_id, usual and usual.id)]  # without the module
+    elsewhere = usual is not None and (ids[0] != ids[1] or usual.kwargs != task.env_kwargs)
     if elsewhere:
         task = replace(task, reference_scores=None)
     discount = {"gamma": trained.settings.loss.gamma} if loss.has_values else {}
@@ -196,7 +197,7 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
         found, steps = uneven
         print(f"\nNote: {found}. To evaluate episodes of the same length: --env-kwargs max_episode_steps={steps}")
     if elsewhere:
-        print(f"\nNote: the data was recorded in {recorded_in}, so the returns cannot be compared with it.")
+        print(f"\nNote: the environment of the run is {usual}. Returns in another one are not compared with the data.")
     if args.episodes > 1:
         comparable = not uneven and not elsewhere and task.behaviour["episodes"] > 1
         differences = {f"the {RECORDED}": _from_dataset(returns[own], task.behaviour)} if comparable else {}

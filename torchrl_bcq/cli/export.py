@@ -68,11 +68,13 @@ def _export(args: argparse.Namespace) -> None:
             transitions, _ = reopen_dataset(trained)
         except (DatasetError, OSError, RunError) as error:
             raise RunError(f"{error} To export without the dataset, use --random-states.") from error
+    has_frames = any(len(shape) == 3 for shape in trained.task.shapes.values())
     facts = {
         "algorithm": trained.algorithm.title,
         "dataset": str(trained.settings.dataset),
         "step": trained.step,
-        "observation_entries": trained.task.observation,
+        # frames are not joined with vectors, so such a policy reads "observation" and "pixels"
+        "observation_entries": None if has_frames else trained.task.observation,
     }
     print(f"{trained.path}: {trained.step:,} gradient steps on {trained.settings.dataset}")
     try:

@@ -64,10 +64,11 @@ def _plot(args: argparse.Namespace) -> None:
         save(figure, out / name)
     print(f"The pictures are in {out}: {', '.join(figures)}.")
     if args.video:
-        several = len({run.folder.name for run in runs}) < len(runs)  # runs of two sweeps have equal names
-        for run in runs:
-            parts = run.folder.resolve().parts[-2 if several else -1 :]
-            name = "policy.mp4" if run.folder == out else f"{'-'.join(parts)}-policy.mp4"
+        paths = [run.folder.resolve().parts for run in runs]
+        # runs of two sweeps have equal names, so take as many parts of the path as needed
+        size = next(n for n in range(1, 100) if len({path[-n:] for path in paths}) == len({*paths}))
+        for run, path in zip(runs, paths, strict=True):
+            name = "policy.mp4" if run.folder == out else f"{'-'.join(path[-size:])}-policy.mp4"
             _record_video(run.folder, out / name)
 
 

@@ -92,11 +92,13 @@ def _rank(args: argparse.Namespace) -> None:
     candidates = find_candidates(args.runs, args.checkpoint, args.device)
     candidates += [import_policy(name, args.device) for name in args.policy]
     first = load(Path(candidates[0].facts["checkpoint"]), device=args.device)
+    env = choose_fitting(args, first, {"": first}) if args.episodes else None
     evaluation, settings = _open(args, first)
-    measure, env = _true_values(args, first, settings["gamma"])
+    measure = _true_values(args, first, settings["gamma"], env)
     is_folder = len(args.runs) == 1 and not Checkpoint.is_checkpoint(args.runs[0])
     out = args.out or (args.runs[0] if is_folder else Path())
-    settings |= {"env": env, "episodes": args.episodes if env else 0, "env_seed": args.seed if env else None}
+    settings |= {"env": None, "episodes": 0, "env_seed": None}
+    settings |= {} if env is None else {"env": str(env), "episodes": args.episodes, "env_seed": args.seed}
     check_writable(out / "ranking.json", "choose another folder with --out")
     results = _Results(out / "ranking.json", settings)
     count = "1 policy" if len(candidates) == 1 else f"{len(candidates)} policies"
@@ -228,10 +230,8 @@ def _open(args: argparse.Namespace, first: Any) -> tuple[Any, dict[str, Any]]:
     return evaluation, {**facts, **settings}
 
 
-def _true_values(
-    args: argparse.Namespace, first: Any, gamma: float
-) -> tuple[Callable[[Any], dict[str, Any]], str | None]:
-    """Return a function that measures the true value of a policy, and the name of its environment, if there is one."""
+def _true_values(args: argparse.Namespace, first: Any, gamma: float, env: Any) -> Callable[[Any], dict[str, Any]]:
+    """Return a function that measures the true value of a policy in ``env``, or nothing if ``env`` is None."""
     from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
 
     from torchrl_bcq.evaluation.environments import make_envs, steps_to_compare, time_limit
@@ -239,9 +239,8 @@ def _true_values(
     from torchrl_bcq.evaluation.rollouts import evaluate
     from torchrl_bcq.functional import change_reward
 
-    env = choose_fitting(args, first, {"": first}) if args.episodes else None
     if env is None:
-        return (lambda policy: {}), None
+        return lambda policy: {}
     device = next(first.loss.parameters()).device
     envs = make_envs(env, args.episodes, device, max_steps=steps_to_compare(time_limit(env), gamma))
     reward = partial(change_reward, **first.settings.reward)
@@ -254,4 +253,4 @@ def _true_values(
         error = returns.std().item() / args.episodes**0.5 if args.episodes > 1 else None
         return {"true": (returns.mean().item(), error)}
 
-    return measure, str(env)
+    return measure

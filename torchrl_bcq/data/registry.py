@@ -90,8 +90,6 @@ def load_transitions(
             raise DatasetError(f"{why}; use it as it is, without {', '.join(settings) or 'a folder for copies'}.")
         _check_copy(rest, transitions, action_spec if strict else None)
         return transitions
-    if root is not None:
-        raise DatasetError(f"{name} cannot be copied to {root}: only files, Minari and D4RL datasets can be copied.")
     try:
         dataset = load_dataset(name, **settings)
     except Exception as error:  # loaders of other packages may raise any exception
@@ -99,6 +97,8 @@ def load_transitions(
         raise DatasetError(
             f"{name!r} is not a file, folder or known source; the known sources are {[*_SOURCES, 'memmap']}.{raised}"
         ) from error
+    if root is not None:
+        raise DatasetError(f"{name} cannot be copied to {root}: only files, Minari and D4RL datasets can be copied.")
     rollouts = dataset[:] if isinstance(dataset, ReplayBuffer) else dataset
     return from_rollouts(rollouts, action_spec=action_spec)
 
@@ -108,7 +108,7 @@ def _check_copy(name: str, transitions: TensorDictBase, action_spec: TensorSpec 
     needed = ("observation", "action", ("next", "reward"))
     try:
         if missing := [key for key in needed if key not in transitions.keys(True)]:
-            how = remedy("load it with load_memmap, and rename its entries with rename_key_", "write a copy with them")
+            how = "rename its entries in Python: load_memmap, rename_key_, then memmap into another folder"
             raise DatasetError(f"it lacks the entries {missing}; {how}.")
         if action_spec is not None:
             Checks(action_spec).check_all({"actions": transitions["action"], "rewards": transitions["next", "reward"]})
@@ -174,8 +174,10 @@ def _find_one(name: str, settings: dict[str, Any]) -> Source | None:
         if prefix in _ENDINGS.values():
             existing_file(rest)  # before the user looks for the names of columns
         columns = " ".join(f"reader.{key}=COLUMN" for key in missing)
-        if "episode" in taken and not settings.keys() & {"episode", "truncated", "next_observation"}:
-            columns += ", and one of reader.episode=COLUMN reader.truncated=COLUMN reader.next_observation=COLUMN"
+        ends = {"episode", "truncated", "next_observation", "max_episode_steps"}
+        if "episode" in taken and not settings.keys() & ends:
+            columns += ", and one of reader.episode=COLUMN reader.truncated=COLUMN reader.next_observation=COLUMN "
+            columns += "reader.max_episode_steps=N"
         also = remedy(f"the arguments {missing}", f"the names of columns: {columns}")
         raise DatasetError(f"{name} is a {prefix} source, which also needs {also}.")
     if unused := sorted(settings.keys() - taken.keys()):

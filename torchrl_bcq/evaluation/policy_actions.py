@@ -49,14 +49,15 @@ def add_policy_actions(
         >>> data["next", "policy_action"].shape
         torch.Size([100, 1, 1])
     """
-    name = ACTIONS if number_of(action_spec) is None else PROBABILITIES
+    name, action_spec = (
+        ACTIONS if number_of(action_spec) is None else PROBABILITIES,
+        like_data(action_spec, transitions),
+    )
     ended = transitions["next", "terminated"]
     states = transitions["next"].copy().set("done", ended)  # a mask may exclude all actions only in a terminal state
     choices = policy_actions(policy, states, action_spec, **settings)
     # nothing reads them, and a mask without any available action gives NaN
     filled = choices.masked_fill(ended.reshape(-1, *[1] * (choices.ndim - 1)), 0)
-    if name == ACTIONS:
-        filled = filled.to(transitions["action"].dtype)  # the spec of an environment may have another one
     return transitions.copy().set(("next", name), filled)
 
 
@@ -114,6 +115,11 @@ def _similar_rows(transitions: TensorDictBase, asked: Tensor, keys: Sequence[Nes
     rows, counts = np.argsort(number, kind="stable"), np.bincount(number)
     drawn = (counts[nearest] * np.random.default_rng(seed).random(len(nearest))).astype(int)
     return torch.as_tensor(rows[(counts.cumsum() - counts)[nearest] + drawn], device=asked.device)
+
+
+def like_data(action_spec: TensorSpec, transitions: TensorDictBase) -> TensorSpec:
+    """Return the spec with the dtype of the recorded actions, if they are continuous."""
+    return action_spec.to(transitions["action"].dtype) if number_of(action_spec) is None else action_spec
 
 
 def check_single_steps(transitions: TensorDictBase) -> None:

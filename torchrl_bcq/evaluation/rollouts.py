@@ -60,6 +60,9 @@ def evaluate(
         ``discounted_return`` and, if ``value`` is given, the ``value_estimate`` of the first states and actions. If
         ``value`` is given, the discounted return also counts rewards after ``time_limit``, because the value estimate
         includes these rewards. Returns None if ``should_stop`` stopped the evaluation.
+
+    Raises:
+        ValueError: if ``envs`` has another number of batch dimensions than one.
     """
 
     if len(envs.batch_size) != 1:

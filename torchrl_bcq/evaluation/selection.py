@@ -25,6 +25,7 @@ from torchrl_bcq.evaluation.policy_actions import (
     add_policy_actions,
     add_recorded_actions,
     check_single_steps,
+    like_data,
     policy_actions,
     recorded_actions,
 )
@@ -105,7 +106,7 @@ class OffPolicyEvaluation:
             kind = "continuous" if number_of(action_spec) is None else "discrete"
             raise ValueError(f"estimator is {estimator!r}, expected one of {[*allowed]} for {kind} actions.")
         self.estimator = estimator
-        self.action_spec, self.gamma, self.seed = action_spec, gamma, seed
+        self.action_spec, self.gamma, self.seed = like_data(action_spec, transitions), gamma, seed
         self._keys = observation_keys
         shared = {"observation_keys": observation_keys, "seed": seed, "progress_bar": progress_bar}
         self._fit: dict[str, Any] = {**shared, **fit, "gamma": gamma}

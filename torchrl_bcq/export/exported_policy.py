@@ -192,7 +192,7 @@ class ExportedPolicy:
             feature = tuple(at[array.ndim - limits[0].ndim :].tolist())
             low, high = (np.asarray(port[end])[feature] for end in ("low", "high"))
             value = array[tuple(at)]
-            limits[0][feature], limits[1][feature] = -np.inf, np.inf
+            limits[0][feature], limits[1][feature] = np.finfo(array.dtype).min, np.finfo(array.dtype).max
             warnings.warn(
                 f"{_shown(port['key'])}{[*feature]} is {value:.6g}, but in the training data it was between {low:.6g} "
                 f"and {high:.6g}; the action may be wrong. There are no more warnings about this number.",
@@ -255,19 +255,18 @@ def _shown(key: list[str]) -> str:
 
 def _find(port: dict[str, Any], given: Mapping[str, Any], joined: list[str] | None) -> Any:
     """Return the entry of a mapping, which may be nested. Join ``joined``, the entries of a Dict observation."""
+    if masked := [name for name, value in given.items() if isinstance(value, np.ma.MaskedArray)]:
+        raise ValueError(f"{masked[0]!r} is a masked array; fill in its values, for example with value.filled(0).")
     if joined and port["name"] == "observation" and all(name in given for name in joined):
         try:
-            return np.concatenate([np.asarray(given[name], np.float64) for name in joined], -1)
+            return np.concatenate([np.atleast_1d(np.asarray(given[name], np.float64)) for name in joined], -1)
         except ValueError as error:  # texts, or other batch sizes
             raise ValueError(f"the entries {joined} cannot be joined to one vector: {error}") from error
     value: Any = given
     for name in [port["name"]] if port["name"] in given else port["key"]:
         if not isinstance(value, Mapping) or name not in value:
-            entries = f", or the entries {joined}" if joined else ""
-            raise ValueError(
-                f"the observation lacks {_shown(port['key'])}; it has {sorted(map(str, given))}. Add the missing "
-                f"entry{entries}."
-            )
+            has, more = sorted(map(str, given)), f", or the entries {joined}" if joined else ""
+            raise ValueError(f"the observation lacks {_shown(port['key'])}; it has {has}. Add the missing entry{more}.")
         value = value[name]
     return value
 
@@ -284,8 +283,8 @@ def _to_array(port: dict[str, Any], value: Any) -> np.ndarray:
         raise ValueError(f"{_shown(port['key'])} is not an array of numbers ({error}); {advice}.") from error
     if wanted.kind == "b":
         if array.dtype.kind not in "biu" or not ((array == 0) | (array == 1)).all():
-            found = f"dtype {array.dtype}"
-            raise ValueError(f"{_shown(port['key'])} has {found}, expected booleans: True for each available action.")
+            how = "expected booleans: True for each available action"
+            raise ValueError(f"{_shown(port['key'])} has dtype {array.dtype}, {how}.")
     elif array.dtype.kind not in ("iu" if wanted.kind in "iu" else "fiu"):
         what = "whole numbers" if wanted.kind in "iu" else "real numbers"
         raise ValueError(f"{_shown(port['key'])} has dtype {array.dtype}, expected {what} ({wanted}).")

@@ -36,7 +36,7 @@ from torchrl_bcq.version import __version__
 CHECKED = (1, 3, 257)  # numbers of states for which the file is compared with the policy
 TOLERANCE = 1e-4
 _CHUNK_ROWS = 65_536
-_VERSIONS = ("torch", "tensordict", "torchrl", "onnx", "onnxscript", "onnxruntime")
+_VERSIONS = ("torch", "tensordict", "torchrl", "onnx", "onnxscript")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def export_policy(
     """
     try:
         import onnx
-        import onnxruntime  # noqa: F401
+        import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"{error}; to export a policy: pip install 'torchrl-bcq[export]'") from error
@@ -125,6 +125,7 @@ def export_policy(
         action_key = policy.out_keys[0] if is_known else "action"
     spec = policy.action_spec if action_spec is None and isinstance(policy, Policy) else action_spec
     graph = PolicyGraph(own, states, action_key, _bounds(spec), latents)
+    versions = {name: importlib.metadata.version(name) for name in _VERSIONS}  # onnxruntime-gpu is another package
     contract = {
         "format": FORMAT,
         "policy": type(policy).__name__,
@@ -133,7 +134,7 @@ def export_policy(
         "inputs": [_with_range(port, graph.stack, observations) for port in graph.inputs],
         "outputs": [port.describe() for port in graph.outputs],
         "weights_sha256": weights_digest(own),
-        "versions": {"torchrl_bcq": __version__, **{name: importlib.metadata.version(name) for name in _VERSIONS}},
+        "versions": {"torchrl_bcq": __version__, **versions, "onnxruntime": onnxruntime.__version__},
     }
     if reserved := sorted(contract.keys() & {*(facts or {})}):
         raise ValueError(f"facts has {reserved}, which the file already describes; use other names.")

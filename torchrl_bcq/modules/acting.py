@@ -133,9 +133,11 @@ def _to_tensor(key: NestedKey, value: Any, spec: TensorSpec | None, like: Tensor
     """
     if isinstance(value, Tensor):
         value = (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
+    if isinstance(value, np.ma.MaskedArray):
+        raise ValueError(f"{key!r} is a masked array; fill in its values, for example with value.filled(0).")
     try:
         array = np.asarray(value)
-    except ValueError as error:  # raised for lists of unequal lengths
+    except (ValueError, TypeError, RuntimeError) as error:  # lists of unequal lengths, or of tensors with gradients
         advice = "if it is the result of env.reset() or env.step(), pass the first value only"
         raise ValueError(f"{key!r} is not an array of numbers ({error}); {advice}.") from error
     if array.dtype.kind not in "fiu":

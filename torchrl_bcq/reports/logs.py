@@ -15,7 +15,7 @@ from torchrl_bcq.errors import RunError
 # Settings and sections of settings that may differ between repetitions of one experiment
 NOT_COMPARED = {
     *("seed", "out", "resume", "device", "threads", "compile", "cudagraph", "root", "progress_bar"),
-    *("logger", "logger_kwargs", "checkpoint"),
+    *("logger", "logger_kwargs", "checkpoint", "baseline"),
 }
 # in order of preference: the picture shows the first of these metrics that the runs logged
 DEFAULT_METRICS = ("return", "held_out_td_error", "td_error")

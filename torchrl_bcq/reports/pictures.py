@@ -48,7 +48,7 @@ class Style:
     title: str
     labels: list[str]  # labels of all groups; each group has one colour in all pictures
     estimate: Estimate
-    rewards: str = ""  # end of the labels of values: whether the rewards were changed
+    rewards: str = ""  # note in the labels of values, if the run changed its rewards
 
     def color(self, label: str) -> Any:
         """Return the colour of a group; if there are more groups than ``COLORS``, take it from a colormap."""

@@ -160,7 +160,7 @@ def _make_buffer(
     weights: Tensor | None,
     device: torch.device,
 ) -> tuple[TensorDictReplayBuffer, TensorDictBase | None]:
-    """Return a replay buffer of the training rows, and the held-out rows (None if there are none)."""
+    """Return a replay buffer that draws the training rows, and the held-out rows (None if there are none)."""
     held_out = None
     if learned is not None:
         held_out = transitions[~learned]

@@ -85,7 +85,7 @@ _COLUMNS = ("observation", "action", "action_mask", "observations", "actions", "
 
 
 def check_same_columns(one: Recorded, name: str | Path, other: Recorded, other_name: str | Path) -> None:
-    """Raise a RunError if two runs read other entries of an observation, or other columns of one dataset."""
+    """Raise a RunError if two runs read other columns or entries of one dataset, or the same ones in another order."""
     (own, task), (others, other_task) = one, other
     here, there = ({**settings.reader, **(settings.reader.get("names") or {})} for settings in (own, others))
     same = task.observation == other_task.observation

@@ -21,8 +21,10 @@ from torchrl_bcq.runs.folder import Task, Trained, find_checkpoint, read_metadat
 
 
 @on_command_line()  # the user writes settings
-def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
+def open_dataset(settings: DictConfig, known: TensorSpec | None = None) -> tuple[TensorDictBase, Task]:
     """Read the dataset of a run; returns the transitions and a ``Task``.
+
+    If ``known`` is given, it is the action spec in place of that of the environment.
 
     Raises:
         RunError: if the environment cannot be made or does not fit the dataset, or if the action bounds or the
@@ -33,7 +35,7 @@ def open_dataset(settings: DictConfig) -> tuple[TensorDictBase, Task]:
     source = find_source(settings.dataset, **reader)
     recorded = getattr(source, "env", None)
     env, made = choose_environment(settings.evaluation, recorded)
-    specs = {f"environment {env}": None, "dataset's spec": getattr(source, "action_spec", None)}
+    specs = {f"environment {env}": None, "trained run": known, "dataset's spec": getattr(source, "action_spec", None)}
     if settings.init_from is not None:
         specs["run of init_from"] = _earlier_bounds(settings.out, settings.init_from)
     if made is not None:
@@ -74,18 +76,9 @@ def reopen_dataset(trained: Trained) -> tuple[TensorDictBase, Task]:
     used.
     """
     settings = copy.deepcopy(trained.settings)
-    if trained.task.env is not None or settings.init_from is not None:
-        set_actions(settings, trained.task)
+    from_others = trained.task.env is not None or settings.init_from is not None
     settings.evaluation.env = settings.init_from = None
-    return open_dataset(settings)
-
-
-def set_actions(settings: DictConfig, task: Task) -> None:
-    """Set the bounds, or the number, of the actions to those of ``task``."""
-    if task.n_actions is None:
-        settings.action_low, settings.action_high = task.action_low, task.action_high
-    else:
-        settings.n_actions = task.n_actions
+    return open_dataset(settings, trained.task.exact_action_spec if from_others else None)
 
 
 def _describe_behaviour(transitions: TensorDictBase) -> dict[str, float]:

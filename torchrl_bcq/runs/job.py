@@ -20,7 +20,7 @@ from torchrl_bcq.evaluation.environments import time_limit
 from torchrl_bcq.files import write_whole
 from torchrl_bcq.runs import processes
 from torchrl_bcq.runs.assembly import CHANGED, assemble, check_numbers, reward_formula
-from torchrl_bcq.runs.dataset import open_dataset, set_actions
+from torchrl_bcq.runs.dataset import open_dataset
 from torchrl_bcq.runs.folder import BASELINE, BEST, CHECKPOINTS, Task, choose_device, find_checkpoint, read_metadata
 from torchrl_bcq.runs.initial import load_networks
 from torchrl_bcq.runs.loggers import trim_log
@@ -58,8 +58,12 @@ def train(settings: DictConfig) -> dict[str, Any]:
     results = _make_run(settings)
     if settings.baseline is not None and not results.get("stopped"):
         baseline = baseline_settings(settings)
-        if settings.init_from is not None:  # that run may have given the bounds
-            set_actions(baseline, processes.from_first(lambda: read_metadata(find_checkpoint(Path(settings.out)))[1]))
+        if settings.init_from is not None:  # that run may have given the bounds or the number of the actions
+            task = processes.from_first(lambda: read_metadata(find_checkpoint(Path(settings.out)))[1])
+            if task.n_actions is None:
+                baseline.action_low, baseline.action_high = task.action_low, task.action_high
+            else:
+                baseline.n_actions = task.n_actions
         stopped = _make_run(baseline).get("stopped")
         results = {**results, "stopped": stopped} if stopped else results
     if processes.is_first() and not results.get("stopped"):

@@ -271,3 +271,35 @@ def test_the_picture_names_the_columns(tmp_path):
             f"column {'force' if names else 0}",
             bool(names),
         )
+
+
+def test_findings_name_the_columns():
+    """The example of a finding was made before the names were known."""
+    rng = np.random.default_rng(0)
+    states, actions = rng.normal(size=(90, 2)), rng.uniform(-1, 1, size=(90, 2))
+    states[7, 1], actions[5, 1] = 1e4, 3.0
+    transitions = from_arrays(states, actions, rng.normal(size=90), np.zeros(90), np.arange(90) % 30 == 29)
+    names, spec = {"observations": ["place", "mass"], "actions": ["force", "dose"]}, Bounded(-1, 1, (2,))
+    found = {one.kind: one.message for one in describe(transitions, action_spec=spec, column_names=names).findings}
+    assert "3 in column dose, where the bounds are -1 to 1" in found["outside"]
+    assert "10000 in column mass, where the others span" in found["far"]
+
+
+def test_not_finite_pixels_do_not_count_as_zero():
+    pixels = torch.rand(60, 3, 4, 4) + 1
+    pixels[3, 0, 0, 0] = torch.nan
+    rows = TensorDict({"pixels": pixels, "action": torch.randn(60, 1)}, [60])
+    ends = torch.arange(60)[:, None] % 20 == 19
+    rows["next"] = TensorDict({"pixels": pixels, "reward": torch.randn(60, 1), "terminated": ends}, [60])
+    images = describe(rows).survey.images.values()
+    assert images
+    assert all(image.low >= 1 for image in images)
+
+
+def test_almost_equal_returns_are_drawn(tmp_path):
+    """Sums in another order differ in the last bit, which 40 bins cannot split."""
+    rewards = torch.tensor([0.1, 0.2, 0.3, 0.3, 0.2, 0.1] * 10, dtype=torch.float64)[:, None]
+    rows = TensorDict({"observation": torch.randn(60, 2), "action": torch.randn(60, 1)}, [60])
+    ends = torch.arange(60)[:, None] % 3 == 2
+    rows["next"] = TensorDict({"observation": torch.randn(60, 2), "reward": rewards, "terminated": ends}, [60])
+    describe(rows).plot(tmp_path / "a.png")

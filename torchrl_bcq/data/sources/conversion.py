@@ -27,15 +27,22 @@ from torchrl_bcq.files import UNFINISHED, home, write_whole
 _FORMAT = 2  # increase this number when the conversion changes, so that old copies are not reused
 
 
-def fingerprint(files: Iterable[Path], settings: Mapping[str, Any]) -> str:
-    """Return a digest of the contents of the files and of the reader's settings."""
-    digest = hashlib.sha256(json.dumps([_FORMAT, settings], sort_keys=True, default=str).encode())
+def contents_digest(files: Iterable[Path]) -> str:
+    """Return a digest of the contents of the files."""
+    digest = hashlib.sha256()
     for file in files:
         digest.update(file.stat().st_size.to_bytes(8, "big"))
         with open(file, "rb") as content:
             while block := content.read(1 << 20):
                 digest.update(block)
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
+
+
+def fingerprint(contents: str, settings: Mapping[str, Any]) -> str:
+    """Return a digest of the ``contents_digest`` of files and of the reader's settings."""
+    return hashlib.sha256(json.dumps([_FORMAT, contents, settings], sort_keys=True, default=str).encode()).hexdigest()[
+        :16
+    ]
 
 
 def write_memmap(parts: Iterator[TensorDictBase], rows: int, folder: Path, store: FramesInFolder | None = None) -> None:

@@ -20,7 +20,7 @@ from torchrl.data import TensorSpec
 from torchrl_bcq.data.checks import Checks, Columns
 from torchrl_bcq.data.frame_store import FramesInFolder, FramesInMemory, FrameStore
 from torchrl_bcq.data.origins import Origins
-from torchrl_bcq.data.sources.conversion import fingerprint, load_memmap, load_or_write, write_memmap
+from torchrl_bcq.data.sources.conversion import contents_digest, fingerprint, load_memmap, load_or_write, write_memmap
 from torchrl_bcq.data.sources.environment import RecordedEnvironment
 from torchrl_bcq.data.transitions import lay_out
 from torchrl_bcq.errors import DatasetError
@@ -109,12 +109,13 @@ class Source:
         """Return the memory-mapped copy in ``root``. If there is no copy, check all steps and write one first."""
         checks = self._checks(action_spec)
         settings = {**self.settings, "action_spec": checks.actions.stored_as, "strict": strict}
-        digest = fingerprint(self.files, settings)
+        contents = contents_digest(self.files)
+        digest = fingerprint(contents, settings)
         folder = root / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', Path(self.name).stem)[:100]}-{digest}"
         # find the copy by its digest, because the source file may have been renamed since the conversion
         found = next(root.glob(f"[!.]*-{digest}"), None)
         if found is None and checks.actions.stored_as == "continuous":  # a copy made without a spec may be the same
-            without = fingerprint(self.files, {**settings, "action_spec": None})
+            without = fingerprint(contents, {**settings, "action_spec": None})
             found = next((one for one in root.glob(f"[!.]*-{without}") if _is_continuous(one)), None)
         folder = found or folder
         try:
@@ -125,7 +126,7 @@ class Source:
         def write() -> None:
             parts = self._parts(checks, "checking", FrameStore(), strict=strict, origins=origins)
             rows, store = sum(map(len, parts)), FramesInFolder()
-            with closing(self._unchanged_parts(rows, digest, settings, store)) as parts:
+            with closing(self._unchanged_parts(rows, contents, store)) as parts:
                 write_memmap(map(checks.actions.convert, parts), rows, folder, store)
 
         copy = load_or_write(folder, write)
@@ -141,9 +142,9 @@ class Source:
     def _checks(self, action_spec: TensorSpec | None = None) -> Checks:
         return Checks(action_spec, self.action_type, self.columns, typed=self.typed)
 
-    def _unchanged_parts(self, rows: int, digest: str, settings: Mapping[str, Any], store: FrameStore) -> _Parts:
+    def _unchanged_parts(self, rows: int, contents: str, store: FrameStore) -> _Parts:
         yield from self._parts(self._checks(), "converting", store, rows=rows, strict=False)
-        if fingerprint(self.files, settings) != digest:
+        if contents_digest(self.files) != contents:
             raise DatasetError("it changed during the conversion; try again when no program writes to it.")
 
     def _parts(

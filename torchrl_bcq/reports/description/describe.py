@@ -60,11 +60,7 @@ def describe(
         >>> [finding.kind for finding in found.findings]
         ['few rows']
     """
-    survey = Survey(transitions, action_spec, origins)
-    for field in (survey.actions, *survey.observations):
-        names = (column_names or {}).get(field.name, ())
-        if len(names) == len(field.labels):  # one column of a table may hold several numbers
-            field.labels = [*names]
+    survey = Survey(transitions, action_spec, origins, column_names)
     return Description(survey, findings(survey))
 
 

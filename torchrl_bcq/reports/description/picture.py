@@ -67,7 +67,8 @@ def _histogram(axes: Axes, values: Tensor, label: str, counted: str, log: bool =
     finite = values[values.isfinite()].double().numpy()
     if len(finite):
         low, high = finite.min(), finite.max()
-        around = max(1.0, 0.1 * abs(low)) if low == high else 0.0
+        is_narrow = high - low <= 1e-9 * max(abs(low), abs(high))  # too narrow for 40 bins
+        around = max(1.0, 0.1 * abs(low)) if is_narrow else 0.0
         axes.hist(finite, bins=40, range=(low - around, high + around), color=BLUE, log=log)
     axes.set(xlabel=label, ylabel=f"{counted} (log scale)" if log else counted)
     axes.locator_params(axis="x", nbins=5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -37,7 +38,11 @@ class Survey:
     """
 
     def __init__(
-        self, transitions: TensorDictBase, action_spec: TensorSpec | None = None, origins: Origins | None = None
+        self,
+        transitions: TensorDictBase,
+        action_spec: TensorSpec | None = None,
+        origins: Origins | None = None,
+        column_names: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         reader, self.origins = Reader(transitions), Origins() if origins is None else origins
         self.rows, self.nbytes, self.all_rows = reader.rows, reader.nbytes, Rows(reader.rows)
@@ -48,6 +53,10 @@ class Survey:
         sampled, keys = _sampled_rows(reader), (REWARD, ACTION, *reader.vectors)
         fields = {key: ColumnStats(name_of(key), reader.matrix(key, sampled).float()) for key in keys}
         self.rewards, self.actions, *self.observations = fields.values()
+        for field in (self.actions, *self.observations):
+            names = (column_names or {}).get(field.name, ())
+            if len(names) == len(field.labels):  # one column of a table may hold several numbers
+                field.labels = [*names]
         self.frequencies: Tensor | None = None  # number of rows with each discrete action, [K]
         if (choices := reader.choices()) is not None:
             number = None if action_spec is None else number_of(action_spec)
@@ -111,10 +120,11 @@ class Survey:
             for key in reader.vectors:
                 self._check_observations(reader, key, rows, *(flag[rows] for flag in flags))
             for key, image in self.images.items():
-                values = reader.entry(key, rows)
-                if values.is_floating_point():
-                    values = values.masked_fill(~self._count_finite(image.name, values, rows.start), 0)
-                image.low, image.high = min(image.low, float(values.amin())), max(image.high, float(values.amax()))
+                low = high = reader.entry(key, rows)
+                if low.is_floating_point():
+                    odd = ~self._count_finite(image.name, low, rows.start)
+                    low, high = (low.masked_fill(odd, end) for end in (torch.inf, -torch.inf))
+                image.low, image.high = min(image.low, float(low.amin())), max(image.high, float(high.amax()))
             hashes.append(_hash_rows(reader, rows))
         if len(repeated := _again(torch.cat(hashes))):
             self.counts["repeated", "transitions"] = Rows(len(repeated), int(repeated.min()))
@@ -200,7 +210,8 @@ class Survey:
             if self.bounds and (beyond := (values < low) | (values > high)).any():
                 outside.add(beyond.any(1), rows.start)
                 row, at = beyond.nonzero()[0].tolist()
-                example = f"{values[row, at]:g} in column {at}, where the bounds are {low[at]:g} to {high[at]:g}"
+                where = f"in column {self.actions.labels[at]}, where the bounds are {low[at]:g} to {high[at]:g}"
+                example = f"{values[row, at]:g} {where}"
                 outside.example = outside.example or example
 
     def _read_outliers(self, reader: Reader, stops: Tensor) -> None:
@@ -242,7 +253,7 @@ def _count_far(reader: Reader, key: Key, field: ColumnStats, far: Rows) -> None:
         far.add(((values == field.low) & below | (values == field.high) & above).any(1), rows.start)
     at = int((below | above).nonzero()[0])
     value, low, high = field.low.where(below, field.high), low.where(below, field.low), high.where(above, field.high)
-    far.example = f"{value[at]:g} in column {at}, where the others span {low[at]:g} to {high[at]:g}"
+    far.example = f"{value[at]:g} in column {field.labels[at]}, where the others span {low[at]:g} to {high[at]:g}"
 
 
 def _sampled_rows(reader: Reader) -> Tensor:
