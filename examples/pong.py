@@ -12,7 +12,6 @@ Settings of ``torchrl-bcq train`` may follow. The same command resumes a stopped
 from __future__ import annotations
 
 import argparse
-from math import gcd
 from pathlib import Path
 
 import ale_py
@@ -109,8 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
         record(data, args.frames)
     interval = min(5000, args.steps)
     words = [f"dataset={data}", f"root={args.out / 'copies'}", f"out={run}", "resume=true", f"steps={args.steps}"]
-    words += [f"evaluation.env=pong:{ID}", f"evaluation.episodes={args.episodes}", f"log_interval={gcd(100, interval)}"]
-    words += [f"{name}.interval={interval}" for name in ("evaluation", "checkpoint")]
+    words += [f"evaluation.env=pong:{ID}", f"evaluation.episodes={args.episodes}", f"checkpoint.interval={interval}"]
+    words += [f"evaluation.interval={interval}", f"log_interval={np.gcd(100, interval)}"]
     return torchrl_bcq(["train", *words, *SETTINGS, *settings]) or torchrl_bcq(
         ["evaluate", str(run), "--checkpoint", "last", "--episodes", str(args.episodes)]
     )

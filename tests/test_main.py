@@ -99,7 +99,7 @@ def test_tables_take_their_columns_from_the_command_line(file, capsys):
     assert capsys.readouterr().err == (
         "torchrl-bcq: trips.csv is a csv source, which also needs the names of columns: reader.observation=COLUMN "
         "reader.action=COLUMN reader.reward=COLUMN reader.terminated=COLUMN, and one of reader.episode=COLUMN "
-        "reader.truncated=COLUMN reader.next_observation=COLUMN.\n"
+        "reader.truncated=COLUMN reader.next_observation=COLUMN reader.max_episode_steps=N.\n"
     )
 
 

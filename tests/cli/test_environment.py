@@ -101,8 +101,8 @@ def test_returns_of_another_environment_are_not_compared_with_the_data(words, ru
     assert "than the recorded behaviour (" in capsys.readouterr().out
     found = numbers(run, "--env-kwargs", "slope=5")
     out = capsys.readouterr().out
-    assert "the environment of the run is slopes:Sloped-v0 (slope=3, at most 20 steps). Returns in another" in out
-    assert "than the recorded behaviour (" not in out
+    assert "the run's environment is slopes:Sloped-v0 (slope=3, at most 20 steps), so these returns are not" in out
+    assert "recorded behaviour" not in out
     assert "normalized_score" not in found["BCQ"]
 
 

@@ -100,7 +100,7 @@ def test_prioritized_where_the_extension_does_not_fit(monkeypatch):
 def test_prioritized_on_a_gpu_needs_a_build_with_cuda():
     """The build of PyPI has no CUDA code. TorchRL raises its error before it uses a GPU, so no GPU is needed here."""
     skip_without_extension()
-    with pytest.raises(ImportError, match=r"a build of TorchRL with CUDA, .*; use sampler='uniform', or device='cpu'"):
+    with pytest.raises(ImportError, match=r"TorchRL built with CUDA, .*; use sampler='uniform', or device='cpu'"):
         make_replay_buffer(transitions(), sampler="prioritized", device="cuda")
 
 

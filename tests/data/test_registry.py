@@ -19,13 +19,13 @@ from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.data.datasets import load_dataset, register_dataset
 from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 
-from torchrl_bcq import from_arrays, load_transitions
+from torchrl_bcq import DatasetError, from_arrays, load_memmap, load_transitions
 
 from ..array_files import write_arrays
 
 D3RLPY = """\
 ends = [(e, np.arange(len(e.rewards), 0, -1) == 1) for e in dataset.episodes]
-steps = [(e.observations, e.actions, e.rewards, end * e.terminated, end > e.terminated) for e, end in ends]
+steps = [(e.observations, e.actions, e.rewards, end * e.terminated, end & (not e.terminated)) for e, end in ends]
 transitions = from_arrays(*map(np.concatenate, zip(*steps)))
 """
 TIANSHOU = """\
@@ -347,3 +347,13 @@ def test_recipe_for_tianshou_with_several_environments_and_a_full_buffer():
     assert td["next", "truncated"].flatten().tolist() == [False, True, False, True, False, False, True]
     assert td["next", "terminated"].flatten().tolist() == [False, False, False, False, False, True, False]
     assert td["episode"].tolist() == [0, 0, 1, 1, 2, 2, 3]
+
+
+def test_a_copy_with_other_names_is_refused_and_can_be_renamed(tmp_path):
+    rows = from_arrays(**STEPS)
+    rows.clone().rename_key_("action", "torque").memmap(str(tmp_path / "other"))
+    with pytest.raises(DatasetError, match=r"it lacks the entries \['action'\]; rename them in Python"):
+        load_transitions(tmp_path / "other")
+    renamed = load_memmap(tmp_path / "other").unlock_().rename_key_("torque", "action")
+    renamed.memmap(str(tmp_path / "renamed"), copy_existing=True)
+    assert torch.equal(load_transitions(tmp_path / "renamed")["action"], rows["action"])

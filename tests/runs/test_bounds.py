@@ -186,7 +186,7 @@ def test_a_resumed_run_keeps_its_bounds(make_settings, make_file):
         train(make_settings(*more, "action_low=-1"))
     assert str(error.value).endswith(
         "was trained with actions from [-1.0] to [2.0], but the bounds are now [-1.0] to [0.25]; "
-        "set action_low=[-1.0] action_high=[2.0]."
+        "set 'action_low=[-1.0]' 'action_high=[2.0]'."
     )
     assert train(make_settings(*more, "action_low=[-1.0]", "action_high=[2.0]"))["steps"] == 30
 

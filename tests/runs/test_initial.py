@@ -116,7 +116,7 @@ def test_data_that_do_not_fit_are_refused(make_settings, make_file, old, tmp_pat
         start(make_settings(f"dataset={other}", f"init_from={old}", "normalize=true"))
     narrow = make_file("narrow.hdf5", None, actions=np.random.default_rng(0).uniform(-1, 1, (200, 1)))
     train(make_settings(f"dataset={narrow}", f"out={tmp_path / 'narrow'}", "steps=10"))
-    with pytest.raises(RunError, match=r"but this run has actions from \[-2\.0\] to \[2\.0\]; set action_low="):
+    with pytest.raises(RunError, match=r"but this run has actions from \[-2\.0\] to \[2\.0\]; set 'action_low="):
         start(make_settings(f"init_from={tmp_path / 'narrow'}"))
     with pytest.raises(RunError, match="none contains no checkpoint"):
         start(make_settings(f"init_from={tmp_path / 'none'}"))

@@ -183,7 +183,7 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
         recorded["normalized_score"] = 100 * (task.behaviour["mean"] - low) / (high - low)
     if "length" in task.behaviour:  # checkpoints of older versions lack it
         recorded["episode_length"] = task.behaviour["length"]
-    _print_returns({RECORDED: recorded, **rows})
+    _print_returns(rows if elsewhere else {RECORDED: recorded, **rows})
     if "value_estimate" in rows[own]:
         longer = "" if limit is None or steps is None or steps <= limit else "at most "
         within = "" if steps is None else f" in {longer}{steps:,} steps"
@@ -197,7 +197,7 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
         found, steps = uneven
         print(f"\nNote: {found}. To evaluate episodes of the same length: --env-kwargs max_episode_steps={steps}")
     if elsewhere:
-        print(f"\nNote: the environment of the run is {usual}. Returns in another one are not compared with the data.")
+        print(f"\nNote: the run's environment is {usual}, so these returns are not compared with the recorded ones.")
     if args.episodes > 1:
         comparable = not uneven and not elsewhere and task.behaviour["episodes"] > 1
         differences = {f"the {RECORDED}": _from_dataset(returns[own], task.behaviour)} if comparable else {}

@@ -117,8 +117,8 @@ def _make_sampler(sampler: str | Sampler, weights: Tensor | None, rows: int, dev
     except RuntimeError as error:
         if "CUDA" in str(error):
             raise ImportError(
-                "prioritized sampling of data on a GPU needs a build of TorchRL with CUDA, which the package of PyPI "
-                "is not; " + remedy("use sampler='uniform', or device='cpu'.", "set sampler=uniform or device=cpu.")
+                "prioritized sampling of data on a GPU needs TorchRL built with CUDA, but the package of PyPI is built "
+                "without it; " + remedy("use sampler='uniform', or device='cpu'.", "set sampler=uniform or device=cpu.")
             ) from error
         raise ImportError(
             f"prioritized sampling needs TorchRL's compiled extension, but it does not fit torch {torch.__version__}. "

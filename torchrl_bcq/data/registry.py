@@ -98,7 +98,9 @@ def load_transitions(
             f"{name!r} is not a file, folder or known source; the known sources are {[*_SOURCES, 'memmap']}.{raised}"
         ) from error
     if root is not None:
-        raise DatasetError(f"{name} cannot be copied to {root}: only files, Minari and D4RL datasets can be copied.")
+        raise DatasetError(
+            f"{name} cannot be copied to {root}: only files, Minari and D4RL datasets can be copied; leave out root."
+        )
     rollouts = dataset[:] if isinstance(dataset, ReplayBuffer) else dataset
     return from_rollouts(rollouts, action_spec=action_spec)
 
@@ -108,7 +110,8 @@ def _check_copy(name: str, transitions: TensorDictBase, action_spec: TensorSpec 
     needed = ("observation", "action", ("next", "reward"))
     try:
         if missing := [key for key in needed if key not in transitions.keys(True)]:
-            how = "rename its entries in Python: load_memmap, rename_key_, then memmap into another folder"
+            how = "rename them in Python: load_memmap(FOLDER).unlock_().rename_key_(OLD, NEW)"
+            how += ".memmap(OTHER, copy_existing=True)"
             raise DatasetError(f"it lacks the entries {missing}; {how}.")
         if action_spec is not None:
             Checks(action_spec).check_all({"actions": transitions["action"], "rewards": transitions["next", "reward"]})

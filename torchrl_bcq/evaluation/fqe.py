@@ -138,7 +138,7 @@ def clone_probabilities(
         (logits,) = loss.scores(part)
         probabilities = available_logits(logits, part[_MASK] if has_mask else None).softmax(-1)
         chosen = probabilities.gather(-1, loss.action_index(part, logits)).squeeze(-1)
-        return chosen.clamp_min(torch.finfo(chosen.dtype).tiny)  # a ratio to 0 would be infinite
+        return chosen.clamp_min(torch.finfo(chosen.dtype).tiny)  # division by 0 would give an infinite ratio
 
     return values_in_parts(loss, probability, rows)
 

@@ -43,7 +43,7 @@ def load_networks(loss: OfflineLoss, settings: DictConfig, task: Task) -> None:
             f"{here[1]}; set another init_from, or another dataset."
         )
     if (then.action_low, then.action_high) != (task.action_low, task.action_high):
-        remedy = f"set action_low={then.action_low} action_high={then.action_high}".replace(", ", ",")  # two words
+        remedy = f"set 'action_low={then.action_low}' 'action_high={then.action_high}'".replace(", ", ",")
         found = f"{path} has actions from {then.action_low} to {then.action_high}"
         raise RunError(f"{found}, but this run has actions from {task.action_low} to {task.action_high}; {remedy}.")
     _copy_networks(load(path, device="cpu"), loss, _differing(saved, settings))

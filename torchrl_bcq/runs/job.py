@@ -152,7 +152,7 @@ def _check_bounds(task: Task, saved: Task, start: Path) -> None:
         raise RunError(f"{found}; set n_actions={saved.n_actions}.")
     before, now = ([one.action_low, one.action_high] for one in (saved, task))
     if not torch.equal(torch.tensor(before), torch.tensor(now)):  # float32: a few digits of a file may differ
-        remedy = f"set action_low={before[0]} action_high={before[1]}".replace(", ", ",")  # words without spaces
+        remedy = f"set 'action_low={before[0]}' 'action_high={before[1]}'".replace(", ", ",")
         found = f"{start} was trained with actions from {before[0]} to {before[1]}"
         raise RunError(f"{found}, but the bounds are now {now[0]} to {now[1]}; {remedy}.")
 

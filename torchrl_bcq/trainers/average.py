@@ -49,7 +49,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """Add the current weights to the average. ``AveragedModel.update_parameters`` would make a GPU wait."""
+        """Add the current weights to the average. Unlike ``update_parameters``, this does not wait for the GPU."""
         model, source = self._model, self._source
         if model.n_averaged:
             self._mix([*model.module.parameters()], [*source.parameters()], torch.zeros(()))  # the number has no effect
