@@ -10,7 +10,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete
 
-from torchrl_bcq import History, load_policy
+from torchrl_bcq import ExportedPolicy, History, load_policy
 from torchrl_bcq.__main__ import main
 from torchrl_bcq.data.frame_stack import FrameStack
 from torchrl_bcq.runs.dataset import open_dataset
@@ -100,6 +100,12 @@ def test_runs_on_frames(tmp_path, monkeypatch, algorithm, beside):
     else:
         state = {"observation": np.zeros(4), "pixels": np.zeros((2, SIZE, SIZE), np.uint8)}
         assert policy.act(state).shape == (() if discrete else (2,))
+    if beside and algorithm == "discrete_bcq":  # frames are an input of their own, and not joined with the vector
+        assert main(["export", str(run), "policy.onnx"]) == 0
+        exported = ExportedPolicy("policy.onnx")
+        assert exported.contract["observation_entries"] is None
+        (place,) = (port["low"] for port in exported.contract["inputs"] if port["name"] == "observation")
+        assert exported.act({"observation": place, "pixels": np.zeros((1, SIZE, SIZE), np.uint8)}).shape == ()
     assert main(["plot", str(run)]) == 0
 
 

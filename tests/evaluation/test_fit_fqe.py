@@ -154,6 +154,18 @@ def test_cloned_probabilities():
     torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
 
 
+def test_a_cloned_probability_is_never_0():
+    """Far from the data, the softmax underflows to 0. A ratio to it would turn the weighted estimates into NaN."""
+    state, action = np.tile([0, 0, 1, 1], 50), np.tile([0, 1, 1, 1], 50)
+    data = from_arrays(np.eye(2)[state], action, np.ones(200), np.ones(200), np.zeros(200))
+    far = data[:4].clone()
+    far["observation"] = 1e6 * torch.tensor([[1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, 1.0]])
+    far["action"] = torch.tensor([0, 1, 0, 1])
+    found = clone_probabilities(data, far, Categorical(2), steps=100, hidden=(16,), lr=1e-2)
+    assert (found > 0).all()
+    assert found.min() < 1e-30
+
+
 def test_an_action_that_is_not_available_gets_no_probability():
     action = np.tile([0, 1, 1, 1], 100)
     masks = np.tile([[True, True], [False, True]], (200, 1))

@@ -36,6 +36,12 @@ def test_value_and_priority_by_hand(network, batch, reduction, expected):
     assert batch["td_error"].tolist() == [0.5, 2]
 
 
+def test_the_priority_has_the_dtype_of_prioritized_samplers(network, batch):
+    batch = batch.double()
+    assert CloningLoss(network.double()).actor_loss(batch)[0].dtype == torch.float64
+    assert batch["td_error"].dtype == torch.float32
+
+
 def test_gradient_by_hand(network, batch):
     """Mean over 2 rows and 2 actions of ``2 * error * (x, 1)``: errors (1, 0) at 1 and (0, -2) at 2."""
     CloningLoss(network).actor_loss(batch)[0].backward()

@@ -39,6 +39,12 @@ def test_value_priority_and_accuracy_by_hand(network, batch, reduction, expected
     assert metadata["imitation_accuracy"].tolist() == [0, 0]  # the second is a tie, which the first action wins
 
 
+def test_the_priority_has_the_dtype_of_prioritized_samplers(network, batch):
+    batch = batch.set("observation", batch["observation"].double())
+    assert DiscreteCloningLoss(network.double(), action_space="categorical").actor_loss(batch)[0].dtype == torch.float64
+    assert batch["td_error"].dtype == torch.float32
+
+
 def test_gradient_by_hand(network, batch):
     """Mean over the rows of p - onehot: (-3/4, 3/4) at 0 and (1/2, -1/2) at 1."""
     DiscreteCloningLoss(network, action_space="categorical").actor_loss(batch)[0].backward()

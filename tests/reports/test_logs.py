@@ -62,7 +62,9 @@ def test_groups_agree_on_all_but_the_seed_and_are_named_by_what_differs(make_run
     settings = {"optim.betas": [0.9, 0.99], "optim.clip": 1.0}
     folders = [
         make_run(
-            f"{lr}-{seed}", {"optim.lr": lr, **settings, "logger_kwargs": {"name": seed}, "resume": seed}, seed=seed
+            f"{lr}-{seed}",
+            {"optim.lr": lr, **settings, "logger_kwargs": {"name": seed}, "resume": seed, "baseline": seed or None},
+            seed=seed,
         )
         for lr, seed in itertools.product((3e-4, 1e-3), (0, 1))
     ]

@@ -51,12 +51,14 @@ class WeightAverage:
     def __call__(self) -> None:
         """Add the current weights to the average. Unlike ``update_parameters``, this does not wait for the GPU."""
         model, source = self._model, self._source
+        average: list[torch.Tensor] = [*model.module.parameters()]
+        weights: list[torch.Tensor] = [*source.parameters()]
         if model.n_averaged:
-            self._mix([*model.module.parameters()], [*source.parameters()], torch.zeros(()))  # the number has no effect
+            self._mix(average, weights, torch.zeros(()))  # the number has no effect
         else:
-            torch._foreach_copy_([*model.module.parameters()], [*source.parameters()])
-        for own, new in zip(model.module.buffers(), source.buffers(), strict=True):
-            own.copy_(new)
+            torch._foreach_copy_(average, weights)
+        if buffers := [*source.buffers()]:
+            torch._foreach_copy_([*model.module.buffers()], buffers)
         model.n_averaged += 1
 
     def register(self, trainer: Trainer, name: str = "average") -> None:

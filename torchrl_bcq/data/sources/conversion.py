@@ -40,9 +40,8 @@ def contents_digest(files: Iterable[Path]) -> str:
 
 def fingerprint(contents: str, settings: Mapping[str, Any]) -> str:
     """Return a digest of the ``contents_digest`` of files and of the reader's settings."""
-    return hashlib.sha256(json.dumps([_FORMAT, contents, settings], sort_keys=True, default=str).encode()).hexdigest()[
-        :16
-    ]
+    text = json.dumps([_FORMAT, contents, settings], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write_memmap(parts: Iterator[TensorDictBase], rows: int, folder: Path, store: FramesInFolder | None = None) -> None:
