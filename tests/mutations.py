@@ -283,9 +283,9 @@ BREAKS = {
         "            if False:\n",
     ),
     "precision of targets is not restored": (
-        "objectives/precision.py",
-        "    finally:\n        _target_dtype = before",
-        "    finally:\n        pass",
+        "trainers/execution.py",
+        "            self._loss.target_dtype = target_dtype\n",
+        "",
     ),
     # training
     "a schedule is off by one": (

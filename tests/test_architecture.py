@@ -97,8 +97,8 @@ def test_optional_packages_are_imported_only_when_used():
 
 def test_names_are_loaded_when_they_are_used():
     stub = ast.parse((ROOT / "__init__.pyi").read_text())
-    listed = next(ast.literal_eval(n.value) for n in stub.body if isinstance(n, ast.Assign))
-    assert listed == sorted(listed) == sorted(torchrl_bcq.__all__)
+    listed = [a.name for n in stub.body if isinstance(n, ast.ImportFrom) and n.module for a in n.names]
+    assert sorted(listed) == sorted(torchrl_bcq.__all__)
     assert all(getattr(torchrl_bcq, name) is not None for name in listed)
     with pytest.raises(AttributeError, match="BCQLos"):
         torchrl_bcq.BCQLos  # noqa: B018

@@ -19,7 +19,6 @@ from torchrl_bcq import (
     make_discrete_bcq_modules,
     make_discrete_cloning_modules,
 )
-from torchrl_bcq.objectives.precision import target_precision
 
 from ..conftest import ACTION_SPEC, OBSERVATION_SPEC
 from .conftest import DELAYED, NUM_ACTIONS, OBJECTIVES, bcq_modules, evaluate, make_loss, with_updater
@@ -183,26 +182,13 @@ def test_missing_target_updater_is_warned_of(make_batch):
 
 
 @pytest.mark.parametrize("name", DELAYED)
-def test_target_precision_holds_within_its_context(make_batch, name):
+def test_target_dtype_is_the_precision_of_targets(make_batch, name):
     loss, batch = make_loss(name), make_batch(6)
-
-    def target() -> torch.Tensor:
-        return evaluate(loss, batch)["target_value"]
-
-    def interrupted() -> None:
-        with target_precision(None):
-            torch.testing.assert_close(target(), exact, rtol=0, atol=0)
-            raise KeyError
-
-    exact = target()
-    with target_precision(torch.bfloat16):
-        rough = target()
-        with pytest.raises(KeyError):
-            interrupted()
-        assert torch.equal(target(), rough)
+    exact = evaluate(loss, batch)["target_value"]
+    loss.target_dtype = torch.bfloat16
+    rough = evaluate(loss, batch)["target_value"]
     assert (rough - exact).abs().max() > 1e-5  # 8 bits
     assert rough.dtype == torch.float32
-    assert torch.equal(target(), exact)
 
 
 @pytest.mark.parametrize(

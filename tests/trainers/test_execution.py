@@ -13,7 +13,6 @@ from torch._dynamo.utils import counters
 from torchrl.objectives import SoftUpdate
 
 from torchrl_bcq import BCQLoss, BCQOptimizationStepper, BCQTrainer, make_bcq_modules
-from torchrl_bcq.objectives.precision import target_precision
 from torchrl_bcq.trainers.execution import Execution
 
 from ..conftest import ACTION_SPEC, OBSERVATION_SPEC, random_transitions
@@ -295,9 +294,8 @@ def test_the_precision_of_targets_ends_with_training():
     def target() -> torch.Tensor:
         return trainer.loss_module.qvalue_loss(batch, latent)[1]["target_value"]
 
-    with target_precision(torch.bfloat16):
-        rough = target()
-    with target_precision(None):
-        exact = target()
-    assert not torch.equal(rough, exact)
-    assert torch.equal(target(), exact)
+    after = target()
+    trainer.loss_module.target_dtype = torch.bfloat16
+    assert not torch.equal(target(), after)
+    trainer.loss_module.target_dtype = None
+    assert torch.equal(target(), after)

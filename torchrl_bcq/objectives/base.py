@@ -5,20 +5,19 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
-from torch import Size, Tensor, nn
+from torch import Size, Tensor, autocast, dtype, nn
 from torchrl.envs.utils import ExplorationType
 from torchrl.objectives.common import LossModule
 
 from torchrl_bcq.objectives.inputs import check_choice, check_state_dict, correct_batch_size, select_inputs
 from torchrl_bcq.objectives.ownership import RunOn, find_slots, follow_swapped_weights
-from torchrl_bcq.objectives.precision import target_autocast
 
 
 class OfflineLoss(LossModule):
@@ -76,6 +75,7 @@ class OfflineLoss(LossModule):
 
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
+    target_dtype: dtype | None = None  # autocast to this dtype while targets are computed; None adds no autocast
     action_metric = "action_distance"  # name of the mean of compare_actions
     deterministic_sampling_mode = ExplorationType.RANDOM  # TorchRL's default would turn off random sampling
 
@@ -193,8 +193,8 @@ class OfflineLoss(LossModule):
         return RunOn(slots)
 
     def target_autocast(self) -> AbstractContextManager:
-        """Context manager that applies the precision set by ``target_precision``."""
-        return target_autocast(self._like.device.type)
+        """Context manager that applies ``target_dtype``."""
+        return nullcontext() if self.target_dtype is None else autocast(self._like.device.type, self.target_dtype)
 
     def detached(self, name: str) -> AbstractContextManager:
         """Context manager in which a network's inputs get gradients, but the network's weights get none."""

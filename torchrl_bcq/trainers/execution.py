@@ -13,7 +13,6 @@ from tensordict import TensorDictBase
 
 from torchrl_bcq.memory import keep_freed_memory
 from torchrl_bcq.objectives import OfflineLoss
-from torchrl_bcq.objectives.precision import target_precision
 
 _MATMUL = ("highest", "high", "medium")  # the values of torch.set_float32_matmul_precision
 PRECISIONS = (*_MATMUL, "bf16-target", "bf16-mixed")
@@ -63,12 +62,14 @@ class Execution:
         """Use the chosen precision inside a ``with`` block; afterwards, restore the previous precision."""
         # read the precision only if needed: reading fails if the user has set one for a single backend
         before = None if self._matmul is None else torch.get_float32_matmul_precision()
+        target_dtype = self._loss.target_dtype
         try:
             if self._matmul is not None:
                 torch.set_float32_matmul_precision(self._matmul)
-            with target_precision(self._target_dtype):
-                yield
+            self._loss.target_dtype = self._target_dtype
+            yield
         finally:
+            self._loss.target_dtype = target_dtype
             if before is not None:
                 torch.set_float32_matmul_precision(before)
 
