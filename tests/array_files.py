@@ -8,6 +8,8 @@ from typing import Any
 
 import h5py
 import numpy as np
+import torch
+from tensordict import TensorDictBase
 
 
 def write_arrays(path: str | Path, fields: Mapping[str, Any], **attributes: Any) -> Path:
@@ -21,3 +23,12 @@ def write_arrays(path: str | Path, fields: Mapping[str, Any], **attributes: Any)
             file[name] = values
         file.attrs.update(attributes)
     return path
+
+
+def same(found: TensorDictBase, expected: TensorDictBase) -> None:
+    """Assert that both hold the same entries, bit for bit."""
+    assert found.batch_size == expected.batch_size
+    assert set(found.keys(True, True)) == set(expected.keys(True, True))
+    for key, value in expected.items(True, True):
+        assert found[key].dtype == value.dtype, key
+        assert torch.equal(found[key], value), key

@@ -10,7 +10,6 @@ PYTHONPATH=examples python tests/benchmarks/bench_hospital.py report
 from __future__ import annotations
 
 import argparse
-import json
 from itertools import product
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import h5py
 import numpy as np
 import torch
 from hospital import THRESHOLDS, learn
+from json_lines import append, load
 from sepsis_model import SepsisModel
 
 RESULTS = Path(__file__).parent / "results" / "hospital.jsonl"
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="(default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="(default: %(default)s)")
     args = parser.parse_args(arguments)
-    lines = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
+    lines = load(args.results)
     if args.command == "report":
         print(report(lines))
         return
@@ -40,7 +40,6 @@ def main(arguments: list[str] | None = None) -> None:
     model = SepsisModel.load()
     with h5py.File(args.file) as file:
         data = model.to_transitions(*(file[name][()] for name in ("infos/state", "actions", "infos/next_state")))
-    args.results.parent.mkdir(parents=True, exist_ok=True)
     policies = [*product((False, True), (1.0,), (None, *THRESHOLDS)), (False, 0.99, 0.3)]
     for seed, (masked, gamma, threshold) in product(args.seeds, policies):
         settings = {"threshold": threshold, "masked": masked, "gamma": gamma, "seed": seed, "steps": args.steps}
@@ -49,8 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         table = learn(model, data, threshold, args.steps, seed=seed, masked=masked, gamma=gamma)
         share = model.admissible[: model.living][table[: model.living] == 1].mean()
         line = {**settings, "value": model.value(table), "admissible_share": share}
-        with args.results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(args.results, line)
         print(line, flush=True)
 
 

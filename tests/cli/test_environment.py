@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -104,18 +103,6 @@ def test_returns_of_another_environment_are_not_compared_with_the_data(words, ru
     assert "the run's environment is slopes:Sloped-v0 (slope=3, at most 20 steps), so these returns are not" in out
     assert "recorded behaviour" not in out
     assert "normalized_score" not in found["BCQ"]
-
-
-def test_older_checkpoints_lack_the_arguments(words, run):
-    assert main(["train", *words()]) == 0
-    shutil.rmtree(run / "best")
-    file = next((run / "checkpoints").glob("*20")) / "manifest.json"
-    manifest = json.loads(file.read_text())
-    for name in ("env_kwargs", "max_episode_steps"):
-        del manifest["metadata"]["task"][name]
-        del manifest["metadata"]["config"]["evaluation"][name]
-    file.write_text(json.dumps(manifest))
-    assert str(load(run).task.env) == numbers(run)["env"] == "Swing-v0"
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "record"])

@@ -25,32 +25,13 @@ def draws(*batch: int) -> dict[str, torch.Tensor]:
     return {"vae": torch.randn(*batch, 4), "qvalue": torch.randn(*batch, 10, 4), "actor": torch.randn(*batch, 4)}
 
 
-@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])
-def test_copies_give_the_same_losses_and_are_independent(loss, make_batch, make_copy):
-    loss.set_keys(reward="r")
-    loss.make_value_estimator(gamma=0.5)
-    batch, noise = make_batch(6), draws(6)
-    batch["next"].rename_key_("reward", "r")
-    copied = make_copy(loss)
-    before = {name: getattr(loss, f"{name}_loss")(batch, noise[name])[0] for name in LOSSES}
-    for name in LOSSES:
-        torch.testing.assert_close(getattr(copied, f"{name}_loss")(batch, noise[name])[0], before[name], rtol=0, atol=0)
-    updater = SoftUpdate(copied, tau=0.5)
-    with torch.no_grad():
-        for p in copied.parameters():
-            p.add_(0.1)
-    updater.step()
-    for name in LOSSES:
-        assert torch.equal(getattr(loss, f"{name}_loss")(batch, noise[name])[0], before[name])
-        assert not torch.equal(getattr(copied, f"{name}_loss")(batch, noise[name])[0], before[name])
-
-
 def replaced(loss: BCQLoss) -> BCQLoss:
     loss.load_state_dict({name: value.clone() for name, value in loss.state_dict().items()}, assign=True)
     return loss
 
 
-CHANGES = {  # after each, the loss holds other tensors than before
+CHANGES = {  # after each but the first, the loss holds other tensors than before
+    "none": lambda loss: loss,
     "deepcopy": copy.deepcopy,
     "pickle": lambda loss: pickle.loads(pickle.dumps(loss)),
     "assign": replaced,

@@ -181,8 +181,7 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
     if task.reference_scores:
         low, high = task.reference_scores
         recorded["normalized_score"] = 100 * (task.behaviour["mean"] - low) / (high - low)
-    if "length" in task.behaviour:  # checkpoints of older versions lack it
-        recorded["episode_length"] = task.behaviour["length"]
+    recorded["episode_length"] = task.behaviour["length"]
     _print_returns(rows if elsewhere else {RECORDED: recorded, **rows})
     if "value_estimate" in rows[own]:
         longer = "" if limit is None or steps is None or steps <= limit else "at most "

@@ -39,7 +39,7 @@ class Task:
     env_id: str | None  # Gymnasium id of the environment in which the policy is evaluated
     reference_scores: Sequence[float] | None  # mean returns of a random policy and of an expert
     behaviour: dict[str, float]  # facts about the recorded episodes, from _describe_behaviour
-    env_kwargs: dict[str, Any] = field(default_factory=dict)  # older checkpoints lack this field and the next ones
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
     max_episode_steps: int | None = None  # None: the time limit that is registered for env_id
     observation: list[str] | None = None  # entries of a Dict observation that are joined, in this order
     stack: int = 1  # number of observations in a state
@@ -84,8 +84,7 @@ class Task:
 
     def check_unchanged(self, now: Task, consequence: str) -> None:
         """Raise a RunError if the dataset has other episodes now than in this task."""
-        names = self.behaviour.keys() & {"episodes", "length"}  # older checkpoints lack the length
-        if any(not math.isclose(self.behaviour[name], now.behaviour[name]) for name in names):
+        if any(not math.isclose(self.behaviour[name], now.behaviour[name]) for name in ("episodes", "length")):
             steps = [f"{task.behaviour['episodes']} episodes" for task in (self, now)]
             found = f"the dataset has changed since the run began: it had {steps[0]}, and now has {steps[1]}"
             if steps[0] == steps[1]:

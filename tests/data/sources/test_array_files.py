@@ -9,11 +9,12 @@ from dataclasses import replace
 import h5py
 import numpy as np
 import pytest
-import torch
 from torchrl.data import Bounded
 
 from torchrl_bcq import from_arrays, load_hdf5, load_npz
 from torchrl_bcq.data.sources import array_files, layouts
+
+from ...array_files import same
 
 # three episodes: of 4 steps (terminated), 5 (cut off), 3 (unfinished); observations are [episode, step]
 LENGTHS = (4, 5, 3)
@@ -62,14 +63,6 @@ def form(request, tmp_path):
 def steps(names=None, without=(), **changes):
     fields = {name: value for name, value in {**STEPS, **changes}.items() if name not in without}
     return {(names or {}).get(name, name): value for name, value in fields.items()}
-
-
-def same(found, expected):
-    assert found.batch_size == expected.batch_size
-    assert set(found.keys(True, True)) == set(expected.keys(True, True))
-    for key, value in expected.items(True, True):
-        assert found[key].dtype == value.dtype, key
-        assert torch.equal(found[key], value), key
 
 
 def rows(td, *key):

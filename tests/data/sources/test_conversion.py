@@ -26,7 +26,7 @@ from torchrl_bcq.data.sources.conversion import load_memmap, write_memmap
 from torchrl_bcq.data.sources.source import Source
 from torchrl_bcq.files import UNFINISHED
 
-from ...array_files import write_arrays
+from ...array_files import same, write_arrays
 
 ROWS = 40
 TIME = np.arange(ROWS, dtype=np.float32)
@@ -70,14 +70,6 @@ def copies(root) -> list[Path]:
 def leftovers(root) -> list[str]:
     """All names except locks."""
     return [path.name for path in root.iterdir() if not path.name.endswith(".lock")] if root.exists() else []
-
-
-def same(found, expected):
-    assert found.batch_size == expected.batch_size
-    assert set(found.keys(True, True)) == set(expected.keys(True, True))
-    for key, value in expected.items(True, True):
-        assert found[key].dtype == value.dtype, key
-        assert torch.equal(found[key], value), key
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])

@@ -15,6 +15,8 @@ from torchrl.data import Bounded
 from torchrl_bcq import from_arrays, load_table, load_transitions
 from torchrl_bcq.data.sources import tables
 
+from ...array_files import same
+
 # a stay of 3 hours that ended, one of 4 that was cut off, one of 2 that just stops
 EPISODE = ["ann", "ann", "ann", "bob", "bob", "bob", "bob", "cy", "cy"]
 STEP = [0, 1, 2, 5, 6, 7, 8, 0, 1]  # bob's steps start at 5
@@ -65,14 +67,6 @@ def small_chunks(request, monkeypatch):
     open_csv = csv.open_csv
     options = csv.ReadOptions(block_size=40 + 60 * request.param, use_threads=False)
     monkeypatch.setattr(csv, "open_csv", lambda path, **more: open_csv(path, read_options=options, **more))
-
-
-def same(found, expected):
-    assert found.batch_size == expected.batch_size
-    assert set(found.keys(True, True)) == set(expected.keys(True, True))
-    for key, value in expected.items(True, True):
-        assert found[key].dtype == value.dtype, key
-        assert torch.equal(found[key], value), key
 
 
 def refusal(path, **roles) -> str:
