@@ -164,5 +164,6 @@ def check_threshold(threshold: float) -> None:
 
 
 def can_check(tensor: Tensor) -> bool:
-    """Whether the values of a tensor can be read without waiting for a GPU, and outside of a compiled graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    """Whether the values of a tensor can be read: not on a GPU, in a compiled graph or inside ``torch.vmap``."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return tensor.device.type == "cpu" and not traced and not torch._C._functorch.is_batchedtensor(tensor)

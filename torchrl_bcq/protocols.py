@@ -9,7 +9,9 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+from torchrl.modules import BatchRenorm1d
 
 
 class GenerativeModel(Protocol):
@@ -136,6 +138,7 @@ def check_networks(
     for name, network in zip(names, (vae, actor, critics), strict=True):
         if network is not None:
             check_initialized(name, network)
+            check_not_recurrent(name, network)
 
 
 def check_discrete_network(name: str, network: DiscreteNetwork, outputs: Sequence[str]) -> None:
@@ -154,6 +157,21 @@ def check_discrete_network(name: str, network: DiscreteNetwork, outputs: Sequenc
     check_initialized(name, network)
 
 
+def check_not_recurrent(name: str, network: Any) -> None:
+    """Raise a ValueError if a network has a recurrent layer of TorchRL, which would take candidates for time steps."""
+    if found := [type(layer).__name__ for layer in network.modules() if hasattr(layer, "recurrent_mode")]:
+        raise ValueError(
+            f"{name} has a recurrent layer ({found[0]}), which would take the actions that are compared in a state for "
+            "a time series; give the network the last observations instead, as stack_observations does."
+        )
+
+
+def has_batch_norm(*networks: Any) -> bool:
+    """Whether a layer normalizes over the rows of a batch, so that it needs all rows in one dimension."""
+    layers = (layer for network in networks if network is not None for layer in network.modules())
+    return any(isinstance(layer, (_BatchNorm, BatchRenorm1d)) for layer in layers)
+
+
 def check_initialized(name: str, network: Any) -> None:
     """Raise a ValueError if a network has lazy layers that are not initialised."""
     if any(map(is_lazy, network.parameters())):
@@ -162,13 +180,22 @@ def check_initialized(name: str, network: Any) -> None:
 
 def decode_action(model: GenerativeModel, tensordict: TensorDictBase, latent: Tensor) -> TensorDictBase:
     """Let a behaviour model write an action ``[*B, A]`` for each state, and check its shape."""
-    written = model.decode(tensordict, latent)
-    action_key = model.action_key
+    return _take_action("decode", model.decode(tensordict, latent), tensordict, model.action_key)
+
+
+def perturb_action(actor: TensorDictModuleBase, tensordict: TensorDictBase) -> TensorDictBase:
+    """Let an actor overwrite the action ``[*B, A]`` of each state, and check its shape."""
+    return _take_action("the actor", actor(tensordict), tensordict, actor.out_keys[0])
+
+
+def _take_action(
+    name: str, written: TensorDictBase | None, tensordict: TensorDictBase, action_key: NestedKey
+) -> TensorDictBase:
     action = None if written is None else written.get(action_key, None)
     if action is None or action.shape[:-1] != tensordict.batch_size:
         found = "nothing" if action is None else f"a tensor of shape {tuple(action.shape)}"
         raise ValueError(
-            f"decode wrote {found} to {action_key!r}; it must write one action for each state, [*B, A] with *B = "
+            f"{name} wrote {found} to {action_key!r}; it must write one action for each state, [*B, A] with *B = "
             f"{tuple(tensordict.batch_size)}, into the given tensordict and return this tensordict."
         )
     return tensordict if written is tensordict else tensordict.set(action_key, action)

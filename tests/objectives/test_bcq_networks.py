@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import EnsembleModule, TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
 from torchrl.data import Composite, Unbounded
-from torchrl.modules import MLP
+from torchrl.modules import MLP, BatchRenorm1d, LSTMModule
 from torchrl.objectives import SoftUpdate
 
 from torchrl_bcq import (
@@ -23,7 +23,9 @@ from torchrl_bcq import (
     QEnsemble,
     make_bcq_modules,
 )
+from torchrl_bcq.trainers.execution import Execution
 
+from ..batch_norm import Normalized
 from ..conftest import ACTION_SPEC
 
 
@@ -208,3 +210,96 @@ def test_own_ensembles_write_one_value_for_each_row_and_critic(modules, make_bat
         message = r"the critics write 'state_action_value' of shape \(8,\), expected \(8, 'C'\)"
     with pytest.raises(ValueError, match=message):
         loss_of(vae, actor, wrong).actor_loss(make_batch(8))
+
+
+class StackedCritics(TensorDictModuleBase):
+    """Critics whose weights are stacked by tensordict's EnsembleModule."""
+
+    in_keys, out_keys = ["observation", "action"], ["state_action_value"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        critic = TensorDictModule(MLP(in_features=5, out_features=1, num_cells=[8]), self.in_keys, self.out_keys)
+        self.stacked = EnsembleModule(critic, 2)
+
+    def forward(self, tensordict):
+        values = self.stacked(tensordict.select(*self.in_keys))["state_action_value"]  # [C, *B, 1]
+        return tensordict.set("state_action_value", values.squeeze(-1).movedim(0, -1))
+
+    def first(self, tensordict):
+        values = self.stacked(tensordict.select(*self.in_keys))["state_action_value"]
+        return tensordict.set("state_action_value", values[0])
+
+
+def test_critics_with_stacked_weights(modules, make_batch, latent):
+    loss, batch = BCQLoss(*modules[:2], StackedCritics()), make_batch(6)
+    updater = SoftUpdate(loss, tau=0.5)
+
+    def target() -> torch.Tensor:
+        return loss.qvalue_loss(batch, latent)[1]["target_value"]
+
+    before = target()
+    with torch.no_grad():
+        for parameter in loss.qvalue_network_params.parameters():
+            parameter.add_(1.0)
+    torch.testing.assert_close(target(), before, rtol=0, atol=0)
+    updater.step()
+    assert (target() - before).abs().min() > 1e-3
+    loss.actor_loss(batch)[0].backward()
+    assert all(parameter.grad is None for parameter in loss.qvalue_network_params.parameters())
+    assert all(parameter.grad is not None for parameter in loss.actor_network_params.parameters())
+    with pytest.raises(ValueError, match="with a TensorDictParams, such as EnsembleModule, need compile=False"):
+        Execution(loss, compile=True)
+
+
+@pytest.mark.parametrize("make", [BCQLoss, BCQPolicy])
+def test_recurrent_critics_are_refused(modules, make):
+    def critic() -> TensorDictSequential:
+        memory = LSTMModule(input_size=3, hidden_size=4, in_key="observation", out_key="memory")
+        value = TensorDictModule(
+            MLP(in_features=6, out_features=1, num_cells=[8]), ["memory", "action"], ["state_action_value"]
+        )
+        return TensorDictSequential(memory, value)
+
+    with pytest.raises(ValueError, match=r"has a recurrent layer \(LSTMModule\), which would take the actions"):
+        make(*modules[:2], QEnsemble([critic(), critic()]))
+
+
+def test_an_actor_with_batch_norm_acts_on_rows(modules, make_batch, latent):
+    """In evaluation mode, each row has the same result alone and in the batch."""
+    actor = TensorDictModule(Normalized(2), ["observation", "action"], ["action"], inplace=False)
+    loss, batch = loss_of(modules[0], actor, modules[2]), make_batch(6)
+    loss.actor_loss(batch)
+    actor.eval()
+    together = loss.qvalue_loss(batch, latent)[1]["target_value"]
+    rows = [loss.qvalue_loss(batch[i : i + 1], latent[i : i + 1])[1]["target_value"] for i in range(6)]
+    torch.testing.assert_close(together, torch.cat(rows))
+    policy = BCQPolicy(modules[0], actor, modules[2], num_action_samples=10, return_candidates=True)
+    states = batch.select("observation")
+    found = policy(states.clone(), latents=latent)
+    pairs = states.unsqueeze(-1).expand(6, 10).copy().set("action", found["candidates"])
+    value = modules[2](pairs)["state_action_value"][..., 0]
+    torch.testing.assert_close(found["action_value"], value)
+    torch.testing.assert_close(found["action"], found["candidates"][torch.arange(6), value.argmax(-1)])
+
+
+def test_critics_with_batch_renorm_see_all_rows_at_once(modules, make_batch):
+    keys = ["observation", "action"], ["state_action_value"]
+    critics = QEnsemble([TensorDictModule(Normalized(1, BatchRenorm1d), *keys) for _ in range(2)])
+    loss = loss_of(*modules[:2], critics)
+    loss.target_chunk_size = 10
+    assert loss.mixes_rows
+    torch.manual_seed(1)
+    found = loss.qvalue_loss(make_batch(6))[0]
+    assert found.isfinite()
+
+
+def test_an_actor_that_writes_no_action_is_refused(modules, make_batch):
+    class Silent(TensorDictModule):
+        def forward(self, tensordict):
+            return tensordict.exclude("action")
+
+    actor = Silent(Normalized(2), ["observation", "action"], ["action"])
+    loss = loss_of(modules[0], actor, modules[2])
+    with pytest.raises(ValueError, match="the actor wrote nothing to 'action'; it must write one action"):
+        loss.actor_loss(make_batch(6))

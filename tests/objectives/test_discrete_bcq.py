@@ -464,6 +464,14 @@ def test_soft_and_hard_updates_find_the_target(make_batch):
     assert all(torch.equal(p.data, source[key].data) for key, p in target.items(True, True))
 
 
+def test_vmap_over_batches(make_batch):
+    """Inside vmap, the values of the actions cannot be checked."""
+    loss = make_loss("discrete bcq")
+    batches = torch.stack([make_batch(4) for _ in range(3)])
+    found = torch.vmap(lambda batch: loss.qvalue_loss(batch)[0])(batches)
+    torch.testing.assert_close(found, torch.stack([loss.qvalue_loss(batch)[0] for batch in batches.unbind(0)]))
+
+
 def test_values_of_state_action_pairs(make_batch):
     loss, batch = make_loss("discrete bcq"), make_batch(4)
     expected = loss.qvalue_network(batch.copy())["action_value"][torch.arange(4), batch["choice"]]

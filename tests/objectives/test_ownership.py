@@ -12,6 +12,23 @@ from torch import nn
 
 from torchrl_bcq.objectives.ownership import RunOn, find_slots
 
+
+class Stacked(nn.Module):
+    """Networks whose stacked weights are in one TensorDict, as in TorchRL's MultiAgentMLP."""
+
+    def __init__(self, *networks: nn.Module) -> None:
+        super().__init__()
+        self.weights = TensorDict.from_modules(*networks, as_module=True)
+        self.called = [networks[0]]  # a list: its own weights are not used
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(self.call, (None, 0))(x, self.weights).movedim(0, -1)
+
+    def call(self, x: torch.Tensor, weights: TensorDict) -> torch.Tensor:
+        with weights.to_module(self.called[0]):
+            return self.called[0](x)
+
+
 NETWORKS = {
     "linear": lambda: nn.Linear(3, 2),
     "nested": lambda: nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.Tanh()), nn.Linear(4, 2)),
@@ -19,6 +36,7 @@ NETWORKS = {
     "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)).eval(),
     "recurrent": lambda: nn.GRU(3, 2, batch_first=True),  # holds its weights also in a list
     "a layer under two names": lambda: nn.Sequential(layer := nn.Linear(3, 3), nn.Tanh(), layer),
+    "stacked": lambda: Stacked(nn.Linear(3, 2), nn.Linear(3, 2)),
     "in a tensordict": lambda: TensorDictModule(nn.Linear(3, 2), in_keys=["x"], out_keys=["y"]),
 }
 
@@ -58,7 +76,7 @@ def test_outputs_are_those_of_the_other_network(name):
     assert all(parameter is held[key] for key, parameter in network.named_parameters())
 
 
-@pytest.mark.parametrize("name", ["nested", "recurrent"])
+@pytest.mark.parametrize("name", ["nested", "recurrent", "stacked"])
 @pytest.mark.parametrize("detached", [False, True])
 def test_gradients_reach_the_other_weights_unless_they_are_detached(name, detached):
     network, other = two_networks(name)

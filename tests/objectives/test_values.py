@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.objectives.utils import ValueEstimators
-from torchrl.objectives.value import TD0Estimator, TD1Estimator, TDLambdaEstimator
+from torchrl.objectives.value import TD0Estimator, TD1Estimator, TDLambdaEstimator, ValueEstimatorBase
 
 from torchrl_bcq import BCQLoss, make_replay_buffer
 
@@ -148,3 +148,32 @@ def test_rows_of_several_steps_do_not_fit_estimators_of_several_steps(loss, traj
     trajectory["steps_to_next_obs"] = torch.ones(1, 3, 1, dtype=torch.long)
     with pytest.raises(ValueError, match="the batch has 'steps_to_next_obs', so its rewards are already sums"):
         targets(loss, trajectory)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_targets_keep_their_precision_under_autocast(loss, trajectory, name):
+    """Sums of rewards of 1001 to 1003 would be multiples of 4 or 8 in bfloat16."""
+    loss.make_value_estimator(ValueEstimators[name], gamma=GAMMA)
+    trajectory["next", "reward"] += 1000
+    expected = targets(loss, trajectory)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert targets(loss, trajectory) == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_own_estimator_of_one_step_accepts_a_flat_batch(loss, trajectory):
+    class OneStep(ValueEstimatorBase):
+        def forward(self, tensordict, *args, **kwargs):
+            raise NotImplementedError
+
+        def value_estimate(self, tensordict, next_value=None, **kwargs):
+            return tensordict["next", "reward"] + GAMMA * next_value
+
+    loss.make_value_estimator(OneStep(value_network=None))
+    assert targets(loss, trajectory.reshape(-1)) == TARGETS["TD0"]
+
+
+def test_discount_of_networks_in_bfloat16(make_batch):
+    """In bfloat16, 0.999 would be 1."""
+    loss = BCQLoss(*(module.to(torch.bfloat16) for module in bcq_modules()))
+    loss.make_value_estimator(gamma=0.999)
+    assert loss.value_estimator.gamma.item() == pytest.approx(0.999, rel=1e-6)

@@ -297,5 +297,7 @@ def test_the_precision_of_targets_ends_with_training():
     after = target()
     trainer.loss_module.target_dtype = torch.bfloat16
     assert not torch.equal(target(), after)
+    with Execution(trainer.loss_module).active():  # leaves the user's choice
+        assert not torch.equal(target(), after)
     trainer.loss_module.target_dtype = None
     assert torch.equal(target(), after)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensordict import NonTensorData, TensorDict
 from torchrl.checkpoint import Checkpoint, CheckpointError, GlobalRNGState
-from torchrl.data import PrioritizedSampler, SliceSampler, TensorDictReplayBuffer
+from torchrl.data import ListStorage, PrioritizedSampler, SliceSampler, TensorDictReplayBuffer
 
 from torchrl_bcq import make_replay_buffer
 from torchrl_bcq.data.frame_stack import FrameStack
@@ -25,6 +25,7 @@ SETTINGS = {
     "masked": {"weights": torch.arange(ROWS) % 3 == 0},
     "prioritized": {"sampler": "prioritized"},
     "slices": {"sampler": "slices"},
+    "list": {},
 }
 
 
@@ -35,6 +36,11 @@ def make(kind: str, seed: int | None) -> TensorDictReplayBuffer:
         settings["sampler"] = SliceSampler(num_slices=2, traj_key="episode", cache_values=True)
     if settings.get("sampler") == "prioritized":
         skip_without_extension()
+    if kind == "list":
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        buffer = TensorDictReplayBuffer(storage=ListStorage(ROWS), batch_size=8, generator=generator)
+        buffer.extend(transitions)
+        return buffer
     return make_replay_buffer(transitions, batch_size=8, seed=seed, **settings)
 
 

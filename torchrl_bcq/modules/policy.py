@@ -16,7 +16,15 @@ from torchrl_bcq.functional import clipped_normal, spread_normal
 from torchrl_bcq.memory import keep_freed_memory
 from torchrl_bcq.modules.acting import Policy, check_dtype, check_latents, is_random, tensor_like
 from torchrl_bcq.modules.dispatch import accepts_tensors
-from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, check_networks, decode_action, require
+from torchrl_bcq.protocols import (
+    CriticEnsemble,
+    GenerativeModel,
+    check_networks,
+    decode_action,
+    has_batch_norm,
+    perturb_action,
+    require,
+)
 
 _CHOICES: dict[str, Callable[[Tensor], Tensor]] = {  # maps the critics' values to one score per candidate
     "first": lambda value: value,
@@ -91,6 +99,7 @@ class BCQPolicy(Policy):
             raise ValueError(f"choose_by is {choose_by!r}, expected one of {[*_CHOICES]}.")
         check_networks(vae, actor, critics)
         self.choose_by = choose_by
+        self.mixes_rows = has_batch_norm(vae, actor, critics)
         self.vae, self.actor, self.critics = vae, actor, critics
         self.largest_batch = max(1, chunk_size // num_action_samples)
         like = tensor_like(self, default=torch.empty(0))
@@ -164,12 +173,16 @@ class BCQPolicy(Policy):
             latents = clipped_normal((number, *self.latents.shape), self.vae.latent_clip, like)
         else:
             latents = self.latents.to(like).expand(number, -1, -1)  # cast: users can change the networks' dtype
+        if self.mixes_rows:
+            candidates, latents = candidates.reshape(-1), latents.flatten(0, 1)
         candidates = decode_action(self.vae, candidates, latents)
         if self.actor is not None:
-            candidates = self.actor(candidates)
+            candidates = perturb_action(self.actor, candidates)
         actions = candidates.get(self.vae.action_key)  # [N, n, A]
         critics = self.critics.first if self.choose_by == "first" else self.critics
         value = critics(candidates).get(self.critics.out_keys[-1])  # [N, n, 1], or [N, n, C]
+        if self.mixes_rows:
+            actions, value = (each.reshape(number, n, -1) for each in (actions, value))
         value = _CHOICES[self.choose_by](value)
         best = value.argmax(1, keepdim=True)  # [N, n, 1] -> [N, 1, 1]
         out = {self.vae.action_key: actions.gather(1, best.expand(-1, -1, actions.shape[-1])).squeeze(1)}

@@ -10,12 +10,12 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torchrl.modules import MLP
 
 from torchrl_bcq.modules.dispatch import accepts_tensors
 from torchrl_bcq.modules.normalization import Rescale, Standardize
+from torchrl_bcq.protocols import has_batch_norm
 
 _ELEMENTWISE = (nn.ELU, nn.GELU, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh,
                 Standardize, Rescale)  # fmt: skip
@@ -64,7 +64,7 @@ class QEnsemble(TensorDictModuleBase):
         self.in_keys = list(critics[0].in_keys)
         self.out_keys = [critics[0].out_keys[-1]]
         self._batched = len(critics) > 1 and _are_equal_mlps(critics)
-        self._have_batch_norm = [any(isinstance(layer, _BatchNorm) for layer in one.modules()) for one in critics]
+        self._have_batch_norm = [has_batch_norm(critic) for critic in critics]
 
     @accepts_tensors
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -12,12 +12,13 @@ from typing import Any
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
-from torch import Size, Tensor, autocast, dtype, nn
+from torch import Size, Tensor, autocast, dtype
 from torchrl.envs.utils import ExplorationType
 from torchrl.objectives.common import LossModule
 
 from torchrl_bcq.objectives.inputs import check_choice, check_state_dict, correct_batch_size, select_inputs
 from torchrl_bcq.objectives.ownership import RunOn, find_slots, follow_swapped_weights
+from torchrl_bcq.protocols import has_batch_norm
 
 
 class OfflineLoss(LossModule):
@@ -246,8 +247,7 @@ class OfflineLoss(LossModule):
         if (first := next(self.parameters(), None)) is None:
             raise ValueError("no network of the loss has parameters, so there is nothing to learn.")
         self._first = (first,)  # a tuple: otherwise nn.Module would register this parameter a second time
-        layers = [layer for name in self.network_names for layer in getattr(self, f"{name}_network").modules()]
-        self.mixes_rows = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers)
+        self.mixes_rows = has_batch_norm(*self.networks)
 
     @property
     def _like(self) -> Tensor:

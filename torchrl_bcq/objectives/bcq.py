@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrl_bcq.functional import best_sample_value, clipped_normal
 from torchrl_bcq.objectives.candidates import evaluate_in_parts
 from torchrl_bcq.objectives.values import ValueLoss
-from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, check_networks, decode_action
+from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, check_networks, decode_action, perturb_action
 
 
 class BCQLoss(ValueLoss):
@@ -123,7 +123,7 @@ class BCQLoss(ValueLoss):
         batch = self.select(tensordict)
         with torch.no_grad():
             sampled = self._sample(batch.select(*self._observation_keys), latent)
-        perturbed = self.actor_network(sampled)
+        perturbed = perturb_action(self.actor_network, sampled)
         with self.detached("qvalue"):
             value = self._first_critic(perturbed)
         return self.reduce(-value, tensordict), {}
@@ -145,12 +145,16 @@ class BCQLoss(ValueLoss):
 
     def _best_value(self, candidates: TensorDictBase, latent: Tensor) -> Tensor:
         """Sample and perturb ``n`` actions for each state. Return the best value of each state, ``[*B, 1]``."""
+        shape = candidates.batch_size
+        if self.mixes_rows:
+            candidates, latent = candidates.reshape(-1), latent.flatten(0, -2)  # [*B, n] -> [N]
         candidates = self._sample(candidates, latent)
         if self.actor_network is not None:
             with self.target_networks("actor"):
-                candidates = self.actor_network(candidates)
+                candidates = perturb_action(self.actor_network, candidates)
         with self.target_networks("qvalue"):
-            return best_sample_value(self._critics(candidates), self.lmbda)  # [*B, n, C] -> [*B, 1]
+            values = self._critics(candidates).reshape(*shape, -1)
+        return best_sample_value(values, self.lmbda)  # [*B, n, C] -> [*B, 1]
 
     def _sample(self, states: TensorDictBase, latent: Tensor | None) -> TensorDictBase:
         """Sample an action for each state from the behaviour model."""

@@ -7,18 +7,29 @@ from collections.abc import Callable
 from typing import Any
 
 from tensordict import TensorDictParams
-from torch import Tensor, nn
+from torch import nn
 
-Slots = list[tuple[dict[str, Any], str, Tensor]]
+Slots = list[tuple[Any, str, Any]]  # a dict and a key, or a TensorDictParams and its attribute; and the new weight
 
 
 def find_slots(params: TensorDictParams, network: nn.Module) -> Slots:
-    """For each tensor in ``params``, find the dict and the key where the network stores this weight."""
-    modules, slots = dict(network.named_modules(remove_duplicate=False)), []
+    """For each weight in ``params``, find where the network stores it.
+
+    A ``TensorDictParams`` in the network, such as that of ``EnsembleModule``, stores its weights in one TensorDict.
+    """
+    modules = dict(network.named_modules(remove_duplicate=False))
+    stores = {
+        tuple(name.split(".")): module for name, module in modules.items() if isinstance(module, TensorDictParams)
+    }
+    slots: Slots = []
+    for path, module in stores.items():
+        weights = params._param_td.get(path)
+        slots.append((module, "_param_td", getattr(weights, "_param_td", weights)))
     for key, tensor in params.items(True, True):
         *path, name = (key,) if isinstance(key, str) else key
-        module = modules[".".join(path)]
-        slots.append((module._parameters if name in module._parameters else module._buffers, name, tensor))
+        if not any(tuple(path[: len(store)]) == store for store in stores):
+            module = modules[".".join(path)]
+            slots.append((module._parameters if name in module._parameters else module._buffers, name, tensor))
     return slots
 
 
@@ -41,14 +52,25 @@ class RunOn:
 
     def __enter__(self) -> None:
         """Replace the network's weights by the tensors in ``slots``, or by its own detached weights."""
-        self._own = [place[name] for place, name, _ in self._slots]
+        self._own = [_get(place, name) for place, name, _ in self._slots]
         for (place, name, tensor), own in zip(self._slots, self._own, strict=True):
-            place[name] = own.detach() if self._detached else tensor
+            _put(place, name, own.detach() if self._detached else tensor)
 
     def __exit__(self, *failure: Any) -> None:
         """Put the network's own weights back."""
         for (place, name, _), tensor in zip(self._slots, self._own, strict=True):
-            place[name] = tensor
+            _put(place, name, tensor)
+
+
+def _get(place: Any, name: str) -> Any:
+    return place[name] if isinstance(place, dict) else getattr(place, name)
+
+
+def _put(place: Any, name: str, tensor: Any) -> None:
+    if isinstance(place, dict):
+        place[name] = tensor
+    else:
+        setattr(place, name, tensor)
 
 
 def follow_swapped_weights(method: Callable) -> Callable:

@@ -12,7 +12,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives.utils import ValueEstimators, default_value_kwargs, dispatch_value_estimator, distance_loss
-from torchrl.objectives.value import TD0Estimator, ValueEstimatorBase
+from torchrl.objectives.value import TD1Estimator, TDLambdaEstimator, ValueEstimatorBase
 
 from torchrl_bcq.objectives.base import OfflineLoss
 from torchrl_bcq.objectives.inputs import check_choice, check_gamma, check_time_dimension
@@ -86,9 +86,11 @@ class ValueLoss(OfflineLoss):
             steps = self.tensor_keys.steps_to_next_obs
             for key in [*self._outcome_keys, *([steps] if steps in batch.keys(True) else [])]:
                 batch.set(key, batch.get(key).expand(*batch.shape, critics))
-        if not isinstance(self.value_estimator, TD0Estimator):
-            check_time_dimension(batch, self.tensor_keys.steps_to_next_obs)
-        return self.value_estimator.value_estimate(batch, next_value=next_value)
+        if not isinstance(self.value_estimator, (TD1Estimator, TDLambdaEstimator)):
+            return self.value_estimator.value_estimate(batch, next_value=next_value)
+        check_time_dimension(batch, self.tensor_keys.steps_to_next_obs)
+        with torch.autocast(next_value.device.type, enabled=False):  # it would round the sums of rewards to bfloat16
+            return self.value_estimator.value_estimate(batch, next_value=next_value)
 
     def td_distance(
         self, pred_value: Tensor, target_value: Tensor, tensordict: TensorDictBase
@@ -158,6 +160,6 @@ class ValueLoss(OfflineLoss):
             hyperparams = {**default_value_kwargs(value_type), **hyperparams}
             dispatch_value_estimator(self, value_type, supported=_SUPPORTED, tensor_keys=keys, **hyperparams)
         for name in {"gamma", "lmbda"} & hyperparams.keys():  # set again, because TorchRL rounds both to float32
-            rounded = torch.as_tensor(hyperparams[name], dtype=like.dtype, device=like.device)
-            setattr(self._value_estimator, name, rounded)
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            setattr(self._value_estimator, name, torch.as_tensor(hyperparams[name], dtype=dtype, device=like.device))
         return self

@@ -179,7 +179,8 @@ class SamplerState:
 
     @cached_property
     def _digest(self) -> str:
-        return dataset_digest(self._buffer.storage[:])
+        rows = self._buffer.storage[:]
+        return dataset_digest(torch.stack(rows) if isinstance(rows, list) else rows)  # ListStorage gives a list
 
     @property
     def _sampler_class(self) -> str:

@@ -9,7 +9,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDictBase, TensorDictParams
 
 from torchrl_bcq.memory import keep_freed_memory
 from torchrl_bcq.objectives import OfflineLoss
@@ -32,6 +32,10 @@ class Execution:
             raise TypeError(f"compile is {compile!r}, expected True, False, or a mapping of torch.compile arguments.")
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"precision is {precision!r}, expected None or one of {[*PRECISIONS]}.")
+        layers = (layer for network in loss_module.networks if network is not None for layer in network.modules())
+        if compile is not False and any(isinstance(layer, TensorDictParams) for layer in layers):
+            # measured with EnsembleModule, PyTorch 2.14 and tensordict 0.14: the compiled values can be wrong
+            raise ValueError("networks with a TensorDictParams, such as EnsembleModule, need compile=False.")
         self.compile = compile
         self.precision = precision
         self._loss = loss_module
@@ -66,7 +70,7 @@ class Execution:
         try:
             if self._matmul is not None:
                 torch.set_float32_matmul_precision(self._matmul)
-            self._loss.target_dtype = self._target_dtype
+            self._loss.target_dtype = self._target_dtype or target_dtype
             yield
         finally:
             self._loss.target_dtype = target_dtype

@@ -94,9 +94,9 @@ class OfflineTrainer(ReplicatedTrainer):
     Raises:
         TypeError: if ``compile`` is neither a bool nor a mapping.
         ValueError: if the updater is missing or belongs to another loss; if a network lacks its optimizer; if the loss
-            and a prioritized buffer use different priority keys; if ``precision`` is unknown; if ``cudagraph`` or
-            ``data_parallel`` is not available. ``train`` raises a ValueError if the processes have different trainers,
-            or if their replay buffers would draw the same rows.
+            and a prioritized buffer use different priority keys; if ``precision`` is unknown; if ``compile``,
+            ``cudagraph`` or ``data_parallel`` is not available. ``train`` raises a ValueError if the processes have
+            different trainers, or if their replay buffers would draw the same rows.
         RuntimeError: if another process has failed or ended.
         FloatingPointError: in ``train``, if a loss in the last ``log_interval`` steps is not finite, or if a weight is
             not finite just before a checkpoint is written. If a loss is not finite, the message names the step, the
