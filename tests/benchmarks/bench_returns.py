@@ -33,6 +33,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from filelock import FileLock
 from json_lines import load
 from machine import describe
 from scipy.stats import bootstrap, trim_mean
@@ -92,10 +93,11 @@ def main(arguments: list[str] | None = None) -> None:
             except Exception as error:  # the other runs go on
                 failed.append(run)
                 return bar.write(f"{name_of(run)}: {error}")
-            with writing:
-                args.results.parent.mkdir(parents=True, exist_ok=True)
-                with args.results.open("ab", buffering=0) as file:  # one write, so that no line is cut
-                    file.write("".join(json.dumps(line) + "\n" for line in found).encode())
+            args.results.parent.mkdir(parents=True, exist_ok=True)
+            with writing, FileLock(args.results.with_name(f".{args.results.name}.lock")):
+                if name_of(run) not in map(name_of, load(args.results)):  # another command may have trained it, too
+                    with args.results.open("ab", buffering=0) as file:  # one write, so that no line is cut
+                        file.write("".join(json.dumps(line) + "\n" for line in found).encode())
                 bar.update()
                 bar.write(f"{name_of(run)}: last return {found[-1]['return']:.1f}")
 
@@ -132,7 +134,8 @@ def train(run: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]
         "ignore",
         *(peer_command if run["setting"] in PEERS else own_command)(run, args, file, out),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=_end_with_the_parent)
+    end = _end_with_the_parent if sys.platform == "linux" else None
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=end)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     found = {name: read_metric(out / "log" / "scalars" / f"{name}.csv") for name in METRICS}
@@ -218,7 +221,7 @@ def report(dataset: str, lines: Sequence[Mapping[str, Any]]) -> str:
         hours = np.mean([line["seconds"] for line in own]) / 3600
         cells = [" ".join(interval(found[name])) for name in ("last", "best", "lowest")]
         rows.append(f"| {setting} | {len(found['last'])} | {' | '.join(cells)} | {hours:.2f} |")
-    made = [", ".join(dict.fromkeys(line[name] for line in every)) for name in ("commit", "device")]
+    made = [", ".join(dict.fromkeys(str(line[name]) for line in every)) for name in ("commit", "device")]
     return "\n".join([*rows, f"\nCommits: {made[0]}; machines: {made[1]}."])
 
 
@@ -284,8 +287,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _commit() -> str | None:
-    here = Path(__file__).parent
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # there is no git
+        return None
     return done.stdout.strip() or None
 
 

@@ -71,6 +71,31 @@ def test_interquartile_mean_and_its_interval(bench):
     assert bench.interval([4.0]) == ("4.0", "")
 
 
+def test_a_run_that_another_command_has_finished_is_not_written_twice(bench, tmp_path, monkeypatch):
+    results = tmp_path / "results.jsonl"
+    words = [
+        "run",
+        str(tmp_path),
+        "--datasets",
+        "cart",
+        "--settings",
+        "paper",
+        "--seeds",
+        "0",
+        "--results",
+        str(results),
+    ]
+
+    def train(run, args):
+        found = lines({0: [0, 1]})
+        results.write_text("".join(json.dumps(line) + "\n" for line in found))
+        return found
+
+    monkeypatch.setattr(bench, "train", train)
+    bench.main(words)
+    assert len(results.read_text().splitlines()) == 2
+
+
 def test_report_and_picture(bench):
     found = bench.report("cart", [*lines({0: [0, 1], 1: [0, 1]}), *lines({0: [0, 7]}, "flow")]).splitlines()
     assert found[2:] == [

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from torchrl_bcq.__main__ import main
+from torchrl_bcq.cli import evaluate as module
 from torchrl_bcq.cli.evaluate import _compare, _from_dataset, _mean_and_error
 from torchrl_bcq.cli.sweep import is_sweep
 from torchrl_bcq.data import split_episodes
@@ -187,11 +188,27 @@ def test_neither_the_dataset_nor_the_settings_are_needed(evaluate, run, file):
     assert evaluate(run, "--episodes", "2") == expected
 
 
-def test_a_checkpoint_may_be_named(evaluate, run):
+def test_a_checkpoint_may_be_named(evaluate, run, monkeypatch):
     one = run / "checkpoints" / "checkpoint-000000000010"
     assert evaluate(one, "--episodes", "2")["checkpoint"] == str(one)
     assert main(["evaluate", str(one), "--episodes", "1"]) == 0
     assert [path.name for path in one.parent.iterdir() if path.suffix] == ["checkpoint-000000000010-evaluation.json"]
+    monkeypatch.chdir(one)
+    assert main(["evaluate", ".", "--episodes", "1"]) == 0
+    assert one.with_name("checkpoint-000000000010-evaluation-2.json").exists()
+
+
+def test_an_evaluation_that_ends_meanwhile_keeps_its_file(run, monkeypatch):
+    inner = module._in_environment
+
+    def slow(*args):
+        (run / "evaluation.json").write_text("of the other one")
+        return inner(*args)
+
+    monkeypatch.setattr(module, "_in_environment", slow)
+    assert main(["evaluate", str(run), "--episodes", "1"]) == 0
+    assert (run / "evaluation.json").read_text() == "of the other one"
+    assert json.loads((run / "evaluation-2.json").read_text())["step"] > 0
 
 
 # baselines

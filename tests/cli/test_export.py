@@ -78,6 +78,9 @@ def test_joined_entries(words, run, make_file, tmp_path):
     np.testing.assert_array_equal(exported.act({"goal": row[3:], "place": row[:3]}), exported.act(row))
     with pytest.raises(ValueError, match="Add the missing entry, or the entries \\['place', 'goal'\\]"):
         exported.act({"goal": row[3:]})
+    exported._joined = ["speed", "rest"]  # as if the first entry were a number
+    found = exported.act({"speed": rows[0, :2, 0], "rest": rows[0, :2, 1:]})
+    np.testing.assert_array_equal(found, exported.act(rows[0, :2]))
 
 
 def test_without_the_dataset(words, run, file, tmp_path, capsys):

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +18,9 @@ import torch
 from omegaconf import OmegaConf
 
 from torchrl_bcq.__main__ import main
+from torchrl_bcq.cli.rank import _Results
 from torchrl_bcq.errors import RunError
-from torchrl_bcq.evaluation import OffPolicyEvaluation
+from torchrl_bcq.evaluation import Estimate, OffPolicyEvaluation
 from torchrl_bcq.runs.candidates import check_same_columns, import_policy
 
 from ..array_files import write_arrays
@@ -270,6 +272,15 @@ def test_bad_input_is_refused(folder, capsys, words, message):
     file = folder / "run" / "ranking.json"
     assert [one["name"] for one in (json.loads(file.read_text())["estimates"] if names else [])] == names
     assert file.exists() == bool(names)
+
+
+def test_estimates_of_another_rank_are_kept(tmp_path):
+    """Both have read the file before the other one wrote to it."""
+    file, estimate = tmp_path / "ranking.json", asdict(Estimate(1.0, (0.0, 2.0), (1.0,), (0.0, 9.0), 0.0))
+    first, second = (_Results(file, {"seed": seed}) for seed in (0, 1))
+    for results in (first, second, first):
+        results.get("run", {}, lambda: estimate)
+    assert [line["settings"]["seed"] for line in json.loads(file.read_text())["estimates"]] == [0, 1]
 
 
 def test_a_damaged_file_is_not_replaced(folder, capsys):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import minari
@@ -49,6 +52,29 @@ def test_without_an_environment_the_default_dataset_is_recorded_once(store, monk
     assert len(load_minari("torchrl-bcq/pendulum/swing-up-v0")) == 1200
     with pytest.raises(RunError, match=r"^--steps, --seed needs --env; the default dataset is always recorded in the"):
         command("--seed", "1", "--steps", "5")
+
+
+def test_a_default_dataset_whose_recording_was_killed_is_recorded_again(store, monkeypatch):
+    monkeypatch.setattr(recording, "record_swing_up", lambda: record_swing_up(steps=600))
+    command()
+    metadata = store / "torchrl-bcq/pendulum/swing-up-v0/data/metadata.json"
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"total_episodes": 0}))  # as Minari begins
+    assert recording.record_default()
+    assert len(load_minari("torchrl-bcq/pendulum/swing-up-v0")) == 600
+
+
+def test_two_runs_at_once_record_the_default_dataset_once(store, monkeypatch):
+    calls = []
+
+    def slow():
+        calls.append("recorded")
+        time.sleep(0.5)
+        return record_swing_up(steps=600)
+
+    monkeypatch.setattr(recording, "record_swing_up", slow)
+    with ThreadPoolExecutor(2) as pool:
+        new = [*pool.map(lambda _: recording.record_default(), range(2))]
+    assert (sorted(new), calls) == ([False, True], ["recorded"])
 
 
 def test_random_actions_into_a_file_and_into_minari(store, capsys):

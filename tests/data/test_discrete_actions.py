@@ -186,6 +186,14 @@ def test_the_attribute_of_a_file_says_how_many_actions_there_are(tmp_path):
         load_hdf5(path)
 
 
+def test_a_copy_of_actions_that_are_stored_as_floats_with_masks(tmp_path):
+    entries = {**STEPS, "actions": CHOICES.astype(float), "action_mask": MASKS}
+    path = write_arrays(tmp_path / "d.hdf5", entries, n_actions=3)
+    copy = load_hdf5(path, root=tmp_path / "copies")
+    assert copy["action"].tolist() == load_hdf5(path)["action"].tolist() == CHOICES[:7].tolist()
+    assert copy["action_mask"].tolist() == MASKS[:7].tolist()
+
+
 def test_padded_indices(tmp_path):
     """Episodes of 4 and 3 steps in arrays [E, T] hold the observation and the mask after the last step."""
     fields = {"observations": (np.arange(20.0).reshape(2, 5, 2) + 1), "actions": CHOICES.reshape(2, 4)}

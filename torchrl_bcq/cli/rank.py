@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from torchrl_bcq.cli.environment import add_options
 from torchrl_bcq.cli.evaluate import choose_fitting, print_table
 from torchrl_bcq.errors import RunError
@@ -156,13 +158,16 @@ class _Results:
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
         self.file, self._settings = file, settings
-        self._lines: list[dict[str, Any]] = []
-        if file.is_file():
-            try:
-                self._lines = [dict(line) for line in json.loads(file.read_text())["estimates"]]
-            except (ValueError, KeyError, TypeError) as error:
-                found = f"{file} cannot be read as results of torchrl-bcq rank: {error!r}"
-                raise RunError(f"{found}. Move this file away, or choose another folder with --out.") from error
+        self._lines = self._read()
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.file.is_file():
+            return []
+        try:
+            return [dict(line) for line in json.loads(self.file.read_text())["estimates"]]
+        except (ValueError, KeyError, TypeError) as error:
+            found = f"{self.file} cannot be read as results of torchrl-bcq rank: {error!r}"
+            raise RunError(f"{found}. Move this file away, or choose another folder with --out.") from error
 
     def get(self, name: str, source: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> Any:
         """Return the estimate for this source and these settings; compute and store it if the file lacks it."""
@@ -175,9 +180,10 @@ class _Results:
         found = next((line for line in same if line.keys() >= {*names}), None)  # older versions wrote fewer fields
         if found is None:
             found = {"name": name, **compute(), **known}
-            self._lines.append(found)
-            with write_whole(self.file) as aside:
-                aside.write_text(json.dumps({"estimates": self._lines}, indent=2) + "\n")
+            with FileLock(self.file.with_name(f".{self.file.name}.lock")):
+                self._lines = [*self._read(), found]  # another rank may have added estimates meanwhile
+                with write_whole(self.file) as aside:
+                    aside.write_text(json.dumps({"estimates": self._lines}, indent=2) + "\n")
         return Ranked(name, Estimate(**{field: found[field] for field in names}), found.get("true"))
 
 

@@ -156,13 +156,14 @@ def _expanded(name: str) -> list[str]:
             choice = f"choose one of them, such as '{Path(escape(str(path))) / '*'}{kinds[0]}'"
             raise DatasetError(f"{name} holds files with the endings {kinds}; {choice}.")
         return [str(file) for file in files] or [name]  # without files, load_memmap reports the contents of the folder
-    kind, colon, pattern = name.rpartition(":")
-    if path.exists() or not has_magic(pattern) or (colon and _SOURCES.get(kind, (None,))[0] in (None, minari, d4rl)):
+    prefix = next((f"{kind}:" for kind in (*_SOURCES, "memmap") if name.startswith(f"{kind}:")), "")
+    pattern = name.removeprefix(prefix)
+    if path.exists() or home(pattern).exists() or not has_magic(pattern) or prefix in ("minari:", "d4rl:", "memmap:"):
         return [name]
     found = sorted(glob(os.path.expanduser(pattern), recursive=True))
     if not found:
         raise FileNotFoundError(f"no file matches {pattern}.")
-    return [f"{kind}{colon}{file}" for file in found]
+    return [f"{prefix}{file}" for file in found]
 
 
 def _find_one(name: str, settings: dict[str, Any]) -> Source | None:

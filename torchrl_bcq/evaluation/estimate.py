@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 _CONFIDENCE, _RESAMPLES = 0.95, 1000
+_BATCH = 2**22  # number of drawn episodes that are held in memory at a time
 _MOST_FAR = 0.3  # largest share of far actions with which a verdict is given
 _FEWEST = 10  # smallest effective sample size with which a verdict is given
 _SLACK = 0.1  # values may lie outside of the range that the rewards allow by this part of the range
@@ -122,6 +123,7 @@ def bootstrap_interval(
         lambda drawn: statistic(drawn if members is None else np.concatenate([members[group] for group in drawn])),
         vectorized=False,
         n_resamples=_RESAMPLES,
+        batch=max(1, _BATCH // count),
         confidence_level=_CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(seed),

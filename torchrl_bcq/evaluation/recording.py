@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
+from filelock import FileLock
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torchrl.envs import EnvBase
@@ -130,11 +133,24 @@ def record_default(*, overwrite: bool = False) -> bool:
     """Record the default dataset if it is missing or to be overwritten. Return whether it was recorded."""
     from minari.storage import get_dataset_path
 
-    if get_dataset_path(DATASET_ID).exists() and not overwrite:
+    folder = get_dataset_path(DATASET_ID)
+    if _has_episodes(folder) and not overwrite:
         return False
-    algorithm = f"energy pumping and PD balance with Gaussian noise of {_NOISE_LEVELS} N m"
-    write_minari(DATASET_ID, record_swing_up(), DATASET_ENV, algorithm=algorithm, overwrite=overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # runs that start meanwhile wait for the dataset
+        if _has_episodes(folder) and not overwrite:
+            return False
+        algorithm = f"energy pumping and PD balance with Gaussian noise of {_NOISE_LEVELS} N m"
+        write_minari(DATASET_ID, record_swing_up(), DATASET_ENV, algorithm=algorithm, overwrite=True)
     return True
+
+
+def _has_episodes(folder: Path) -> bool:
+    """Whether a folder holds a whole Minari dataset: while Minari writes a dataset, its number of episodes is 0."""
+    try:
+        return json.loads((folder / "data" / "metadata.json").read_text())["total_episodes"] > 0
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _check_policy(policy: TensorDictModuleBase, env: EnvBase, env_id: str | Environment) -> None:

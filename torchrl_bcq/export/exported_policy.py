@@ -259,7 +259,9 @@ def _find(port: dict[str, Any], given: Mapping[str, Any], joined: list[str] | No
         raise ValueError(f"{masked[0]!r} is a masked array; fill in its values, for example with value.filled(0).")
     if joined and port["name"] == "observation" and all(name in given for name in joined):
         try:
-            return np.concatenate([np.atleast_1d(np.asarray(given[name], np.float64)) for name in joined], -1)
+            arrays = [np.atleast_1d(np.asarray(given[name], np.float64)) for name in joined]
+            most = max(array.ndim for array in arrays)  # in a batch, scalar entries are [B], the others [B, D]
+            return np.concatenate([array if array.ndim == most else array[..., None] for array in arrays], -1)
         except ValueError as error:  # texts, or other batch sizes
             raise ValueError(f"the entries {joined} cannot be joined to one vector: {error}") from error
     value: Any = given

@@ -22,8 +22,8 @@ def find_slots(params: TensorDictParams, network: nn.Module) -> Slots:
         tuple(name.split(".")): module for name, module in modules.items() if isinstance(module, TensorDictParams)
     }
     slots: Slots = []
-    for path, module in stores.items():
-        weights = params._param_td.get(path)
+    for store, module in stores.items():
+        weights = params._param_td.get(store)
         slots.append((module, "_param_td", getattr(weights, "_param_td", weights)))
     for key, tensor in params.items(True, True):
         *path, name = (key,) if isinstance(key, str) else key

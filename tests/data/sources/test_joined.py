@@ -419,6 +419,14 @@ def test_the_pattern_for_a_folder_of_two_formats_can_be_used(folder):
     assert len(load_transitions(pattern.replace("hdf5", "npz"))) == 4
 
 
+def test_patterns_and_brackets_in_names_with_a_colon(folder):
+    Path("12:30").mkdir()
+    for name in ("12:30/a.npz", "12:30/b.npz", "12:30/c[1].npz"):
+        write(name, fields(1, [1.0, 2], ends=True))
+    assert len(load_transitions("12:30/?.npz")) == len(load_transitions("npz:12:30/?.npz")) == 4
+    assert len(load_transitions("npz:12:30/c[1].npz")) == 2
+
+
 def test_any_ending_after_a_prefix_and_endings_in_capitals(folder):
     """A prefix says what a pattern's files are; in a folder, A.HDF5 is an HDF5 file."""
     for name in ("a", "b"):

@@ -101,7 +101,7 @@ def _sync(path: Path) -> None:
     """Flush a file or folder to the disk, so that its content is not lost in a power failure."""
     if path.is_dir() and os.name != "posix":  # Windows cannot open folders, so skip them
         return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)  # a hard link may be read-only
     try:
         os.fsync(descriptor)
     finally:

@@ -126,7 +126,7 @@ class Source:
         def write() -> None:
             parts = self._parts(checks, "checking", FrameStore(), strict=strict, origins=origins)
             rows, store = sum(map(len, parts)), FramesInFolder()
-            with closing(self._unchanged_parts(rows, contents, store)) as parts:
+            with closing(self._unchanged_parts(rows, contents, store, action_spec)) as parts:
                 write_memmap(map(checks.actions.convert, parts), rows, folder, store)
 
         copy = load_or_write(folder, write)
@@ -134,7 +134,7 @@ class Source:
             for _ in self._parts(self._checks(action_spec), "checking", FrameStore()):
                 pass  # the error shows the rows of the source
         if origins is not None and not origins.rows:  # an earlier copy does not tell which rows were dropped
-            for _ in self._parts(self._checks(), "counting", FrameStore(), strict=False, origins=origins):
+            for _ in self._parts(self._checks(action_spec), "counting", FrameStore(), strict=False, origins=origins):
                 pass
         _logger.info("%s: memory-mapped from %s", self.name, folder)
         return copy
@@ -142,8 +142,8 @@ class Source:
     def _checks(self, action_spec: TensorSpec | None = None) -> Checks:
         return Checks(action_spec, self.action_type, self.columns, typed=self.typed)
 
-    def _unchanged_parts(self, rows: int, contents: str, store: FrameStore) -> _Parts:
-        yield from self._parts(self._checks(), "converting", store, rows=rows, strict=False)
+    def _unchanged_parts(self, rows: int, contents: str, store: FrameStore, action_spec: TensorSpec | None) -> _Parts:
+        yield from self._parts(self._checks(action_spec), "converting", store, rows=rows, strict=False)
         if contents_digest(self.files) != contents:
             raise DatasetError("it changed during the conversion; try again when no program writes to it.")
 
