@@ -66,7 +66,10 @@ def main() -> None:
         parser.error(f"{args.out} holds another run; pass another --out")
     data = log_trips()
     if args.table is not None:
+        if args.table.exists():
+            parser.error(f"{args.table} exists already; pass another --table")
         write_table(data, args.table)
+        print(f"{TRIPS} trips are in {args.table}.")
         return
     train, held_out = bcq.split_episodes(data, 0.1)
     torch.manual_seed(0)

@@ -45,5 +45,5 @@ def main(steps: int) -> dict[str, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1000, help="gradient steps (default: %(default)s)")
     print(main(parser.parse_args().steps))

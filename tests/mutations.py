@@ -180,8 +180,8 @@ BREAKS = {
     # targets
     "target perturbation dropped": (
         "objectives/bcq.py",
-        "            candidates = self.actor_network(candidates)\n",
-        "            pass\n",
+        "                candidates = perturb_action(self.actor_network, candidates)\n",
+        "                pass\n",
     ),
     "target perturbation is the trained one": (
         "objectives/bcq.py",
@@ -211,7 +211,7 @@ BREAKS = {
     "bootstrap through terminated": (
         "objectives/values.py",
         "return self.value_estimator.value_estimate(",
-        'batch["next", self.tensor_keys.terminated].zero_()\n        return self.value_estimator.value_estimate(',
+        'batch["next", self.tensor_keys.terminated].zero_()\n            return self.value_estimator.value_estimate(',
     ),
     "bootstrap ends at every done": (
         "objectives/values.py",
@@ -220,7 +220,7 @@ BREAKS = {
     ),
     "one trajectory of unrelated rows": (
         "objectives/values.py",
-        "if not isinstance(self.value_estimator, TD0Estimator):",
+        "if sums_steps:",
         "if False:",
     ),
     "priority not written": (
@@ -263,8 +263,8 @@ BREAKS = {
     ),
     "other weights stay in a network": (
         "objectives/ownership.py",
-        "            place[name] = tensor\n",
-        "            pass\n",
+        "        place[name] = tensor\n",
+        "        pass\n",
     ),
     "swapped weights are ignored": (
         "objectives/ownership.py",

@@ -7,9 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from torchrl_bcq.cli import dataset, evaluate, export, plot, rank, record
-from torchrl_bcq.data import DatasetError
-from torchrl_bcq.errors import RunError, on_command_line
+from torchrl_bcq.errors import DatasetError, RunError, on_command_line, with_packages
 from torchrl_bcq.version import __version__
 
 _EXAMPLES = """\
@@ -40,14 +38,14 @@ def _run(arguments: list[str]) -> int:
             from torchrl_bcq.cli.train import main as train
 
             return train(arguments[1:])
+        from torchrl_bcq.cli import dataset  # imported here, so that Ctrl-C during the imports gives no traceback
+
         reader = dataset.reader_words(arguments)
         args = _parser().parse_args([word for word in arguments if word not in reader])
         args.reader = reader
         args.run(args)
     except (DatasetError, RunError, OSError, ImportError) as error:
-        is_new = isinstance(error, ImportError) and "pip install" not in str(error)
-        remedy = "; install what is missing: pip install 'torchrl-bcq[train]'" if is_new else ""
-        print(f"torchrl-bcq: {error}{remedy}", file=sys.stderr)
+        print(f"torchrl-bcq: {with_packages(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("torchrl-bcq: interrupted before the end; no incomplete file is left", file=sys.stderr)
@@ -56,6 +54,8 @@ def _run(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from torchrl_bcq.cli import dataset, evaluate, export, plot, rank, record
+
     description = "Batch-constrained deep Q-learning (BCQ): train a policy on a fixed dataset."
     parser = argparse.ArgumentParser(prog="torchrl-bcq", description=description, epilog=_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"torchrl-bcq {__version__}")

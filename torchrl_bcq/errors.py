@@ -27,6 +27,12 @@ def on_command_line() -> Iterator[None]:
         _on_command_line.reset(token)
 
 
+def with_packages(error: Exception) -> str:
+    """Return the text of an error; if a package is missing, with the command that installs it."""
+    is_new = isinstance(error, ImportError) and "pip install" not in str(error)
+    return f"{error}; install what is missing: pip install 'torchrl-bcq[train]'" if is_new else str(error)
+
+
 def remedy(python: str, command: str) -> str:
     """Return the advice for a user of the Python functions, or for a user of the command line."""
     return command if _on_command_line.get() else python

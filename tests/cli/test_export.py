@@ -98,7 +98,7 @@ def test_without_the_dataset(words, run, file, tmp_path, capsys):
 
 def test_bad_arguments(words, run, tmp_path, capsys, monkeypatch):
     assert main(["export", str(tmp_path / "absent"), "policy.onnx"]) == 1
-    assert "contains no checkpoint" in capsys.readouterr().err
+    assert "there is no folder" in capsys.readouterr().err
     assert main(["export", str(run), str(tmp_path / "policy.pt")]) == 1
     assert "expected the name of an ONNX file, such as policy.onnx" in capsys.readouterr().err
     assert main(["train", *words()]) == 0

@@ -145,8 +145,8 @@ def test_a_run_that_fails_does_not_stop_the_others(words, run, capsys, order):
     ("word", "message"),
     [
         ("sed=1", "there is no setting sed; "),
-        ("steps=many", "steps cannot be 'many': Value 'many' of type 'str' could not be converted to Integer"),
-        ("loss.gamma=high", "loss.gamma cannot be 'high': Value 'high' of type 'str' could not be converted to Float"),
+        ("steps=many", "steps is 'many', expected a whole number."),
+        ("loss.gamma=high", "loss.gamma is 'high', expected a number."),
         ("seed=0,1", "seed=0,1 has 2 values; add -m to make a run for each value"),
         ("algorithm=bqc", "algorithm is 'bqc', expected one of ['bcq', 'cloning', "),
         ("dataset=???", "dataset has no value; set it with dataset=VALUE."),
@@ -199,8 +199,8 @@ def test_a_file_is_no_folder_of_a_run(words, file, capsys):
     before = file.read_bytes()
     assert main(["train", *words(f"out={file}")]) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"torchrl-bcq: {file} cannot be the folder of a run: ")
-    assert error.endswith("; choose another folder with out=FOLDER\n")
+    assert error.startswith(f"torchrl-bcq: {file} is a file; choose a folder")
+    assert error.endswith("; choose a folder with out=FOLDER.\n")
     assert file.read_bytes() == before
 
 
@@ -315,3 +315,34 @@ def test_a_damaged_checkpoint_is_reported(words, run, capsys, caplog):
     assert "cannot be read, so the run cannot be resumed" in capsys.readouterr().err
     assert main(["evaluate", str(run)]) == 1
     assert f"{run} has only damaged checkpoints" in capsys.readouterr().err
+
+
+def test_a_sweep_in_the_folder_of_a_run_is_refused(words, run, capsys):
+    assert main(["train", *words()]) == 0
+    assert main(["train", "-m", *words("seed=0,1")]) == 1
+    assert f"{run} is the folder of a run; choose another folder for the sweep" in capsys.readouterr().err
+    assert not (run / "0").exists()
+
+
+def test_files_of_others_are_not_replaced(words, run, capsys):
+    run.mkdir()
+    (run / "config.yaml").write_text("mine: 1\n")
+    assert main(["train", *words()]) == 1
+    assert f"{run}/config.yaml is not a file of a run, and a run would replace it" in capsys.readouterr().err
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+    assert main(["train", *words(f"out={run / 'config.yaml'}")]) == 1
+    assert "config.yaml is a file; choose a folder with out=FOLDER." in capsys.readouterr().err
+
+
+def test_a_missing_package_and_its_remedy_are_named(words, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    assert main(["train", *words()]) == 1
+    assert "h5py" in (message := capsys.readouterr().err)
+    assert "install" in message
+
+
+def test_paths_are_shown_as_they_were_typed(words, run, monkeypatch, capsys):
+    assert main(["train", *words()]) == 0
+    monkeypatch.chdir(run.parent)
+    assert main(["evaluate", run.name, "--episodes", "2"]) == 0
+    assert capsys.readouterr().out.startswith(f"{run.name}/best/checkpoint-")

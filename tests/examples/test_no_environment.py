@@ -71,6 +71,18 @@ def reached(example, policy) -> float:
     return total
 
 
+def test_an_existing_table_is_not_replaced(example, monkeypatch, tmp_path, capsys):
+    table = tmp_path / "trips.csv"
+    monkeypatch.setattr(sys, "argv", ["no_environment.py", "--table", str(table)])
+    example.main()
+    before = table.read_text()
+    assert capsys.readouterr().out == f"{example.TRIPS} trips are in {table}.\n"
+    with pytest.raises(SystemExit):
+        example.main()
+    assert "exists already; pass another --table" in capsys.readouterr().err
+    assert table.read_text() == before
+
+
 def test_a_second_run_does_not_mix_with_the_first(example, monkeypatch, tmp_path, capsys):
     (tmp_path / "log").mkdir()
     monkeypatch.setattr(sys, "argv", ["no_environment.py", "--out", str(tmp_path)])

@@ -112,7 +112,7 @@ def test_its_settings_are_those_of_its_constructors(train, run, capsys):
     mentions = [file for file in ROOT.rglob("*") if file.suffix in (".py", ".yaml") and "loss.new" in file.read_text()]
     assert mentions == []
     for word, message in {
-        "loss.new=high": "loss.new cannot be 'high'",
+        "loss.new=high": "loss.new is 'high'",
         "loss.lmbda=1": "loss.lmbda is a setting of bcq, but this run has algorithm=own; leave loss.lmbda out",
         "network.hidden=[8]": "network.hidden is a setting of bcq and cloning, but this run has algorithm=own",
         "optim.qvalue.lr=1": "optim.qvalue.lr is a setting of bcq, but this run has algorithm=own",

@@ -118,7 +118,10 @@ def test_data_that_do_not_fit_are_refused(make_settings, make_file, old, tmp_pat
     train(make_settings(f"dataset={narrow}", f"out={tmp_path / 'narrow'}", "steps=10"))
     with pytest.raises(RunError, match=r"but this run has actions from \[-2\.0\] to \[2\.0\]; set 'action_low="):
         start(make_settings(f"init_from={tmp_path / 'narrow'}"))
-    with pytest.raises(RunError, match="none contains no checkpoint"):
+    discrete = make_file("discrete.hdf5", None, actions=np.random.default_rng(0).integers(0, 2, (200, 1)))
+    with pytest.raises(RunError, match="the run of init_from has continuous actions, but algorithm=discrete_bcq needs"):
+        start(make_settings(f"dataset={discrete}", f"init_from={old}", "algorithm=discrete_bcq"))
+    with pytest.raises(RunError, match="there is no folder .*none; choose the folder"):
         start(make_settings(f"init_from={tmp_path / 'none'}"))
 
 

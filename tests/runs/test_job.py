@@ -282,8 +282,21 @@ def test_a_finished_run_returns_its_results(make_settings, run, file):
     before = contents(run)
     file.unlink()  # nothing is read or made
     assert train(make_settings("resume=true")) == results
-    assert train(make_settings("resume=true", "steps=10")) == results
+    with pytest.raises(RunError, match=f"the run in {run} has made 20 steps, but steps is 10; set a larger number"):
+        train(make_settings("resume=true", "steps=10"))
     assert contents(run) == before
+
+
+def test_files_that_are_not_of_a_run_are_not_replaced(make_settings, run):
+    run.mkdir()
+    for name in ("config.yaml", "results.json"):
+        (run / name).write_text("mine: 1\n")
+        with pytest.raises(RunError, match=f"{name} is not a file of a run, and a run would replace it; choose"):
+            train(make_settings())
+        assert (run / name).read_text() == "mine: 1\n"
+        (run / name).unlink()
+    assert [*run.iterdir()] == []
+    train(make_settings())
 
 
 def test_a_run_that_was_killed_at_its_end_writes_its_results(make_settings, run):

@@ -187,9 +187,8 @@ def _in_environment(trained: Any, runs: dict[str, Any], args: argparse.Namespace
     recorded["episode_length"] = task.behaviour["length"]
     _print_returns(rows if elsewhere else {RECORDED: recorded, **rows})
     if "value_estimate" in rows[own]:
-        longer = "" if limit is None or steps is None or steps <= limit else "at most "
-        within = "" if steps is None else f" in {longer}{steps:,} steps"
-        within += ", without the time limit" if longer else ""
+        within = "" if steps is None else f" in at most {steps:,} steps"
+        within += "" if limit is None or steps is None or steps <= limit else ", without the time limit"
         within += "" if formula is None else f" (both with the rewards of training, {formula})"
         print(
             f"\nAt the initial states the critic estimates a discounted return of {rows[own]['value_estimate']:.4g}; "

@@ -55,10 +55,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     what = "Estimate from a dataset, without an environment, which policies are better than the recorded behaviour."
     command = commands.add_parser("rank", help=what, description=what, epilog=_EPILOG)
     add, shown = command.add_argument, "(default: %(default)s)"
+    which = "checkpoints of each run (default: best if kept, else last)"
     runs = "folder of a run or a sweep, or a checkpoint; all policies are evaluated on the dataset of the first run"
     add("runs", metavar="RUN", nargs="+", type=Path, help=runs)
     add("--policy", metavar="MODULE:OBJECT", nargs="+", default=[], help="TensorDict policies of Python modules")
-    add("--checkpoint", choices=("best", "last", "all"), default="best", help=f"checkpoints of each run {shown}")
+    add("--checkpoint", choices=("best", "last", "all"), default="best", help=which)
     add("--estimator", choices=ESTIMATORS, default=ESTIMATORS[0], help=f"estimate that ranks the policies {shown}")
     add("--steps", type=int, default=10_000, metavar="N", help=f"gradient steps of the critics of each policy {shown}")
     add("--gamma", type=float, metavar="G", help="discount factor (default: that of the first run, or 0.99)")

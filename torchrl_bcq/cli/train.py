@@ -15,12 +15,12 @@ from textwrap import fill
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from torchrl_bcq.errors import RunError
+from torchrl_bcq.errors import RunError, with_packages
 from torchrl_bcq.evaluation.recording import DATASET_ID, record_default
 from torchrl_bcq.runs import processes
 from torchrl_bcq.runs.algorithms import algorithms_of, find_algorithm
-from torchrl_bcq.runs.job import train
-from torchrl_bcq.runs.settings import AUTO, compose, default_settings
+from torchrl_bcq.runs.job import check_folder, train
+from torchrl_bcq.runs.settings import AUTO, FILE, compose, default_settings
 from torchrl_bcq.trainers.distributed import PeerError
 
 _FOLDER = files("torchrl_bcq.cli")
@@ -86,6 +86,8 @@ def main(arguments: Sequence[str]) -> int:
         for settings in runs:
             print(OmegaConf.to_yaml(settings))
         return 0
+    if "sweep" in flags and (sweep := Path(runs[0].out).parent).joinpath(FILE).is_file():
+        raise RunError(f"{sweep} is the folder of a run; choose another folder for the sweep with out=FOLDER.")
     if missing := sorted(OmegaConf.missing_keys(runs[0])):
         raise RunError(f"{', '.join(missing)} has no value; set it with {missing[0]}=VALUE.")
     with processes.joined():
@@ -131,8 +133,12 @@ def _run(settings: DictConfig) -> int:
             return _train(settings)
     out = Path(settings.out)
     try:
+        check_folder(out)
         out.mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(out / "train.log", encoding="utf-8", errors="backslashreplace")
+    except RunError as error:
+        print(f"torchrl-bcq: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         message = f"{settings.out} cannot be the folder of a run: {error}; choose another folder with out=FOLDER"
         print(f"torchrl-bcq: {message}", file=sys.stderr)
@@ -152,7 +158,7 @@ def _train(settings: DictConfig) -> int:
             raise
         # log FloatingPointError and PeerError only in the first process, other errors in each process
         if processes.is_first() or not isinstance(error, (FloatingPointError, PeerError)):
-            _logger.error("%s", error)
+            _logger.error("%s", with_packages(error))
         return 1
     except KeyboardInterrupt:
         message = "interrupted; no new checkpoint was saved. To resume from the last one: torchrl-bcq train resume=%s"

@@ -15,7 +15,7 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_bcq.data.sources.environment import Environment
-from torchrl_bcq.errors import RunError
+from torchrl_bcq.errors import RunError, remedy
 from torchrl_bcq.files import home, write_whole
 
 if TYPE_CHECKING:
@@ -139,7 +139,8 @@ def check_out(out: str, overwrite: bool, env: Environment | None = None) -> None
         if path.is_dir():
             raise RunError(f"{out} is a folder; choose a file.")
     if path.exists() and not overwrite:
-        raise RunError(f"{out} already exists; choose another name, or overwrite it (overwrite=True or --overwrite).")
+        how = remedy("overwrite=True", "--overwrite")
+        raise RunError(f"{out} already exists; choose another name, or overwrite it with {how}.")
 
 
 def _minari_episodes(transitions: TensorDictBase) -> list[EpisodeBuffer]:

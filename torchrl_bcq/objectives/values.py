@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,10 +87,11 @@ class ValueLoss(OfflineLoss):
             steps = self.tensor_keys.steps_to_next_obs
             for key in [*self._outcome_keys, *([steps] if steps in batch.keys(True) else [])]:
                 batch.set(key, batch.get(key).expand(*batch.shape, critics))
-        if not isinstance(self.value_estimator, (TD1Estimator, TDLambdaEstimator)):
-            return self.value_estimator.value_estimate(batch, next_value=next_value)
-        check_time_dimension(batch, self.tensor_keys.steps_to_next_obs)
-        with torch.autocast(next_value.device.type, enabled=False):  # it would round the sums of rewards to bfloat16
+        sums_steps = isinstance(self.value_estimator, (TD1Estimator, TDLambdaEstimator))
+        if sums_steps:
+            check_time_dimension(batch, self.tensor_keys.steps_to_next_obs)
+        # autocast would round the sums to bfloat16
+        with torch.autocast(next_value.device.type, enabled=False) if sums_steps else nullcontext():
             return self.value_estimator.value_estimate(batch, next_value=next_value)
 
     def td_distance(

@@ -42,7 +42,10 @@ def record_video(
         ImportError: if a package for rendering or encoding is not installed.
         OSError: if the file cannot be written.
     """
-    from imageio.v3 import imwrite
+    try:
+        from imageio.v3 import imwrite
+    except ImportError as error:
+        raise ImportError(f"{error}; to record videos: pip install 'torchrl-bcq[video]'") from error
 
     frames: list[Any] = []
     with torch.random.fork_rng(devices=[]):

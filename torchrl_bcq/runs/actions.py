@@ -22,6 +22,7 @@ from torchrl_bcq.runs.bounds import DATA, check_actions, choose_bounds, clip_act
 from torchrl_bcq.runs.overrides import check_reader, set_value
 
 Specs = Mapping[str, TensorSpec | None]  # action specs by the names of their sources; the first has priority
+EARLIER = "run of init_from"  # the name of this source
 _KINDS = ("continuous", "discrete")
 _ONE_HOT = DiscreteActions.of("one-hot")
 _logger = logging.getLogger(__name__)
@@ -67,6 +68,9 @@ def check_kinds(algorithm: str, specs: Specs) -> None:
 
 def _wrong_kind(where: str, algorithm: str) -> RunError:
     needed = find_algorithm(algorithm).discrete
+    if where == EARLIER:
+        found = f"the run of init_from has {_KINDS[not needed]} actions, but algorithm={algorithm} needs"
+        return RunError(f"{found} {_KINDS[needed]} actions; choose another run, or leave init_from out.")
     other = "choose another environment with evaluation.env=ID"
     if not where.startswith("environment"):
         other = f"set reader.action_type={_KINDS[needed]} if the actions are {_KINDS[needed]}"

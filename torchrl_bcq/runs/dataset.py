@@ -15,7 +15,7 @@ from torchrl_bcq.data.registry import find_source
 from torchrl_bcq.data.sources.source import scores_or_none
 from torchrl_bcq.errors import RunError, on_command_line
 from torchrl_bcq.evaluation.environments import check_fits, check_steps
-from torchrl_bcq.runs.actions import check_kinds, read
+from torchrl_bcq.runs.actions import EARLIER, check_kinds, read
 from torchrl_bcq.runs.environment import REMEDY, choose_environment
 from torchrl_bcq.runs.folder import Task, Trained, find_checkpoint, read_metadata
 
@@ -37,7 +37,7 @@ def open_dataset(settings: DictConfig, known: TensorSpec | None = None) -> tuple
     env, made = choose_environment(settings.evaluation, recorded)
     specs = {f"environment {env}": None, "trained run": known, "dataset's spec": getattr(source, "action_spec", None)}
     if settings.init_from is not None:
-        specs["run of init_from"] = _earlier_bounds(settings.out, settings.init_from)
+        specs[EARLIER] = _earlier_bounds(settings.out, settings.init_from)
     if made is not None:
         specs[f"environment {env}"] = made.base_env.action_spec  # bounds that are not rounded
     check_kinds(settings.algorithm, specs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -149,6 +150,8 @@ def find_checkpoint(run: Path, which: str = "best") -> Path:
     elif found is None and run.name == CHECKPOINTS:
         found = CheckpointRotation(run, keep_last=1).latest()
     if found is None:
+        if not run.exists():
+            raise RunError(f"there is no folder {run}; choose the folder of a run of torchrl-bcq train.")
         if damaged := damaged_checkpoints(run / CHECKPOINTS):
             why = f"{run} has only damaged checkpoints: the manifest.json of {damaged} cannot be read"
             raise RunError(f"{why}; restore this file, or train the run again.")
@@ -156,7 +159,7 @@ def find_checkpoint(run: Path, which: str = "best") -> Path:
         inside = f" It contains the runs {runs}." if runs else ""
         expected = "choose the folder of a run of torchrl-bcq train, or a checkpoint"
         raise RunError(f"{run} contains no checkpoint; {expected}.{inside}")
-    return found
+    return found if run.is_absolute() else Path(os.path.relpath(found))  # TorchRL's paths are absolute
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torchrl_bcq.runs.dataset import open_dataset
 from torchrl_bcq.runs.folder import BASELINE, BEST, CHECKPOINTS, Task, choose_device, find_checkpoint, read_metadata
 from torchrl_bcq.runs.initial import load_networks
 from torchrl_bcq.runs.loggers import trim_log
-from torchrl_bcq.runs.settings import check_resumable, default_settings, save_settings, to_plain, to_settings
+from torchrl_bcq.runs.settings import FILE, check_resumable, default_settings, save_settings, to_plain, to_settings
 from torchrl_bcq.runs.threads import choose_threads, use_threads
 from torchrl_bcq.trainers import OfflineTrainer
 from torchrl_bcq.trainers.best import best_checkpoint
@@ -67,9 +67,20 @@ def train(settings: DictConfig) -> dict[str, Any]:
         stopped = _make_run(baseline).get("stopped")
         results = {**results, "stopped": stopped} if stopped else results
     if processes.is_first() and not results.get("stopped"):
-        out = settings.out
-        _logger.info("what to do next: torchrl-bcq evaluate %s; torchrl-bcq plot %s", out, out)
+        commands = ("evaluate", "plot") if "final" in results else ("rank", "plot")  # without an environment: rank
+        _logger.info("what to do next: %s", "; ".join(f"torchrl-bcq {word} {settings.out}" for word in commands))
     return results
+
+
+def check_folder(out: Path) -> None:
+    """Raise a RunError if a run in the folder would replace files that are not those of a run."""
+    if out.is_file():
+        raise RunError(f"{out} is a file; choose a folder with out=FOLDER.")
+    if (out / CHECKPOINTS).is_dir():
+        return
+    file = out / FILE if (out / FILE).is_file() else out / RESULTS
+    if file.is_file() and (file.name == RESULTS or "\nlog_interval:" not in file.read_text(errors="replace")):
+        raise RunError(f"{file} is not a file of a run, and a run would replace it; choose another out=FOLDER.")
 
 
 def baseline_settings(settings: DictConfig) -> DictConfig:
@@ -84,16 +95,20 @@ def baseline_settings(settings: DictConfig) -> DictConfig:
 
 def _make_run(settings: DictConfig) -> dict[str, Any]:
     out = Path(settings.out)
+    check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
         start = processes.from_first(lambda: _find_start(settings))
         file = out / RESULTS
-        if start is not None and file.is_file():
-            saved, _, step = read_metadata(start)
+        saved, _, step = (None, None, 0) if start is None else read_metadata(start)
+        if step > settings.steps:
+            found = f"the run in {out} has made {step:,} steps, but steps is {settings.steps}"
+            raise RunError(f"{found}; set a larger number of steps.")
+        if saved is not None and file.is_file():
             results = json.loads(file.read_text())
             early = results.get("stopped_early") and results["steps"] == step
             early = early and saved.early_stopping == settings.early_stopping
-            if step >= settings.steps or early:
+            if step == settings.steps or early:
                 remedy = "set early_stopping.monitor=null" if early else "increase steps=N"
                 _logger.info("the run in %s is complete; to train it further, %s", out, remedy)
                 return results

@@ -18,6 +18,7 @@ from torchrl_bcq.errors import RunError
 from torchrl_bcq.files import home
 from torchrl_bcq.runs.signatures import fields_of, make_section
 
+_EXPECTED = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}  # by OmegaConf's name
 PATHS = ("dataset", "root", "resume", "init_from")  # settings whose values are paths of existing files or folders
 
 
@@ -40,7 +41,8 @@ def read_words(words: Iterable[str], texts: Collection[str], *, sweep: bool = Fa
         name, sign, raw = word.partition("=")
         name = re.sub(r"^\+{1,2}", "", name)
         if not (name and sign) or name.startswith("~"):
-            raise RunError(f"{word} is not a setting; write a setting as NAME=VALUE.")
+            example = f", such as dataset={word}" if not sign and _exists(word) else ""
+            raise RunError(f"{word} is not a setting; write a setting as NAME=VALUE{example}.")
         if not raw and name in (*PATHS, "out"):
             raise RunError(f"{name} has no value; write a setting as NAME=VALUE.")
         values = _read(name, raw, name in texts, sweep)
@@ -110,14 +112,17 @@ def nearest(name: str, known: Sequence[str]) -> list[str]:
     ends = {other.rpartition(".")[2]: other for other in reversed(known)}
     alike = [other for other in known if other.startswith(f"{name}.") or name.startswith(f"{other}.")]
     alike = alike or [other for other in known if other.rpartition(".")[2] == last]
-    return alike[:3] or get_close_matches(name, known, 1) or [ends[end] for end in get_close_matches(last, ends, 1)]
+    close = get_close_matches(name, known, 1, 0.75) or [ends[end] for end in get_close_matches(last, ends, 1, 0.75)]
+    return alike[:3] or close
 
 
 def check_name(name: str, known: Sequence[str]) -> None:
     """Raise a RunError that names the nearest settings if ``name`` is not in ``known``."""
     if name not in known:
-        near = nearest(name, known)
+        near, section = nearest(name, known), name.rpartition(".")[0]
         advice = f"did you mean {' or '.join(near)}?" if near else "see torchrl-bcq train --help."
+        if not near and (others := [other for other in known if section and other.rpartition(".")[0] == section]):
+            advice = f"the settings of {section} are {', '.join(others)}."
         raise RunError(f"there is no setting {name}; {advice}")
 
 
@@ -129,6 +134,11 @@ def set_value(settings: DictConfig, name: str, value: Any) -> None:
         raise
     except OmegaConfBaseException as error:
         why = str(error).splitlines()[0]
+        expected = next((text for kind, text in _EXPECTED.items() if f"converted to {kind}" in why), None)
+        if expected == _EXPECTED["Integer"] and isinstance(value, float) and value.is_integer():  # such as 1e5
+            return set_value(settings, name, int(value))
+        if expected is not None and not isinstance(value, (list, dict)):
+            raise RunError(f"{name} is {value!r}, expected {expected}.") from error
         why = f"write a list, such as {name}=[{value}]." if "is not a ListConfig" in why else why
         raise RunError(f"{name} cannot be {value!r}: {why}") from error
     except (ValueError, IndexError) as error:  # OmegaConf expects the number of an item, or finds no name

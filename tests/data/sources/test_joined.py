@@ -28,6 +28,7 @@ from torchrl_bcq import (
     multi_step,
 )
 from torchrl_bcq.data.registry import find_source
+from torchrl_bcq.errors import RunError
 
 from ...array_files import write_arrays
 
@@ -417,6 +418,13 @@ def test_the_pattern_for_a_folder_of_two_formats_can_be_used(folder):
     assert pattern == "run[[]1]/*.hdf5"
     assert len(load_transitions(pattern)) == 2
     assert len(load_transitions(pattern.replace("hdf5", "npz"))) == 4
+
+
+def test_kinds_of_actions_that_differ_are_told_with_the_names(folder):
+    write("c.hdf5", {**fields(1, [1.0, 2], ends=True), "actions": np.array([[0], [1]])})
+    with pytest.raises(RunError, match=r"the actions are discrete in c\.hdf5, but continuous in a\.hdf5; join only"):
+        find_source(["a.hdf5", "c.hdf5"]).has_discrete_actions()
+    assert not find_source(["a.hdf5", "b.hdf5"]).has_discrete_actions()
 
 
 def test_patterns_and_brackets_in_names_with_a_colon(folder):

@@ -15,7 +15,7 @@ from torchrl_bcq.data.action_checks import ActionChecks
 from torchrl_bcq.data.checks import Checks
 from torchrl_bcq.data.frame_layout import width_of
 from torchrl_bcq.data.sources.source import Chunks, Recordings, Source
-from torchrl_bcq.errors import DatasetError
+from torchrl_bcq.errors import DatasetError, RunError
 
 # facts that are unknown for the joined source if its parts disagree, and the settings of torchrl-bcq train for them
 _FACTS = {"env": "evaluation.env", "reference_scores": "evaluation.reference_scores"}
@@ -36,6 +36,14 @@ class JoinedSource(Source):
                 message = "%s names %s, but %s names %s, so torchrl-bcq train uses neither, unless %s is set."
                 _logger.warning(message, one, value, other, another, setting)
         return super().read(**reading)
+
+    def has_discrete_actions(self) -> bool:
+        """Return whether the actions are discrete; raise a RunError if they are so in some of the sources only."""
+        kinds = {source.has_discrete_actions(): source.name for source in self.sources}
+        if len(kinds) > 1:
+            found = f"the actions are discrete in {kinds[True]}, but continuous in {kinds[False]}"
+            raise RunError(f"{found}; join only datasets of the same task.")
+        return True in kinds
 
     def _recordings(self, checks: Checks) -> Recordings:
         widths: dict[str, tuple[str, Any]] = {}  # for each field: name of the first source, and its width_of
