@@ -118,7 +118,7 @@ def check_networks(
 
     Raises:
         TypeError: if a network lacks a member of its protocol, or ``observation_keys`` is a string.
-        ValueError: if the networks use different action keys, or a network has uninitialised lazy layers.
+        ValueError: if the networks use different action keys, or a network has recurrent or uninitialised lazy layers.
     """
     require(names[0], vae, GenerativeModel)
     require(names[2], critics, CriticEnsemble)

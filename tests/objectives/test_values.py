@@ -11,7 +11,7 @@ from torchrl.objectives.value import TD0Estimator, TD1Estimator, TDLambdaEstimat
 from torchrl_bcq import BCQLoss, make_replay_buffer
 
 from ..own_objective import OwnLoss
-from .conftest import bcq_modules, make_loss
+from .conftest import bcq_modules, make_loss, with_updater
 
 REWARDS, VALUE, GAMMA = [1.0, 2.0, 3.0], 10.0, 0.5
 TARGETS = {  # of a slice of three steps, at whose next states the value is 10
@@ -172,8 +172,15 @@ def test_an_own_estimator_of_one_step_accepts_a_flat_batch(loss, trajectory):
     assert targets(loss, trajectory.reshape(-1)) == TARGETS["TD0"]
 
 
-def test_discount_of_networks_in_bfloat16(make_batch):
-    """In bfloat16, 0.999 would be 1."""
-    loss = BCQLoss(*(module.to(torch.bfloat16) for module in bcq_modules()))
-    loss.make_value_estimator(gamma=0.999)
+@pytest.mark.parametrize("name", CLASSES)
+def test_networks_in_bfloat16(make_batch, name):
+    """The discount is not rounded: in bfloat16, 0.999 would be 1."""
+    loss = with_updater(BCQLoss(*(module.to(torch.bfloat16) for module in bcq_modules())))
+    loss.make_value_estimator(ValueEstimators[name], gamma=0.999)
     assert loss.value_estimator.gamma.item() == pytest.approx(0.999, rel=1e-6)
+    batch = make_batch(2, 3).apply(lambda entry: entry.bfloat16() if entry.is_floating_point() else entry)
+    if name == "TD0":
+        batch["steps_to_next_obs"] = torch.ones(2, 3, 1, dtype=torch.long)
+    value, metadata = loss.qvalue_loss(batch)
+    assert metadata["target_value"].dtype == torch.bfloat16
+    value.backward()

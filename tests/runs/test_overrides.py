@@ -60,7 +60,7 @@ def test_a_name_that_resembles_nothing_is_refused_with_the_place_of_the_list():
             "reader.names.a=b",
             "there is no setting reader.names for minari:x; expected one of ['observation'].",
         ),
-        ("a.h5", "reader.max_episode_steps=many", "reader.max_episode_steps cannot be 'many': Value 'many' of type"),
+        ("a.h5", "reader.max_episode_steps=many", "reader.max_episode_steps is 'many', expected a whole number."),
         ("a.csv", "reader.names.a=b", "there is no setting reader.names for a.csv; expected one of ['observation', "),
     ],
 )

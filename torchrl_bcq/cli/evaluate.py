@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -87,24 +88,17 @@ def _run(command: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         print(f"{one.path}: {one.step:,} gradient steps on {one.settings.dataset}")
     out = args.out or args.folder / "evaluation.json"
     if args.out is None and trained.path == args.folder:  # RUN is a checkpoint: write next to its folder
-        out = Path(f"{args.folder.resolve()}-evaluation.json")
+        folder = args.folder if args.folder.name not in ("", "..") else args.folder.resolve()
+        out = folder.with_name(f"{folder.name}-evaluation.json")
     check_writable(out, "choose another file with --out")
     results = _in_environment(trained, runs, args) if env else _on_the_dataset(trained, runs)
-    out = args.out or _claim(out)
+    if args.out is None:  # look for a free name as late as possible: another evaluation may have ended meanwhile
+        names = chain([out], (out.with_stem(f"{out.stem}-{number}") for number in count(2)))
+        out = next(name for name in names if not name.exists())
     with write_whole(out) as aside:
-        numbers = {"checkpoint": str(trained.path), "step": trained.step, **results}
+        numbers = {"checkpoint": str(trained.path.resolve()), "step": trained.step, **results}
         aside.write_text(json.dumps(numbers, indent=2) + "\n")
     print(f"\nThe numbers are in {out}.")
-
-
-def _claim(file: Path, number: int = 1) -> Path:
-    """Create ``file``, or a file with a number in its name if earlier results are in ``file``, and return its path."""
-    name = file if number == 1 else file.with_stem(f"{file.stem}-{number}")
-    try:
-        name.touch(exist_ok=False)
-    except FileExistsError:
-        return _claim(file, number + 1)
-    return name
 
 
 def _load_baseline(args: argparse.Namespace, trained: Any) -> dict[str, Any]:

@@ -182,7 +182,8 @@ class _Results:
         if found is None:
             found = {"name": name, **compute(), **known}
             with FileLock(self.file.with_name(f".{self.file.name}.lock")):
-                self._lines = [*self._read(), found]  # another rank may have added estimates meanwhile
+                lines = [line for line in self._read() if {key: line.get(key) for key in known} != known]
+                self._lines = [*lines, found]  # another rank may have added estimates meanwhile
                 with write_whole(self.file) as aside:
                     aside.write_text(json.dumps({"estimates": self._lines}, indent=2) + "\n")
         return Ranked(name, Estimate(**{field: found[field] for field in names}), found.get("true"))

@@ -20,7 +20,7 @@ from torchrl_bcq.evaluation.recording import DATASET_ID, record_default
 from torchrl_bcq.runs import processes
 from torchrl_bcq.runs.algorithms import algorithms_of, find_algorithm
 from torchrl_bcq.runs.job import check_folder, train
-from torchrl_bcq.runs.settings import AUTO, FILE, compose, default_settings
+from torchrl_bcq.runs.settings import AUTO, compose, default_settings
 from torchrl_bcq.trainers.distributed import PeerError
 
 _FOLDER = files("torchrl_bcq.cli")
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
         for settings in runs:
             print(OmegaConf.to_yaml(settings))
         return 0
-    if "sweep" in flags and (sweep := Path(runs[0].out).parent).joinpath(FILE).is_file():
+    if "sweep" in flags and any((sweep := Path(runs[0].out).parent).glob("*/checkpoint-*")):
         raise RunError(f"{sweep} is the folder of a run; choose another folder for the sweep with out=FOLDER.")
     if missing := sorted(OmegaConf.missing_keys(runs[0])):
         raise RunError(f"{', '.join(missing)} has no value; set it with {missing[0]}=VALUE.")

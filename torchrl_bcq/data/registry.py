@@ -161,6 +161,8 @@ def _expanded(name: str) -> list[str]:
     if path.exists() or home(pattern).exists() or not has_magic(pattern) or prefix in ("minari:", "d4rl:", "memmap:"):
         return [name]
     found = sorted(glob(os.path.expanduser(pattern), recursive=True))
+    if not found and not prefix and ":" in name:
+        return [name]  # a name that is registered with TorchRL
     if not found:
         raise FileNotFoundError(f"no file matches {pattern}.")
     return [f"{prefix}{file}" for file in found]

@@ -58,9 +58,9 @@ class BCQPolicy(Policy):
 
     Raises:
         TypeError: if a network lacks a method or an attribute that the policy needs.
-        ValueError: if ``num_action_samples`` or ``chunk_size`` is below 1, ``choose_by`` is unknown, or the networks
-            use different action keys. A call of the policy also raises this error if an observation and the networks
-            have different dtypes.
+        ValueError: if ``num_action_samples`` or ``chunk_size`` is below 1, ``choose_by`` is unknown, the networks use
+            different action keys, or a network is recurrent. A call of the policy also raises this error if an
+            observation and the networks have different dtypes.
 
     Example:
         >>> import torch
@@ -174,7 +174,7 @@ class BCQPolicy(Policy):
         else:
             latents = self.latents.to(like).expand(number, -1, -1)  # cast: users can change the networks' dtype
         if self.mixes_rows:
-            candidates, latents = candidates.reshape(-1), latents.flatten(0, 1)
+            candidates, latents = candidates.reshape(number * n), latents.flatten(0, 1)
         candidates = decode_action(self.vae, candidates, latents)
         if self.actor is not None:
             candidates = perturb_action(self.actor, candidates)
@@ -182,7 +182,7 @@ class BCQPolicy(Policy):
         critics = self.critics.first if self.choose_by == "first" else self.critics
         value = critics(candidates).get(self.critics.out_keys[-1])  # [N, n, 1], or [N, n, C]
         if self.mixes_rows:
-            actions, value = (each.reshape(number, n, -1) for each in (actions, value))
+            actions, value = (each.reshape(number, n, each.shape[-1]) for each in (actions, value))
         value = _CHOICES[self.choose_by](value)
         best = value.argmax(1, keepdim=True)  # [N, n, 1] -> [N, 1, 1]
         out = {self.vae.action_key: actions.gather(1, best.expand(-1, -1, actions.shape[-1])).squeeze(1)}

@@ -247,7 +247,7 @@ class OfflineLoss(LossModule):
         if (first := next(self.parameters(), None)) is None:
             raise ValueError("no network of the loss has parameters, so there is nothing to learn.")
         self._first = (first,)  # a tuple: otherwise nn.Module would register this parameter a second time
-        self.mixes_rows = has_batch_norm(*self.networks)
+        self.mixes_rows = has_batch_norm(*(getattr(self, f"{name}_network") for name in self.network_names))
 
     @property
     def _like(self) -> Tensor:

@@ -10,7 +10,14 @@ from torch import Tensor
 from torchrl_bcq.functional import best_sample_value, clipped_normal
 from torchrl_bcq.objectives.candidates import evaluate_in_parts
 from torchrl_bcq.objectives.values import ValueLoss
-from torchrl_bcq.protocols import CriticEnsemble, GenerativeModel, check_networks, decode_action, perturb_action
+from torchrl_bcq.protocols import (
+    CriticEnsemble,
+    GenerativeModel,
+    check_networks,
+    decode_action,
+    has_batch_norm,
+    perturb_action,
+)
 
 
 class BCQLoss(ValueLoss):
@@ -45,8 +52,8 @@ class BCQLoss(ValueLoss):
 
     Raises:
         TypeError: at construction, if a network lacks a member of its protocol.
-        ValueError: if a setting is out of range or the networks use different action keys. A call of a loss also raises
-            this error if the batch lacks an entry or an entry has a wrong shape or dtype.
+        ValueError: if a setting is out of range, the networks use different action keys, or a network is recurrent. A
+            call of a loss also raises this error if the batch lacks an entry or an entry has a wrong shape or dtype.
 
     Example:
         >>> from torchrl.envs import GymEnv
@@ -96,12 +103,13 @@ class BCQLoss(ValueLoss):
         )
         self.delay_actor = delay_actor and actor_network is not None
         self.delay_qvalue = delay_qvalue
+        self.needs_rows = has_batch_norm(vae_network, actor_network)
         self.lmbda = lmbda
         self.num_target_samples = num_target_samples
 
     def vae_loss(self, tensordict: TensorDictBase, noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the behaviour model's loss and metadata. If ``noise`` is None, the model draws what it needs."""
-        batch = self.select(tensordict)
+        batch = self._select_rows(tensordict)
         loss, metadata = self.vae_network.training_loss(batch, noise=noise)
         if loss.shape != batch.batch_size or set(metadata) != set(self.vae_network.loss_keys):
             raise ValueError(
@@ -120,7 +128,7 @@ class BCQLoss(ValueLoss):
         """Return the loss ``-Q_1`` of perturbed actions. If their ``latent [*B, L]`` is None, draw it."""
         if self.actor_network is None:
             raise ValueError("there is no actor_loss, because actor_network is None; pass a network to BCQLoss.")
-        batch = self.select(tensordict)
+        batch = self._select_rows(tensordict)
         with torch.no_grad():
             sampled = self._sample(batch.select(*self._observation_keys), latent)
         perturbed = perturb_action(self.actor_network, sampled)
@@ -131,6 +139,16 @@ class BCQLoss(ValueLoss):
     def value(self, tensordict: TensorDictBase) -> Tensor:
         """Return the first critic's values of state-action pairs, ``[*B]``."""
         return self._first_critic(tensordict.select(*self.qvalue_network.in_keys))
+
+    def _select_rows(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Return the states and actions. Raise a ValueError if BatchNorm would take a time dimension for channels."""
+        batch = self.select(tensordict)
+        if batch.ndim != 1 and self.needs_rows:
+            raise ValueError(
+                f"the batch has size {tuple(batch.shape)}, but the behaviour model or the actor has BatchNorm, which "
+                "needs a flat batch [B]; reshape the batch, or use LayerNorm."
+            )
+        return batch
 
     @torch.no_grad()
     def _target_value(self, batch: TensorDictBase, latent: Tensor | None) -> Tensor:
@@ -147,14 +165,14 @@ class BCQLoss(ValueLoss):
         """Sample and perturb ``n`` actions for each state. Return the best value of each state, ``[*B, 1]``."""
         shape = candidates.batch_size
         if self.mixes_rows:
-            candidates, latent = candidates.reshape(-1), latent.flatten(0, -2)  # [*B, n] -> [N]
+            candidates, latent = candidates.reshape(shape.numel()), latent.flatten(0, -2)  # [*B, n] -> [N]
         candidates = self._sample(candidates, latent)
         if self.actor_network is not None:
             with self.target_networks("actor"):
                 candidates = perturb_action(self.actor_network, candidates)
         with self.target_networks("qvalue"):
-            values = self._critics(candidates).reshape(*shape, -1)
-        return best_sample_value(values, self.lmbda)  # [*B, n, C] -> [*B, 1]
+            values = self._critics(candidates)
+        return best_sample_value(values.reshape(*shape, values.shape[-1]), self.lmbda)  # [*B, n, C] -> [*B, 1]
 
     def _sample(self, states: TensorDictBase, latent: Tensor | None) -> TensorDictBase:
         """Sample an action for each state from the behaviour model."""

@@ -92,7 +92,7 @@ class ValueLoss(OfflineLoss):
             check_time_dimension(batch, self.tensor_keys.steps_to_next_obs)
         # autocast would round the sums to bfloat16
         with torch.autocast(next_value.device.type, enabled=False) if sums_steps else nullcontext():
-            return self.value_estimator.value_estimate(batch, next_value=next_value)
+            return self.value_estimator.value_estimate(batch, next_value=next_value).to(self._like.dtype)
 
     def td_distance(
         self, pred_value: Tensor, target_value: Tensor, tensordict: TensorDictBase

@@ -55,6 +55,7 @@ def train(settings: DictConfig) -> dict[str, Any]:
     check_numbers(settings)
     processes.check_device(settings.device)
     choose_device(settings.device)  # an unusable device is reported before the dataset is read
+    check_folder(Path(settings.out) / BASELINE)
     results = _make_run(settings)
     if settings.baseline is not None and not results.get("stopped"):
         baseline = baseline_settings(settings)
@@ -76,7 +77,7 @@ def check_folder(out: Path) -> None:
     """Raise a RunError if a run in the folder would replace files that are not those of a run."""
     if out.is_file():
         raise RunError(f"{out} is a file; choose a folder with out=FOLDER.")
-    if (out / CHECKPOINTS).is_dir():
+    if any(out.glob("*/checkpoint-*")):
         return
     file = out / FILE if (out / FILE).is_file() else out / RESULTS
     if file.is_file() and (file.name == RESULTS or "\nlog_interval:" not in file.read_text(errors="replace")):

@@ -133,16 +133,21 @@ def set_value(settings: DictConfig, name: str, value: Any) -> None:
     except (ConfigAttributeError, ConfigKeyError):
         raise
     except OmegaConfBaseException as error:
-        why = str(error).splitlines()[0]
-        expected = next((text for kind, text in _EXPECTED.items() if f"converted to {kind}" in why), None)
-        if expected == _EXPECTED["Integer"] and isinstance(value, float) and value.is_integer():  # such as 1e5
+        if "to Integer" in str(error) and isinstance(value, float) and value.is_integer():  # such as 1e5
             return set_value(settings, name, int(value))
-        if expected is not None and not isinstance(value, (list, dict)):
-            raise RunError(f"{name} is {value!r}, expected {expected}.") from error
-        why = f"write a list, such as {name}=[{value}]." if "is not a ListConfig" in why else why
-        raise RunError(f"{name} cannot be {value!r}: {why}") from error
+        raise _refusal(name, value, error) from error
     except (ValueError, IndexError) as error:  # OmegaConf expects the number of an item, or finds no name
         raise RunError(f"{name}={value} cannot be set: it names a part of a list; set the whole list.") from error
+
+
+def _refusal(name: str, value: Any, error: OmegaConfBaseException) -> RunError:
+    """Return the error for a setting that cannot have a value."""
+    why = str(error).splitlines()[0]
+    expected = next((text for kind, text in _EXPECTED.items() if f"converted to {kind}" in why), None)
+    if expected is not None and not isinstance(value, (list, dict)):
+        return RunError(f"{name} is {value!r}, expected {expected}.")
+    why = f"write a list, such as {name}=[{value}]." if "is not a ListConfig" in why else why
+    return RunError(f"{name} cannot be {value!r}: {why}")
 
 
 def check_reader(dataset: str | Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,6 +176,6 @@ def check_reader(dataset: str | Sequence[str], given: Mapping[str, Any]) -> dict
             is_one = isinstance(value, str) and "list[" in str(settings[name][0])
             checked[name] = [value] if is_one else value
         except OmegaConfBaseException as error:
-            raise RunError(f"reader.{name} cannot be {value!r}: {str(error).splitlines()[0]}") from error
+            raise _refusal(f"reader.{name}", value, error) from error
     typed: Any = OmegaConf.to_container(checked)
     return {name: typed[name] for name in given}

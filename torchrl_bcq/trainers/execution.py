@@ -32,7 +32,8 @@ class Execution:
             raise TypeError(f"compile is {compile!r}, expected True, False, or a mapping of torch.compile arguments.")
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"precision is {precision!r}, expected None or one of {[*PRECISIONS]}.")
-        layers = (layer for network in loss_module.networks if network is not None for layer in network.modules())
+        networks = (getattr(loss_module, f"{name}_network") for name in loss_module.network_names)
+        layers = (layer for network in networks for layer in network.modules())
         if compile is not False and any(isinstance(layer, TensorDictParams) for layer in layers):
             # measured with EnsembleModule, PyTorch 2.14 and tensordict 0.14: the compiled values can be wrong
             raise ValueError("networks with a TensorDictParams, such as EnsembleModule, need compile=False.")

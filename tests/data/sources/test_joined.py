@@ -252,6 +252,7 @@ def test_whole_numbers_are_refused_only_if_all_files_hold_nothing_else(folder, r
     assert flat(whole, "action") == [1, 3]
     for names in (["two.csv", "half.csv"], ["half.csv", "two.csv"]):
         assert sorted(flat(load_transitions(names, root=root, **TABLE), "action")) == [1, 3]
+        assert not find_source(names, **TABLE).has_discrete_actions()
 
 
 def test_copy_is_that_of_all_files(folder):

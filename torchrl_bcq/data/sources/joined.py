@@ -39,6 +39,8 @@ class JoinedSource(Source):
 
     def has_discrete_actions(self) -> bool:
         """Return whether the actions are discrete; raise a RunError if they are so in some of the sources only."""
+        if not self.typed:  # one file with a fraction makes the actions of all files continuous
+            return super().has_discrete_actions()
         kinds = {source.has_discrete_actions(): source.name for source in self.sources}
         if len(kinds) > 1:
             found = f"the actions are discrete in {kinds[True]}, but continuous in {kinds[False]}"
