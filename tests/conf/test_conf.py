@@ -231,8 +231,9 @@ def test_policy_acts_with_what_was_learned(compose_bcq):
     assert not torch.equal(act(policy), before)
 
 
-def test_null_is_a_loss_without_an_actor(compose_bcq):
-    trainer = instantiate(compose_bcq(*SMALL, "loss.actor_network=null").trainer)
+@pytest.mark.parametrize("word", ["loss.actor_network=null", "networks.phi=null"])
+def test_null_is_a_loss_without_an_actor(compose_bcq, word):
+    trainer = instantiate(compose_bcq(*SMALL, word).trainer)
     assert trainer.loss_module.networks[1] is None
     assert list(trainer.optimization_stepper.optimizers) == ["vae", "qvalue"]
     trainer.train()

@@ -34,6 +34,7 @@ from torchrl_bcq.data.frame_stack import FrameStack
 from torchrl_bcq.data.frames import stack_in_folder
 from torchrl_bcq.data.sources import conversion, layouts
 from torchrl_bcq.reports.description import fields as fields_module
+from torchrl_bcq.trainers.checkpoints import dataset_digest
 
 from ..conftest import skip_without_extension
 
@@ -174,6 +175,15 @@ def test_held_out_episodes_hold_their_own_frames():
     ready = rows["observation"].gathered()
     assert torch.equal(rows[held_out]["observation"], ready[held_out])
     assert torch.equal(rows[train]["next", "observation"][-1], rows["next", "observation"].gathered()[train][-1])
+
+
+def test_frames_in_another_order_of_memory_have_the_same_digest():
+    """A checkpoint holds the digest of the dataset; a hash needs frames that are contiguous."""
+    frames = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+    columns = [np.zeros((6, 1)) + 0.5, np.ones(6), np.zeros(6), np.arange(6) == 5]
+    views = (frames.transpose(0, 3, 1, 2), np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
+    first, second = (dataset_digest(from_arrays(view, *columns)) for view in views)
+    assert first == second
 
 
 def test_rows_cannot_be_changed():

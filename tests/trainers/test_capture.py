@@ -211,6 +211,20 @@ def test_capture_stores_rates_in_tensors():
         torch.testing.assert_close(group["lr"], torch.tensor(1e-3), rtol=0, atol=0)
 
 
+def test_a_scheduler_of_the_momentum_is_refused():
+    trainer = make_trainer(random_transitions(50), 4, stepper=captured())
+    stepper = trainer.optimization_stepper
+    for momentum in (False, True):
+        rates = {"max_lr": 0.1, "total_steps": 9, "cycle_momentum": momentum}
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(stepper.optimizers["vae"], **rates)
+        hook = NetworkLRScheduler(scheduler, "vae", stepper)
+        if momentum:
+            with pytest.raises(ValueError, match="the scheduler of vae changes the momentum, which a CUDA graph would"):
+                hook.register(trainer, "other")
+        else:
+            hook.register(trainer)
+
+
 def test_an_optimizer_that_cannot_be_captured_is_refused_and_none_changed(modules):
     loss = BCQLoss(*modules)
     adam = BCQOptimizationStepper.adam(loss).optimizers

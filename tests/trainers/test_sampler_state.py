@@ -230,3 +230,15 @@ def test_digest_of_stored_frames(monkeypatch):
 def test_digest_by_hand():
     flags = torch.tensor([True, False])
     assert dataset_digest(TensorDict({"f": flags}, [2])) == hashlib.sha256(b"f torch.bool (2,)\x01\x00").hexdigest()
+
+
+def test_a_generator_of_another_kind_of_device_is_seeded(tmp_path, caplog):
+    """The state of a CUDA generator has another size."""
+    buffers = [make("uniform", seed) for seed in (0, 1)]
+    for buffer in buffers:
+        state = SamplerState(make("uniform", 0)).state_dict()
+        state["generator"] = torch.arange(16, dtype=torch.uint8)
+        SamplerState(buffer).load_state_dict(state)
+        assert "the checkpoint is from another kind of device, so training draws other rows" in caplog.text
+    first, second = (draw(buffer, 3) for buffer in buffers)
+    assert first == second != draw(make("uniform", 0), 3)

@@ -76,7 +76,7 @@ class FramesInMemory(FrameStore):
     def view(self, transitions: TensorDict) -> TensorDict:
         """Replace the numbers of frames in ``transitions`` by the frames."""
         for key, parts in self._parts.items():
-            frames = torch.from_numpy(np.concatenate(parts))
+            frames = torch.from_numpy(np.ascontiguousarray(np.concatenate(parts)))  # as the hash of a frame needs it
             parts.clear()
             for entry in (key, ("next", key)):
                 transitions.set(entry, FrameStack(frames, transitions.get(entry)))

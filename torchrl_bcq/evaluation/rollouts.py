@@ -123,7 +123,7 @@ def _run(
 
 def summarize(episodes: TensorDictBase, reference_scores: Sequence[float] | None = None) -> dict[str, float]:
     """Compute the metrics that ``EnvironmentMetrics`` logs from the result of ``evaluate``."""
-    means = {name: float(values.double().mean()) for name, values in episodes.items()}
+    means = {name: float(values.cpu().double().mean()) for name, values in episodes.items()}
     metrics = {"return": means["return"]}
     if reference_scores is not None:
         random, expert = reference_scores

@@ -80,10 +80,12 @@ def make_loggers(kinds: Sequence[str], out: Path, settings: Mapping[str, Any]) -
 
 
 def _make_logger(kind: str, out: Path, settings: dict[str, Any]) -> Logger:
-    if kind == "wandb":  # a resumed run gets the same id, so W&B appends to the same W&B run
-        identity = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]
-        settings = {"id": f"{out.name}-{identity}", "resume": "allow", **settings}
-    name, folder = {"csv": (CSV, out), "tensorboard": ("tensorboard", out)}.get(kind, (out.name, out / kind))
+    # a resumed run gets the same id, so W&B and Trackio append to the same run
+    identity = f"{out.name}-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]}"
+    if kind == "wandb":
+        settings = {"id": identity, "resume": "allow", **settings}
+    names = {"csv": (CSV, out), "tensorboard": ("tensorboard", out), "trackio": (identity, out / kind)}
+    name, folder = names.get(kind, (out.name, out / kind))
     nested = {} if kind in _LOCAL else {f"{kind}_kwargs": settings}
     logger = get_logger(kind, str(folder), name, **nested)
     if kind == "csv":

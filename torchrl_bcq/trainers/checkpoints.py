@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from torchrl.record.loggers import Logger
 from torchrl_bcq.data.frame_stack import FrameStack
 from torchrl_bcq.errors import remedy
 
+_logger = logging.getLogger(__name__)
 _DIGEST_BYTES = 1 << 24  # number of bytes that are hashed at a time
 
 
@@ -153,7 +155,12 @@ class SamplerState:
             # the loaded order of the rows is on the CPU; move it to the buffer's device
             sampler._sample_list = sampler._sample_list.to(self._buffer.storage.device)
         if (generator := self._buffer._rng) is not None:
-            generator.set_state(state_dict["generator"].cpu())
+            saved = state_dict["generator"].cpu()
+            if saved.numel() == generator.get_state().numel():
+                generator.set_state(saved)
+            else:
+                _logger.warning("the checkpoint is from another kind of device, so training draws other rows from now")
+                generator.manual_seed(int(hashlib.sha256(saved.numpy().tobytes()).hexdigest()[:15], 16))
 
     def _check(self, saved: Mapping[str, Any]) -> None:
         before, kind, rows = "the checkpoint's replay buffer", self._sampler_class, len(self._buffer)

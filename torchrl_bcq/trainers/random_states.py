@@ -97,15 +97,21 @@ class RankStates(GlobalRNGState):
         return torch.cuda.get_rng_state(self._device) if cuda else torch.random.get_rng_state()
 
     def _own_state(self) -> dict[str, Any]:
-        state = super().state_dict()
+        state = self._without_other_devices(super().state_dict())
         if "torch_cuda" in state:  # TorchRL saves all GPUs' states; keep only that of this process's GPU
             state["torch_cuda"] = [self._noise] if self._device.type == "cuda" else []
         return state
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict({name: value for name, value in state.items() if name != "torch_cuda"})
+        own = self._without_other_devices(state)
+        super().load_state_dict({name: value for name, value in own.items() if name != "torch_cuda"})
         if self._device.type == "cuda" and (saved := state.get("torch_cuda")):
             torch.cuda.set_rng_state(saved[0].cpu(), self._device)
+
+    def _without_other_devices(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Leave out the states of devices that the run does not use and that the machine of a resume may lack."""
+        others = {"torch_mps", "torch_xpu"} - {f"torch_{self._device.type}"}
+        return {name: value for name, value in state.items() if name not in others}
 
     def _renew_noise(self, step: int) -> None:
         seed = self._new_seed(self._noise, step)

@@ -247,7 +247,14 @@ class NetworkLRScheduler(LRSchedulerHook):
         return {**state, "scheduler": {**state["scheduler"], **plain}}
 
     def register(self, trainer: Trainer, name: str | None = None) -> None:
-        """Register the hook with a trainer, and add its state to the trainer's checkpoints."""
+        """Register the hook with a trainer, and add its state to the trainer's checkpoints.
+
+        Raises:
+            ValueError: if gradient steps are captured and the scheduler changes the momentum.
+        """
+        if self.stepper.captured and getattr(self.scheduler, "cycle_momentum", False):
+            found = f"the scheduler of {self.name} changes the momentum, which a CUDA graph would not notice"
+            raise ValueError(f"{found}; set cycle_momentum=False.")
         super().register(trainer, name or f"{self.name}_lr_scheduler")
 
 
