@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
+from torchrl.record.loggers import mlflow as mlflow_logger
 
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.runs import loggers as module
@@ -221,3 +223,23 @@ def test_a_line_that_is_no_step_and_value_is_refused(scalars, tmp_path):
     (scalars / "return.csv").write_text("0,1.0\nabc,def\n")
     with pytest.raises(RunError, match=r"line 2 of .*return.csv is 'abc,def', expected STEP,VALUE; remove this line"):
         trim_log(tmp_path, 5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"tracking_uri": "http://server"}])
+def test_mlflow_writes_to_a_database_and_its_run_ends(tmp_path, monkeypatch, settings):
+    """New versions of MLflow refuse plain files, and a second run in one process while a run is active."""
+    calls = []
+    fake = SimpleNamespace(
+        set_tracking_uri=calls.append,
+        get_experiment_by_name=lambda name: None,
+        create_experiment=lambda **experiment: calls.append(experiment) or "1",
+        start_run=lambda experiment_id: SimpleNamespace(),
+        end_run=lambda: calls.append("ended"),
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    monkeypatch.setattr(mlflow_logger, "_has_mlflow", True)
+    make_loggers(["mlflow"], tmp_path, {"mlflow": settings}).close()
+    uri, experiment, *rest = calls
+    assert uri == settings.get("tracking_uri", f"sqlite:///{tmp_path}/mlflow.db")
+    assert experiment == {"name": tmp_path.name, "artifact_location": f"file://{tmp_path}/mlflow", "tags": None}
+    assert rest == ["ended"]

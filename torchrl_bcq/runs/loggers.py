@@ -80,6 +80,8 @@ def make_loggers(kinds: Sequence[str], out: Path, settings: Mapping[str, Any]) -
 
 
 def _make_logger(kind: str, out: Path, settings: dict[str, Any]) -> Logger:
+    if kind == "mlflow":
+        return _make_mlflow_logger(out, settings)
     # a resumed run gets the same id, so W&B and Trackio append to the same run
     identity = f"{out.name}-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:8]}"
     if kind == "wandb":
@@ -92,6 +94,18 @@ def _make_logger(kind: str, out: Path, settings: dict[str, Any]) -> Logger:
         experiment = logger.experiment
         experiment.scalars = defaultdict(lambda: deque(maxlen=0))  # TorchRL's logger would keep every value in memory
         experiment.close = partial(_close_files, experiment.files)  # TorchRL closes files only at garbage collection
+    return logger
+
+
+def _make_mlflow_logger(out: Path, settings: dict[str, Any]) -> Logger:
+    """Make a logger that writes to a database in the folder of the run. New versions of MLflow refuse plain files."""
+    from torchrl.record.loggers.mlflow import MLFlowLogger
+
+    place = {"tracking_uri": f"sqlite:///{(out / 'mlflow.db').resolve().as_posix()}"}
+    logger = MLFlowLogger(out.name, **{**place, "artifact_location": (out / "mlflow").resolve().as_uri(), **settings})
+    import mlflow
+
+    logger.experiment.close = mlflow.end_run  # otherwise the next run in this process would find an active run
     return logger
 
 
