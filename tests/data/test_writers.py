@@ -54,7 +54,7 @@ def test_hdf5_that_fails_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     write_hdf5(path, make_transitions(5), "Walk-v0")
     before = path.read_bytes()
     with pytest.raises(
-        RunError, match=r"walk.hdf5 already exists; choose another name, or overwrite it \(overwrite=True or --ov"
+        RunError, match=r"walk.hdf5 already exists; choose another name, or overwrite it with overwrite=True"
     ):
         write_hdf5(path, transitions, "Walk-v0")
     with monkeypatch.context() as patch:

@@ -142,7 +142,7 @@ def make_trainer(
         if lacking := [name for name in names if name not in loss_module]:
             networks = build(networks, env=env, device=device, transitions=replay_buffer)
             given = {} if networks is None else dict(zip(names, networks, strict=True))
-            absent = {name: None for name in lacking if name in given and given[name] is None}  # such as no actor
+            absent = {name: None for name in lacking if name in given and given[name] is None}  # left out
             loss_module = OmegaConf.merge(loss_module, absent)
         loss_module = build(loss_module, **{name: given[name] for name in lacking if name in given})
     elif OmegaConf.is_dict(networks) and networks.get("normalization"):
