@@ -238,6 +238,11 @@ def test_prefixes_of_the_users_own(kind):
     assert len(load_dataset("bcq:mine:6", batch_size=2).sample()) == 2
 
 
+def test_a_pattern_in_a_name_of_the_users_own_is_left_to_its_loader():
+    register_dataset("mine", lambda name: counting({"all?": 6}[name]), replace=True)
+    assert len(load_transitions("mine:all?")) == 6
+
+
 @dataclass
 class Episode:
     """The attributes of d3rlpy 2's ``Episode`` that recipes use; rewards are [T, 1], one flag says how it ended."""

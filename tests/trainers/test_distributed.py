@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torchrl.checkpoint import GlobalRNGState
 from torchrl.trainers.trainers import OptimizationStepper
 
 from torchrl_bcq import make_replay_buffer
@@ -79,6 +80,18 @@ def test_the_random_state_of_the_used_gpu_alone_is_saved(make_batch, monkeypatch
     assert state["torch_cuda"] == [torch.tensor([1])]
     second.load_state_dict(state)
     assert {name: value.item() for name, value in states.items()} == {"cuda:0": 0, "cuda:1": 1, "cuda:2": 1}
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_random_state_of_a_mac_is_neither_saved_nor_loaded_by_a_run_on_the_cpu(make_batch, monkeypatch):
+    """On a Mac, TorchRL adds the state of MPS, which a Linux machine cannot load."""
+    buffer = make_replay_buffer(make_batch(50), seed=0)
+    states = RankStates(Processes(torch.device("cpu")), buffer, SamplerState(buffer), torch.device("cpu"))
+    inner = GlobalRNGState.state_dict
+    monkeypatch.setattr(GlobalRNGState, "state_dict", lambda self: {**inner(self), "torch_mps": torch.zeros(4)})
+    state = states.state_dict()
+    assert "torch_mps" not in state
+    states.load_state_dict({**state, "torch_mps": torch.zeros(4)})  # of an earlier checkpoint
 
 
 @pytest.mark.usefixtures("one_process")
