@@ -14,7 +14,7 @@ from torchrl_bcq.data import episode_weights, make_replay_buffer, return_weights
 from torchrl_bcq.data.episodes import episode_numbers, episode_returns
 from torchrl_bcq.data.sampling import WeightedSampler
 from torchrl_bcq.errors import RunError
-from torchrl_bcq.evaluation import FQEMetrics
+from torchrl_bcq.evaluation import DatasetMetrics, FQEMetrics
 from torchrl_bcq.modules import ActionFlow, ActionMixture
 from torchrl_bcq.runs.algorithms import ALGORITHMS
 from torchrl_bcq.runs.assembly import _mode, assemble, check_numbers, split
@@ -374,6 +374,26 @@ def test_early_stopping_counts_only_steps_at_which_the_metric_was_measured(make_
         "optim.lr=0",
     ]
     trainer = make_trainer(*words)
+    trainer.train()
+    assert trainer.collected_frames == 30
+
+
+def test_early_stopping_counts_a_measurement_that_a_stop_cut_off(make_trainer, monkeypatch):
+    """The stop cuts off the measurement at step 10. The next call of ``train`` repeats it, so the run ends at 30."""
+    words = ["early_stopping={monitor: initial_value, patience: 15}", "evaluation.interval=10", "steps=100"]
+    trainer = make_trainer(*words, "optim.lr=0")
+    measure = DatasetMetrics.measure
+
+    def cut_off(metrics):
+        if trainer.collected_frames == 10:
+            return trainer.request_stop("interrupted")
+        return measure(metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DatasetMetrics, "measure", cut_off)
+        trainer.train()
+    assert trainer.collected_frames == 10
+    trainer.forget_stop()
     trainer.train()
     assert trainer.collected_frames == 30
 

@@ -67,8 +67,13 @@ class _EarlyStopping(EarlyStopping):
 
     def __call__(self, batch: TensorDictBase | None = None) -> None:
         trainer = self._trainer
-        if trainer is not None and trainer.logged_at(self.monitor) == trainer.collected_frames:
+        step = 0 if trainer is None else trainer.collected_frames
+        if step and trainer.logged_at(self.monitor) == step:
             super().__call__(batch)
+
+    def register(self, trainer: OfflineTrainer, name: str = "early_stopping") -> None:
+        super().register(trainer, name)
+        trainer.register_op("setup", self)  # a resumed run repeats a measurement that a stop cut off
 
 
 def assemble(settings: DictConfig, transitions: TensorDictBase, task: Task) -> OfflineTrainer:
