@@ -232,7 +232,6 @@ FORM_DEFECTS = {
     "negative size": (["buffer"], lambda f, s: f.attrs.__setitem__(s.rng.choice(SIZES), -1)),
     "text as size": (["buffer"], lambda f, s: f.attrs.__setitem__(s.rng.choice(SIZES), "all")),
     "huge size": (["buffer"], lambda f, s: f.attrs.__setitem__(s.rng.choice(SIZES), 2**62)),
-    "stacked": (["buffer"], lambda f, s: f.attrs.__setitem__("stack_num", 4)),
     "rings": (["buffer"], lambda f, s: f.update({"_offset": [0, 1], "_lengths": [1], "last_index": [0, 0]})),
     "rings of texts": (["buffer"], lambda f, s: f.update({"_offset": [b"0"], "_lengths": [1], "last_index": [0]})),
     "no rings": (["buffer"], lambda f, s: f.__setitem__("_offset", [0])),

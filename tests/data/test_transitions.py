@@ -320,6 +320,21 @@ def test_warns_of_steps_that_never_continue(caplog):
     assert caplog.messages == []
 
 
+def test_warns_of_joined_episodes_if_truncated_is_never_set(caplog):
+    """Another episode follows row 2, but no flag is set there."""
+    following = np.array([[11.0], [12], [13], [21], [30], [31], [32]])
+    flags = {"terminated": np.arange(7) == 6, "truncated": np.zeros(7), "next_observations": following}
+    assert len(from_arrays(**arrays(**flags))["episode"].unique()) == 1
+    assert caplog.messages == [
+        "truncated is never set, but the next observation differs from the observation of the next row in 1 row "
+        "(first: 2). If episodes were cut off there, set truncated in these rows, or leave the field out."
+    ]
+    caplog.clear()
+    from_arrays(**arrays(**{**flags, "truncated": np.arange(7) == 4}))
+    from_arrays(**arrays(**{**flags, "next_observations": np.roll(OBSERVATIONS, -1)}))
+    assert caplog.messages == []
+
+
 class Frame:
     """Stands for a pandas frame or series, which NumPy turns into an array of objects or of the wanted dtype."""
 

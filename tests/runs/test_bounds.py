@@ -104,6 +104,11 @@ def test_the_bounds_of_a_run_and_their_origin_are_logged(box_of, caplog):
     assert box_of(env_id="Swing-v0") == ([-2], [2])
     assert caplog.messages == ["action bounds: [-2] to [2] (environment Swing-v0)"]
     caplog.clear()
+    box_of(env_id="Swing-v0", actions=actions([-1, 0.25]))
+    assert [message.partition(".")[0] for message in caplog.messages[1:]] == [
+        "all recorded actions lie between -1 and 1, but the bounds are wider"
+    ]
+    caplog.clear()
     columns = actions([-0.5, 0.25], [0.0, 3.0])
     assert box_of("action_low=[-1,null]", "action_high=4", actions=columns) == ([-1, 0], [4, 4])
     assert caplog.messages == [

@@ -132,6 +132,7 @@ def lay_out(
     """
     origins, groups = Origins() if origins is None else origins, Groups()
     episode = guessed = 0  # guessed: number of episode ends found by comparing observations
+    joined, cut_off = Rows(), False  # joined: rows that look like ends of episodes, although truncated is never set
     lost = kept = 0.0
     for name, chunks in recordings:
         origins.begin(name)
@@ -139,6 +140,9 @@ def lay_out(
         for fields, is_last in with_successors(chunks):
             part, keep, ends = _part(fields, episode, is_last, store)
             guessed += 0 if "truncated" in fields or is_last else int(part["next", "truncated"].sum())
+            cut_off = cut_off or bool(np.any(fields.get("truncated", False)))
+            if "truncated" in fields and not (cut_off or is_last):
+                joined.add(_breaks(fields), origins.rows)
             episode += int(ends.sum())
             reward = np.abs(fields["rewards"][:-1].astype(np.float64))
             lost, kept = lost + reward[~keep].sum(), kept + reward[keep].sum()
@@ -165,6 +169,12 @@ def lay_out(
         )
     if report:
         report_cuts(guessed, rows)
+        if joined.count and not cut_off:
+            _logger.warning(
+                "truncated is never set, but the next observation differs from the observation of the next row in %s. "
+                "If episodes were cut off there, set truncated in these rows, or leave the field out.",
+                origins.locate(joined),
+            )
     if report and dropped.count:
         _report_dropped(dropped, lost / dropped.count, kept / (rows - dropped.count))
 
@@ -223,11 +233,10 @@ def _part(
     given = fields.get("next_observations")
     if "truncated" in fields:
         truncated = fields["truncated"][:-1]
-    elif given is None or is_last:
+    elif is_last:
         truncated = np.zeros_like(terminated)
     else:
-        pairs = [(fields[name][1:], fields[after][:-1]) for name, after, _ in _STATES if after in fields]
-        truncated = ~terminated & ~np.logical_and.reduce([equal_rows(*pair) for pair in pairs])
+        truncated = _breaks(fields)
     if is_last:
         truncated = truncated | ~terminated
     ends = terminated | truncated
@@ -263,6 +272,13 @@ def _part(
     if "action_probabilities" in fields:
         part["action_probability"] = fields["action_probabilities"][:-1]
     return part, keep, ends
+
+
+def _breaks(fields: dict[str, np.ndarray]) -> np.ndarray:
+    """Return a mask of the rows, except the last, whose next observation is not the observation of the next row."""
+    pairs = [(fields[name][1:], fields[after][:-1]) for name, after, _ in _STATES if after in fields]
+    equal = [np.ones(len(fields["terminated"]) - 1, bool), *(equal_rows(*pair) for pair in pairs)]
+    return ~fields["terminated"][:-1] & ~np.logical_and.reduce(equal)
 
 
 def _states(

@@ -141,5 +141,5 @@ def _read_continuous(settings: DictConfig, specs: Specs, reader: Mapping[str, An
             message += f" These bounds come from: {origins}."
         raise DatasetError(message) from error.__cause__
     if processes.is_first():
-        chosen.report()
+        chosen.report(low, high)
     return transitions, {"action_low": chosen.low.tolist(), "action_high": chosen.high.tolist()}

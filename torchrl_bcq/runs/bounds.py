@@ -46,8 +46,8 @@ class Box:
                 f"upper bound; {remedy}."
             )
 
-    def report(self) -> None:
-        """Log the bounds and where they come from; log a warning if bounds are the range of the data."""
+    def report(self, low: Tensor, high: Tensor) -> None:
+        """Log the bounds and where they come from, with warnings if they may not fit the data's range ``[A]``."""
         if len({*self.origins[0], *self.origins[1]}) == 1:
             _logger.info("action bounds: %s to %s (%s)", *map(_listed, (self.low, self.high)), self.origins[0][0])
         else:
@@ -59,6 +59,12 @@ class Box:
                 "environment and the dataset have none; if actions beyond this range are possible, %s.",
                 taken,
                 REMEDY,
+            )
+
+        if bool(((low >= -1) & (high <= 1) & (self.low < -1) & (self.high > 1)).all()):
+            _logger.warning(
+                "all recorded actions lie between -1 and 1, but the bounds are wider. If they were recorded before "
+                "scaling, as by Tianshou with action_scaling=True, scale them to the units of the bounds."
             )
 
     def _sides(self) -> list[tuple[str, list[str]]]:

@@ -143,11 +143,15 @@ def test_an_empty_buffer_and_one_that_does_not_fit_together(tmp_path):
         "b.hdf5: the buffer has 25 steps in its slots 0 to 39 of 40, with the newest step in slot 6, but maxsize 40. "
         "These numbers do not fit together; save the buffer again."
     )
+
+
+def test_a_buffer_that_stacks_when_it_samples_holds_single_observations(tmp_path, caplog):
     path = write_buffer(tmp_path / "b.hdf5", slots(range(25)), _size=25, _insertion_idx=25, stack_num=4)
-    assert refusal(path) == (
-        "b.hdf5: the buffer stacks 4 observations; stack the observations before they are added to a buffer with "
-        "stack_num=1."
-    )
+    same(load_hdf5(path), from_arrays(**arrays(range(25))))
+    assert caplog.messages == [
+        "Tianshou joins the last 4 observations when it samples from this buffer; call stack_observations(transitions, "
+        "4)."
+    ]
 
 
 def test_an_old_buffer_with_done_alone(tmp_path):

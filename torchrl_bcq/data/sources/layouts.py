@@ -14,7 +14,7 @@ from torchrl_bcq.data.arrays import check_lengths
 from torchrl_bcq.data.checks import Columns
 from torchrl_bcq.data.defects import Rows
 from torchrl_bcq.data.sources.entries import LATER, NAMES, WAYS, Names, as_lists, is_group, naming, open_fields
-from torchrl_bcq.errors import DatasetError
+from torchrl_bcq.errors import DatasetError, remedy
 
 _logger = logging.getLogger(__name__)
 CHUNK_BYTES = 16 << 20  # limit in bytes for the largest field of a chunk, or for a chunk of whole episodes
@@ -83,11 +83,9 @@ def _tianshou_buffer(file: Any, names: Names | None) -> Iterator[Columns]:
     )
     if "truncated" not in fields:
         raise DatasetError("it lacks ['truncated'] in _meta, so it is unknown where episodes were cut off.")
-    if int(file.attrs.get("stack_num", 1)) > 1:
-        raise DatasetError(
-            f"the buffer stacks {file.attrs['stack_num']} observations; stack the observations before they are added "
-            "to a buffer with stack_num=1."
-        )
+    if (frames := int(file.attrs.get("stack_num", 1))) > 1:
+        how = remedy(f"call stack_observations(transitions, {frames})", f"set stack={frames}")
+        _logger.warning("Tianshou joins the last %d observations when it samples from this buffer; %s.", frames, how)
     for start, stop, count, newest in _rings(file, len(fields["actions"])):
         oldest = newest + 1 if count == stop - start else start
         read = 0
