@@ -291,9 +291,8 @@ def test_describe_shows_how_often_each_action_occurs(tmp_path, capsys):
         ["3", "20", "25.0%"],
         ["4", "0", "0.0%"],
     ]
-    assert "actions has 2 of 5 discrete actions in no row: 2, 4; the data does not show what they lead to" in " ".join(
-        lines
-    )
+    found = "2 of 5 discrete actions occur in no row: 2, 4; the data does not show what they lead to"
+    assert found in " ".join(lines)
 
 
 @pytest.mark.parametrize("words", [["--n-actions", "3"], ["--env", "CartPole-v1"]])

@@ -375,7 +375,7 @@ def test_runs_of_two_algorithms_differ_only_in_the_settings_that_both_have(tmp_p
     ]
     assert main(["evaluate", str(sweep), "--out", "x.json", "--episodes", "5", "--device", "auto"]) == 1
     message = f"torchrl-bcq: {sweep} contains several runs, but --episodes, --out needs a single run; "
-    advice = "choose one of them, or leave the option out to print a table of all runs.\n"
+    advice = "name one of the runs, or leave the option out to print a table of all runs.\n"
     assert capsys.readouterr().err == message + advice
 
 

@@ -67,8 +67,8 @@ def test_a_run_of_another_version_is_refused_with_its_version(refused, found):
     messages = refused(change)
     present = version("torchrl-bcq")
     assert set(messages.values()) == {
-        f"was made by torchrl-bcq {found or '0.1'}, but this is version {present}; install torchrl-bcq "
-        f"{found or '0.1'}, or train the run again."
+        f"was made by torchrl-bcq {found or '0.1'}, but this is version {present}; use a checkout "
+        f"of version {found or '0.1'}, or train the run again."
     }
 
 

@@ -224,8 +224,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(make_file, make_settings, words,
     shown = ", ".join(map(str, rows))
     (error,) = (line for line in (run / "train.log").read_text().splitlines() if "ERROR" in line)
     assert (
-        f"qvalue_loss is inf in gradient step 13, on the 8 rows {shown} of the replay buffer; to inspect them, call "
-        f"torch.load('{run}/not-finite-13.pt'). The last good checkpoint is "
+        f"qvalue_loss is inf in gradient step 13, on the 8 rows {shown} of the replay buffer; {run}/not-finite-13.pt "
+        "holds these rows; torchrl-bcq describe lists defects of a dataset. The last good checkpoint is "
         f"{run}/checkpoints/checkpoint-000000000010."
     ) in error
     batch = torch.load(run / "not-finite-13.pt", weights_only=True)

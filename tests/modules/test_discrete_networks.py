@@ -115,7 +115,7 @@ def test_normalization_standardises_vectors_and_scales_values():
         (
             Unbounded((84, 84, 3), dtype=torch.uint8),
             Categorical(4),
-            r"a frame has shape \(84, 84, 3\), expected \[C, H, W\] with H and W of at least 36; move the channels",
+            r"a frame has shape \(84, 84, 3\), expected \[C, H, W\] with H and W >= 36; move the channels",
         ),
         (
             Composite(x=Unbounded((3,)), action_mask=Binary(3, dtype=torch.bool)),

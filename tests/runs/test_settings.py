@@ -367,8 +367,8 @@ def test_a_run_of_another_version_is_refused_with_its_version(make_settings, mon
         with pytest.raises(RunError) as error:
             to_settings(other, "run/config.yaml")
         assert str(error.value) == (
-            f"run/config.yaml was made by torchrl-bcq {found}, but this is version 0.2.1; install torchrl-bcq {found}, "
-            "or train the run again."
+            f"run/config.yaml was made by torchrl-bcq {found}, but this is version 0.2.1; use a checkout of version "
+            f"{found}, or train the run again."
         )
 
 

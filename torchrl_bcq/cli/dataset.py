@@ -111,7 +111,8 @@ def _describe(args: argparse.Namespace) -> None:
     transitions = load_transitions(args.source, root=args.root, strict=False, origins=origins, **settings)
     if number_of(action_spec) is not None and transitions["action"].is_floating_point():
         found = "the actions of the dataset are continuous, but those of --env or --n-actions are discrete"
-        raise RunError(f"{found}; choose another environment, or leave the option out.")
+        how = "add --action-type discrete if they are indices, choose another environment, or leave the option out"
+        raise RunError(f"{found}; {how}.")
     names = {f"{name}s": settings[name] for name in ("action", "observation") if name in settings}
     description = describe(transitions, action_spec=action_spec, column_names=names, origins=origins)
     print(description)

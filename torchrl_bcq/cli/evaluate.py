@@ -77,7 +77,7 @@ def _run(command: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         given = [name for name, value in vars(args).items() if value != command.get_default(name)]
         if options := [f"--{name.replace('_', '-')}" for name in given if name not in ("folder", "reader")]:
             found = f"{args.folder} contains several runs, but {', '.join(options)} needs a single run"
-            raise RunError(f"{found}; choose one of them, or leave the option out to print a table of all runs.")
+            raise RunError(f"{found}; name one of the runs, or leave the option out to print a table of all runs.")
         return print_runs(args.folder)
     trained = load(args.folder, args.checkpoint, args.device)
     runs = {trained.algorithm.title: trained, **_load_baseline(args, trained)}

@@ -83,5 +83,5 @@ def _record_video(run: Path, file: Path) -> None:
         raise RunError(f"{run} has no environment to record a video in; leave out --video, or this run.")
     check_trusted(env, trained.path, {}, "leave out --video")
     render_offscreen()
-    made = make_env(env, render_mode="rgb_array")
+    made = make_env(env, remedy="install what is missing, or leave out --video", render_mode="rgb_array")
     print(f"The video is {record_video(made, trained.policy, file)}.")

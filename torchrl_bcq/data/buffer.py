@@ -122,5 +122,6 @@ def _make_sampler(sampler: str | Sampler, weights: Tensor | None, rows: int, dev
             ) from error
         raise ImportError(
             f"prioritized sampling needs TorchRL's compiled extension, but it does not fit torch {torch.__version__}. "
-            "torchrl 0.14 is built for torch 2.14: install torch 2.14, or use sampler='uniform'."
+            "torchrl 0.14 is built for torch 2.14: install torch 2.14, or "
+            + remedy("use sampler='uniform'.", "set sampler=uniform.")
         ) from error

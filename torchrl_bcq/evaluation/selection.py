@@ -17,7 +17,7 @@ from torchrl.data import TensorSpec
 from torchrl_bcq.data import split_episodes
 from torchrl_bcq.data.action_checks import number_of
 from torchrl_bcq.data.episodes import episode_numbers, episode_returns, first_rows, group_numbers, last_rows
-from torchrl_bcq.errors import DatasetError
+from torchrl_bcq.errors import DatasetError, remedy
 from torchrl_bcq.evaluation.estimate import Estimate, bootstrap_interval
 from torchrl_bcq.evaluation.fqe import clone_probabilities, fit_fqe, next_values, value_range, values_in_parts
 from torchrl_bcq.evaluation.importance import ImportanceSampling
@@ -183,7 +183,8 @@ class OffPolicyEvaluation:
             what = "episode" if groups is None else "group"
             raise DatasetError(
                 f"the dataset has one {what}, but an estimate needs at least two: one from which the critics learn, "
-                f"and one that is held out. Add more {what}s, or correct the entry {what!r} of the transitions."
+                f"and one that is held out. Add more {what}s, or correct "
+                + remedy(f"the entry {what!r} of the transitions.", f"the {what}s in the dataset and train again.")
             )
 
     @cached_property

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torchrl.data import TensorSpec
 from torchrl.modules import MLP, ConvNet
 
+from torchrl_bcq.errors import remedy
+
 
 class FrameTrunk(nn.Module):
     """Joins vectors and the features of frames: ``[*B, D], [*B, C, H, W] -> [*B, F]``.
@@ -39,10 +41,11 @@ class FrameTrunk(nn.Module):
         super().__init__()
         for shape in shapes:
             if len(shape) != 3 or min(shape[1:]) < 36:
-                raise ValueError(
-                    f"a frame has shape {tuple(shape)}, expected [C, H, W] with H and W of at least 36; move the "
-                    "channels with torchrl.envs.PermuteTransform, enlarge the frames, or build your own network."
+                how = remedy(
+                    "move the channels with PermuteTransform, enlarge the frames, or build your own network",
+                    "enlarge the frames in the dataset",
                 )
+                raise ValueError(f"a frame has shape {tuple(shape)}, expected [C, H, W] with H and W >= 36; {how}.")
         self.num_vectors = num_vectors
         if scales is None:
             scales = [(torch.zeros(channels), torch.full((channels,), 255.0)) for channels, *_ in shapes]

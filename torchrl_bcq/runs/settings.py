@@ -246,8 +246,8 @@ def to_settings(plain: Any, where: str | Path) -> DictConfig:
     found, present = str(plain.get("version", "0.1")), __version__
     if found.split(".")[:2] != present.split(".")[:2]:
         raise RunError(
-            f"{where} was made by torchrl-bcq {found}, but this is version {present}; install torchrl-bcq {found}, or "
-            "train the run again."
+            f"{where} was made by torchrl-bcq {found}, but this is version {present}; use a checkout of version "
+            f"{found}, or train the run again."
         )
     try:
         values = _as_text({name: value for name, value in plain.items() if name != "version"})

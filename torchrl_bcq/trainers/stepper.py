@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchrl.trainers import LRSchedulerHook
 from torchrl.trainers.trainers import OptimizationStepper, Trainer
 
+from torchrl_bcq.errors import remedy
 from torchrl_bcq.objectives import OfflineLoss
 from torchrl_bcq.trainers.distributed import Processes
 
@@ -254,7 +255,8 @@ class NetworkLRScheduler(LRSchedulerHook):
         """
         if self.stepper.captured and getattr(self.scheduler, "cycle_momentum", False):
             found = f"the scheduler of {self.name} changes the momentum, which a CUDA graph would not notice"
-            raise ValueError(f"{found}; set cycle_momentum=False.")
+            command = f"set optim.{self.name}.scheduler_kwargs.cycle_momentum=false"
+            raise ValueError(f"{found}; {remedy('set cycle_momentum=False', command)}.")
         super().register(trainer, name or f"{self.name}_lr_scheduler")
 
 

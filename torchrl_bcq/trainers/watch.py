@@ -78,7 +78,8 @@ class LossWatch:
             self._write(rows, target)
         except OSError as error:
             return f"{found} (the rows could not be written to {target}: {error})"
-        return f"{found}; to inspect them, call torch.load({str(target)!r})"
+        command = f"{target} holds these rows; torchrl-bcq describe lists defects of a dataset"
+        return f"{found}; {remedy(f'to inspect them, call torch.load({str(target)!r})', command)}"
 
     def _write(self, rows: Tensor, target: Path) -> None:
         content = io.BytesIO()

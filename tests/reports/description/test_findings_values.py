@@ -220,5 +220,5 @@ def test_observations_of_different_scales(data):
     assert (
         f"observations has columns of different scales in all 1212 rows (first: 0): the standard deviation is "
         f"{low:.3g} in column 0 "
-        f"and {high:.3g} in column 2; scale them with Normalization.fit."
+        f"and {high:.3g} in column 2; scale the values with Normalization.fit."
     ) in messages(data)

@@ -83,9 +83,7 @@ TEXTS = {  # a message for each kind of defect; the most certain kinds come firs
     ),
     "repeated": "transitions has {rows} that repeat earlier rows; drop them, unless there are few states and actions.",
     "constant rewards": "rewards is {value:g} in all {rows}, so no action is better than another; check the recording.",
-    "huge": (
-        "{field} has {rows} of magnitude above {huge:.0f}; check the units, or scale the values with Normalization.fit."
-    ),
+    "huge": ("{field} has {rows} of magnitude above {huge:.0f}; check the units, or {scale}."),
     "outlier": (
         "rewards has {rows} inside an episode with more than {outlier:.0f} times the magnitude of 99% of all rewards; "
         "drop these rows, unless the task gives such rewards."
@@ -98,8 +96,8 @@ TEXTS = {  # a message for each kind of defect; the most certain kinds come firs
     ),
     "no action": "actions has {rows} with no action of the spec, such as {rows.example}; correct the actions.",
     "never": (
-        "actions has {absent} of {number} discrete actions in no row: {listed}; the data does not show what they "
-        "lead to; check the number of actions."
+        "{absent} of {number} discrete actions occur in no row: {listed}; the data does not show what they lead to; "
+        "check the number of actions."
     ),
     "outside": "actions has {rows} outside the action bounds, such as {rows.example}; clip or rescale the actions.",
     "at bounds": (
@@ -116,7 +114,7 @@ TEXTS = {  # a message for each kind of defect; the most certain kinds come firs
     ),
     "scales": (
         "{field} has columns of different scales in all {rows}: the standard deviation is {small:.3g} in column "
-        "{small_column} and {large:.3g} in column {large_column}; scale them with Normalization.fit."
+        "{small_column} and {large:.3g} in column {large_column}; {scale}."
     ),
     "few rows": "transitions has only {rows}, fewer than {few}; record more data, because networks overfit few rows.",
 }
@@ -152,6 +150,7 @@ def findings(survey: Survey) -> list[Finding]:
 def _finding(survey: Survey, kind: str, field: str, rows: Rows, values: dict[str, Any]) -> Finding:
     rows = survey.origins.locate_kept(rows)
     values |= {"field": field, "rows": rows, "huge": HUGE, "outlier": OUTLIER, "few": FEW_ROWS}
+    values["scale"] = remedy("scale the values with Normalization.fit", "train with normalize=true")
     return Finding(kind, field, rows.count, rows.first, TEXTS[kind].format(**values))
 
 
