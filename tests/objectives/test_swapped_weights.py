@@ -27,7 +27,8 @@ def swapped_weights(loss: OfflineLoss, keys: Callable[[str], bool] = lambda name
 def loaded(name: str, weights: TensorDict) -> OfflineLoss:
     """Another loss, into which these weights are loaded."""
     other = make_loss(name)
-    other.load_state_dict({".".join(k) if isinstance(k, tuple) else k: v for k, v in weights.items(True, True)})
+    given = {".".join(k) if isinstance(k, tuple) else k: v for k, v in weights.items(True, True)}
+    other.load_state_dict({key: given[key] for key in other.state_dict()})
     return other
 
 

@@ -9,6 +9,7 @@ from torchrl.objectives.utils import ValueEstimators
 from torchrl.objectives.value import TD0Estimator, TD1Estimator, TDLambdaEstimator, ValueEstimatorBase
 
 from torchrl_bcq import BCQLoss, make_replay_buffer
+from torchrl_bcq.trainers.execution import Execution
 
 from ..own_objective import OwnLoss
 from .conftest import bcq_modules, make_loss, with_updater
@@ -59,7 +60,8 @@ def test_targets_by_hand(loss, trajectory, name, kind):
         chosen = loss.make_value_estimator(estimator)
         assert loss.value_estimator is estimator
     assert chosen is loss
-    assert isinstance(loss.value_estimator, CLASSES[name])
+    summed = TDLambdaEstimator if name == "TD1" and kind != "instance" else CLASSES[name]
+    assert isinstance(loss.value_estimator, summed)
     assert targets(loss, trajectory) == pytest.approx(TARGETS[name])
 
 
@@ -85,10 +87,41 @@ def test_default_discount(loss, trajectory):
 
 @pytest.mark.parametrize("estimator", [ValueEstimators.TDLambda, TDLambdaEstimator])
 def test_discount_and_decay_have_the_precision_of_the_loss(loss, estimator):
-    """TorchRL rounds them to float32."""
-    loss.double().make_value_estimator(estimator, gamma=0.9, lmbda=0.7)
-    assert loss.value_estimator.gamma.item() == 0.9
+    """TorchRL rounds them to float32, and a cast rounds buffers: in bfloat16, 0.999 would be 1."""
+    loss.double().make_value_estimator(estimator, gamma=0.999, lmbda=0.7)
+    assert loss.value_estimator.gamma.item() == 0.999
     assert loss.value_estimator.lmbda.item() == 0.7
+    assert loss.bfloat16().value_estimator.gamma.item() == pytest.approx(0.999, rel=1e-6)
+    assert loss.double().value_estimator.gamma.item() == 0.999
+
+
+def test_the_discount_is_a_setting_that_loaded_weights_do_not_change(loss):
+    other = make_loss("own").make_value_estimator(gamma=0.9)
+    other.load_state_dict(loss.state_dict())
+    assert other.value_estimator.gamma.item() == pytest.approx(0.9)
+    assert not [name for name in loss.state_dict() if "gamma" in name]
+
+
+@pytest.mark.parametrize(("decay", "equal"), [(0, "TD0"), (1e-8, "TD0"), (1, "TD1")])
+def test_td_lambda_at_the_ends_of_its_range(loss, trajectory, decay, equal):
+    loss.make_value_estimator(ValueEstimators.TDLambda, gamma=GAMMA, lmbda=decay)
+    assert targets(loss, trajectory) == pytest.approx(TARGETS[equal])
+    with pytest.raises(ValueError, match="lmbda is 1.5, expected a number from 0 to 1"):
+        loss.make_value_estimator(ValueEstimators.TDLambda, lmbda=1.5)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_compiled_targets_by_hand(loss, trajectory, name):
+    """TorchRL's TD1Estimator would give sums without a discount."""
+    loss.make_value_estimator(ValueEstimators[name], gamma=GAMMA, **({"lmbda": 0.8} if name == "TDLambda" else {}))
+    _, metadata = Execution(loss, compile={"backend": "eager"}).compute(trajectory, "critic_loss")
+    assert metadata["target_value"].flatten().tolist() == pytest.approx(TARGETS[name])
+
+
+def test_compiling_an_own_estimator_that_would_ignore_the_discount_is_refused(loss, trajectory):
+    loss.make_value_estimator(TD1Estimator(gamma=GAMMA, value_network=None))
+    with pytest.raises(ValueError, match="a compiled TD1Estimator ignores gamma; use ValueEstimators.TD1 or compile"):
+        Execution(loss, compile=True).compute(trajectory, "critic_loss")
 
 
 @pytest.mark.parametrize("estimator", [TD1Estimator, TDLambdaEstimator])

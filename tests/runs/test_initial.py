@@ -49,7 +49,7 @@ def test_networks_and_targets_are_those_of_the_run_and_nothing_else_is(make_sett
     assert any(name.startswith("target_qvalue") for name in here)
     assert all(torch.equal(there[name], here[name]) for name in here)
     assert [name for name in here if name.endswith("loc")]  # the scales belong to the networks
-    assert trainer.loss_module.state_dict()["_value_estimator.gamma"] == 0.5
+    assert trainer.loss_module.value_estimator.gamma == 0.5
     assert trainer.collected_frames == 0
     for optimizer in trainer.optimization_stepper.optimizers.values():
         assert not optimizer.state

@@ -91,6 +91,9 @@ def test_a_trainer_that_cannot_capture_is_refused(modules):
     check_stepper(on_cuda, stepper, captured=True, parallel=False)
     with pytest.raises(ValueError, match="several processes cannot train with CUDA graphs; set data_parallel=False"):
         check_stepper(on_cuda, stepper, captured=True, parallel=True)
+    on_cuda.reduction = "sum"
+    with pytest.raises(ValueError, match="so the loss cannot be a sum; use reduction='mean'"):
+        check_stepper(on_cuda, stepper, captured=False, parallel=True)
 
 
 def test_a_loss_that_is_not_one_number_is_refused(make_batch):

@@ -239,7 +239,7 @@ class OffPolicyEvaluation:
             values_in_parts(critics, part, held).mean(-1) for part in (critics.values, critics.state_values)
         )
         next_value = next_values(critics, held).mean(-1)
-        ratio = taken / self._probability
+        ratio = taken.double() / self._probability
         sampling = ImportanceSampling(held, ratio, self.gamma, (value, state_value, next_value))
         # doubly robust estimates count what follows a cut-off, so they are compared with returns that do, too
         own = [self._continued_returns if "robust" in name else self._returns for name in sampling.estimate()]

@@ -16,10 +16,10 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
         raise ValueError(f"{name} is {value!r}, expected one of {[*choices]}.")
 
 
-def check_gamma(gamma: float) -> None:
-    """Raise a ValueError if the discount factor is out of range."""
+def check_gamma(gamma: float, name: str = "gamma") -> None:
+    """Raise a ValueError if a discount or a decay is out of range."""
     if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma is {gamma}, expected a number from 0 to 1.")
+        raise ValueError(f"{name} is {gamma}, expected a number from 0 to 1.")
 
 
 def select_inputs(

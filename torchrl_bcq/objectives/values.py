@@ -19,6 +19,8 @@ from torchrl_bcq.objectives.base import OfflineLoss
 from torchrl_bcq.objectives.inputs import check_choice, check_gamma, check_time_dimension
 
 _SUPPORTED = (ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda)
+# TD(1) is TD(lambda) with lambda = 1; with torch.compile, TorchRL's TD1Estimator ignores gamma (0.14.1)
+_TD1 = {ValueEstimators.TD1: ValueEstimators.TDLambda, TD1Estimator: TDLambdaEstimator}
 
 
 class ValueLoss(OfflineLoss):
@@ -62,6 +64,7 @@ class ValueLoss(OfflineLoss):
         super().__init__(networks, **settings)
         check_choice("loss_function", loss_function, ("l2", "smooth_l1", "l1"))
         self.loss_function = loss_function
+        self._decay: dict[str, float] = {}  # discount and decay of the estimator, in full precision
         self._decided_keys["state_action_value"] = value_key
         self.tensor_keys.state_action_value = value_key
         self.make_value_estimator()
@@ -90,6 +93,7 @@ class ValueLoss(OfflineLoss):
         sums_steps = isinstance(self.value_estimator, (TD1Estimator, TDLambdaEstimator))
         if sums_steps:
             check_time_dimension(batch, self.tensor_keys.steps_to_next_obs)
+            next_value = next_value.to(torch.promote_types(self._like.dtype, torch.float32))
         # autocast would round the sums to bfloat16
         with torch.autocast(next_value.device.type, enabled=False) if sums_steps else nullcontext():
             return self.value_estimator.value_estimate(batch, next_value=next_value).to(self._like.dtype)
@@ -143,17 +147,24 @@ class ValueLoss(OfflineLoss):
             gamma: discount factor, from 0 to 1.
             **hyperparams: other arguments of the estimator.
 
+        Both decays are settings of the loss: ``state_dict`` does not contain them, and a cast does not round them.
+
         Raises:
-            ValueError: if ``gamma`` is out of range.
+            ValueError: if ``gamma`` or ``lmbda`` is out of range.
         """
         check_gamma(gamma)
+        check_gamma(hyperparams.get("lmbda", 1), "lmbda")
         value_type = self.default_value_estimator if value_type is None else value_type
-        like, keys = self._like, self._value_estimator_keys
+        keys, self._decay = self._value_estimator_keys, {}
         if isinstance(value_type, ValueEstimatorBase):
             super().make_value_estimator(value_type)
             self._value_estimator.set_keys(**keys)
             return self
-        settings = {"gamma": gamma, "device": like.device, **hyperparams}
+        if value_type in _TD1:
+            value_type, hyperparams = _TD1[value_type], {**hyperparams, "lmbda": 1.0}
+        if value_type in _TD1.values():  # the vectorized form fails for small lmbda, and waits for the GPU
+            hyperparams = {"vectorized": False, **hyperparams}
+        settings = {"gamma": gamma, "device": self._like.device, **hyperparams}
         hyperparams = {"value_network": None, **settings}
         if isinstance(value_type, type):
             super().make_value_estimator(value_type, **hyperparams)
@@ -161,7 +172,18 @@ class ValueLoss(OfflineLoss):
         else:
             hyperparams = {**default_value_kwargs(value_type), **hyperparams}
             dispatch_value_estimator(self, value_type, supported=_SUPPORTED, tensor_keys=keys, **hyperparams)
-        for name in {"gamma", "lmbda"} & hyperparams.keys():  # set again, because TorchRL rounds both to float32
-            dtype = torch.promote_types(like.dtype, torch.float32)
-            setattr(self._value_estimator, name, torch.as_tensor(hyperparams[name], dtype=dtype, device=like.device))
+        self._decay = {name: float(hyperparams[name]) for name in {"gamma", "lmbda"} & hyperparams.keys()}
+        self._set_decay()
+        return self
+
+    def _set_decay(self) -> None:
+        """Write discount and decay to the estimator: TorchRL rounds them to float32, and a cast to its own dtype."""
+        dtype = torch.promote_types(self._like.dtype, torch.float32)
+        for name, value in self._decay.items():
+            number = torch.tensor(value, dtype=dtype, device=self._like.device)
+            self._value_estimator.register_buffer(name, number, persistent=False)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn)
+        self._set_decay()
         return self

@@ -29,6 +29,9 @@ def check_stepper(loss_module: OfflineLoss, stepper: OptimizationStepper, *, cap
     """Raise a ValueError if the stepper does not fit the loss, ``cudagraph`` or ``data_parallel``."""
     if loss_module.reduction == "none":
         raise ValueError("the loss has reduction='none', but a gradient step needs one number; use 'mean' or 'sum'.")
+    if parallel and loss_module.reduction == "sum":
+        advice = remedy("use reduction='mean'", "set loss.reduction=mean")
+        raise ValueError(f"several processes average their gradients, so the loss cannot be a sum; {advice}.")
     is_ours = isinstance(stepper, OfflineOptimizationStepper)
     trained = loss_module.trainable_names
     if is_ours and set(stepper.optimizers) != set(trained):

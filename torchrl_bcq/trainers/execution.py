@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase, TensorDictParams
+from torchrl.objectives.value import TD1Estimator
 
 from torchrl_bcq.memory import keep_freed_memory
 from torchrl_bcq.objectives import OfflineLoss
@@ -57,6 +58,8 @@ class Execution:
         if self._settings is None:
             return self._loss if method == "forward" else getattr(self._loss, method)
         if method not in self._compiled:
+            if isinstance(getattr(self._loss, "_value_estimator", None), TD1Estimator):  # of TorchRL 0.14.1
+                raise ValueError("a compiled TD1Estimator ignores gamma; use ValueEstimators.TD1 or compile=False.")
             _logger.info("compiling %s; the first step of this loss takes up to a minute", method)
             _ = self._loss.in_keys  # fill the cache of in_keys before compiling; otherwise PyTorch compiles twice
             self._compiled[method] = torch.compile(_with_own_code(getattr(self._loss, method)), **self._settings)
