@@ -358,6 +358,16 @@ def test_early_stopping_ends_a_run(make_trainer):
     assert waits.collected_frames >= 40
 
 
+@pytest.mark.parametrize(("mode", "beyond", "steps"), [("max", -1e9, 10), ("min", 1e9, 10), ("max", 1e9, 40)])
+def test_a_run_stops_at_a_threshold(make_trainer, mode, beyond, steps):
+    words = f"early_stopping={{monitor: initial_value, mode: {mode}, threshold: {beyond}}}"
+    trainer = make_trainer(words, "evaluation.interval=10", "steps=40")
+    trainer.train()
+    assert trainer.collected_frames == steps
+    if steps < 40:
+        assert trainer._stop_reason.endswith(f"and reached early_stopping.threshold {beyond:g}.")
+
+
 def test_early_stopping_waits_for_what_a_warm_up_does_not_log(make_trainer):
     trainer = make_trainer("early_stopping={monitor: td_error, mode: min, patience: 5}", "optim.qvalue.start_after=12")
     trainer.train()

@@ -63,13 +63,21 @@ CHANGED = "values, TD errors and discounted returns are of the changed rewards, 
 
 
 class _EarlyStopping(EarlyStopping):
-    """TorchRL's ``EarlyStopping``, but it counts only steps at which the monitored metric was measured."""
+    """Stops also at a threshold; unlike TorchRL's hook, it only counts steps at which the metric was measured."""
+
+    def __init__(self, threshold: float | None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.threshold = threshold
 
     def __call__(self, batch: TensorDictBase | None = None) -> None:
-        trainer = self._trainer
+        trainer, name = self._trainer, self.monitor
         step = 0 if trainer is None else trainer.collected_frames
-        if step and trainer.logged_at(self.monitor) == step:
-            super().__call__(batch)
+        if not step or trainer.logged_at(name) != step:
+            return
+        super().__call__(batch)
+        value, least = trainer.metrics[name], self.threshold
+        if least is not None and step >= self.wait_for and (value >= least if self.mode == "max" else value <= least):
+            trainer.request_stop(f"{name} is {value:.6g} and reached early_stopping.threshold {least:g}.")
 
     def register(self, trainer: OfflineTrainer, name: str = "early_stopping") -> None:
         super().register(trainer, name)

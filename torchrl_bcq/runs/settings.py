@@ -103,6 +103,7 @@ def default_settings(algorithm: str = "bcq") -> DictConfig:
             "mode": (str, "auto"),
             **settings_of(EarlyStopping, "patience", "min_delta"),
             **settings_of(KeepBest, "wait_for"),
+            "threshold": (float | None, None),
         },
         "out": (str, "runs/${now:%Y%m%d-%H%M%S}"),
         "init_from": (str | None, None),
