@@ -20,7 +20,7 @@ import torchrl_bcq as bcq
 
 PAGE = (Path(__file__).parents[1] / "examples" / "guides" / "your_data.md").read_text()
 SECTION = PAGE.partition("## Read a dataset\n")[2].partition("\n## ")[0]
-CALLS = re.findall(r"^\|.*\| `(.+)` \|$", SECTION, re.MULTILINE)
+CALLS = re.findall(r"^\|.*\| `(\w+\(.+)` \|$", SECTION, re.MULTILINE)
 
 LENGTHS = (1000, 300, 200)  # of which the first is cut off by a time limit and the others terminate
 ROWS = sum(LENGTHS)

@@ -54,7 +54,7 @@ def place(tmp_path, monkeypatch) -> Path:
 
 
 def test_every_block_is_of_a_kind_that_is_tested():
-    assert len(PAGES) == 12
+    assert len(PAGES) == 13
     assert {kind for blocks in BLOCKS.values() for kind, _ in blocks} <= {"python", "bash"} | OUTPUTS
 
 
@@ -70,7 +70,7 @@ def test_commands(name, place, monkeypatch, capsys):
     whole = recording.record_swing_up
     monkeypatch.setattr(recording, "record_swing_up", lambda: whole(600))
     recording.record_default()
-    if name == "use_the_policy":  # its commands use the run of the README
+    if name in ("training", "use_the_policy"):  # their commands use the run of the README
         assert main(["train", "out=runs/first", "dataset=hopper.hdf5", "evaluation.env=null", *FAST, *SMALL]) == 0
     for number, (program, *words) in enumerate(commands_of(name)):
         if program == "python":
@@ -83,6 +83,7 @@ def test_commands(name, place, monkeypatch, capsys):
                 words.append(f"out=runs/{number}")  # the default is the time in seconds, and tests are fast
             discrete = name == "discrete_actions"
             small = [word for word in SMALL if not (discrete and "vae" in word)]
+            small += ["evaluation.fqe_steps=4"] if "checkpoint.monitor=fqe" in words else []
             words += ["--cfg"] if "mujoco" in str(words) else [*FAST, *small]  # which would be downloaded
         words += ["--episodes", "2"] if words[0] in ("evaluate", "rank") else []
         words += ["--steps", "2"] if words[0] == "rank" else []
