@@ -151,8 +151,10 @@ def test_parts_of_ones_own(place):
 
 
 def test_an_objective_of_ones_own(place):
-    _, code, registration = python_of("own_parts")
+    _, slices, code, registration = python_of("own_parts")
     found: dict = {}
+    exec(compile(slices, "own_parts.md", "exec"), found)
+    assert found["trainer"].collected_frames == 2
     exec(compile(code, "own_parts.md", "exec"), found)
     assert found["policy"](torch.tensor([1.0, 0.0, 0.0])).shape == (1,)
     exec(compile(registration, "own_parts.md", "exec"), found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tracemalloc
 
 import pytest
@@ -40,6 +41,17 @@ def test_padding_of_split_trajectories_is_left_out():
     split = split_trajectories(data, done_key="done")
     assert split.shape == (3, 2)
     assert rows(from_rollouts(split), "observation") == data["observation"].squeeze(-1).tolist()
+
+
+def test_copies_with_which_finished_environments_wait_are_left_out(caplog):
+    """The first environment ends after two steps, and its last step is repeated until the second one ends."""
+    short, long = rollout(0.0, 2, terminated=[1]), rollout(10.0, 5, terminated=[4])
+    waits = torch.cat([short, *[short[-1:]] * 3])
+    with caplog.at_level(logging.INFO):
+        data = from_rollouts(torch.stack([waits, long]))
+    assert rows(data, "observation") == [0, 1, 10, 11, 12, 13, 14]
+    assert rows(data, "episode") == [0, 0, 1, 1, 1, 1, 1]
+    assert caplog.messages == ["left out 3 copies of final steps."]
 
 
 def rows(td, *key):

@@ -99,6 +99,18 @@ def test_after_an_error_the_modules_hold_their_own_weights(loss, modules, make_b
         assert all(p is own[name] for name, p in module.named_parameters(f"{i}"))
 
 
+def test_a_state_dict_may_be_incomplete_if_it_is_not_loaded_strictly(loss, modules):
+    """Only the behaviour model is loaded; everything else stays."""
+    before = {name: value.clone() for name, value in loss.state_dict().items()}
+    part = {name: value + 1 for name, value in before.items() if name.startswith("vae_network_params")}
+    found = loss.load_state_dict({**part, "unknown": torch.zeros(1)}, strict=False)
+    assert (found.missing_keys, found.unexpected_keys) == (sorted(before.keys() - part.keys()), ["unknown"])
+    torch.testing.assert_close(dict(loss.state_dict()), {**before, **part}, rtol=0, atol=0)
+    assert modules[0].encoder[0].weight.equal(part["vae_network_params.encoder.0.weight"])
+    with pytest.raises(RuntimeError, match="the state_dict lacks"):
+        loss.load_state_dict(part)
+
+
 def test_reset_parameters_recursive(loss, modules):
     """Each weight is drawn again, also in the modules, and the critics differ from each other."""
     with torch.no_grad():

@@ -76,6 +76,17 @@ def test_training_loss_must_have_one_value_for_each_row(modules, make_batch, cha
         loss_of(Gaussian(change_loss=change), *modules[1:]).vae_loss(make_batch(8))
 
 
+def test_a_model_that_replaces_the_recorded_actions_is_refused(modules, make_batch):
+    """Its error would be 0."""
+
+    class InPlace(Gaussian):
+        def training_loss(self, tensordict, noise=None):
+            return (self.decode(tensordict, 0.0)["action"] - tensordict["action"]).square().sum(-1), {}
+
+    with pytest.raises(ValueError, match="training_loss replaced the recorded actions; let it decode into a copy"):
+        loss_of(InPlace(), *modules[1:]).vae_loss(make_batch(8))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -161,6 +172,8 @@ def test_keys_in_a_string_and_lazy_layers_are_refused(modules):
         ValueError, match="actor_network has uninitialised lazy layers; call actor_network once with data"
     ):
         BCQLoss(vae, lazy, critics)
+    with pytest.raises(TypeError, match="actor_network is a Linear, expected a TensorDictModule, or None for no actor"):
+        BCQLoss(vae, nn.Linear(3, 2), critics)
     with pytest.raises(ValueError, match="critic 0 has uninitialised lazy layers"):
         QEnsemble([TensorDictModule(MLP(out_features=1, num_cells=[4]), ["observation", "action"], ["q"])])
     with pytest.raises(TypeError, match="critic 0 is a MLP; wrap it as TensorDictModule"):

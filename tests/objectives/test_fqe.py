@@ -66,7 +66,7 @@ def test_targets_are_clipped_to_the_range_of_values():
 def test_states_without_the_choices_of_the_policy_are_refused():
     (critics,) = make_fqe_modules(Unbounded((2,)), Categorical(2), hidden=(4,))
     loss = DiscreteFQELoss(critics)
-    with pytest.raises(ValueError, match="the states lack 'policy_probability'; set it to the result of policy_act"):
+    with pytest.raises(ValueError, match="the states lack 'policy_probability'; add it with add_policy_act"):
         loss.state_values(TensorDict({"observation": torch.eye(2)}, [2]))
 
 

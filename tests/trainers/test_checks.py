@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.optim import Adam
 from torchrl.data import TensorDictReplayBuffer, TensorStorage
 from torchrl.trainers.trainers import DefaultOptimizationStepper
 
@@ -65,6 +66,17 @@ def test_a_network_without_an_optimizer_is_refused(modules, make_batch):
         OfflineTrainer(loss, buffer, target_net_updater=soft_update(loss), optimization_stepper=stepper, total_steps=5)
 
 
+def test_optimizers_of_other_networks_are_refused(modules, make_batch):
+    """These networks would stay as they are, silently."""
+    loss, other = BCQLoss(*modules), BCQLoss(*make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC))
+    swapped = BCQOptimizationStepper(*(Adam(network.parameters()) for network in modules))  # vae, actor, critics
+    for stepper in (swapped, BCQOptimizationStepper.adam(other)):
+        with pytest.raises(ValueError, match=r"the optimizer of '\w+' has no parameter of \w+_network"):
+            check_stepper(loss, stepper, captured=False, parallel=False)
+    before = BCQOptimizationStepper(*(Adam(modules[index].parameters()) for index in (0, 2, 1)))
+    check_stepper(loss, before, captured=False, parallel=False)
+
+
 def test_a_buffer_that_prefetches_is_warned_of(make_batch):
     """Its threads draw ahead, in an order that no checkpoint holds."""
     storage = TensorStorage(make_batch(50))
@@ -87,7 +99,10 @@ def test_a_trainer_that_cannot_capture_is_refused(modules):
     message = "cudagraph=True needs an OfflineOptimizationStepper, not a DefaultOptimizationStepper"
     with pytest.raises(ValueError, match=message):
         check_stepper(on_cuda, DefaultOptimizationStepper(), captured=True, parallel=False)
-    stepper = BCQOptimizationStepper.adam(BCQLoss(*modules))
+    loss = BCQLoss(*modules)
+    for name in NAMES:
+        setattr(on_cuda, f"{name}_network_params", getattr(loss, f"{name}_network_params"))
+    stepper = BCQOptimizationStepper.adam(loss)
     check_stepper(on_cuda, stepper, captured=True, parallel=False)
     with pytest.raises(ValueError, match="several processes cannot train with CUDA graphs; set data_parallel=False"):
         check_stepper(on_cuda, stepper, captured=True, parallel=True)

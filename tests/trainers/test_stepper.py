@@ -200,15 +200,6 @@ def test_optimizers_of_other_networks_are_refused(loss, modules):
         adam.load_state_dict(without.state_dict())
 
 
-def test_a_state_of_an_older_version_names_no_classes(loss):
-    adam = BCQOptimizationStepper.adam(loss)
-    state = adam.state_dict()
-    del state["classes"]
-    adam.load_state_dict(state)
-    with pytest.raises(ValueError, match="'actor': None}, this run {'vae': 'Adam', 'qvalue': 'Adam'};"):
-        BCQOptimizationStepper(adam.optimizers["vae"], adam.optimizers["qvalue"]).load_state_dict(state)
-
-
 def test_a_scheduler_advances_only_in_the_steps_in_which_its_network_learns(make_batch):
     """StepLR halves the rate every 2 steps: 4, 7 and 2 steps of VAE, critics and actor give 2, 3 and 1 halvings."""
 

@@ -26,7 +26,7 @@ _SAMPLERS = ("uniform", "without_replacement", "prioritized")
 
 class _FixedWriter(ImmutableDatasetWriter):
     WRITING_ERR = (
-        "the dataset is fixed; put new rows into a second buffer, as TorchRL's OfflineToOnlineReplayBuffer does."
+        "the dataset is fixed; put new rows into a buffer of your own, such as a ReplayBuffer with a LazyTensorStorage."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,8 @@ from torchrl_bcq.data.checks import Checks
 from torchrl_bcq.data.episodes import FLAGS, check_finite, check_outcomes
 from torchrl_bcq.data.transitions import report_cuts
 from torchrl_bcq.errors import DatasetError
+
+_logger = logging.getLogger(__name__)
 
 
 def from_rollouts(
@@ -27,7 +30,9 @@ def from_rollouts(
     Args:
         rollouts: results of ``env.rollout`` or batches of a collector, each ``[T]`` or ``[*B, T]``. If all rollouts
             have the same ``*B``, the rollouts are joined along time: each rollout continues the previous rollout.
-            Padded steps, where ``("collector", "mask")``, or ``mask [*B, T]``, is false, are left out.
+            Padded steps, where ``("collector", "mask")``, or ``mask [*B, T]``, is false, are left out. So are the
+            copies of a final step with which ``env.rollout(..., break_when_all_done=True)`` waits for the other
+            environments.
         action_spec: if given, ``action`` must lie within its bounds.
 
     Returns:
@@ -62,6 +67,7 @@ def from_rollouts(
 
 def _joined(parts: list[TensorDictBase]) -> TensorDictBase:
     """Join all rollouts into one TensorDict ``[N]``; rollouts with the same ``*B`` are joined along time."""
+    parts = [_without_copies(part) for part in parts]
     try:
         if len({part.batch_size[:-1] for part in parts}) == 1:
             return _flat(torch.cat(parts, -1))  # time is the last dimension
@@ -70,6 +76,23 @@ def _joined(parts: list[TensorDictBase]) -> TensorDictBase:
         raise DatasetError(
             f"the rollouts cannot be joined ({error}); all rollouts need the same entries with the same shapes."
         ) from error
+
+
+def _without_copies(rollout: TensorDictBase) -> TensorDictBase:
+    """Leave out the copies of final steps at the end of a rollout ``[B, T]``; the result is then ``[N]``."""
+    keys = rollout.keys(True)
+    if rollout.ndim < 2 or ("next", "done") not in keys or ("collector", "mask") in keys or "mask" in keys:
+        return rollout
+    before, after = rollout[..., :-1], rollout[..., 1:]
+    copy = before["next", "done"].flatten(rollout.ndim - 1).clone()  # [*B, T - 1]
+    for key, value in before.exclude("collector").items(True, True) if copy.any() else ():
+        if isinstance(value, torch.Tensor):
+            copy &= (value == after[key]).reshape(*copy.shape, -1).all(-1)
+    copy = copy.flip(-1).cummin(-1).values.flip(-1)  # only at the end of the rollout
+    if not copy.any():
+        return rollout
+    _logger.info("left out %d copies of final steps.", int(copy.sum()))
+    return rollout[torch.cat([torch.zeros_like(copy[..., :1]), copy], -1).logical_not()]
 
 
 def _flat(rollout: TensorDictBase) -> TensorDictBase:

@@ -90,7 +90,7 @@ def fit_fqe(
     scaling = _fit_scaling(transitions, observation_keys, _value_scale(transitions, gamma))
     specs = _specs(transitions, observation_keys)
     with own_random_state(seed, device):
-        sizes: dict[str, Any] = {"num_critics": num_critics, "hidden": hidden}
+        sizes: dict[str, Any] = {"num_critics": num_critics, "hidden": hidden, "dtype": _dtype_of(specs)}
         networks = make_fqe_modules(specs, action_spec, **sizes, normalization=scaling, device=device)
         kind: Any = FQELoss if number_of(action_spec) is None else DiscreteFQELoss
         loss = kind(*networks, value_range=value_range(transitions, gamma)).make_value_estimator(gamma=gamma)
@@ -130,7 +130,7 @@ def clone_probabilities(
     with own_random_state(seed, device):
         scaling = _fit_scaling(transitions, observation_keys)
         (network,) = make_discrete_cloning_modules(
-            specs, action_spec, hidden=hidden, normalization=scaling, device=device
+            specs, action_spec, hidden=hidden, normalization=scaling, device=device, dtype=_dtype_of(specs)
         )
         loss = _fit(DiscreteCloningLoss(network), transitions, None, progress_bar=progress_bar, **settings)
 
@@ -184,6 +184,11 @@ def _fit(
 def _specs(transitions: TensorDictBase, observation_keys: Sequence[NestedKey]) -> Composite:
     leaves = {key: gather_frames(transitions[:1]).get(key) for key in observation_keys}
     return Composite({key: Unbounded(leaf.shape[1:], dtype=leaf.dtype) for key, leaf in leaves.items()})
+
+
+def _dtype_of(specs: Composite) -> torch.dtype | None:
+    """Return the dtype of the observations; None, the default, if all of them are frames of bytes."""
+    return next((spec.dtype for spec in specs.values(True, True) if spec.dtype.is_floating_point), None)
 
 
 def _fit_scaling(

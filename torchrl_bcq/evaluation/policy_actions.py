@@ -169,6 +169,8 @@ def policy_actions(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, expected at least 1.")
+    if not hasattr(policy, "in_keys"):
+        raise TypeError(f"the policy is a {type(policy).__name__}; wrap it in a TensorDictModule.")
     first = next(policy.parameters(), None) if isinstance(policy, nn.Module) else None
     device = torch.device("cpu") if first is None else first.device
     home = next(iter(states.values(True, True))).device  # a TensorDict without a device may hold tensors of a GPU

@@ -102,8 +102,6 @@ def record(
     if (noise and discrete) or (epsilon and not discrete):
         kind, own, other = ("discrete", "epsilon", "noise") if discrete else ("continuous", "noise", "epsilon")
         raise RunError(f"{env_id} has {kind} actions, which {other} does not change; use {own}.")
-    if policy is not None:
-        _check_policy(policy, env, env_id)
     if policy is not None and epsilon:
         mask = MASK if holds_mask(env.observation_space) else None
         greedy = {"spec": env.action_spec, "eps_init": epsilon, "eps_end": epsilon, "action_mask_key": mask}
@@ -151,18 +149,6 @@ def _has_episodes(folder: Path) -> bool:
         return json.loads((folder / "data" / "metadata.json").read_text())["total_episodes"] > 0
     except (OSError, ValueError, KeyError):
         return False
-
-
-def _check_policy(policy: TensorDictModuleBase, env: EnvBase, env_id: str | Environment) -> None:
-    """Raise a RunError if the policy does not fit the observation shape or action shape of ``env``."""
-    try:
-        with torch.random.fork_rng(devices=[]):
-            action = policy(env.reset())["action"]
-    except RuntimeError as error:
-        raise RunError(f"the policy does not fit the observations of {env_id}: {error}") from error
-    if action.shape != env.action_spec.shape:
-        expected = [*env.action_spec.shape]
-        raise RunError(f"the policy returns actions of shape {[*action.shape]}, but {env_id} takes {expected}.")
 
 
 def _collect(

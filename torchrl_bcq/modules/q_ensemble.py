@@ -10,12 +10,11 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torchrl.modules import MLP
 
 from torchrl_bcq.modules.dispatch import accepts_tensors
 from torchrl_bcq.modules.normalization import Rescale, Standardize
-from torchrl_bcq.protocols import has_batch_norm
+from torchrl_bcq.protocols import check_initialized, has_batch_norm
 
 _ELEMENTWISE = (nn.ELU, nn.GELU, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh,
                 Standardize, Rescale)  # fmt: skip
@@ -129,10 +128,7 @@ def _check_critics(critics: Sequence[TensorDictModuleBase]) -> None:
                 f"critic {i} is a {type(critic).__name__}; wrap it as TensorDictModule(network, "
                 "in_keys=['observation', 'action'], out_keys=['state_action_value'])."
             )
-        if any(map(is_lazy, critic.parameters())):
-            raise ValueError(
-                f"critic {i} has uninitialised lazy layers; call the network once with data, or set in_features."
-            )
+        check_initialized(f"critic {i}", critic)
         if critic.in_keys != critics[0].in_keys or critic.out_keys[-1] != critics[0].out_keys[-1]:
             raise ValueError(
                 f"critic {i} maps {critic.in_keys} to {critic.out_keys[-1]!r}, but critic 0 maps "

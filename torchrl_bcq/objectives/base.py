@@ -138,11 +138,8 @@ class OfflineLoss(LossModule):
     @property
     def trainable_names(self) -> tuple[str, ...]:
         """Names of the networks that have at least one trainable parameter."""
-        return tuple(
-            name
-            for name in self.network_names
-            if any(parameter.requires_grad for parameter in self._modules[f"{name}_network_params"].parameters())
-        )
+        weights = {name: self._modules[f"{name}_network_params"].parameters() for name in self.network_names}
+        return tuple(name for name, own in weights.items() if any(weight.requires_grad for weight in own))
 
     @property
     def has_values(self) -> bool:
@@ -211,7 +208,11 @@ class OfflineLoss(LossModule):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict. Raise a RuntimeError as PyTorch does, also if the loss is a part of another module."""
-        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        own = self.state_dict()  # if not strict, entries that are missing keep their values
+        given = state_dict if strict else {name: state_dict.get(name, value) for name, value in own.items()}
+        result = super().load_state_dict(given, assign=assign)
+        result.missing_keys.extend(sorted(given.keys() - state_dict.keys()))
+        result.unexpected_keys.extend(sorted(state_dict.keys() - given.keys()))
         self._bind()
         return result
 

@@ -110,7 +110,10 @@ class BCQLoss(ValueLoss):
     def vae_loss(self, tensordict: TensorDictBase, noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the behaviour model's loss and metadata. If ``noise`` is None, the model draws what it needs."""
         batch = self._select_rows(tensordict)
+        recorded = batch.get(self.tensor_keys.action)
         loss, metadata = self.vae_network.training_loss(batch, noise=noise)
+        if batch.get(self.tensor_keys.action) is not recorded:
+            raise ValueError("training_loss replaced the recorded actions; let it decode into a copy of the batch.")
         if loss.shape != batch.batch_size or set(metadata) != set(self.vae_network.loss_keys):
             raise ValueError(
                 f"training_loss gave a loss of shape {tuple(loss.shape)} and metadata {[*metadata]}; it must return "

@@ -22,11 +22,12 @@ _METADATA = ("td_error", "pred_value", "target_value")
 class _PolicyValueLoss(ValueLoss):
     """Learns the values of a policy, whose choices in each next state the batch holds."""
 
+    policy_key: str  # entry of the policy's choices, which add_policy_actions writes
+
     def __init__(
         self,
         networks: Mapping[str, Any],
         *,
-        policy_key: NestedKey,
         value_range: tuple[float, float] | None,
         delay_qvalue: bool,
         **settings: Any,
@@ -37,7 +38,6 @@ class _PolicyValueLoss(ValueLoss):
         delayed, metadata = (["qvalue"] if delay_qvalue else []), {"qvalue": _METADATA}
         super().__init__(networks, delayed=delayed, metadata=metadata, **settings)
         self.delay_qvalue = delay_qvalue
-        self.policy_key = policy_key
         self.value_range = value_range
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
@@ -63,7 +63,7 @@ class _PolicyValueLoss(ValueLoss):
 
     def _choices(self, states: TensorDictBase) -> Tensor:
         if (choices := states.get(self.policy_key, None)) is None:
-            raise ValueError(f"the states lack {self.policy_key!r}; set it to the result of policy_actions.")
+            raise ValueError(f"the states lack {self.policy_key!r}; add it with add_policy_actions or policy_actions.")
         return choices
 
     def _find_in_keys(self) -> list[NestedKey]:
@@ -80,15 +80,14 @@ class FQELoss(_PolicyValueLoss):
     Args:
         qvalue_network: all critics in one module, such as that of ``make_fqe_modules``.
         action_key: entry of the action ``[*B, A]``, which the critics read.
-        policy_action_key: entry of the policy's actions in a state, ``[*B, n, A]``. The value of a state is the mean
-            over these ``n`` actions.
         value_range: smallest and largest possible value, to which targets are clipped. In states that are far from the
             data, targets could otherwise grow without a limit. None does not clip, as in the paper.
         delay_qvalue: if True, add target critics. A target updater changes them.
         loss_function, reduction, use_prioritized_weights: as in ``BCQLoss``.
 
-    Reads: observations and the action. Under ``"next"``, the loss reads the observations, the policy's actions, and
-    ``reward``, ``done`` and ``terminated`` of shape ``[*B, 1]``. The target does not bootstrap if ``terminated`` is
+    Reads: observations and the action. Under ``"next"``, the loss reads the observations, the policy's actions
+    ``policy_action [*B, n, A]``, and ``reward``, ``done`` and ``terminated`` of shape ``[*B, 1]``. The value of a state
+    is the mean over the ``n`` actions. The target does not bootstrap if ``terminated`` is
     True. If the batch has ``steps_to_next_obs [*B, 1]``, the loss also reads this entry (see ``ValueLoss``). Writes the
     largest absolute TD error over critics to the input tensordict, as the priority ``td_error [*B]``. Set the discount
     factor with ``loss.make_value_estimator(gamma=0.99)``; for finite episodes, it may be 1.
@@ -107,12 +106,13 @@ class FQELoss(_PolicyValueLoss):
     Source: Le, Voloshin, Yue, "Batch Policy Learning under Constraints", arXiv:1903.08738, algorithm 3.
     """
 
+    policy_key = "policy_action"
+
     def __init__(
         self,
         qvalue_network: CriticEnsemble,
         *,
         action_key: NestedKey = "action",
-        policy_action_key: NestedKey = "policy_action",
         value_range: tuple[float, float] | None = None,
         delay_qvalue: bool = True,
         loss_function: str = "l2",
@@ -123,7 +123,6 @@ class FQELoss(_PolicyValueLoss):
         require("qvalue_network", qvalue_network, CriticEnsemble)
         super().__init__(
             {"qvalue": qvalue_network},
-            policy_key=policy_action_key,
             value_range=value_range,
             delay_qvalue=delay_qvalue,
             action_key=action_key,
@@ -159,12 +158,11 @@ class DiscreteFQELoss(DiscreteValueLoss, _PolicyValueLoss):
     Args:
         qvalue_network: network with one output ``[*B, K]`` for each critic, such as that of ``make_fqe_modules``.
         action_space: as in ``DiscreteBCQLoss``.
-        policy_probability_key: entry of the policy's probabilities in a state, ``[*B, K]``.
         value_range, delay_qvalue, loss_function, reduction, use_prioritized_weights: as in
             ``FQELoss``.
 
-    Reads and returns: the same as ``FQELoss``, but the policy's probabilities instead of its actions. Masks are
-    not read: the policy's probability of an action that is not available must be 0.
+    Reads and returns: the same as ``FQELoss``, but the policy's probabilities ``policy_probability [*B, K]`` in place
+    of its actions. Masks are not read: the policy's probability of an action that is not available must be 0.
 
     Raises:
         TypeError, ValueError: in the same cases as ``FQELoss``, or if the action space is not known.
@@ -172,12 +170,13 @@ class DiscreteFQELoss(DiscreteValueLoss, _PolicyValueLoss):
     Source: Le, Voloshin, Yue, "Batch Policy Learning under Constraints", arXiv:1903.08738, algorithm 3.
     """
 
+    policy_key = "policy_probability"
+
     def __init__(
         self,
         qvalue_network: DiscreteNetwork,
         *,
         action_space: str | TensorSpec | None = None,
-        policy_probability_key: NestedKey = "policy_probability",
         value_range: tuple[float, float] | None = None,
         delay_qvalue: bool = True,
         loss_function: str = "l2",
@@ -189,7 +188,6 @@ class DiscreteFQELoss(DiscreteValueLoss, _PolicyValueLoss):
         super().__init__(
             {"qvalue": qvalue_network},
             action_space=action_space,
-            policy_key=policy_probability_key,
             value_range=value_range,
             delay_qvalue=delay_qvalue,
             value_key=qvalue_network.out_keys[0],

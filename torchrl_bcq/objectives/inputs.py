@@ -55,6 +55,9 @@ def select_inputs(
         )
     action = entries[action_key]
     batch = batch_of(action, tensordict.ndim)
+    if len(batch) < tensordict.ndim:
+        shapes = f"{action_key} has shape {tuple(action.shape)}, and the batch has size {tuple(tensordict.batch_size)}"
+        raise ValueError(f"{shapes}; an action of one number needs a last dimension of 1.")
     for key, value in entries.items():
         is_flag = key in flag_keys
         wanted = torch.bool if is_flag else dtype

@@ -33,7 +33,7 @@ class ValueLoss(OfflineLoss):
         **settings: other arguments of ``OfflineLoss``.
 
     The target bootstraps if an episode is only truncated, but not if ``terminated`` is True. Set
-    the discount factor with ``loss.make_value_estimator(gamma=0.99)``. TorchRL's multi-step transforms write
+    the discount factor with ``loss.make_value_estimator(gamma=0.99)``. ``multi_step`` writes
     ``steps_to_next_obs``, ``[*B]`` or ``[*B, 1]``. If the batch has this entry, the value of the next state is
     multiplied by ``gamma ** steps_to_next_obs``.
     """
@@ -147,7 +147,8 @@ class ValueLoss(OfflineLoss):
             gamma: discount factor, from 0 to 1.
             **hyperparams: other arguments of the estimator.
 
-        Both decays are settings of the loss: ``state_dict`` does not contain them, and a cast does not round them.
+        Discount and decay are settings of the loss: its state dict does not contain them, and a cast does not round
+        them.
 
         Raises:
             ValueError: if ``gamma`` or ``lmbda`` is out of range.

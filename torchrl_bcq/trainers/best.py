@@ -55,6 +55,8 @@ class KeepBest(TrainerHookBase):
 
     def register(self, trainer: OfflineTrainer, name: str = "keep_best") -> None:
         """Register the hook with a trainer."""
+        if not isinstance(trainer, OfflineTrainer):
+            raise TypeError(f"KeepBest needs an OfflineTrainer, not a {type(trainer).__name__}.")
         tidy_rotation(self.rotation.directory)
         self._trainer = trainer
         # also check the metric at the start: an earlier run may have stopped before its last check

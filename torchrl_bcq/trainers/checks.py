@@ -37,6 +37,11 @@ def check_stepper(loss_module: OfflineLoss, stepper: OptimizationStepper, *, cap
     if is_ours and set(stepper.optimizers) != set(trained):
         found = f"the loss trains {[*trained]}, but optimization_stepper has optimizers for {[*stepper.optimizers]}"
         raise ValueError(f"{found}; pass one optimizer for each network that the loss trains.")
+    for name, optimizer in stepper.optimizers.items() if is_ours else ():
+        weights = {id(weight) for weight in getattr(loss_module, f"{name}_network_params").parameters()}
+        if weights.isdisjoint(id(weight) for group in optimizer.param_groups for weight in group["params"]):
+            found = f"the optimizer of {name!r} has no parameter of {name}_network"
+            raise ValueError(f"{found}; build it from the parameters of this network, in the loss of this trainer.")
     if (captured or parallel) and not is_ours:
         setting = "cudagraph" if captured else "data_parallel"
         raise ValueError(f"{setting}=True needs an OfflineOptimizationStepper, not a {type(stepper).__name__}.")
@@ -52,6 +57,9 @@ def check_stepper(loss_module: OfflineLoss, stepper: OptimizationStepper, *, cap
 def check_buffer(loss_module: OfflineLoss, replay_buffer: ReplayBuffer) -> None:
     """Raise a ValueError if the priority keys of loss and buffer differ; warn if the buffer prefetches."""
     if isinstance(replay_buffer.sampler, PrioritizedSampler):
+        if not hasattr(replay_buffer, "priority_key"):
+            kind = type(replay_buffer).__name__
+            raise ValueError(f"a {kind} does not update priorities from batches; use a TensorDictReplayBuffer.")
         written, read = loss_module.tensor_keys.priority, replay_buffer.priority_key
         if written != read:
             found = f"the loss writes priorities to {written!r}, but the buffer reads them from {read!r}"

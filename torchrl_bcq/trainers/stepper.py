@@ -191,8 +191,7 @@ class OfflineOptimizationStepper(OptimizationStepper):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state; raise a ValueError if networks or optimizer classes differ from the saved ones."""
-        given = state_dict["optimizers"]
-        saved = state_dict.get("classes", {name: self._classes.get(name) for name in given})  # not in old checkpoints
+        given, saved = state_dict["optimizers"], state_dict["classes"]
         if saved != self._classes:  # PyTorch would load the state of another class without an error
             raise ValueError(
                 f"the saved run has the optimizers {saved}, this run {self._classes}; use the networks and optimizers "
