@@ -49,7 +49,7 @@ def test_a_space_of_gymnasium_is_refused():
     for make in (make_bcq_modules, make_discrete_bcq_modules):
         with pytest.raises(TypeError, match="^observation_spec is of the type Box, "):
             make(spaces[0], Bounded(-1, 1, (2,)) if make is make_bcq_modules else Categorical(2))
-    with pytest.raises(ValueError, match="^action_space is a Discrete, expected discrete actions; pass action_space="):
+    with pytest.raises(ValueError, match="^action_space is a Discrete, expected one discrete action for each step"):
         make_discrete_bcq_modules(Unbounded((3,)), spaces[1])
 
 

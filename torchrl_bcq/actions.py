@@ -46,8 +46,8 @@ class DiscreteActions:
         if not is_one_hot and not is_index:
             found = repr(spec) if spec is None or isinstance(spec, str) else f"a {type(spec).__name__}"
             raise ValueError(
-                f"action_space is {found}, expected discrete actions; pass action_space=env.action_spec, 'categorical' "
-                "(indices) or 'one-hot'."
+                f"action_space is {found}, expected one discrete action for each step; pass "
+                "action_space=env.action_spec, 'categorical' (indices) or 'one-hot'."
             )
         number, shape = int(spec.space.n), tuple(spec.shape)
         if shape not in ([(number,)] if is_one_hot else [(), (1,)]):

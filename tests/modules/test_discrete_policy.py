@@ -170,7 +170,7 @@ def test_without_epsilon_no_random_number_is_drawn():
 def test_settings_and_networks_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="unlikely_action_threshold is 1, expected at least 0 and below 1"):
         DiscreteBCQPolicy(scores(), action_space="categorical", unlikely_action_threshold=1)
-    with pytest.raises(ValueError, match="action_space is None, expected discrete actions; pass action_space="):
+    with pytest.raises(ValueError, match="action_space is None, expected one discrete action for each step"):
         DiscreteBCQPolicy(scores())
     with pytest.raises(ValueError, match=r"network writes \['imitation_logits'\], expected 2 entries: the values"):
         DiscreteBCQPolicy(scores(1), action_space="categorical")

@@ -387,7 +387,7 @@ def test_actions_that_do_not_fit_are_refused(action_space, action, message):
 @pytest.mark.parametrize(
     ("action_space", "message"),
     [
-        (None, "action_space is None, expected discrete actions; pass action_space=env.action_spec, 'categorical'"),
+        (None, "action_space is None, expected one discrete action for each step"),
         ("discrete", "action_space is 'discrete', expected discrete actions"),
         (Bounded(-1, 1, (3,)), "action_space is a Bounded"),
         (

@@ -159,7 +159,8 @@ def policy_actions(
         policy: any TensorDict policy. It acts in evaluation mode and under TorchRL's current exploration type.
         states: observations that the policy reads, ``[N]``.
         action_spec: spec of one action.
-        num_samples: number of actions in each state; 1 is enough for a deterministic policy.
+        num_samples: number of actions in each state; 1 is enough for a deterministic policy. TorchRL's
+            ``ProbabilisticActor`` is deterministic unless the exploration type is ``RANDOM``.
         batch_size: number of states in one call of the policy.
         seed: random seed of the policy's samples. PyTorch's random state does not change.
         progress_bar: whether to show a progress bar; None shows it only on a terminal.

@@ -98,9 +98,10 @@ def tensor_like(networks: nn.Module, default: Tensor) -> Tensor:
 def check_dtype(key: NestedKey, value: Tensor, wanted: torch.dtype) -> None:
     """Raise a ValueError if an observation of floats has another dtype than the networks."""
     if value.dtype != wanted and value.dtype.is_floating_point:
+        how = "wrap the environment in TransformedEnv(env, DoubleToFloat())" if wanted == torch.float32 else "cast it"
         raise ValueError(
-            f"{key} has dtype {value.dtype}, but the networks have dtype {wanted}: wrap the environment in "
-            f"TransformedEnv(env, DoubleToFloat()), or build the networks with dtype={value.dtype}."
+            f"{key} has dtype {value.dtype}, but the networks have dtype {wanted}: {how}, or build the networks with "
+            f"dtype={value.dtype}."
         )
 
 
