@@ -106,7 +106,11 @@ def test_normalization_standardises_vectors_and_scales_values():
 @pytest.mark.parametrize(
     ("observation", "action", "message"),
     [
-        (Unbounded((3,)), Bounded(-1, 1, (2,)), "action_space is a Bounded.*, expected discrete actions"),
+        (
+            Unbounded((3,)),
+            Bounded(-1, 1, (2,)),
+            "action_space is a Bounded.*, expected one discrete action for each step",
+        ),
         (Unbounded((3,)), "categorical", "action_spec is 'categorical', expected the spec of one action"),
         (Unbounded((3,)), Categorical(4, shape=(2,)), "for a vectorised environment, pass env.action_spec_unbatched"),
         (Unbounded((2, 3)), Categorical(4), r"'observation' has shape \(2, 3\) .* expected a float vector \[D\]"),

@@ -388,7 +388,7 @@ def test_actions_that_do_not_fit_are_refused(action_space, action, message):
     ("action_space", "message"),
     [
         (None, "action_space is None, expected one discrete action for each step"),
-        ("discrete", "action_space is 'discrete', expected discrete actions"),
+        ("discrete", "action_space is 'discrete', expected one discrete action for each step"),
         (Bounded(-1, 1, (3,)), "action_space is a Bounded"),
         (
             Categorical(3, shape=(4,)),
