@@ -83,7 +83,7 @@ TEXTS = {  # a message for each kind of defect; the most certain kinds come firs
     ),
     "repeated": "transitions has {rows} that repeat earlier rows; drop them, unless there are few states and actions.",
     "constant rewards": "rewards is {value:g} in all {rows}, so no action is better than another; check the recording.",
-    "huge": ("{field} has {rows} of magnitude above {huge:.0f}; check the units, or {scale}."),
+    "huge": "{field} has {rows} of magnitude above {huge:.0f}; check the units, or {scale}.",
     "outlier": (
         "rewards has {rows} inside an episode with more than {outlier:.0f} times the magnitude of 99% of all rewards; "
         "drop these rows, unless the task gives such rewards."
