@@ -56,25 +56,23 @@ def test_describe_shows_the_defects_that_readers_refuse(file, capsys):
 
 
 def test_whole_actions_of_a_csv_may_be_doses(file, capsys):
-    """Each command names its own setting."""
+    """The message names the setting of both commands."""
     rng = np.random.default_rng(0)
     rows = [
         f"{rng.normal()},{50 * rng.integers(3)},{rng.normal()},{int(row % 10 == 9)},{row // 10}" for row in range(200)
     ]
     (file.parent / "doses.csv").write_text("\n".join(["state,dose,reward,died,stay", *rows]))
-    columns = ["--observation", "state", "--action", "dose", "--reward", "reward", "--terminated", "died"]
-    columns += ["--episode", "stay"]
-    assert main(["describe", "doses.csv", *columns]) == 0
+    reader = "reader={observation: [state], action: [dose], reward: reward, terminated: died, episode: stay}"
+    assert main(["describe", "doses.csv", reader]) == 0
     assert "actions has only whole numbers in all 200 rows (first: 0), from 0 to 100" in capsys.readouterr().out
-    assert main(["convert", "doses.csv", "copies", *columns]) == 1
+    assert main(["convert", "doses.csv", "copies", reader]) == 1
     refusal = capsys.readouterr().err
     assert refusal == (
         "torchrl-bcq: doses.csv: actions has only whole numbers in all 200 rows, in column dose, and only 3 of the "
         "numbers 0 to 100 occur. If the actions are continuous, such as doses in whole units, set "
         "reader.action_type=continuous; if they are discrete actions, set reader.action_type=discrete.\n"
     )
-    assert main(["convert", "doses.csv", "copies", *columns, "--action-type", "continuous"]) == 0
-    reader = "reader={observation: [state], action: [dose], reward: reward, terminated: died, episode: stay}"
+    assert main(["convert", "doses.csv", "copies", reader, "reader.action_type=continuous"]) == 0
     assert main(["train", "dataset=doses.csv", reader, "evaluation.env=null", "out=run"]) == 1
     assert "set reader.action_type=continuous" in capsys.readouterr().err
 
@@ -92,8 +90,8 @@ def test_convert_prints_how_to_open_the_copy(file, capsys):
 def test_tables_take_their_columns_from_the_command_line(file, capsys):
     rows = "\n".join(f"{i // 100},{i * 0.37 % 2},{i * 0.11 % 1 - 0.5},{i % 7},0" for i in range(1000))
     (file.parent / "trips.csv").write_text(f"trip,x,force,r,crashed\n{rows}\n")
-    columns = ["--observation", "x", "--action", "force", "--reward", "r", "--terminated", "crashed"]
-    assert main(["describe", "trips.csv", *columns, "--episode", "trip"]) == 0
+    columns = "reader={observation: [x], action: [force], reward: r, terminated: crashed}"
+    assert main(["describe", "trips.csv", columns, "reader.episode=trip"]) == 0
     assert capsys.readouterr().out.startswith("990 transitions in 10 episodes")
     assert main(["describe", "trips.csv"]) == 1
     assert capsys.readouterr().err == (
@@ -107,9 +105,8 @@ def test_tables_take_their_columns_from_the_command_line(file, capsys):
     ("arguments", "message"),
     [
         (["describe", "none.hdf5"], "torchrl-bcq: there is no file none.hdf5 in /"),
-        (["describe", "swings.hdf5", "--names", "obs"], "--names has ['obs'], expected FIELD=ENTRY"),
         (
-            ["describe", "swings.hdf5", "--names", "actions=torque"],
+            ["describe", "swings.hdf5", "reader.names.actions=torque"],
             "swings.hdf5: names refers to the entries ['torque'], but the file holds only",
         ),
         (["describe", "swings.hdf5", "--env", "Nonsense-v1"], "environment 'Nonsense-v1' cannot be made: "),
@@ -169,30 +166,20 @@ def test_starting_imports_no_package_that_one_command_alone_needs():
     assert out.stdout.strip() == "[]"
 
 
-def test_columns_may_be_named_in_several_places(file, capsys):
-    (file.parent / "trips.csv").write_text(
-        "x,y,u,r,end\n" + "\n".join(f"{i},{i % 7},{i % 3 / 4},1,{i % 9 // 8}" for i in range(99))
-    )
-    rest = ["--action", "u", "--reward", "r", "--terminated", "end", "--truncated", "end"]
-    assert main(["describe", "trips.csv", "--observation", "x", "--observation", "y", *rest]) == 0
-    assert "observations y" in capsys.readouterr().out
-
-
 def test_groups_are_named_on_the_command_line(file, capsys):
     """Ten episodes of nine steps of three users; the last step of each episode is dropped."""
     rows = [f"{i * 0.7 % 2},{i % 3 / 4},1,{i // 9},{i // 9 % 3}" for i in range(90)]
-    columns = ["--observation", "x", "--action", "u", "--reward", "r", "--terminated", "end", "--episode", "trip"]
+    columns = "reader={observation: [x], action: [u], reward: r, terminated: end, episode: trip}"
     (file.parent / "trips.csv").write_text("\n".join(["x,u,r,trip,user,end", *(f"{row},0" for row in rows)]))
-    for group in (["--group", "user"], ["reader.group=user"]):
-        assert main(["describe", "trips.csv", *columns, *group]) == 0
-        assert capsys.readouterr().out.startswith("80 transitions in 10 episodes of 3 groups")
-    assert main(["convert", "trips.csv", "copies", *columns, "--group", "user"]) == 0
+    assert main(["describe", "trips.csv", columns, "reader.group=user"]) == 0
+    assert capsys.readouterr().out.startswith("80 transitions in 10 episodes of 3 groups")
+    assert main(["convert", "trips.csv", "copies", columns, "reader.group=user"]) == 0
     (copy,) = [path for path in (file.parent / "copies").iterdir() if path.is_dir()]
     assert load_memmap(copy)["group"].tolist() == [trip % 3 for trip in range(10) for _ in range(8)]
     capsys.readouterr()
-    assert main(["convert", "trips.csv", "copies", *columns, "--group", "x"]) == 1
+    assert main(["convert", "trips.csv", "copies", columns, "reader.group=x"]) == 1
     assert "column 'x' names the group, so it cannot also hold another field" in capsys.readouterr().err
-    assert main(["convert", "trips.csv", "copies", *columns, "--group", "usr"]) == 1
+    assert main(["convert", "trips.csv", "copies", columns, "reader.group=usr"]) == 1
     assert "the table lacks the columns ['usr']; the table has" in capsys.readouterr().err
 
 

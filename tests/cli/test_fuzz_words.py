@@ -129,19 +129,19 @@ NAMED = [
     "rewards=???", "Rewards=x",
 ]  # fmt: skip
 OPTIONS = [
-    ["--names", "observations=observations", "observations=/observations"],
-    ["--names", "rewards=rewards", "rewards=actions"], ["--names"], ["--foo"], ["--max-episode-steps", "0"],
-    ["--max-episode-steps", "x"], ["--max-episode-steps", "1.5"], ["--env", ""], ["--env", "Foo-v1"], ["--env", "a:b"],
+    ["reader.names.observations=[observations,/observations]"], ["reader.names"], ["--foo"],
+    ["reader.max_episode_steps=0"], ["reader.max_episode_steps=x"], ["reader.max_episode_steps=1.5"],
+    ["--env", ""], ["--env", "Foo-v1"], ["--env", "a:b"],
     ["--env", ":"], ["--env", "CartPole-v1"], ["--env", "../x"], ["--action-low", "nan"], ["--action-low", "1", "2"],
     ["--action-low", "x"], ["--action-low", "5", "--action-high", "1"], ["--out", "."], ["--out", ""],
     ["--out", "d.hdf5"], ["--out", "x.pdf"], ["--root", "d.hdf5"], ["--root", "~nobody-at-all"],
-    ["--observation", "x"], ["--reward", "r"], ["--names", "rewards=rewards", "reader.names.rewards.x=1"],
+    ["reader.observation=x"], ["reader.names.rewards=rewards", "reader.names.rewards.x=1"],
 ]  # fmt: skip
 
 
 def test_options_of_describe(end, file):
     content = file.rename("d.hdf5").read_bytes()
-    for words in [*(["--names", name] for name in NAMED), *OPTIONS]:
+    for words in [*([f"reader.names.{name}"] for name in NAMED), *OPTIONS]:
         end("options", "describe", "d.hdf5", *words)
     assert Path("d.hdf5").read_bytes() == content, "a picture replaced the dataset"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from inspect import signature
 
 import h5py
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 from torchrl_bcq.__main__ import main
 from torchrl_bcq.cli.dataset import reader_words
 from torchrl_bcq.data import DatasetError, load_hdf5, load_memmap
-from torchrl_bcq.data.registry import _SOURCES
 from torchrl_bcq.runs.dataset import open_dataset
 from torchrl_bcq.runs.settings import load_settings
 
@@ -90,11 +88,10 @@ def test_a_table_is_read_with_the_settings_of_its_reader(command, start, shown, 
     )
 
 
-def test_options_and_settings_of_the_reader_work_together(shown, file, tmp_path):
+def test_settings_of_the_reader_stand_anywhere(shown, file, tmp_path):
     rename(file, rewards="gain", actions="u")
-    found = shown(
-        "convert", "--names", "actions=u", "--", str(file), str(tmp_path / "c"), "reader.names.rewards=gain", rc=0
-    )
+    words = ["reader.names.actions=u", "--", str(file), str(tmp_path / "c"), "reader.names.rewards=gain"]
+    found = shown("convert", *words, rc=0)
     copy = next((tmp_path / "c").glob("[!.]*"))
     words = f"dataset={file} root={tmp_path / 'c'}"
     assert f"torchrl-bcq train uses this copy with {words} and the same settings of the reader.\n" in found
@@ -139,20 +136,12 @@ def test_files_with_any_name_are_trained_on(words, tmp_path, make_file, monkeypa
         assert open_dataset(load_settings(tmp_path / f"läufe (x), y=/{number}"))[0].batch_size == (200,)
 
 
-@pytest.mark.parametrize("command", ["describe", "convert"])
-def test_each_argument_of_a_reader_is_an_option(command, capsys):
-    names = {name for _, read in _SOURCES.values() for name in [*signature(read).parameters][1:]}
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
-    options = re.findall(r"--([\w-]+)", capsys.readouterr().out)
-    assert names - {name.replace("-", "_") for name in options} <= {"action_spec", "root"}
-
-
-def test_a_table_is_read_with_options(shown, tmp_path):
+def test_a_table_is_read_with_settings(shown, tmp_path):
     lines = ["t;place;force;r;end", *(f"{i // 4};{i},5;0,{i}5;1;{int(i % 4 == 3)}" for i in range(8))]
     (tmp_path / "a.csv").write_text("\n".join(lines))
-    words = "--delimiter ; --decimal-point , --observation place --action force --reward r --terminated end --episode t"
-    shown("convert", str(tmp_path / "a.csv"), str(tmp_path / "copies"), *words.split(), rc=0)
+    columns = "reader={observation: [place], action: [force], reward: r, terminated: end, episode: t}"
+    words = [columns, "reader.delimiter=;", "reader.decimal_point=','"]
+    shown("convert", str(tmp_path / "a.csv"), str(tmp_path / "copies"), *words, rc=0)
     (copy,) = (tmp_path / "copies").glob("a-*")
     assert load_memmap(copy)["observation"].squeeze(1).tolist() == [i + 0.5 for i in range(8)]
 

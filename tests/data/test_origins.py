@@ -24,7 +24,7 @@ from ..array_files import write_arrays
 LENGTHS = (5, 1, 4, 6)
 STOPS = np.cumsum(LENGTHS)
 ROWS, BAD = 16, 13
-COLUMNS = ["--observation", "x", "--action", "a", "--reward", "r", "--terminated", "end", "--truncated", "cut"]
+COLUMNS = ["reader={observation: [x], action: [a], reward: r, terminated: end, truncated: cut}"]
 
 
 def steps() -> dict[str, np.ndarray]:

@@ -22,29 +22,23 @@ from torchrl_bcq.evaluation.environments import make_env
 from torchrl_bcq.files import check_writable
 from torchrl_bcq.reports.description import describe
 
-_SEVERAL = ("observation", "action", "next_observation", "action_mask", "next_action_mask")
-_COLUMNS = (*_SEVERAL, "reward", "terminated", "truncated", "episode", "group", "step", "action_probability")
-_FORMAT = {
-    "delimiter": ("CHAR", "column separator of a CSV file, such as ';' (default: a comma)"),
-    "decimal_point": ("SIGN", "decimal point in a CSV file, such as ',' (default: a point)"),
-}
 _SOURCES = """\
 sources:
   FILE.hdf5 FILE.npz       files with the field names of D4RL, or other common names
-  FILE.csv FILE.parquet    tables with one step per row; name the columns by --observation, --action, ...
+  FILE.csv FILE.parquet    tables with one step per row; name the columns by reader.observation, reader.action, ...
   minari:ID                a Minari dataset, such as minari:mujoco/hopper/medium-v0
   d4rl:ID                  a D4RL dataset, such as d4rl:hopper-medium-v2; it is downloaded once
   FOLDER                   a memory-mapped copy that torchrl-bcq convert has made, or a folder of files of one format
 Several sources are read as one dataset, in which no episode continues from one source to the next.
 
 settings of the reader:
-  reader.NAME=VALUE        any argument of the reader, as in torchrl-bcq train: reader.delimiter=';'
-                           reader.names.observations=obs  reader.max_episode_steps=200  'reader.observation=[x, v]'
+  reader.NAME=VALUE        any argument of the reader, as in torchrl-bcq train: 'reader.observation=[x, v]'
+                           'reader.delimiter=;'  reader.names.observations=obs  reader.action_type=discrete
 """
 _DESCRIBE = """
 examples:
   torchrl-bcq describe hopper.hdf5 --env Hopper-v5
-  torchrl-bcq describe trips.csv --observation x v --action force --reward r --terminated crashed --episode trip
+  torchrl-bcq describe trips.csv 'reader={observation: [x, v], action: [u], reward: r, terminated: end, episode: id}'
 """
 _CONVERT = """
 examples:
@@ -63,21 +57,6 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     for side in ("low", "high"):
         text = f"{side}er bounds".replace("higher", "upper") + " of the actions, one number for each dimension"
         shared.add_argument(f"--action-{side}", nargs="+", type=float, metavar="NUMBER", help=text)
-    reading = shared.add_argument_group("HDF5 and NPZ")
-    names = "says that ENTRY of the file holds FIELD, such as observations=obs; several entries of a FIELD are joined"
-    reading.add_argument("--names", nargs="+", metavar="FIELD=ENTRY", help=names)
-    kinds = "discrete; or continuous, if whole numbers are amounts, such as doses (default: integers are discrete)"
-    shared.add_argument("--action-type", metavar="TYPE", help=kinds)
-    shared.add_argument("--max-episode-steps", type=int, metavar="N", help="time limit, if the file has no time-outs")
-    columns = shared.add_argument_group("tables")
-    for name in _COLUMNS:
-        several = name in _SEVERAL
-        how: dict[str, Any] = {"nargs": "+", "action": "extend"} if several else {}
-        plural = "s" if several else ""
-        text = f"name{plural} of the {name.replace('_', ' ')} column{plural}"
-        columns.add_argument(f"--{name.replace('_', '-')}", metavar="COLUMN", help=text, **how)
-    for name, (metavar, text) in _FORMAT.items():
-        columns.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=text)
 
     def add(name: str, run: Any, what: str, examples: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, parents=[shared], help=what, description=what, epilog=_SOURCES + examples)
@@ -111,7 +90,7 @@ def _describe(args: argparse.Namespace) -> None:
     transitions = load_transitions(args.source, root=args.root, strict=False, origins=origins, **settings)
     if number_of(action_spec) is not None and transitions["action"].is_floating_point():
         found = "the actions of the dataset are continuous, but those of --env or --n-actions are discrete"
-        how = "add --action-type discrete if they are indices, choose another environment, or leave the option out"
+        how = "set reader.action_type=discrete if they are indices, or choose another environment or no such option"
         raise RunError(f"{found}; {how}.")
     names = {f"{name}s": settings[name] for name in ("action", "observation") if name in settings}
     description = describe(transitions, action_spec=action_spec, column_names=names, origins=origins)
@@ -160,24 +139,14 @@ def _action_spec(args: argparse.Namespace, settings: dict[str, Any]) -> TensorSp
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return a dictionary of the command-line options that are arguments of the dataset's reader."""
-    names = (*_COLUMNS, *_FORMAT, "action_type", "max_episode_steps")
-    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.names:
-        pairs = [pair.partition("=") for pair in args.names]
-        if odd := [f"{field}{sign}{entry}" for field, sign, entry in pairs if not (field and entry)]:
-            raise DatasetError(f"--names has {odd}, expected FIELD=ENTRY, such as observations=obs.")
-        named: dict[str, list[str]] = {}
-        for field, _, entry in pairs:
-            named.setdefault(field, []).append(entry)
-        settings["names"] = named
+    """Return the arguments of the dataset's reader from the words ``reader.NAME=VALUE``."""
     if not args.reader:
-        return settings
+        return {}
     from omegaconf import OmegaConf
 
     from torchrl_bcq.runs.overrides import check_reader, read_words, set_value
 
-    chosen = OmegaConf.create({"reader": settings})
+    chosen = OmegaConf.create({"reader": {}})
     for name, value in read_words(args.reader, ())[0].items():
         set_value(chosen, name, value)
     reader: Any = OmegaConf.to_container(chosen)["reader"]  # type: ignore[index, call-overload]
