@@ -295,8 +295,8 @@ BREAKS = {
     ),
     "optimizers for frozen networks": (
         "objectives/base.py",
-        "if any(parameter.requires_grad for parameter in self._modules",
-        "if any(True for parameter in self._modules",
+        "if any(weight.requires_grad for weight in own)",
+        "if any(True for weight in own)",
     ),
     "an interrupt loses steps": (
         "trainers/offline.py",

@@ -108,7 +108,7 @@ def test_python_of_the_readme(place):
 def test_a_trainer_with_checkpoints(place):
     trainer = run("training")["trainer"]
     assert trainer.collected_frames == 100
-    assert {"held_out_td_error", "held_out_loss_vae", "initial_value"} <= trainer.metrics.keys()
+    assert {"held_out_td_error", "held_out_loss_vae", "initial_value", "success"} <= trainer.metrics.keys()
     assert len(list((place / "run" / "best").glob("checkpoint-*"))) == 1
     trainer.load_from_file("run/checkpoints/checkpoint-000000000100")
 

@@ -130,7 +130,7 @@ def check_networks(
             f"{names[2]} reads {critics.in_keys}, but not the action {action!r}, which {names[0]} writes; use one "
             "action key for all networks."
         )
-    if actor is not None and not isinstance(actor, TensorDictModuleBase):
+    if actor is not None and not (hasattr(actor, "in_keys") and hasattr(actor, "out_keys")):
         raise TypeError(f"{names[1]} is a {type(actor).__name__}, expected a TensorDictModule, or None for no actor.")
     if actor is not None and (action not in actor.in_keys or list(actor.out_keys) != [action]):
         raise ValueError(

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.collectors import Collector
 from torchrl.collectors.utils import split_trajectories
 from torchrl.data import Bounded
-from torchrl.envs import GymEnv, StepCounter, TransformedEnv
+from torchrl.envs import GymEnv, SerialEnv, StepCounter, TransformedEnv
 
 from torchrl_bcq import from_rollouts
 from torchrl_bcq.data import checks
@@ -52,6 +52,26 @@ def test_copies_with_which_finished_environments_wait_are_left_out(caplog):
     assert rows(data, "observation") == [0, 1, 10, 11, 12, 13, 14]
     assert rows(data, "episode") == [0, 0, 1, 1, 1, 1, 1]
     assert caplog.messages == ["left out 3 copies of final steps."]
+
+
+def test_environments_that_wait_in_torchrl():
+    env = SerialEnv(3, lambda: GymEnv("CartPole-v1"))
+    env.set_seed(0)
+    torch.manual_seed(0)
+    rollout = env.rollout(200, break_when_any_done=False, break_when_all_done=True)
+    data = from_rollouts(rollout)
+    lengths = rollout["next", "done"].squeeze(-1).long().argmax(1) + 1
+    assert len(data) == lengths.sum() < rollout.numel()
+    assert data["episode"].bincount().tolist() == lengths.tolist()
+
+
+def test_equal_steps_of_one_step_episodes_are_kept():
+    """All environments end in each step, so none waits."""
+    ended = {name: torch.ones(2, 4, 1, dtype=torch.bool) for name in ("done", "terminated")}
+    one = torch.ones(2, 4, 1)
+    outcome = {"observation": one, "reward": one, **ended}
+    bandit = TensorDict({"observation": one, "action": one, "next": outcome}, [2, 4])
+    assert from_rollouts(bandit).batch_size == (8,)
 
 
 def rows(td, *key):

@@ -327,7 +327,7 @@ def test_warns_of_joined_episodes_if_truncated_is_never_set(caplog):
     assert len(from_arrays(**arrays(**flags))["episode"].unique()) == 1
     assert caplog.messages == [
         "truncated is never set, but the next observation differs from the observation of the next row in 1 row "
-        "(first: 2). If episodes were cut off there, set truncated in these rows, or leave the field out."
+        "(first: 2). If episodes were cut off there, mark these rows as truncated."
     ]
     caplog.clear()
     from_arrays(**arrays(**{**flags, "truncated": np.arange(7) == 4}))

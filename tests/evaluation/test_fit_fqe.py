@@ -77,6 +77,14 @@ def test_values_of_the_recorded_behaviour():
     torch.testing.assert_close(critics.value(data[:3]), torch.tensor([7.0, 6.0, 4.0]), rtol=0, atol=0.15)
 
 
+@pytest.mark.parametrize("spec", [Categorical(2), UNIT])
+def test_data_in_float64(spec):
+    data = chain(ends=True).apply(lambda entry: entry.double() if entry.is_floating_point() else entry)
+    data = data if spec is not UNIT else data.set("action", torch.zeros(90, 1, dtype=torch.float64))
+    critics = fit_fqe(add_recorded_actions(data, spec), spec, steps=2, **SMALL)
+    assert critics.value(data).dtype == torch.float64
+
+
 def test_recorded_next_actions():
     data = add_recorded_actions(chain(ends=True), Categorical(2))
     assert data["next", "policy_probability"][:2].tolist() == [[0, 1], [1, 0]]

@@ -102,6 +102,26 @@ def test_the_discount_is_a_setting_that_loaded_weights_do_not_change(loss):
     assert not [name for name in loss.state_dict() if "gamma" in name]
 
 
+def test_the_discount_of_an_own_estimator_is_a_plain_attribute(loss, trajectory):
+    class OneStep(TD0Estimator):
+        def __init__(self, *, gamma, **settings):
+            super().__init__(gamma=gamma, **settings)
+            del self.gamma
+            self.gamma = gamma
+
+    loss.make_value_estimator(OneStep, gamma=GAMMA)
+    assert targets(loss, trajectory) == pytest.approx(TARGETS["TD0"])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_kind_of_estimator_is_remembered(loss, trajectory, name):
+    """TorchRL's way to change only the discount."""
+    decay = {"lmbda": 0.8} if name == "TDLambda" else {}
+    loss.make_value_estimator(ValueEstimators[name], gamma=0.9, **decay)
+    loss.make_value_estimator(loss.value_type, gamma=GAMMA, **decay)
+    assert targets(loss, trajectory) == pytest.approx(TARGETS[name])
+
+
 @pytest.mark.parametrize(("decay", "equal"), [(0, "TD0"), (1e-8, "TD0"), (1, "TD1")])
 def test_td_lambda_at_the_ends_of_its_range(loss, trajectory, decay, equal):
     loss.make_value_estimator(ValueEstimators.TDLambda, gamma=GAMMA, lmbda=decay)

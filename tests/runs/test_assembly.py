@@ -388,6 +388,26 @@ def test_early_stopping_counts_only_steps_at_which_the_metric_was_measured(make_
     assert trainer.collected_frames == 30
 
 
+def test_early_stopping_counts_a_measurement_once(make_trainer, tmp_path):
+    """With patience 0, a second look at the best value would stop the resumed run."""
+    words = ["early_stopping={monitor: initial_value, patience: 0}", "evaluation.interval=10", "steps=20"]
+    trainer, again = (make_trainer(*words, "optim.lr=0", f"out={tmp_path}") for _ in range(2))
+    trainer.register_op("post_steps_log", lambda _: trainer.request_stop("interrupted"))
+    trainer.train()
+    assert trainer.collected_frames == 5
+    trainer.forget_stop()
+    trainer.train()
+    assert trainer.collected_frames == 10
+    again.load_from_file(again.last_checkpoint)
+    again.train()
+    assert again.collected_frames == 20
+
+
+def test_a_threshold_without_a_metric_is_refused(make_trainer):
+    with pytest.raises(RunError, match="early_stopping.threshold needs a metric; set early_stopping.monitor, such as"):
+        make_trainer("early_stopping.threshold=5")
+
+
 def test_early_stopping_counts_a_measurement_that_a_stop_cut_off(make_trainer, monkeypatch):
     """The stop cuts off the measurement at step 10. The next call of ``train`` repeats it, so the run ends at 30."""
     words = ["early_stopping={monitor: initial_value, patience: 15}", "evaluation.interval=10", "steps=100"]

@@ -17,6 +17,11 @@ from .conftest import Scripted, assert_same_run, make_trainer
 SCORES = [0.5, 2.0, math.nan, 3.0, 1.0, 3.0, -1.0, math.inf]  # at steps 10, 20, ... 80
 
 
+def test_a_trainer_of_another_class_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="KeepBest needs an OfflineTrainer, not a object"):
+        KeepBest(tmp_path).register(object())
+
+
 def train_and_keep(make_batch, folder: Path, scores, mode: str = "max", start: Path | None = None) -> BCQTrainer:
     trainer = make_trainer(make_batch(50), 10 * len(scores))
     Scripted(scores).register(trainer)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.optim import Adam
-from torchrl.data import TensorDictReplayBuffer, TensorStorage
+from torchrl.data import PrioritizedSampler, ReplayBuffer, TensorDictReplayBuffer, TensorStorage
 from torchrl.trainers.trainers import DefaultOptimizationStepper
 
 from torchrl_bcq import (
@@ -19,9 +19,9 @@ from torchrl_bcq import (
     make_bcq_modules,
     make_replay_buffer,
 )
-from torchrl_bcq.trainers.checks import check_stepper
+from torchrl_bcq.trainers.checks import check_buffer, check_stepper
 
-from ..conftest import ACTION_SPEC, OBSERVATION_SPEC, random_transitions
+from ..conftest import ACTION_SPEC, OBSERVATION_SPEC, random_transitions, skip_without_extension
 from .conftest import make_trainer, prioritised_buffer, soft_update
 
 NAMES = ("vae", "qvalue", "actor")
@@ -75,6 +75,13 @@ def test_optimizers_of_other_networks_are_refused(modules, make_batch):
             check_stepper(loss, stepper, captured=False, parallel=False)
     before = BCQOptimizationStepper(*(Adam(modules[index].parameters()) for index in (0, 2, 1)))
     check_stepper(loss, before, captured=False, parallel=False)
+
+
+def test_a_buffer_without_priorities_from_batches_is_refused(modules, make_batch):
+    skip_without_extension()
+    buffer = ReplayBuffer(storage=TensorStorage(make_batch(50)), sampler=PrioritizedSampler(50, 0.7, 0.5))
+    with pytest.raises(ValueError, match="a ReplayBuffer does not update priorities from batches; use a TensorDict"):
+        check_buffer(BCQLoss(*modules), buffer)
 
 
 def test_a_buffer_that_prefetches_is_warned_of(make_batch):

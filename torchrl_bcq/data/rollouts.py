@@ -67,8 +67,8 @@ def from_rollouts(
 
 def _joined(parts: list[TensorDictBase]) -> TensorDictBase:
     """Join all rollouts into one TensorDict ``[N]``; rollouts with the same ``*B`` are joined along time."""
-    parts = [_without_copies(part) for part in parts]
     try:
+        parts = [_without_copies(part) for part in parts]
         if len({part.batch_size[:-1] for part in parts}) == 1:
             return _flat(torch.cat(parts, -1))  # time is the last dimension
         return torch.cat([_flat(part) for part in parts])
@@ -80,19 +80,23 @@ def _joined(parts: list[TensorDictBase]) -> TensorDictBase:
 
 def _without_copies(rollout: TensorDictBase) -> TensorDictBase:
     """Leave out the copies of final steps at the end of a rollout ``[B, T]``; the result is then ``[N]``."""
-    keys = rollout.keys(True)
-    if rollout.ndim < 2 or ("next", "done") not in keys or ("collector", "mask") in keys or "mask" in keys:
+    if rollout.ndim < 2 or {"collector", "mask"} & {*rollout.keys()} or ("next", "done") not in rollout.keys(True):
         return rollout
     before, after = rollout[..., :-1], rollout[..., 1:]
-    copy = before["next", "done"].flatten(rollout.ndim - 1).clone()  # [*B, T - 1]
-    for key, value in before.exclude("collector").items(True, True) if copy.any() else ():
+    copy = _at_the_end(before["next", "done"].flatten(rollout.ndim - 1))  # [*B, T - 1]
+    copy &= ~copy.flatten(0, -2).all(0)  # as long as another environment continues
+    for key, value in before.items(True, True) if copy.any() else ():
         if isinstance(value, torch.Tensor):
             copy &= (value == after[key]).reshape(*copy.shape, -1).all(-1)
-    copy = copy.flip(-1).cummin(-1).values.flip(-1)  # only at the end of the rollout
-    if not copy.any():
+    if not (copy := _at_the_end(copy)).any():
         return rollout
     _logger.info("left out %d copies of final steps.", int(copy.sum()))
     return rollout[torch.cat([torch.zeros_like(copy[..., :1]), copy], -1).logical_not()]
+
+
+def _at_the_end(mask: torch.Tensor) -> torch.Tensor:
+    """Keep only the true values after the last false value along time, the last dimension."""
+    return mask.flip(-1).cummin(-1).values.flip(-1)
 
 
 def _flat(rollout: TensorDictBase) -> TensorDictBase:

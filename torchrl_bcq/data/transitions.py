@@ -172,7 +172,7 @@ def lay_out(
         if joined.count and not cut_off:
             _logger.warning(
                 "truncated is never set, but the next observation differs from the observation of the next row in %s. "
-                "If episodes were cut off there, set truncated in these rows, or leave the field out.",
+                "If episodes were cut off there, mark these rows as truncated.",
                 origins.locate(joined),
             )
     if report and dropped.count:

@@ -94,6 +94,8 @@ def fit_fqe(
         networks = make_fqe_modules(specs, action_spec, **sizes, normalization=scaling, device=device)
         kind: Any = FQELoss if number_of(action_spec) is None else DiscreteFQELoss
         loss = kind(*networks, value_range=value_range(transitions, gamma)).make_value_estimator(gamma=gamma)
+        if (choices := transitions.get(key := ("next", loss.policy_key), None)) is not None:
+            transitions = transitions.copy().set(key, choices.to(next(loss.parameters()).dtype))
         return _fit(loss, transitions, SoftUpdate(loss, tau=tau), progress_bar=progress_bar, **settings)
 
 

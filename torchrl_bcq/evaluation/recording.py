@@ -73,8 +73,8 @@ def record(
         ``reward``, ``done``, ``terminated`` and ``truncated`` (``[steps, 1]`` each).
 
     Raises:
-        RunError: if the environment cannot be made or recorded, the policy does not fit the environment, or ``steps``,
-            ``noise``, ``epsilon`` or ``seed`` is invalid.
+        RunError: if the environment cannot be made or recorded, or ``steps``, ``noise``, ``epsilon`` or ``seed`` is
+            invalid.
     """
     import gymnasium
 

@@ -148,14 +148,14 @@ class ValueLoss(OfflineLoss):
             **hyperparams: other arguments of the estimator.
 
         Discount and decay are settings of the loss: its state dict does not contain them, and a cast does not round
-        them.
+        them, unless you pass an instance. ``TD1`` is built as TD(lambda) with ``lmbda=1``.
 
         Raises:
             ValueError: if ``gamma`` or ``lmbda`` is out of range.
         """
         check_gamma(gamma)
         check_gamma(hyperparams.get("lmbda", 1), "lmbda")
-        value_type = self.default_value_estimator if value_type is None else value_type
+        value_type = asked = self.default_value_estimator if value_type is None else value_type
         keys, self._decay = self._value_estimator_keys, {}
         if isinstance(value_type, ValueEstimatorBase):
             super().make_value_estimator(value_type)
@@ -173,7 +173,10 @@ class ValueLoss(OfflineLoss):
         else:
             hyperparams = {**default_value_kwargs(value_type), **hyperparams}
             dispatch_value_estimator(self, value_type, supported=_SUPPORTED, tensor_keys=keys, **hyperparams)
+        self.value_type = asked
         self._decay = {name: float(hyperparams[name]) for name in {"gamma", "lmbda"} & hyperparams.keys()}
+        for name in self._decay.keys() & self._value_estimator._buffers.keys():
+            self._value_estimator.register_buffer(name, self._value_estimator._buffers[name], persistent=False)
         self._set_decay()
         return self
 
@@ -181,8 +184,11 @@ class ValueLoss(OfflineLoss):
         """Write discount and decay to the estimator: TorchRL rounds them to float32, and a cast to its own dtype."""
         dtype = torch.promote_types(self._like.dtype, torch.float32)
         for name, value in self._decay.items():
-            number = torch.tensor(value, dtype=dtype, device=self._like.device)
-            self._value_estimator.register_buffer(name, number, persistent=False)
+            old = getattr(self._value_estimator, name, None)
+            if isinstance(old, Tensor) and (old.dtype, old.device) == (dtype, self._like.device):
+                old.fill_(value)  # in place, because a CUDA graph may have captured it
+            else:
+                setattr(self._value_estimator, name, torch.tensor(value, dtype=dtype, device=self._like.device))
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn)

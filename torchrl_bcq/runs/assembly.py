@@ -68,12 +68,14 @@ class _EarlyStopping(EarlyStopping):
     def __init__(self, threshold: float | None, **settings: Any) -> None:
         super().__init__(**settings)
         self.threshold = threshold
+        self._counted = 0  # step of the last measurement
 
     def __call__(self, batch: TensorDictBase | None = None) -> None:
         trainer, name = self._trainer, self.monitor
         step = 0 if trainer is None else trainer.collected_frames
-        if not step or trainer.logged_at(name) != step:
+        if step in (0, self._counted) or trainer.logged_at(name) != step:
             return
+        self._counted = step
         super().__call__(batch)
         value, least = trainer.metrics[name], self.threshold
         if least is not None and step >= self.wait_for and (value >= least if self.mode == "max" else value <= least):
@@ -82,6 +84,13 @@ class _EarlyStopping(EarlyStopping):
     def register(self, trainer: OfflineTrainer, name: str = "early_stopping") -> None:
         super().register(trainer, name)
         trainer.register_op("setup", self)  # a resumed run repeats a measurement that a stop cut off
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "counted": self._counted}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._counted = state_dict["counted"]
 
 
 def assemble(settings: DictConfig, transitions: TensorDictBase, task: Task) -> OfflineTrainer:
@@ -234,6 +243,8 @@ def _add_metrics(
         best = Path(settings.out) / BEST
         mode = _mode(checkpoint.mode, monitor)
         KeepBest(best, monitor, mode, wait_for=checkpoint.wait_for).register(trainer)
+    if stopping.threshold is not None and stopping.monitor is None:
+        raise RunError("early_stopping.threshold needs a metric; set early_stopping.monitor, such as to return.")
     if stopping.monitor is not None:
         _EarlyStopping(**{**stopping, "mode": _mode(stopping.mode, stopping.monitor)}).register(trainer)
 

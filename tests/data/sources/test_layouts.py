@@ -149,8 +149,8 @@ def test_a_buffer_that_stacks_when_it_samples_holds_single_observations(tmp_path
     path = write_buffer(tmp_path / "b.hdf5", slots(range(25)), _size=25, _insertion_idx=25, stack_num=4)
     same(load_hdf5(path), from_arrays(**arrays(range(25))))
     assert caplog.messages == [
-        "Tianshou joins the last 4 observations when it samples from this buffer; call stack_observations(transitions, "
-        "4)."
+        "Tianshou joins 4 observations when it samples this buffer; to do the same, call "
+        "stack_observations(transitions, 4)."
     ]
 
 

@@ -85,7 +85,7 @@ def _tianshou_buffer(file: Any, names: Names | None) -> Iterator[Columns]:
         raise DatasetError("it lacks ['truncated'] in _meta, so it is unknown where episodes were cut off.")
     if (frames := int(file.attrs.get("stack_num", 1))) > 1:
         how = remedy(f"call stack_observations(transitions, {frames})", f"set stack={frames}")
-        _logger.warning("Tianshou joins the last %d observations when it samples from this buffer; %s.", frames, how)
+        _logger.warning("Tianshou joins %d observations when it samples this buffer; to do the same, %s.", frames, how)
     for start, stop, count, newest in _rings(file, len(fields["actions"])):
         oldest = newest + 1 if count == stop - start else start
         read = 0
