@@ -107,7 +107,7 @@ def trained(monkeypatch):
         of_run = None if run.name == "blind" else Environment("Swing-v0", {"g": 1})
         return SimpleNamespace(task=SimpleNamespace(env=of_run), policy=policy, path=run)
 
-    def make_env(asked_env, *, render_mode):
+    def make_env(asked_env, *, remedy, render_mode):
         assert (asked_env, render_mode) == (Environment("Swing-v0", {"g": 1}), "rgb_array")
         return env
 

@@ -150,7 +150,7 @@ def test_transitions_are_neither_copied_nor_changed(tmp_path):
 def test_rows_cannot_be_added_or_dropped():
     buffer = make_replay_buffer(full())
     for write in (lambda: buffer.extend(full(3)), lambda: buffer.add(full(1)[0]), buffer.empty):
-        with pytest.raises(RuntimeError, match="the dataset is fixed; put new rows into a second buffer"):
+        with pytest.raises(RuntimeError, match="the dataset is fixed; put new rows into a buffer of your own"):
             write()
     assert len(buffer) == 50
 
