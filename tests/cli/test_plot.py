@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import torchrl_bcq.runs.environment  # noqa: F401, first, so that it does not keep the replaced make_env
 from torchrl_bcq.cli import plot as module
 from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.errors import RunError
