@@ -65,6 +65,13 @@ def test_environments_that_wait_in_torchrl():
     assert data["episode"].bincount().tolist() == lengths.tolist()
 
 
+def test_equal_steps_before_another_step_are_kept():
+    """One environment ends in each step, twice with equal steps; the other one never ends."""
+    ends, never = rollout(0.0, 3, terminated=[0, 1, 2]), rollout(10.0, 3)
+    ends[1] = ends[0].clone()
+    assert len(from_rollouts(torch.stack([ends, never]))) == 6
+
+
 def test_equal_steps_of_one_step_episodes_are_kept():
     """All environments end in each step, so none waits."""
     ended = {name: torch.ones(2, 4, 1, dtype=torch.bool) for name in ("done", "terminated")}

@@ -330,7 +330,11 @@ def test_warns_of_joined_episodes_if_truncated_is_never_set(caplog):
         "(first: 2). If episodes were cut off there, mark these rows as truncated."
     ]
     caplog.clear()
-    from_arrays(**arrays(**{**flags, "truncated": np.arange(7) == 4}))
+    late = arrays(**{**flags, "truncated": np.arange(7) == 4})
+    checks = Checks()
+    chunks = [checks({name: values[rows] for name, values in late.items()}) for rows in (slice(4), slice(4, 7))]
+    assert len(torch.cat(list(lay_out([("", chunks)], FrameStore())))) == 7
+    from_arrays(**late)
     from_arrays(**arrays(**{**flags, "next_observations": np.roll(OBSERVATIONS, -1)}))
     assert caplog.messages == []
 

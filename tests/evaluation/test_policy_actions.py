@@ -123,6 +123,11 @@ def test_wrong_actions(function, spec, message):
         policy_actions(policy_of(function), states(), spec)
 
 
+def test_a_plain_function_is_refused():
+    with pytest.raises(TypeError, match="the policy is a function; wrap it in a TensorDictModule"):
+        policy_actions(lambda states: states, states(), Categorical(4))
+
+
 def test_wrong_probabilities_and_numbers():
     network = policy_of(lambda observation: LOGITS.expand(len(observation), 3), out_keys=["logits"])
     policy = ProbabilisticActor(network, in_keys=["logits"], distribution_class=CategoricalDistribution)

@@ -186,6 +186,14 @@ def test_the_residual_is_the_error_of_the_value():
     assert evaluation.behaviour.residual == pytest.approx(true - evaluation.behaviour.value, rel=1e-4)
 
 
+def test_tiny_logged_probabilities_give_finite_estimates():
+    """The weight 1 / 1e-40 is infinite in float32."""
+    data = recorded()
+    data["action_probability"][:] = 1e-40
+    others = OffPolicyEvaluation(data, SPEC, held_out=0.5, **{**FIT, "steps": 1}).estimate(policy(1.0)).others
+    assert np.isfinite([value for value, *_ in others.values()]).all()
+
+
 @pytest.mark.parametrize("wrong", [0.0, 2.0])
 def test_logged_probabilities_out_of_range_are_refused(wrong):
     data = recorded()

@@ -134,6 +134,16 @@ def test_the_modules_decide_the_keys_of_action_and_value(make_batch, latent, mod
     torch.testing.assert_close(loss.qvalue_loss(batch, latent)[0], own.qvalue_loss(renamed, latent)[0])
 
 
+def test_an_action_without_its_last_dimension_is_refused(loss, make_batch):
+    batch = make_batch(6)
+    batch["action"] = batch["action"][:, 0]
+    message = (
+        r"action has shape \(6,\), and the batch has size \(6,\); an action of one number needs a last dimension of 1"
+    )
+    with pytest.raises(ValueError, match=message):
+        loss.vae_loss(batch)
+
+
 def test_gamma_belongs_to_the_value_estimator(loss, make_batch, latent):
     batch = make_batch(6)
     reward = batch["next", "reward"][:, 0]
