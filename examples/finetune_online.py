@@ -15,7 +15,7 @@ from torchrl.envs import GymEnv
 from torchrl.objectives import SoftUpdate
 from torchrl.trainers import LogScalar, SelectKeys, TargetNetUpdaterHook, Trainer
 
-from torchrl_bcq import BCQLoss, BCQOptimizationStepper, BCQPolicy, make_bcq_modules
+from torchrl_bcq import BCQLoss, BCQPolicy, OfflineOptimizationStepper, make_bcq_modules
 
 
 def finetune(loss: BCQLoss, policy: BCQPolicy, offline: ReplayBuffer, frames: int) -> None:
@@ -31,7 +31,7 @@ def finetune(loss: BCQLoss, policy: BCQPolicy, offline: ReplayBuffer, frames: in
         frame_skip=1,
         optim_steps_per_batch=200,
         loss_module=loss,
-        optimization_stepper=BCQOptimizationStepper.adam(loss),
+        optimization_stepper=OfflineOptimizationStepper.adam(loss),
         target_net_updater=updater,
         seed=0,
     )

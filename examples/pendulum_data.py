@@ -4,7 +4,7 @@ import torch
 from tensordict.nn import TensorDictModule
 from torchrl.objectives import SoftUpdate
 
-from torchrl_bcq import BCQOptimizationStepper, BCQTrainer, make_replay_buffer
+from torchrl_bcq import BCQTrainer, OfflineOptimizationStepper, make_replay_buffer
 from torchrl_bcq.evaluation.recording import swing_up
 
 RECORDED, EVALUATED, EPISODE_STEPS = 20, 10, 200  # recorded episodes, evaluated episodes, steps per episode
@@ -35,5 +35,5 @@ def train(loss, transitions, steps):
     """Train on the transitions only, without the environment."""
     loss.make_value_estimator(gamma=0.95)
     buffer = make_replay_buffer(transitions, batch_size=64, seed=0)
-    updater, adam = SoftUpdate(loss, tau=0.02), BCQOptimizationStepper.adam(loss, lr=3e-3)
+    updater, adam = SoftUpdate(loss, tau=0.02), OfflineOptimizationStepper.adam(loss, lr=3e-3)
     BCQTrainer(loss, buffer, target_net_updater=updater, optimization_stepper=adam, total_steps=steps, seed=0).train()

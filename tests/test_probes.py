@@ -11,9 +11,9 @@ from torchrl.objectives import SoftUpdate
 
 from torchrl_bcq import (
     BCQLoss,
-    BCQOptimizationStepper,
     BCQPolicy,
     BCQTrainer,
+    OfflineOptimizationStepper,
     from_arrays,
     make_bcq_modules,
     make_replay_buffer,
@@ -31,7 +31,7 @@ def train(transitions: TensorDict, steps: int, gamma: float = 0.99, bound: float
     loss.make_value_estimator(gamma=gamma)
     buffer = make_replay_buffer(transitions, batch_size=64, seed=0)
     updater = SoftUpdate(loss, tau=0.05)
-    stepper = BCQOptimizationStepper.adam(loss, lr=3e-3)
+    stepper = OfflineOptimizationStepper.adam(loss, lr=3e-3)
     BCQTrainer(
         loss,
         buffer,

@@ -87,7 +87,6 @@ from .protocols import (
 from .reports import describe as describe
 from .runs import Algorithm as Algorithm, load_policy as load_policy
 from .trainers import (
-    BCQOptimizationStepper as BCQOptimizationStepper,
     BCQTrainer as BCQTrainer,
     KeepBest as KeepBest,
     NetworkLRScheduler as NetworkLRScheduler,

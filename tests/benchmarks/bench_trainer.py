@@ -24,7 +24,7 @@ from torchrl.objectives import SoftUpdate
 from torchrl.record import CSVLogger
 from transitions import ACTIONS, OBSERVATIONS, make_transitions
 
-from torchrl_bcq import BCQLoss, BCQOptimizationStepper, BCQTrainer, make_bcq_modules, make_replay_buffer
+from torchrl_bcq import BCQLoss, BCQTrainer, OfflineOptimizationStepper, make_bcq_modules, make_replay_buffer
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def make_parts(args: argparse.Namespace, transitions: TensorDict):
     specs = Unbounded((OBSERVATIONS,)), Bounded(-1, 1, (ACTIONS,))
     loss = BCQLoss(*make_bcq_modules(*specs, hidden=args.hidden, vae_hidden=args.vae_hidden))
     buffer = make_replay_buffer(transitions, batch_size=args.batch_size, seed=0)
-    return loss, buffer, SoftUpdate(loss, tau=0.005), BCQOptimizationStepper.adam(loss)
+    return loss, buffer, SoftUpdate(loss, tau=0.005), OfflineOptimizationStepper.adam(loss)
 
 
 def make_loop(args: argparse.Namespace, transitions: TensorDict):

@@ -68,7 +68,7 @@ def test_overrides_reach_their_place(compose_bcq, by_hand, assert_learn_the_same
         make_modules=partial(bcq.make_bcq_modules, **sizes, phi=0.3, kl_weight=0.2),
         make_loss=make_loss,
         make_updater=partial(SoftUpdate, tau=0.3),
-        make_stepper=partial(bcq.BCQOptimizationStepper.adam, lr=3e-4),
+        make_stepper=partial(bcq.OfflineOptimizationStepper.adam, lr=3e-4),
         seed=4,
         clip_norm=0.1,
         clip_grad_norm=False,
@@ -100,9 +100,9 @@ def test_parts_of_torchrls_groups(compose_bcq, by_hand, assert_learn_the_same):
         return buffer
 
     def make_stepper(loss):
-        adam = bcq.BCQOptimizationStepper.adam(loss).optimizers
+        adam = bcq.OfflineOptimizationStepper.adam(loss).optimizers
         critics = torch.optim.SGD(loss.qvalue_network_params.parameters(), lr=0.1)
-        return bcq.BCQOptimizationStepper(adam["vae"], critics, adam["actor"])
+        return bcq.OfflineOptimizationStepper({**adam, "qvalue": critics})
 
     build = partial(
         by_hand,

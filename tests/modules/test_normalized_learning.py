@@ -12,10 +12,10 @@ from torchrl.objectives import SoftUpdate
 
 from torchrl_bcq import (
     BCQLoss,
-    BCQOptimizationStepper,
     BCQPolicy,
     BCQTrainer,
     Normalization,
+    OfflineOptimizationStepper,
     make_bcq_modules,
     make_replay_buffer,
 )
@@ -110,7 +110,7 @@ def train(data: TensorDict, networks, steps: int, **settings) -> BCQLoss:
     loss = BCQLoss(*networks)
     loss.make_value_estimator(gamma=0.5)
     updater = SoftUpdate(loss, tau=0.05)
-    stepper = BCQOptimizationStepper.adam(loss, lr=3e-3)
+    stepper = OfflineOptimizationStepper.adam(loss, lr=3e-3)
     buffer = make_replay_buffer(data, batch_size=64, seed=0)
     settings = {"target_net_updater": updater, "optimization_stepper": stepper, "progress_bar": False, **settings}
     BCQTrainer(loss, buffer, total_steps=steps, seed=0, **settings).train()

@@ -10,7 +10,7 @@ from torch import nn
 from torchrl.data import Unbounded
 from torchrl.objectives import SoftUpdate
 
-from torchrl_bcq import BCQLoss, BCQOptimizationStepper, make_bcq_modules
+from torchrl_bcq import BCQLoss, OfflineOptimizationStepper, make_bcq_modules
 
 from ..conftest import ACTION_SPEC
 
@@ -90,7 +90,7 @@ def test_twenty_updates_equal_the_reference(make_batch, show_figure):
     loss = BCQLoss(vae, actor, critics, lmbda=LMBDA, num_target_samples=SAMPLES)
     loss.make_value_estimator(gamma=GAMMA)
     updater = SoftUpdate(loss, tau=TAU)
-    stepper = BCQOptimizationStepper.adam(loss, lr=LR)
+    stepper = OfflineOptimizationStepper.adam(loss, lr=LR)
 
     deviations, moved = [0.0], vae.encoder[0].weight.detach().clone()
     for _ in range(UPDATES):

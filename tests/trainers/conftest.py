@@ -12,7 +12,15 @@ from torchrl.data import LazyTensorStorage, PrioritizedSampler, TensorDictReplay
 from torchrl.objectives import SoftUpdate
 from torchrl.trainers.trainers import TrainerHookBase
 
-from torchrl_bcq import BCQLoss, BCQTrainer, OfflineTrainer, make_bcq_modules, make_replay_buffer
+from torchrl_bcq import (
+    BCQLoss,
+    BCQTrainer,
+    OfflineOptimizationStepper,
+    OfflineTrainer,
+    Schedule,
+    make_bcq_modules,
+    make_replay_buffer,
+)
 
 from ..conftest import ACTION_SPEC, OBSERVATION_SPEC, skip_without_extension
 
@@ -32,6 +40,18 @@ def make_trainer(
     if stepper is not None:
         settings["optimization_stepper"] = stepper(loss)
     return BCQTrainer(loss, buffer, target_net_updater=updater(loss), total_steps=total_steps, **settings)
+
+
+def staged(
+    loss: BCQLoss, warm_up: int = 0, freeze_after: int | None = None, actor_every: int = 1
+) -> OfflineOptimizationStepper:
+    """Adam. Only the VAE learns in the first ``warm_up`` steps; it stops learning after step ``freeze_after``."""
+    schedules = {
+        "vae": Schedule(stop_after=freeze_after),
+        "qvalue": Schedule(start_after=warm_up),
+        "actor": Schedule(start_after=warm_up, every=actor_every),
+    }
+    return OfflineOptimizationStepper.adam(loss, schedules=schedules)
 
 
 def prioritised_buffer(transitions: TensorDict, priority_key: str = "td_error") -> TensorDictReplayBuffer:

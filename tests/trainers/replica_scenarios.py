@@ -17,7 +17,7 @@ from tensordict import TensorDict
 from torchrl.record.loggers import CSVLogger
 from torchrl.trainers import EarlyStopping
 
-from torchrl_bcq import BCQOptimizationStepper, BCQTrainer, KeepBest, make_replay_buffer
+from torchrl_bcq import BCQTrainer, KeepBest, OfflineOptimizationStepper, make_replay_buffer
 
 from .conftest import AfterStep, Scripted, drawn_rows, make_trainer, weights
 
@@ -81,9 +81,9 @@ def a_hundred_steps(rank, folder, transitions):
     return watched(trainer)
 
 
-def sgd(loss) -> BCQOptimizationStepper:
-    networks = [getattr(loss, f"{name}_network_params") for name in ("vae", "qvalue", "actor")]
-    return BCQOptimizationStepper(*(torch.optim.SGD(network.parameters(), lr=0.1) for network in networks))
+def sgd(loss) -> OfflineOptimizationStepper:
+    params = {name: getattr(loss, f"{name}_network_params").parameters() for name in loss.network_names}
+    return OfflineOptimizationStepper({name: torch.optim.SGD(each, lr=0.1) for name, each in params.items()})
 
 
 def one_step_without_noise(trainer: BCQTrainer) -> dict:

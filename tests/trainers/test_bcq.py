@@ -1,4 +1,4 @@
-"""BCQTrainer and BCQOptimizationStepper: the names and the defaults of the paper."""
+"""BCQTrainer: the defaults of the paper, and networks that do not learn."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import nn
 from torchrl_bcq import (
     ActionVAE,
     BCQLoss,
-    BCQOptimizationStepper,
     BCQTrainer,
+    OfflineOptimizationStepper,
     OfflineTrainer,
     Schedule,
     make_bcq_modules,
@@ -26,7 +26,7 @@ from .conftest import assert_same_run, make_trainer, soft_update
 
 
 def test_the_authors_optimizers(modules):
-    stepper = BCQOptimizationStepper.adam(BCQLoss(*modules))
+    stepper = OfflineOptimizationStepper.adam(BCQLoss(*modules))
     assert list(stepper.optimizers) == ["vae", "qvalue", "actor"]
     assert {type(optimizer) for optimizer in stepper.optimizers.values()} == {torch.optim.Adam}
     assert {optimizer.defaults["lr"] for optimizer in stepper.optimizers.values()} == {1e-3}
@@ -35,51 +35,10 @@ def test_the_authors_optimizers(modules):
     assert stepper.schedules == {"vae": Schedule(), "qvalue": Schedule(), "actor": Schedule()}
 
 
-def test_schedules(modules):
-    stepper = BCQOptimizationStepper.adam(
-        BCQLoss(*modules), lr=1e-4, vae_warmup_steps=3, freeze_vae_after=7, actor_update_interval=2
-    )
-    assert stepper.schedules == {
-        "vae": Schedule(stop_after=7),
-        "qvalue": Schedule(start_after=3),
-        "actor": Schedule(start_after=3, every=2),
-    }
-    assert stepper.optimizers["vae"].defaults["lr"] == 1e-4
-
-
-def test_without_an_actor(modules):
-    vae, _, critics = modules
-    stepper = BCQOptimizationStepper.adam(BCQLoss(vae, None, critics), vae_warmup_steps=3, actor_update_interval=2)
-    assert list(stepper.optimizers) == ["vae", "qvalue"]
-    assert stepper.schedules == {"vae": Schedule(), "qvalue": Schedule(start_after=3)}
-
-
-@pytest.mark.parametrize(
-    ("schedule", "message"),
-    [
-        ({"vae_warmup_steps": -1}, "vae_warmup_steps is -1 and actor_update_interval 1; vae_warmup_steps must be"),
-        (
-            {"actor_update_interval": 0},
-            "vae_warmup_steps is 0 and actor_update_interval 0; vae_warmup_steps must be at least 0",
-        ),
-        ({"freeze_vae_after": 0}, r"freeze_vae_after is 0, but must be at least 1 and at least vae_warmup_steps \(0\)"),
-        (
-            {"vae_warmup_steps": 5, "freeze_vae_after": 4},
-            r"freeze_vae_after is 4, but must .* vae_warmup_steps \(5\); None",
-        ),
-    ],
-)
-def test_numbers_out_of_range_are_refused(modules, schedule, message):
-    with pytest.raises(ValueError, match=message):
-        BCQOptimizationStepper.adam(BCQLoss(*modules), **schedule)
-
-
-def test_the_trainers_default_is_the_authors_stepper(make_batch):
+def test_the_trainer_of_bcq_is_the_offline_trainer(make_batch):
     transitions = make_batch(50)
-    trainer = make_trainer(transitions)
-    assert type(trainer.optimization_stepper) is BCQOptimizationStepper
+    trainer, explicit = make_trainer(transitions), make_trainer(transitions, stepper=OfflineOptimizationStepper.adam)
     assert BCQTrainer.__init__ is OfflineTrainer.__init__  # the same arguments
-    explicit = make_trainer(transitions, stepper=BCQOptimizationStepper.adam)
     for each in (trainer, explicit):
         torch.manual_seed(0)
         each.train()
@@ -145,7 +104,7 @@ def test_actor_and_critics_learn_with_a_behaviour_model_that_does_not(make_batch
 
 def test_an_optimizer_for_a_frozen_network_is_refused(make_batch):
     loss = BCQLoss(*make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, hidden=(8,), vae_hidden=(8,)))
-    stepper = BCQOptimizationStepper.adam(loss)
+    stepper = OfflineOptimizationStepper.adam(loss)
     loss.vae_network.requires_grad_(False)
     buffer = make_replay_buffer(make_batch(50), batch_size=16)
     message = r"trains \['qvalue', 'actor'\], but optimization_stepper has optimizers for \['vae', 'qvalue', 'actor'\]"

@@ -15,15 +15,15 @@ from torchrl.objectives import SoftUpdate
 
 from torchrl_bcq import (
     BCQLoss,
-    BCQOptimizationStepper,
     BCQTrainer,
     NetworkLRScheduler,
+    OfflineOptimizationStepper,
     make_bcq_modules,
     make_replay_buffer,
 )
 
 from ..conftest import ACTION_SPEC, OBSERVATION_SPEC, random_transitions
-from .conftest import assert_same_run, make_trainer, prioritised_buffer, weights
+from .conftest import assert_same_run, make_trainer, prioritised_buffer, staged, weights
 
 NAMES = ("vae", "qvalue", "actor")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="captures for real where there is a GPU")
@@ -53,8 +53,8 @@ def passed_through(monkeypatch):
 
 
 def captured(**schedule):
-    def stepper(loss: BCQLoss) -> BCQOptimizationStepper:
-        stepper = BCQOptimizationStepper.adam(loss, **schedule)
+    def stepper(loss: BCQLoss) -> OfflineOptimizationStepper:
+        stepper = staged(loss, **schedule)
         stepper.capture()
         return stepper
 
@@ -90,7 +90,7 @@ def close(one, other) -> None:
 SCHEDULES = [  # with the sets of networks that learn in one step
     ({}, [NAMES]),
     (
-        {"vae_warmup_steps": 5, "freeze_vae_after": 12, "actor_update_interval": 3},
+        {"warm_up": 5, "freeze_after": 12, "actor_every": 3},
         [("vae",), ("vae", "qvalue"), NAMES, ("qvalue",), ("qvalue", "actor")],
     ),
 ]
@@ -103,11 +103,11 @@ SCHEDULES = [  # with the sets of networks that learn in one step
 @pytest.mark.parametrize(("schedule", "sets"), SCHEDULES)
 def test_without_a_gpu_steps_pass_through(passed_through, schedule, sets):
     def passing(loss):
-        stepper = BCQOptimizationStepper.adam(loss, **schedule)
+        stepper = staged(loss, **schedule)
         stepper.captured = True  # the optimizers stay unchanged
         return stepper
 
-    eager = run(20, partial(BCQOptimizationStepper.adam, **schedule))
+    eager = run(20, partial(staged, **schedule))
     eager.train()
     trainer = run(20, passing)
     with pytest.warns(UserWarning, match="without CUDA device available"):
@@ -120,7 +120,7 @@ def test_without_a_gpu_steps_pass_through(passed_through, schedule, sets):
 @pytest.mark.parametrize(("schedule", "sets"), SCHEDULES)
 def test_replayed_steps_equal_eager_ones(replayed, schedule, sets):
     """Scheduled learning rates reach a graph that was captured at the first rate."""
-    steppers = (partial(BCQOptimizationStepper.adam, **schedule), captured(**schedule))
+    steppers = (partial(staged, **schedule), captured(**schedule))
     eager, trainer = (trained(with_rates(run(20, stepper))) for stepper in steppers)
     close(weights(trainer), weights(eager))
     assert trainer.metrics == pytest.approx(eager.metrics, rel=1e-4, nan_ok=True)
@@ -140,10 +140,10 @@ def test_each_batch_size_has_a_graph(replayed):
 def test_priorities_are_returned_from_a_graph(replayed, warm_up):
     """While the VAE warms up alone, none are written."""
     trees = []
-    for make in (BCQOptimizationStepper.adam, lambda loss, **schedule: captured(**schedule)(loss)):
+    for make in (staged, lambda loss, **schedule: captured(**schedule)(loss)):
         torch.manual_seed(0)
         buffer = prioritised_buffer(random_transitions(50))
-        make_trainer(None, 20, buffer=buffer, stepper=partial(make, vae_warmup_steps=warm_up)).train()
+        make_trainer(None, 20, buffer=buffer, stepper=partial(make, warm_up=warm_up)).train()
         trees.append([buffer.sampler._sum_tree[row] for row in range(50)])
     assert trees[1] == pytest.approx(trees[0], rel=1e-4)
     assert len(set(trees[0])) > 40
@@ -180,7 +180,7 @@ def test_captured_steps_equal_eager_ones(schedule):
             loss,
             make_replay_buffer(random_transitions(50), batch_size=16, seed=0, device="cuda"),
             target_net_updater=SoftUpdate(loss, tau=0.005),
-            optimization_stepper=BCQOptimizationStepper.adam(loss, **schedule),
+            optimization_stepper=staged(loss, **schedule),
             total_steps=20,
             log_interval=10,
             cudagraph=cudagraph,
@@ -227,8 +227,8 @@ def test_a_scheduler_of_the_momentum_is_refused():
 
 def test_an_optimizer_that_cannot_be_captured_is_refused_and_none_changed(modules):
     loss = BCQLoss(*modules)
-    adam = BCQOptimizationStepper.adam(loss).optimizers
-    stepper = BCQOptimizationStepper(adam["vae"], adam["qvalue"], SGD(loss.actor_network_params.parameters()))
+    adam = OfflineOptimizationStepper.adam(loss).optimizers
+    stepper = OfflineOptimizationStepper({**adam, "actor": SGD(loss.actor_network_params.parameters())})
     with pytest.raises(ValueError, match="the optimizer of actor is SGD, which CUDA graphs cannot capture; use Adam"):
         stepper.capture()
     assert not stepper.captured
@@ -283,7 +283,7 @@ def test_a_run_is_resumed_captured_or_not(replayed, tmp_path, first, then):
 def test_a_rate_is_restored_exactly(replayed):
     """The checkpoint holds the number before it was rounded to float32."""
     for rate in (3e-4, 0.1, 1.2345e-5):
-        trainer = run(1, lambda loss, rate=rate: BCQOptimizationStepper.adam(loss, lr=rate))
+        trainer = run(1, lambda loss, rate=rate: OfflineOptimizationStepper.adam(loss, lr=rate))
         trainer.optimization_stepper.capture()
         saved = trainer.optimization_stepper.state_dict()
         assert saved["optimizers"]["vae"]["param_groups"][0]["lr"] == rate
@@ -296,8 +296,8 @@ def test_optimizers_that_are_capturable_stay_so(modules):
     """Also without a capture: the setting says on which device they count their steps."""
     loss = BCQLoss(*modules)
     SoftUpdate(loss, tau=0.005)
-    own = BCQOptimizationStepper(
-        *(Adam(getattr(loss, f"{name}_network_params").parameters(), capturable=True) for name in NAMES)
+    own = OfflineOptimizationStepper(
+        {name: Adam(getattr(loss, f"{name}_network_params").parameters(), capturable=True) for name in NAMES}
     )
-    own.load_state_dict(BCQOptimizationStepper.adam(loss).state_dict())
+    own.load_state_dict(OfflineOptimizationStepper.adam(loss).state_dict())
     assert [optimizer.param_groups[0]["capturable"] for optimizer in own.optimizers.values()] == [True] * 3

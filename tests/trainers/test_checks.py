@@ -13,7 +13,6 @@ from torchrl.trainers.trainers import DefaultOptimizationStepper
 
 from torchrl_bcq import (
     BCQLoss,
-    BCQOptimizationStepper,
     OfflineOptimizationStepper,
     OfflineTrainer,
     make_bcq_modules,
@@ -57,7 +56,7 @@ def test_an_updater_is_needed_if_and_only_if_the_loss_has_targets(modules, make_
 def test_a_network_without_an_optimizer_is_refused(modules, make_batch):
     """It would stay as it was, silently."""
     loss, buffer = BCQLoss(*modules), make_replay_buffer(make_batch(50), batch_size=16)
-    adam = BCQOptimizationStepper.adam(loss).optimizers
+    adam = OfflineOptimizationStepper.adam(loss).optimizers
     stepper = OfflineOptimizationStepper({"vae": adam["vae"], "qvalue": adam["qvalue"]})
     message = (
         r"the loss trains \['vae', 'qvalue', 'actor'\], but optimization_stepper has optimizers for \['vae', 'qvalue'\]"
@@ -69,12 +68,13 @@ def test_a_network_without_an_optimizer_is_refused(modules, make_batch):
 def test_optimizers_of_other_networks_are_refused(modules, make_batch):
     """These networks would stay as they are, silently."""
     loss, other = BCQLoss(*modules), BCQLoss(*make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC))
-    swapped = BCQOptimizationStepper(*(Adam(network.parameters()) for network in modules))  # vae, actor, critics
-    for stepper in (swapped, BCQOptimizationStepper.adam(other)):
+    vae, actor, critics = (Adam(network.parameters()) for network in modules)
+    swapped = OfflineOptimizationStepper({"vae": vae, "qvalue": actor, "actor": critics})
+    for stepper in (swapped, OfflineOptimizationStepper.adam(other)):
         with pytest.raises(ValueError, match=r"the optimizer of '\w+' has no parameter of \w+_network"):
             check_stepper(loss, stepper, captured=False, parallel=False)
-    before = BCQOptimizationStepper(*(Adam(modules[index].parameters()) for index in (0, 2, 1)))
-    check_stepper(loss, before, captured=False, parallel=False)
+    correct = OfflineOptimizationStepper({"vae": vae, "qvalue": critics, "actor": actor})
+    check_stepper(loss, correct, captured=False, parallel=False)
 
 
 def test_a_buffer_without_priorities_from_batches_is_refused(modules, make_batch):
@@ -109,7 +109,7 @@ def test_a_trainer_that_cannot_capture_is_refused(modules):
     loss = BCQLoss(*modules)
     for name in NAMES:
         setattr(on_cuda, f"{name}_network_params", getattr(loss, f"{name}_network_params"))
-    stepper = BCQOptimizationStepper.adam(loss)
+    stepper = OfflineOptimizationStepper.adam(loss)
     check_stepper(on_cuda, stepper, captured=True, parallel=False)
     with pytest.raises(ValueError, match="several processes cannot train with CUDA graphs; set data_parallel=False"):
         check_stepper(on_cuda, stepper, captured=True, parallel=True)

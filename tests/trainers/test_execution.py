@@ -12,11 +12,11 @@ from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
 from torchrl.objectives import SoftUpdate
 
-from torchrl_bcq import BCQLoss, BCQOptimizationStepper, BCQTrainer, make_bcq_modules
+from torchrl_bcq import BCQLoss, BCQTrainer, OfflineOptimizationStepper, make_bcq_modules
 from torchrl_bcq.trainers.execution import Execution
 
 from ..conftest import ACTION_SPEC, OBSERVATION_SPEC, random_transitions
-from .conftest import AfterStep, make_trainer, prioritised_buffer, weights
+from .conftest import AfterStep, make_trainer, prioritised_buffer, staged, weights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch._dynamo.config.inline_inbuilt_nn_modules:FutureWarning"),  # tensordict's
@@ -46,8 +46,8 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return max((one[key] - other[key]).abs().max().item() for key in one)
 
 
-def scheduled(loss: BCQLoss) -> BCQOptimizationStepper:
-    return BCQOptimizationStepper.adam(loss, vae_warmup_steps=5, freeze_vae_after=35, actor_update_interval=2)
+def scheduled(loss: BCQLoss) -> OfflineOptimizationStepper:
+    return staged(loss, warm_up=5, freeze_after=35, actor_every=2)
 
 
 def small_loss(width: int = 8) -> BCQLoss:

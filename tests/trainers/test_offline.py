@@ -10,7 +10,6 @@ from torchrl.record.loggers import CSVLogger
 
 from torchrl_bcq import (
     BCQLoss,
-    BCQOptimizationStepper,
     OfflineOptimizationStepper,
     OfflineTrainer,
     Schedule,
@@ -68,7 +67,7 @@ def test_priorities_are_kept_in_steps_without_a_td_error(make_batch):
     buffer, updated = prioritised_buffer(transitions), []
 
     def stepper(loss):
-        learned = BCQOptimizationStepper.adam(loss)
+        learned = OfflineOptimizationStepper.adam(loss)
         learned.schedules["qvalue"] = Schedule(every=2)
         return learned
 

@@ -14,16 +14,16 @@ from torchrl.trainers import EarlyStopping
 
 from torchrl_bcq import (
     BCQLoss,
-    BCQOptimizationStepper,
     BCQPolicy,
     BCQTrainer,
     NetworkLRScheduler,
+    OfflineOptimizationStepper,
     make_bcq_modules,
     make_replay_buffer,
 )
 
 from ..conftest import ACTION_SPEC, OBSERVATION_SPEC
-from .conftest import Scripted, assert_same_run, logged, make_trainer, prioritised_buffer
+from .conftest import Scripted, assert_same_run, logged, make_trainer, prioritised_buffer, staged
 
 
 def hard_update(loss: BCQLoss) -> HardUpdate:
@@ -150,8 +150,8 @@ SCHEDULERS = {
 }
 
 
-def scheduled(loss: BCQLoss) -> BCQOptimizationStepper:
-    return BCQOptimizationStepper.adam(loss, vae_warmup_steps=5, freeze_vae_after=27, actor_update_interval=3)
+def scheduled(loss: BCQLoss) -> OfflineOptimizationStepper:
+    return staged(loss, warm_up=5, freeze_after=27, actor_every=3)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torchrl.objectives import SoftUpdate
 
-from torchrl_bcq import BCQLoss, BCQOptimizationStepper, NetworkLRScheduler, OfflineOptimizationStepper, Schedule
+from torchrl_bcq import BCQLoss, NetworkLRScheduler, OfflineOptimizationStepper, Schedule
 
-from .conftest import make_trainer
+from .conftest import make_trainer, staged
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def trainer_of(loss, calls=None, **settings):
 def test_networks_learn_in_order_and_the_actor_uses_the_new_critic(loss, make_batch):
     calls = []
     before = loss.qvalue_network_params["critics", "0", "module", "0", "weight"].detach().clone()
-    BCQOptimizationStepper.adam(loss).step(trainer_of(loss, calls), make_batch(16))
+    OfflineOptimizationStepper.adam(loss).step(trainer_of(loss, calls), make_batch(16))
     assert [method for method, _ in calls] == ["vae_loss", "qvalue_loss", "actor_loss"]
     assert torch.equal(calls[1][1], before)
     assert not torch.equal(calls[2][1], before)
@@ -41,11 +41,12 @@ def test_networks_learn_in_order_and_the_actor_uses_the_new_critic(loss, make_ba
 
 def test_each_optimizer_moves_its_own_network(loss, make_batch):
     rates = {"vae": 0.0, "qvalue": 1e-3, "actor": 0.0}
-    optimizers = [
-        torch.optim.SGD(getattr(loss, f"{name}_network_params").parameters(), lr=rate) for name, rate in rates.items()
-    ]
+    optimizers = {
+        name: torch.optim.SGD(getattr(loss, f"{name}_network_params").parameters(), lr=rate)
+        for name, rate in rates.items()
+    }
     before = {name: p.detach().clone() for name, p in loss.named_parameters()}
-    BCQOptimizationStepper(*optimizers).step(trainer_of(loss), make_batch(16))
+    OfflineOptimizationStepper(optimizers).step(trainer_of(loss), make_batch(16))
     moved = {name.split(".")[0] for name, p in loss.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {"qvalue_network_params"}
 
@@ -53,13 +54,13 @@ def test_each_optimizer_moves_its_own_network(loss, make_batch):
 @pytest.mark.parametrize("by_norm", [True, False])
 def test_gradients_are_clipped_by_norm_or_by_value(loss, make_batch, by_norm):
     """With SGD at rate 1 the step is the gradient: its norm, or its largest entry, is the clip."""
-    optimizers = [
-        torch.optim.SGD(getattr(loss, f"{name}_network_params").parameters(), lr=1.0)
+    optimizers = {
+        name: torch.optim.SGD(getattr(loss, f"{name}_network_params").parameters(), lr=1.0)
         for name in ("vae", "qvalue", "actor")
-    ]
+    }
     before = {name: p.detach().clone() for name, p in loss.named_parameters()}
     trainer = trainer_of(loss, clip_norm=1e-3, clip_grad_norm=by_norm)
-    BCQOptimizationStepper(*optimizers).step(trainer, make_batch(64))
+    OfflineOptimizationStepper(optimizers).step(trainer, make_batch(64))
     for network in ("vae", "qvalue", "actor"):
         steps = [(p - before[name]).flatten() for name, p in loss.named_parameters() if name.startswith(network)]
         step = torch.cat(steps)
@@ -68,7 +69,7 @@ def test_gradients_are_clipped_by_norm_or_by_value(loss, make_batch, by_norm):
 
 
 def test_logs_are_detached_scalars(loss, make_batch):
-    logs = BCQOptimizationStepper.adam(loss).step(trainer_of(loss), make_batch(16))
+    logs = OfflineOptimizationStepper.adam(loss).step(trainer_of(loss), make_batch(16))
     assert set(logs.keys()) == set(loss.out_keys)
     assert all(value.shape == () and not value.requires_grad for value in logs.values())
 
@@ -87,22 +88,22 @@ def steps_that_change(loss, make_batch, stepper, steps: int) -> dict[str, list[i
 
 SCHEDULES = [  # settings, and the steps of 10 in which VAE, critics and actor learn
     ({}, range(1, 11), range(1, 11), range(1, 11)),
-    ({"vae_warmup_steps": 4}, range(1, 11), range(5, 11), range(5, 11)),
-    ({"freeze_vae_after": 3}, [1, 2, 3], range(1, 11), range(1, 11)),
-    ({"actor_update_interval": 3}, range(1, 11), range(1, 11), [3, 6, 9]),
+    ({"warm_up": 4}, range(1, 11), range(5, 11), range(5, 11)),
+    ({"freeze_after": 3}, [1, 2, 3], range(1, 11), range(1, 11)),
+    ({"actor_every": 3}, range(1, 11), range(1, 11), [3, 6, 9]),
     (
-        {"vae_warmup_steps": 2, "freeze_vae_after": 2, "actor_update_interval": 4},
+        {"warm_up": 2, "freeze_after": 2, "actor_every": 4},
         [1, 2],
         [3, 4, 5, 6, 7, 8, 9, 10],
         [6, 10],  # the 4th and the 8th step of the critics
     ),
-    ({"vae_warmup_steps": 10, "freeze_vae_after": 10}, range(1, 11), [], []),
+    ({"warm_up": 10, "freeze_after": 10}, range(1, 11), [], []),
 ]
 
 
 @pytest.mark.parametrize(("schedule", "vae", "qvalue", "actor"), SCHEDULES)
 def test_each_network_changes_when_it_is_due_and_only_then(loss, make_batch, schedule, vae, qvalue, actor):
-    stepper = BCQOptimizationStepper.adam(loss, **schedule)
+    stepper = staged(loss, **schedule)
     expected = {"vae": [*vae], "qvalue": [*qvalue], "actor": [*actor]}
     due = {name: [step for step in range(1, 11) if stepper.is_due(name, step)] for name in expected}
     assert due == expected
@@ -115,7 +116,7 @@ CRITIC_KEYS = {"loss_qvalue", "td_error", "pred_value", "target_value"}
 
 def test_logs_are_nan_before_a_network_begins_and_after_it_ends(loss, make_batch):
     """Warm-up of 2 steps, VAE frozen after 4, actor in steps 4 and 6; in 5 and 7 its last loss is logged."""
-    stepper = BCQOptimizationStepper.adam(loss, vae_warmup_steps=2, freeze_vae_after=4, actor_update_interval=2)
+    stepper = staged(loss, warm_up=2, freeze_after=4, actor_every=2)
     logs = [stepper.step(trainer_of(loss), make_batch(16)).to_dict() for _ in range(7)]
     known = [{key for key, value in each.items() if not value.isnan()} for each in logs]
     assert [set(each) for each in logs] == [set(loss.out_keys)] * 7
@@ -129,7 +130,7 @@ def test_logs_are_nan_before_a_network_begins_and_after_it_ends(loss, make_batch
 
 
 def test_the_logs_can_be_changed_in_place(loss, make_batch):
-    stepper = BCQOptimizationStepper.adam(loss, actor_update_interval=2)
+    stepper = staged(loss, actor_every=2)
     second = [stepper.step(trainer_of(loss), make_batch(16)) for _ in range(2)][1]
     actor = second["loss_actor"].item()
     second.set("loss_actor", torch.tensor(5.0))
@@ -138,7 +139,7 @@ def test_the_logs_can_be_changed_in_place(loss, make_batch):
 
 def test_a_log_interval_in_which_the_warm_up_ends_logs_no_means_of_critics(make_batch):
     def stepper(loss):
-        return BCQOptimizationStepper.adam(loss, vae_warmup_steps=15)
+        return staged(loss, warm_up=15)
 
     known = []
     for total in (10, 20, 30):
@@ -149,10 +150,10 @@ def test_a_log_interval_in_which_the_warm_up_ends_logs_no_means_of_critics(make_
 
 
 def test_state_holds_the_count_and_the_logs(loss, make_batch):
-    first = BCQOptimizationStepper.adam(loss, actor_update_interval=4)
+    first = staged(loss, actor_every=4)
     for _ in range(5):
         logs = first.step(trainer_of(loss), make_batch(16))
-    second = BCQOptimizationStepper.adam(loss, actor_update_interval=4)
+    second = staged(loss, actor_every=4)
     second.load_state_dict(first.state_dict())
     assert second.steps == 5
     assert second.step(trainer_of(loss), make_batch(16))["loss_actor"] == logs["loss_actor"]
@@ -170,7 +171,7 @@ def test_other_optimizers_are_refused(loss, make_batch):
     """torch accepts their state, and fails within the next step."""
     stepper = sgd(loss)
     stepper.step(trainer_of(loss), make_batch(16))
-    adam = BCQOptimizationStepper.adam(loss)
+    adam = OfflineOptimizationStepper.adam(loss)
     message = r"the saved run has the optimizers {'vae': 'SGD', .*}, this run {'vae': 'Adam', .*}; use the networks and"
     with pytest.raises(ValueError, match=message):
         adam.load_state_dict(stepper.state_dict())
@@ -183,13 +184,12 @@ def test_optimizers_with_the_same_settings_as_adam_are_refused(loss, other):
     params = {name: getattr(loss, f"{name}_network_params").parameters() for name in loss.network_names}
     stepper = OfflineOptimizationStepper({name: other(each) for name, each in params.items()})
     with pytest.raises(ValueError, match=f"'vae': 'Adam'.*'vae': '{other.__name__}'"):
-        stepper.load_state_dict(BCQOptimizationStepper.adam(loss).state_dict())
+        stepper.load_state_dict(OfflineOptimizationStepper.adam(loss).state_dict())
 
 
 def test_optimizers_of_other_networks_are_refused(loss, modules):
-    adam = BCQOptimizationStepper.adam(loss)
-    optimizers = adam.optimizers
-    without = BCQOptimizationStepper(optimizers["vae"], optimizers["qvalue"])
+    adam = OfflineOptimizationStepper.adam(loss)
+    without = OfflineOptimizationStepper({name: adam.optimizers[name] for name in ("vae", "qvalue")})
     message = "the saved run has the optimizers {.*'actor': 'Adam'}, this run {'vae': 'Adam', 'qvalue': 'Adam'};"
     with pytest.raises(ValueError, match=message):
         without.load_state_dict(adam.state_dict())
@@ -204,7 +204,7 @@ def test_a_scheduler_advances_only_in_the_steps_in_which_its_network_learns(make
     """StepLR halves the rate every 2 steps: 4, 7 and 2 steps of VAE, critics and actor give 2, 3 and 1 halvings."""
 
     def stepper(loss):
-        return BCQOptimizationStepper.adam(loss, vae_warmup_steps=3, freeze_vae_after=4, actor_update_interval=3)
+        return staged(loss, warm_up=3, freeze_after=4, actor_every=3)
 
     trainer = make_trainer(make_batch(50), 10, stepper=stepper)
     optimizers = trainer.optimization_stepper.optimizers

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchrl.objectives import SoftUpdate
 
-from torchrl_bcq import BCQLoss, BCQOptimizationStepper, make_bcq_modules
+from torchrl_bcq import BCQLoss, OfflineOptimizationStepper, make_bcq_modules
 from torchrl_bcq.trainers.targets import FastTargetNetUpdaterHook
 
 from ..conftest import ACTION_SPEC, OBSERVATION_SPEC, random_transitions
@@ -106,8 +106,8 @@ def update(fake: FakeTensorMode, change=lambda loss, batch: None, captured=False
         loss = BCQLoss(*modules)
         targets = FastTargetNetUpdaterHook(SoftUpdate(loss, tau=0.005))
         batch = batch.apply(lambda tensor: fake.from_tensor(tensor).to("cuda"))
-        optimizers = (torch.optim.Adam(getattr(loss, f"{name}_network_params").parameters()) for name in NAMES)
-        stepper = BCQOptimizationStepper(*optimizers)
+        params = {name: getattr(loss, f"{name}_network_params").parameters() for name in NAMES}
+        stepper = OfflineOptimizationStepper({name: torch.optim.Adam(each) for name, each in params.items()})
         if captured:
             stepper.capture()
         change(loss, batch)

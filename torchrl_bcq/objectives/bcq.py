@@ -24,7 +24,7 @@ class BCQLoss(ValueLoss):
     """Losses of Batch-Constrained deep Q-learning: ``vae_loss``, ``qvalue_loss`` and ``actor_loss``.
 
     Each loss can be called alone and has gradients for its own network only. ``forward`` computes all three with the
-    current parameters. The paper updates one network after the other, as ``BCQOptimizationStepper`` does.
+    current parameters. The paper updates one network after the other, as ``OfflineOptimizationStepper`` does.
 
     Args:
         vae_network: model of the behaviour policy: ``ActionVAE`` as in the paper, or any ``GenerativeModel``. If the

@@ -120,7 +120,6 @@ class OfflineTrainer(ReplicatedTrainer):
         True
     """
 
-    default_stepper: type[OfflineOptimizationStepper] = OfflineOptimizationStepper
     _optim_count: int
 
     def __init__(
@@ -149,7 +148,7 @@ class OfflineTrainer(ReplicatedTrainer):
         log_timings: bool = False,
     ) -> None:
         check_updater(loss_module, target_net_updater)
-        stepper = optimization_stepper or self.default_stepper.adam(loss_module)
+        stepper = optimization_stepper or OfflineOptimizationStepper.adam(loss_module)
         check_stepper(loss_module, stepper, captured=cudagraph, parallel=data_parallel)
         check_buffer(loss_module, replay_buffer)
         device = next(loss_module.parameters()).device

@@ -86,9 +86,13 @@ class OfflineOptimizationStepper(OptimizationStepper):
         self._graphs: dict[tuple[Any, ...], CudaGraphModule] = {}
 
     @classmethod
-    def adam(cls, loss: OfflineLoss, lr: float = 1e-3, **settings: Any) -> Any:
-        """Make a stepper with one Adam optimizer per network; ``settings`` are the stepper's other arguments."""
-        return cls(make_adam(loss, lr), **settings)
+    def adam(
+        cls, loss: OfflineLoss, lr: float = 1e-3, *, schedules: Mapping[str, Schedule] | None = None
+    ) -> OfflineOptimizationStepper:
+        """Make a stepper with one Adam optimizer for each network of the loss's ``trainable_names``."""
+        networks = {name: getattr(loss, f"{name}_network_params") for name in loss.trainable_names}
+        optimizers = {name: Adam(each.parameters(), lr=lr, fused=True) for name, each in networks.items()}
+        return cls(optimizers, schedules=schedules)
 
     def is_due(self, name: str, step: int) -> bool:
         """Return whether the network with this name learns in gradient step ``step``. The first step is 1."""
@@ -207,12 +211,6 @@ class OfflineOptimizationStepper(OptimizationStepper):
             optimizer.load_state_dict({**given[name], "param_groups": groups})
         if self.captured:
             self.capture()
-
-
-def make_adam(loss: OfflineLoss, lr: float = 1e-3) -> dict[str, Optimizer]:
-    """Return a dictionary from each name in the loss's ``trainable_names`` to an Adam optimizer."""
-    names = loss.trainable_names
-    return {name: Adam(getattr(loss, f"{name}_network_params").parameters(), lr=lr, fused=True) for name in names}
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
