@@ -71,7 +71,7 @@ class CriticEnsemble(Protocol):
         ...
 
     def first(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the first critic's value, ``[*B, 1]``, for the actor's loss and the policy."""
+        """Write the first critic's value, ``[*B, 1]``, which the actor's loss and by default the policy use."""
         ...
 
 

@@ -241,6 +241,7 @@ def test_without_an_environment(folder, capsys):
     assert main(["rank", "run", "--steps", "3"]) == 0
     out = capsys.readouterr().out
     assert "1 policy, 25% of the episodes are held out" in out
+    assert "Trained on" not in out
     assert "true" not in out.partition("\n\n")[0]
     assert "rank correlation" not in out
     saved = json.loads((folder / "run" / "ranking.json").read_text())["estimates"][0]["settings"]
@@ -317,6 +318,21 @@ def test_a_run_of_a_sweep_without_a_checkpoint_is_left_out(folder, caplog):
     shutil.rmtree(folder / "sweep" / "0" / "checkpoints")
     shutil.rmtree(folder / "sweep" / "0" / "best")
     assert main(["rank", "sweep", *QUICK]) == 1
+
+
+def test_runs_that_learned_from_the_held_out_episodes_are_named(folder, capsys):
+    train("-m", "out=sweep", "seed=0,1", "held_out=0.25", "evaluation.env=null")
+    train("out=run", "evaluation.env=null")
+    capsys.readouterr()
+    for options, learned in (
+        (["sweep", "run"], "sweep/1, run"),
+        (["sweep", "--held-out", "0.5"], "sweep/0, sweep/1"),
+        (["run", "--policy", "mine_lights:best"], "run"),
+    ):
+        assert main(["rank", *options, *QUICK]) == 0
+        out = capsys.readouterr().out
+        assert f"held out now, so the estimate may be too high: {learned}.\n" in out
+    assert "train with held_out=0.2 and equal seeds" in out
 
 
 def test_runs_of_other_data_are_told(folder, caplog, capsys):

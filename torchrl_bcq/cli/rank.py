@@ -108,6 +108,9 @@ def _rank(args: argparse.Namespace) -> None:
     print(f"{settings['dataset']}: {count}, {settings['held_out']:.0%} of the {evaluation.units} are held out")
     if settings["rewards"]:
         print(f"All values are of the rewards that {candidates[0].name} was trained with: {settings['rewards']}.")
+    if learned := [one.name for one in candidates if _learned_from_held_out(one, settings)]:
+        print(f"Trained on episodes that are held out now, so the estimate may be too high: {', '.join(learned)}.")
+        print(f"To exclude these episodes from training, train with held_out={settings['held_out']} and equal seeds.")
 
     def finite(name: str, estimate: Callable[[], Any]) -> dict[str, Any]:
         try:
@@ -236,6 +239,16 @@ def _open(args: argparse.Namespace, first: Any) -> tuple[Any, dict[str, Any]]:
     evaluation = OffPolicyEvaluation(transitions, task.action_spec, observation_keys=keys, device=device, **settings)
     facts = {"dataset": str(own.dataset), "contents": dataset_digest(transitions), "rewards": reward_formula(own)}
     return evaluation, {**facts, **settings}
+
+
+def _learned_from_held_out(candidate: Any, settings: dict[str, Any]) -> bool:
+    """Return whether the candidate is a run that did not hold out the episodes that are held out now."""
+    from torchrl_bcq.runs.folder import read_metadata
+
+    if "checkpoint" not in candidate.facts:
+        return False
+    own = read_metadata(Path(candidate.facts["checkpoint"]))[0]
+    return (own.held_out, own.seed) != (settings["held_out"], settings["split_seed"])
 
 
 def _true_values(args: argparse.Namespace, first: Any, gamma: float, env: Any) -> Callable[[Any], dict[str, Any]]:

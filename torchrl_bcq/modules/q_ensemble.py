@@ -22,7 +22,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class QEnsemble(TensorDictModuleBase):
-    """Ensemble of ``C`` independent critics. The actor and the policy use the first critic only.
+    """Ensemble of ``C`` independent critics. The actor and, by default, the policy use the first critic only.
 
     The ensemble evaluates all critics in one batched pass if they are ``torchrl.modules.MLP`` networks of the same
     sizes. All layers must be linear with bias, elementwise activations, ``Standardize`` or ``Rescale``, and must have

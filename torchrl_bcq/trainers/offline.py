@@ -42,7 +42,7 @@ class OfflineTrainer(ReplicatedTrainer):
             1e-3, and the networks learn in the order of the loss's ``trainable_names``.
         log_interval: number of gradient steps between two logs. Each log shows the means of losses and metadata over
             these steps in the progress bar and the logger. The trainer checks losses and writes checkpoints only at
-            multiples of ``log_interval``.
+            multiples of ``log_interval``, and when it stops.
         compile: whether to compile the losses with ``torch.compile``; or a mapping of arguments of ``torch.compile``,
             such as ``{"mode": "max-autotune"}``. The first step of each network then takes up to a minute. Compiled
             code draws other random numbers than uncompiled code, unless you pass ``{"options": {"fallback_random":

@@ -225,7 +225,7 @@ class NetworkLRScheduler(LRSchedulerHook):
         name: name of the network.
         stepper: the trainer's stepper, which holds the network's schedule.
 
-    Usage: ``NetworkLRScheduler(scheduler, "critic", stepper).register(trainer)``.
+    Usage: ``NetworkLRScheduler(scheduler, "qvalue", stepper).register(trainer)``.
     """
 
     def __init__(self, scheduler: LRScheduler, name: str, stepper: OfflineOptimizationStepper) -> None:
