@@ -308,6 +308,10 @@ def test_without_an_environment_the_dataset_is_measured(make_run, capsys, held_o
     assert list(json.loads((run / "evaluation-2.json").read_text()))[-3:] == ["behaviour model", "cloning", "BCQ"]
     assert main(["evaluate", str(run)]) == 0
     assert json.loads((run / "evaluation-3.json").read_text()) == found
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--seed", "7", "--deterministic"]) == 1  # they would change nothing
+    message = "--seed, --deterministic needs an environment; name it with --env ID, or leave the option out.\n"
+    assert capsys.readouterr().err.endswith(message)
 
 
 def test_a_baseline_that_learned_from_the_held_out_episodes_is_refused(make_run, capsys):

@@ -323,9 +323,11 @@ def test_a_run_of_a_sweep_without_a_checkpoint_is_left_out(folder, caplog):
 def test_runs_that_learned_from_the_held_out_episodes_are_named(folder, capsys):
     train("-m", "out=sweep", "seed=0,1", "held_out=0.25", "evaluation.env=null")
     train("out=run", "evaluation.env=null")
+    shutil.copy("lights.hdf5", "other.hdf5")
+    train("out=other", "evaluation.env=null", "dataset=other.hdf5")
     capsys.readouterr()
     for options, learned in (
-        (["sweep", "run"], "sweep/1, run"),
+        (["sweep", "run", "other"], "sweep/1, run"),
         (["sweep", "--held-out", "0.5"], "sweep/0, sweep/1"),
         (["run", "--policy", "mine_lights:best"], "run"),
     ):

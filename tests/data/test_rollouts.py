@@ -116,6 +116,32 @@ def test_batch_of_rollouts():
     assert rows(td, "episode") == [0, 0, 1, 1, 2, 2, 2, 2]
 
 
+def same_state(*batch: int) -> TensorDict:
+    """Steps in which nothing changes and nothing ends."""
+    one, no = torch.ones(*batch, 1), torch.zeros(*batch, 1, dtype=torch.bool)
+    outcome = {"observation": one, "reward": one, "done": no, "terminated": no}
+    return TensorDict({"observation": one, "action": one, "next": outcome}, batch)
+
+
+def test_environments_with_equal_observations_are_cut_off():
+    """The last observation of one environment is the first one of the next: they are still different episodes."""
+    assert rows(from_rollouts(same_state(2, 3)), "episode") == [0] * 3 + [1] * 3
+    assert rows(from_rollouts([same_state(2, 3), same_state(2, 2)]), "episode") == [0] * 5 + [1] * 5
+    assert rows(from_rollouts([same_state(2), same_state(2, 2)]), "episode") == [0] * 2 + [1] * 2 + [2] * 2
+    padded = same_state(2, 3).set("mask", torch.tensor([[True, True, False], [True, True, True]]))
+    assert rows(from_rollouts(padded), "episode") == [0] * 2 + [1] * 3
+    assert rows(from_rollouts([same_state(2), same_state(3)]), "episode") == [0] * 5  # these continue each other
+
+
+def test_rollouts_stay_unchanged():
+    for given in (same_state(3).set("mask", torch.tensor([True, True, False])), same_state(2, 3)):
+        before = given.clone()
+        td = from_rollouts(given)
+        td["observation"] += 1
+        assert set(given.keys(True)) == set(before.keys(True))
+        assert (given == before).all()
+
+
 def test_rollouts_of_several_batch_shapes():
     td = from_rollouts([rollout(1.0, 2), torch.stack([rollout(7.0, 3), rollout(20.0, 3)])[None]])
     assert rows(td, "observation") == [1, 2, 7, 8, 9, 20, 21, 22]
@@ -262,7 +288,9 @@ def test_rollouts_are_copied_once(pieces, batch):
     given = list(whole.split(8 // pieces, dim=-1)) if pieces > 1 else whole
     with Joined() as joined:
         td = from_rollouts(given)
-    assert joined.size == sum(entry.numel() * entry.element_size() for entry in whole.values(True, True))
+    entries = whole.exclude("done", "terminated", "truncated").values(True, True)
+    kept = whole.numel()  # one byte for each step says whether it is padding
+    assert joined.size == kept + sum(entry.numel() * entry.element_size() for entry in entries)
     td["observation"].zero_()
     assert whole["observation"].all()
 

@@ -170,6 +170,8 @@ def test_an_unknown_order_is_refused(make_settings, tmp_path, capsys):
     assert main(["record", "--policy", "run", "--env", "Goal-v0", "--out", "a.hdf5"]) == 1
     assert message.format("run") in capsys.readouterr().err
     assert not (tmp_path / "a.hdf5").exists()
+    assert main(["evaluate", "run", "--env", "Goal-v0", "--observation", "place", "--episodes", "2"]) == 0
+    assert "Goal-v0 (observation of place), 2 episodes" in capsys.readouterr().out
 
 
 def test_entries_that_contradict_the_dataset_are_refused(make_run, make_settings, capsys):

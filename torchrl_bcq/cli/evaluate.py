@@ -73,17 +73,21 @@ def _run(command: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         raise RunError(f"--seed is {args.seed}, expected a number from 0 to {2**32 - 1}.")
     if args.out is not None and args.out.suffix.lower() != ".json":  # no other file of a run must be replaced
         raise RunError(f"--out is {str(args.out)!r}, expected the name of a JSON file, such as numbers.json.")
+    changed = [name for name, value in vars(args).items() if value != command.get_default(name)]
+    given = {name: f"--{name.replace('_', '-')}" for name in changed}
     if is_sweep(args.folder):
-        given = [name for name, value in vars(args).items() if value != command.get_default(name)]
-        if options := [f"--{name.replace('_', '-')}" for name in given if name not in ("folder", "reader")]:
+        if options := [option for name, option in given.items() if name not in ("folder", "reader")]:
             found = f"{args.folder} contains several runs, but {', '.join(options)} needs a single run"
             raise RunError(f"{found}; name one of the runs, or leave the option out to print a table of all runs.")
         return print_runs(args.folder)
     trained = load(args.folder, args.checkpoint, args.device)
     runs = {trained.algorithm.title: trained, **_load_baseline(args, trained)}
     if env := choose_fitting(args, trained, runs):
-        facts: dict[str, Any] = {"env_id": env.id, "env_kwargs": env.kwargs, "max_episode_steps": env.max_episode_steps}
+        facts: dict[str, Any] = {"env_id": env.id, "env_kwargs": env.kwargs}
+        facts |= {"max_episode_steps": env.max_episode_steps, "observation": env.observation}
         trained = replace(trained, task=replace(trained.task, **facts))
+    elif options := [given[name] for name in ("episodes", "seed", "deterministic") if name in given]:
+        raise RunError(f"{', '.join(options)} needs an environment; name it with --env ID, or leave the option out.")
     for one in runs.values():
         print(f"{one.path}: {one.step:,} gradient steps on {one.settings.dataset}")
     out = args.out or args.folder / "evaluation.json"

@@ -242,13 +242,14 @@ def _open(args: argparse.Namespace, first: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _learned_from_held_out(candidate: Any, settings: dict[str, Any]) -> bool:
-    """Return whether the candidate is a run that did not hold out the episodes that are held out now."""
+    """Return whether the candidate is a run on this dataset that did not hold out the episodes held out now."""
     from torchrl_bcq.runs.folder import read_metadata
 
     if "checkpoint" not in candidate.facts:
         return False
     own = read_metadata(Path(candidate.facts["checkpoint"]))[0]
-    return (own.held_out, own.seed) != (settings["held_out"], settings["split_seed"])
+    is_same = str(own.dataset) == settings["dataset"]
+    return is_same and (own.held_out, own.seed) != (settings["held_out"], settings["split_seed"])
 
 
 def _true_values(args: argparse.Namespace, first: Any, gamma: float, env: Any) -> Callable[[Any], dict[str, Any]]:

@@ -23,9 +23,9 @@ def from_rollouts(
     """Join TorchRL rollouts into flat transitions, number their episodes, and convert float64 to float32.
 
     An episode ends where ``done``, ``terminated`` or ``truncated`` is set. In all these rows, ``done`` becomes true.
-    A row without a true flag is marked as truncated in two cases: the row is the last row, or its next observation
-    differs from the observation of the following row. A warning is logged if such a difference truncates more than half
-    of the rows.
+    A row without a true flag is marked as truncated in two cases: the row is the last one of its environment, or its
+    next observation differs from the observation of the following row. A warning is logged if more than half of the
+    rows are truncated in this way.
 
     Args:
         rollouts: results of ``env.rollout`` or batches of a collector, each ``[T]`` or ``[*B, T]``. If all rollouts
@@ -58,17 +58,21 @@ def from_rollouts(
     parts = [part for part in parts if 0 not in part.batch_size]
     if not parts or not len(rows := _joined(parts)):
         raise DatasetError("rollouts is empty; pass at least one step.")
+    last = rows.pop("_last")
     _check_keys(rows)
     check_outcomes(rows)
     rows = rows.apply(lambda value: value.float() if value.dtype == torch.float64 else value)
     _check_values(rows, action_spec)
-    return _number_episodes(rows)
+    return _number_episodes(rows, last)
 
 
 def _joined(parts: list[TensorDictBase]) -> TensorDictBase:
-    """Join all rollouts into one TensorDict ``[N]``; rollouts with the same ``*B`` are joined along time."""
+    """Join all rollouts into one TensorDict ``[N]``; rollouts with the same ``*B`` are joined along time.
+
+    The entry ``_last [N]`` is true at the last step of each environment.
+    """
     try:
-        parts = [_without_copies(part) for part in parts]
+        parts = [_with_kept(part) for part in parts]
         if len({part.batch_size[:-1] for part in parts}) == 1:
             return _flat(torch.cat(parts, -1))  # time is the last dimension
         return torch.cat([_flat(part) for part in parts])
@@ -78,10 +82,20 @@ def _joined(parts: list[TensorDictBase]) -> TensorDictBase:
         ) from error
 
 
-def _without_copies(rollout: TensorDictBase) -> TensorDictBase:
-    """Leave out the copies of final steps at the end of a rollout ``[B, T]``; the result is then ``[N]``."""
-    if rollout.ndim < 2 or {"collector", "mask"} & {*rollout.keys()} or ("next", "done") not in rollout.keys(True):
-        return rollout
+def _with_kept(rollout: TensorDictBase) -> TensorDictBase:
+    """Add the entry ``_kept [*B, T]``, which is false in padded steps and in copies of final steps."""
+    kept, names = rollout.get(("collector", "mask"), None), ["collector", *FLAGS]
+    if kept is None and getattr(rollout.get("mask", None), "shape", None) == rollout.shape:  # of split_trajectories
+        kept = rollout["mask"].bool()
+        names.append("mask")
+    return rollout.exclude(*names).set("_kept", ~_copies(rollout) if kept is None else kept)
+
+
+def _copies(rollout: TensorDictBase) -> torch.Tensor:
+    """Return which steps ``[*B, T]`` are copies of a final step, at the end of an environment's steps."""
+    none = torch.zeros(rollout.batch_size, dtype=torch.bool, device=rollout.device)
+    if rollout.ndim < 2 or ("next", "done") not in rollout.keys(True):
+        return none
     before, after = rollout[..., :-1], rollout[..., 1:]
     copy = _at_the_end(before["next", "done"].flatten(rollout.ndim - 1))  # [*B, T - 1]
     copy &= ~copy.flatten(0, -2).all(0)  # as long as another environment continues
@@ -89,9 +103,9 @@ def _without_copies(rollout: TensorDictBase) -> TensorDictBase:
         if isinstance(value, torch.Tensor):
             copy &= (value == after[key]).reshape(*copy.shape, -1).all(-1)
     if not (copy := _at_the_end(copy)).any():
-        return rollout
+        return none
     _logger.info("left out %d copies of final steps.", int(copy.sum()))
-    return rollout[torch.cat([torch.zeros_like(copy[..., :1]), copy], -1).logical_not()]
+    return torch.cat([torch.zeros_like(copy[..., :1]), copy], -1)
 
 
 def _at_the_end(mask: torch.Tensor) -> torch.Tensor:
@@ -100,13 +114,11 @@ def _at_the_end(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _flat(rollout: TensorDictBase) -> TensorDictBase:
-    """Flatten ``[*B, T]`` to ``[N]`` and drop the padded steps."""
-    rows = rollout.reshape(-1)
-    mask = rows.get(("collector", "mask"), None)
-    if mask is None and getattr(rows.get("mask", None), "shape", None) == rows.shape:  # of split_trajectories
-        mask = rows.pop("mask").bool()
-    rows = rows.exclude("collector", *FLAGS)
-    return rows if mask is None else rows[mask]
+    """Flatten ``[*B, T]`` to ``[N]``, without the steps that are not kept."""
+    kept = rollout["_kept"]
+    last = kept & (kept.flip(-1).cumsum(-1).flip(-1) == 1)  # no kept step follows
+    rows = rollout.exclude("_kept").set("_last", last).reshape(-1)
+    return rows if kept.all() else rows[kept.reshape(-1)]
 
 
 def _check_keys(rows: TensorDictBase) -> None:
@@ -132,9 +144,9 @@ def _check_values(rows: TensorDictBase, action_spec: TensorSpec | None) -> None:
         check_finite(f"{key!r} under 'next'", after[key])
 
 
-def _number_episodes(rows: TensorDictBase) -> TensorDictBase:
-    after, continues = rows["next"], torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    continues[-1:] = False
+def _number_episodes(rows: TensorDictBase, last_steps: torch.Tensor) -> TensorDictBase:
+    after = rows["next"]
+    continues = ~last_steps.to(after["done"].device)
     for key, value in after.items(True, True):
         before = rows.get(key, None)
         if before is not None and before.shape == value.shape:

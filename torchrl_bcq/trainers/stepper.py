@@ -222,10 +222,10 @@ class NetworkLRScheduler(LRSchedulerHook):
 
     Args:
         scheduler: learning-rate scheduler of the network's optimizer.
-        name: name of the network.
+        name: name of the network, one of the loss's ``trainable_names``.
         stepper: the trainer's stepper, which holds the network's schedule.
 
-    Usage: ``NetworkLRScheduler(scheduler, "qvalue", stepper).register(trainer)``.
+    Usage: ``NetworkLRScheduler(scheduler, name, stepper).register(trainer)``.
     """
 
     def __init__(self, scheduler: LRScheduler, name: str, stepper: OfflineOptimizationStepper) -> None:
