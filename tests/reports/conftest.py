@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import pytest
 
-from torchrl_bcq.reports.curves import Estimate, make_curve
+from torchrl_bcq.reports.curves import make_curve
 from torchrl_bcq.reports.logs import find_runs, group_runs
 
 RETURNS = ([1.0, 10.0], [2.0, 40.0], [6.0, 70.0])  # of three seeds, at steps 100 and 200
@@ -49,9 +49,9 @@ def seeds(tmp_path):
     return write_seeds(tmp_path / "sweep")
 
 
-def curve_of(folders, metric="return", **estimate):
+def curve_of(folders, metric="return", statistic="mean"):
     (group,) = group_runs(find(folders))
-    return make_curve(group, metric, Estimate(**estimate))
+    return make_curve(group, metric, statistic)
 
 
 def legend_of(figure):

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import torch
 
-from torchrl_bcq.reports.curves import Estimate, interval, make_curve, warn
+from torchrl_bcq.reports.curves import interval, make_curve, warn
 from torchrl_bcq.reports.logs import group_runs
 
 from .conftest import RETURNS, curve_of, find
@@ -23,20 +23,20 @@ def test_mean_and_middle_half_by_hand(seeds, make_run):
     assert curve_of([seeds, fourth], statistic="iqm").center.tolist() == [4.0, 30.0]  # (2 + 6) / 2, (20 + 40) / 2
 
 
-def test_band_covers_all_resamples_but_the_tails(seeds):
+def test_band_covers_all_resamples_but_the_tails():
     """Of three seeds there are 27 resamples, equally likely; the band is between quantiles of their means."""
-    curve = curve_of([seeds], confidence=0.8, resamples=50_000)
+    band = interval(np.array(RETURNS), confidence=0.8, resamples=50_000)
     for step in range(2):
         column = [values[step] for values in RETURNS]
         means = [np.mean(resample) for resample in itertools.product(column, repeat=3)]
         low, high = np.quantile(means, [0.1, 0.9], method="inverted_cdf")
-        np.testing.assert_allclose(curve.band[:, step], [low, high], rtol=1e-12)
+        np.testing.assert_allclose(band[:, step], [low, high], rtol=1e-12)
 
 
 def test_band_of_the_middle_half_against_another_bootstrap():
     """Of many seeds, against resamples of our own, by an interquartile mean of our own."""
     seeds = np.random.default_rng(1).gamma(1.0, size=(40, 1))
-    low, high = interval(seeds, Estimate(statistic="iqm", confidence=0.9, resamples=20_000))
+    low, high = interval(seeds, "iqm", confidence=0.9, resamples=20_000)
     drawn = torch.randint(40, (20_000, 40), generator=torch.Generator().manual_seed(0))
     middle = torch.from_numpy(seeds[:, 0])[drawn].sort(-1).values[:, 10:30].mean(-1)
     expected = middle.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64))
@@ -46,7 +46,7 @@ def test_band_of_the_middle_half_against_another_bootstrap():
 
 def test_band_is_the_same_for_each_call():
     seeds = np.random.default_rng(0).normal(size=(5, 7))
-    np.testing.assert_array_equal(interval(seeds, Estimate()), interval(seeds, Estimate()))
+    np.testing.assert_array_equal(interval(seeds), interval(seeds))
 
 
 def test_one_seed_has_no_band(seeds):
@@ -73,10 +73,7 @@ def test_a_group_is_asked_for_the_first_metric_and_for_its_own(make_run, caplog)
     other = make_run("other", {"algorithm": "other"}, loss_c={1: 1.0})
     groups = group_runs(find([one, two, other]))
     curves = [
-        curve
-        for name in ("loss_a", "loss_b", "loss_c")
-        for group in groups
-        if (curve := make_curve(group, name, Estimate()))
+        curve for name in ("loss_a", "loss_b", "loss_c") for group in groups if (curve := make_curve(group, name))
     ]
     warn(groups, curves)
     assert caplog.messages == [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.files import check_writable
-from torchrl_bcq.reports.curves import Estimate
+from torchrl_bcq.reports.curves import STATISTICS
 from torchrl_bcq.reports.logs import DEFAULT_METRICS, choose_metric, find_runs
 from torchrl_bcq.reports.pictures import draw_runs, save
 
@@ -45,9 +45,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--metric", metavar="NAME", help=default)
     shown = "(default: %(default)s)"
     over = f"statistic over seeds; iqm is the mean of the middle half, for four or more seeds {shown}"
-    add("--statistic", choices=["mean", "iqm"], default=Estimate.statistic, help=over)
-    add("--confidence", type=float, default=Estimate.confidence, metavar="LEVEL", help=f"confidence level {shown}")
-    add("--resamples", type=int, default=Estimate.resamples, metavar="N", help=f"number of bootstrap resamples {shown}")
+    add("--statistic", choices=[*STATISTICS], default="mean", help=over)
     add("--video", action="store_true", help="also record a video of each best policy (needs torchrl-bcq[video])")
     command.set_defaults(run=_plot)
 
@@ -59,7 +57,7 @@ def _plot(args: argparse.Namespace) -> None:
     metric = choose_metric(runs, args.metric)
     out = args.out or (args.runs[0] if len(args.runs) == 1 else Path())
     check_writable(out / "learning_curve.png", "choose another folder with --out")
-    figures = draw_runs(runs, metric, Estimate(args.statistic, args.confidence, args.resamples))
+    figures = draw_runs(runs, metric, args.statistic)
     for name, figure in figures.items():
         save(figure, out / name)
     print(f"The pictures are in {out}: {', '.join(figures)}.")

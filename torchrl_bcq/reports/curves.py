@@ -14,29 +14,8 @@ from torchrl_bcq.errors import RunError
 from torchrl_bcq.reports.logs import Group
 
 Array = NDArray[np.float64]
+STATISTICS = {"mean": 0.0, "iqm": 0.25}  # share of the seeds that is cut at each end before the mean is computed
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Settings of a statistic over seeds and of its bootstrap interval. Source: arXiv:2108.13264."""
-
-    statistic: str = "mean"  # "mean" of all seeds, or "iqm": mean of the middle half of the seeds
-    confidence: float = 0.95  # confidence level of the interval
-    resamples: int = 2000  # number of bootstrap resamples
-
-    def __post_init__(self) -> None:
-        """Raise a RunError if ``confidence`` or ``resamples`` is out of range."""
-        if not 0 < self.confidence < 1:
-            raise RunError(f"confidence is {self.confidence}, expected a number between 0 and 1, such as 0.95.")
-        if self.resamples < 1:
-            raise RunError(f"resamples is {self.resamples}, expected at least 1.")
-
-    def center(self, values: Array, axis: int = 0) -> Array:
-        """Compute the mean of the values, or of their middle half, along an axis."""
-        from scipy.stats import trim_mean
-
-        return trim_mean(values, 0.25 if self.statistic == "iqm" else 0.0, axis)
 
 
 @dataclass(frozen=True)
@@ -57,10 +36,10 @@ class Curve:
         return np.isfinite(self.seeds).all(0)
 
 
-def make_curve(group: Group, metric: str, estimate: Estimate) -> Curve | None:
+def make_curve(group: Group, metric: str, statistic: str = "mean") -> Curve | None:
     """Read a metric of a group's runs and compute its curve, at the steps that all of these runs logged.
 
-    Returns None if no run logged the metric.
+    ``statistic`` is the one over seeds, of ``STATISTICS``. Returns None if no run logged the metric.
 
     Raises:
         RunError: if the runs have no step in common, or a file is malformed.
@@ -75,25 +54,31 @@ def make_curve(group: Group, metric: str, estimate: Estimate) -> Curve | None:
     seeds = np.array([[values[step] for step in steps] for values in read.values()])  # [N, T]
     finite = np.isfinite(seeds).all(0)
     center, band = np.full(len(steps), np.nan), np.full((2, len(steps)), np.nan)
-    center[finite] = estimate.center(seeds[:, finite])
+    center[finite] = _center(seeds[:, finite], statistic)
     if len(seeds) > 1:
-        band[:, finite] = interval(seeds[:, finite], estimate)
+        band[:, finite] = interval(seeds[:, finite], statistic)
     left_out = len(set().union(*read.values())) - len(steps)
     return Curve(group.label, metric, np.array(steps), seeds, center, band if len(seeds) > 1 else None, left_out)
 
 
-def interval(seeds: Array, estimate: Estimate) -> Array:
+def _center(seeds: Array, statistic: str, axis: int = 0) -> Array:
+    from scipy.stats import trim_mean
+
+    return trim_mean(seeds, STATISTICS[statistic], axis)
+
+
+def interval(seeds: Array, statistic: str = "mean", *, confidence: float = 0.95, resamples: int = 2000) -> Array:
     """Compute the confidence interval of the statistic by the bootstrap.
 
-    Each resample draws ``N`` whole curves, with replacement. ``[N, T] -> [2, T]``.
+    Each resample draws ``N`` whole curves, with replacement. ``[N, T] -> [2, T]``. Source: arXiv:2108.13264.
     """
     from scipy.stats import bootstrap
 
     found = bootstrap(
         (seeds,),
-        estimate.center,
-        n_resamples=estimate.resamples,
-        confidence_level=estimate.confidence,
+        lambda values, axis: _center(values, statistic, axis),
+        n_resamples=resamples,
+        confidence_level=confidence,
         method="percentile",
         batch=50,  # limits the memory use
         rng=np.random.default_rng(0),  # fixed seed: equal runs give equal pictures

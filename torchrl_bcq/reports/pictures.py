@@ -13,7 +13,7 @@ import numpy as np
 
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.files import write_whole
-from torchrl_bcq.reports.curves import Curve, Estimate, make_curve, warn
+from torchrl_bcq.reports.curves import Curve, make_curve, warn
 from torchrl_bcq.reports.logs import Run, dataset_returns, group_runs, loss_metrics, shared_title
 
 if TYPE_CHECKING:
@@ -43,11 +43,11 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Style:
-    """Title, group labels and interval settings, which all pictures of one command share."""
+    """Title, group labels and statistic, which all pictures of one command share."""
 
     title: str
     labels: list[str]  # labels of all groups; each group has one colour in all pictures
-    estimate: Estimate
+    statistic: str = "mean"  # statistic over seeds
     rewards: str = ""  # note in the labels of values, if the run changed its rewards
 
     def color(self, label: str) -> Any:
@@ -63,8 +63,8 @@ class Style:
         """Return the title of the legend: it explains lines and bands, and is empty if there are no bands."""
         if all(curve.band is None for curve in curves):
             return ""
-        line = {"mean": "mean", "iqm": "interquartile mean"}[self.estimate.statistic]
-        text = f"line: {line} over seeds, band: its {100 * self.estimate.confidence:g} % confidence interval"
+        line = {"mean": "mean", "iqm": "interquartile mean"}[self.statistic]
+        text = f"line: {line} over seeds, band: its 95 % confidence interval"
         return f"{text}, thin lines: single seeds" if thin else text
 
 
@@ -84,7 +84,7 @@ def metric_label(metric: str) -> str:
     return LABELS.get(metric, metric.replace("_", " "))
 
 
-def draw_runs(runs: Sequence[Run], metric: str, estimate: Estimate) -> dict[str, Figure]:
+def draw_runs(runs: Sequence[Run], metric: str, statistic: str = "mean") -> dict[str, Figure]:
     """Draw the learning curve, value estimates and losses; return a dict from file name to figure.
 
     Raises:
@@ -92,13 +92,13 @@ def draw_runs(runs: Sequence[Run], metric: str, estimate: Estimate) -> dict[str,
     """
     groups, losses = group_runs(runs), loss_metrics(runs)
     curves = {
-        name: [curve for group in groups if (curve := make_curve(group, name, estimate))]
+        name: [curve for group in groups if (curve := make_curve(group, name, statistic))]
         for name in dict.fromkeys([metric, ESTIMATED, OBTAINED, *losses])
     }
     if not curves[metric]:
         raise RunError(f"the runs have no complete line of {metric} in their logs yet; plot the runs later.")
     warn(groups, [curve for each in curves.values() for curve in each])
-    style = Style(shared_title(runs), [group.label for group in groups], estimate, _reward_note(runs))
+    style = Style(shared_title(runs), [group.label for group in groups], statistic, _reward_note(runs))
     figures = {"learning_curve.png": draw_metric(curves[metric], dataset_returns(groups), style)}
     if curves[ESTIMATED] and curves[OBTAINED]:
         figures["value_estimates.png"] = draw_values(curves[ESTIMATED], curves[OBTAINED], style)
