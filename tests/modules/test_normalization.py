@@ -82,9 +82,7 @@ def test_columns_that_do_not_vary_are_not_stretched():
 
 def test_scaling_can_be_switched_off():
     data = transitions([[1, 10], [3, 20]], [0, 4])
-    fitted = Normalization.fit(data, scale_observations=False)
-    assert [part.tolist() for part in fitted.observations["observation"]] == [[0, 0], [1, 1]]
-    assert fitted.reward_scale == 2
+    assert Normalization.fit(data).reward_scale == 2
     fitted = Normalization.fit(data.exclude("next"), scale_rewards=False)
     assert [part.tolist() for part in fitted.observations["observation"]] == [[2, 15], [1, 5]]
     assert fitted.reward_scale == 1
@@ -96,11 +94,11 @@ def test_keys_of_your_own():
         {
             "arm": {"angle": torch.tensor([[0.0, 2], [2, 4]])},
             "goal": torch.tensor([[5.0], [7]]),
-            "gain": torch.ones(2, 1),
+            "next": {"reward": torch.ones(2, 1)},
         },
         [2],
     )
-    fitted = Normalization.fit(data, observation_keys=[("arm", "angle"), "goal"], reward_key="gain")
+    fitted = Normalization.fit(data, observation_keys=[("arm", "angle"), "goal"])
     assert fitted.observations.keys() == Normalization.identity(spec).observations.keys()
     vae, _, _ = make_bcq_modules(spec, ACTION_SPEC, normalization=fitted, **SMALL)
     assert vae.observation_keys == [("arm", "angle"), "goal"]

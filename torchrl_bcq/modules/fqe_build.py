@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from tensordict.utils import NestedKey
 from torchrl.data import Categorical, OneHot, TensorSpec
 
 from torchrl_bcq.bounds import action_bounds
@@ -15,17 +14,15 @@ from torchrl_bcq.modules.multi_head import MultiHeadNetwork
 from torchrl_bcq.modules.normalization import Normalization, observation_leaves
 from torchrl_bcq.modules.q_ensemble import QEnsemble
 
+_VALUE = "state_action_value"  # entry of the values; for discrete actions, the number of the critic is appended
+
 
 def make_fqe_modules(
     observation_spec: TensorSpec,
     action_spec: TensorSpec,
     *,
     hidden: Sequence[int] = (256, 256),
-    frame_hidden: Sequence[int] = (512,),
     num_critics: int = 3,
-    action_key: NestedKey = "action",
-    action_mask_key: NestedKey = "action_mask",
-    value_key: str = "state_action_value",
     normalization: Normalization | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -33,13 +30,10 @@ def make_fqe_modules(
     """Build the critics of fitted Q evaluation: ReLU MLPs, behind convolutions if there are frames.
 
     Args:
-        observation_spec, action_key, action_mask_key, device, dtype: as in ``make_bcq_modules`` or
-            ``make_discrete_bcq_modules``.
+        observation_spec, device, dtype: as in ``make_bcq_modules`` or ``make_discrete_bcq_modules``.
         action_spec: spec of one action: a bounded vector ``[A]``, ``Categorical`` or ``OneHot``.
         hidden: sizes of the hidden layers of each critic.
-        frame_hidden: for discrete actions, sizes of the hidden layers of each critic after the convolutions.
         num_critics: number of critics, which differ in their initial weights.
-        value_key: entry of the values; for discrete actions, the number of the critic is appended.
         normalization: scaling that was fitted to the dataset, as in ``make_bcq_modules``.
 
     Returns:
@@ -60,10 +54,10 @@ def make_fqe_modules(
     if num_critics < 1:
         raise ValueError(f"num_critics is {num_critics}, expected at least 1.")
     if isinstance(action_spec, (Categorical, OneHot)):
-        scoring = DiscreteNetworkBuilder(observation_spec, action_spec, action_mask_key, normalization, device, dtype)
-        heads = {f"{value_key}_{i}": scoring.value_head(hidden, frame_hidden) for i in range(num_critics)}
-        return scoring.network(heads, action_key)
+        scoring = DiscreteNetworkBuilder(observation_spec, action_spec, "action_mask", normalization, device, dtype)
+        heads = {f"{_VALUE}_{i}": scoring.value_head(hidden, (512,)) for i in range(num_critics)}
+        return scoring.network(heads, "action")
     networks = NetworkBuilder(observation_leaves(observation_spec), normalization, device, dtype)
     low, high = (bound.double() for bound in action_bounds(networks.bounded(action_spec)))
     action_input = (high + low) / 2, (high - low) / 2
-    return networks.place(networks.critics(num_critics, hidden, action_input, action_key, value_key))
+    return networks.place(networks.critics(num_critics, hidden, action_input, "action", _VALUE))

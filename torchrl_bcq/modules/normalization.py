@@ -92,8 +92,6 @@ class Normalization:
         transitions: TensorDictBase,
         *,
         observation_keys: Sequence[NestedKey] = ("observation",),
-        reward_key: NestedKey = ("next", "reward"),
-        scale_observations: bool = True,
         scale_rewards: bool = True,
     ) -> Normalization:
         """Fit the scaling: compute mean and population standard deviation of all rows, in float64, in one pass.
@@ -106,9 +104,7 @@ class Normalization:
             observation_keys: observation entries that the networks read: vectors ``[N, D]``, or frames ``[N, C, H, W]``
                 of ``torch.uint8``, whose channels are scaled. If there are more than 10,000 rows, the mean and the
                 standard deviation of the frames are those of 10,000 rows, spread evenly.
-            reward_key: entry of the reward, ``[N, 1]``.
-            scale_observations: if False, vectors get the location 0 and the scale 1, and frames are divided by 255.
-            scale_rewards: if False, ``reward_scale`` is 1.
+            scale_rewards: whether to read ``("next", "reward") [N, 1]``; if False, ``reward_scale`` is 1.
 
         Raises:
             ValueError: if there is no row, or an entry is missing, has a wrong shape or dtype, or has rows that are not
@@ -117,15 +113,13 @@ class Normalization:
         observations = [unravel_key(key) for key in observation_keys]
         frames = [key for key in observations if _are_frames(transitions, key)]
         vectors = [key for key in observations if key not in frames]
-        keys = [*vectors, *([unravel_key(reward_key)] if scale_rewards else [])]
+        keys = [*vectors, *([("next", "reward")] if scale_rewards else [])]
         _check_entries(transitions, keys)
         rows = transitions.select(*keys)
         fitted = {key: _mean_and_scale(rows, key) for key in keys}
         reward_scale = fitted[keys[-1]][1].item() if scale_rewards else 1.0
-        fitted |= {key: _byte_mean_and_scale(transitions[key]) for key in frames if scale_observations}
-        if not scale_observations:
-            fitted = {key: _unscaled(rows[key].shape[-1]) for key in vectors}
-        return cls({key: fitted[key] for key in observations if key in fitted}, reward_scale)
+        fitted |= {key: _byte_mean_and_scale(transitions[key]) for key in frames}
+        return cls({key: fitted[key] for key in observations}, reward_scale)
 
     @classmethod
     def identity(cls, observation_spec: TensorSpec) -> Normalization:
@@ -238,7 +232,9 @@ def _check_entries(transitions: TensorDictBase, keys: Sequence[NestedKey]) -> No
     first = transitions[:1]
     if missing := [key for key in keys if first.get(key, None) is None]:
         present = sorted(map(str, transitions.keys(True, True)))
-        raise ValueError(f"transitions lack {missing}; they hold {present}. Set observation_keys and reward_key.")
+        raise ValueError(
+            f"transitions lack {missing}; they hold {present}. Set observation_keys, or scale_rewards=False."
+        )
     for key in keys:
         entry = first.get(key)
         if entry.ndim != 2 or not entry.dtype.is_floating_point:
