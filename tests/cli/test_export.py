@@ -81,6 +81,9 @@ def test_joined_entries(words, run, make_file, tmp_path):
     exported._joined = ["speed", "rest"]  # as if the first entry were a number
     found = exported.act({"speed": rows[0, :2, 0], "rest": rows[0, :2, 1:]})
     np.testing.assert_array_equal(found, exported.act(rows[0, :2]))
+    exported._joined = ["rest", "arm/speed"]  # as if an entry were in a Dict
+    found = exported.act({"rest": row[:5], "arm": {"speed": row[5]}})
+    np.testing.assert_array_equal(found, exported.act(row))
 
 
 def test_without_the_dataset(words, run, file, tmp_path, capsys):

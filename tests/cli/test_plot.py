@@ -62,6 +62,13 @@ def test_pictures_of_several_runs_lie_here_or_where_it_is_said(seeds, tmp_path, 
     assert (tmp_path / "new/folder/learning_curve.png").is_file()
 
 
+def test_the_home_folder_is_found(seeds, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    plot(seeds, "--out=~/pictures")
+    assert (tmp_path / "pictures/learning_curve.png").is_file()
+
+
 def test_metric_that_another_picture_shows_too_is_warned_of_once(make_run, caplog):
     runs = [make_run(f"{seed}", seed=seed, loss_qvalue={1: 1.0, 2 + seed: 1.0}) for seed in (0, 1)]
     plot(*runs, "--out", runs[0], "--metric", "loss_qvalue")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -315,6 +316,21 @@ def test_a_damaged_checkpoint_is_reported(words, run, capsys, caplog):
     assert "cannot be read, so the run cannot be resumed" in capsys.readouterr().err
     assert main(["evaluate", str(run)]) == 1
     assert f"{run} has only damaged checkpoints" in capsys.readouterr().err
+
+
+def test_a_sweep_in_the_folder_of_a_run_without_a_checkpoint_is_refused(words, run, capsys):
+    assert main(["train", *words()]) == 0
+    shutil.rmtree(run / "checkpoints")
+    shutil.rmtree(run / "best")
+    assert main(["train", "-m", *words("seed=0,1")]) == 1
+    assert f"{run} is the folder of a run; choose another folder for the sweep" in capsys.readouterr().err
+
+
+def test_each_run_of_a_sweep_begins_with_the_same_number_of_threads(words, monkeypatch):
+    asked, default = [], torch.get_num_threads()
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    assert main(["train", "-m", *words("threads=7,null", "steps=5", "evaluation.env=null")]) == 0
+    assert asked == [default, 7, default]
 
 
 def test_a_sweep_in_the_folder_of_a_run_is_refused(words, run, capsys):

@@ -133,6 +133,22 @@ def test_environments_with_equal_observations_are_cut_off():
     assert rows(from_rollouts([same_state(2), same_state(3)]), "episode") == [0] * 5  # these continue each other
 
 
+def test_entries_without_a_last_dimension():
+    for length in (1, 4):
+        data = rollout(1.0, length)
+        for key in ("observation", ("next", "observation")):
+            data[key] = data[key][:, 0]
+        assert from_rollouts(data)["observation"].tolist() == [1.0, 2.0, 3.0, 4.0][:length]
+
+
+def test_groups_of_several_rollouts_are_warned_of(caplog):
+    one, other = (rollout(first, 3).set("group", torch.zeros(3, dtype=torch.int64)) for first in (1.0, 50.0))
+    from_rollouts([one])
+    assert not caplog.messages
+    from_rollouts([one, other])
+    assert caplog.messages[0].startswith("several rollouts have group numbers, and equal numbers become one group.")
+
+
 def test_rollouts_stay_unchanged():
     for given in (same_state(3).set("mask", torch.tensor([True, True, False])), same_state(2, 3)):
         before = given.clone()

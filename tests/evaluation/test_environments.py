@@ -51,6 +51,52 @@ def test_observations_and_rewards_are_float32_and_settings_reach_the_environment
     assert steps["next", "truncated"].flatten().tolist() == [False, False, True]
 
 
+IMAGE = gymnasium.spaces.Box(0, 255, (36, 36, 3), np.uint8)
+SPACES = {  # observation spaces, and the joined observation
+    "integers": (gymnasium.spaces.Box(0, 9, (2,), np.int64), [3, 3]),
+    "bytes": (gymnasium.spaces.Box(0, 255, (2,), np.uint8), [3, 3]),
+    "an integer first": (
+        gymnasium.spaces.Dict(gear=gymnasium.spaces.Box(0, 9, (1,), np.int64), speed=gymnasium.spaces.Box(-9, 9, (1,))),
+        [3, 0.75],
+    ),
+    "state": (
+        gymnasium.spaces.Dict(state=gymnasium.spaces.Box(-9, 9, (1,)), goal=gymnasium.spaces.Box(-9, 9, (1,))),
+        [0.75, 0.75],
+    ),
+    "state and frames": (gymnasium.spaces.Dict(state=gymnasium.spaces.Box(-9, 9, (2,)), image=IMAGE), [0.75, 0.75]),
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_vectors_of_any_dtype_and_name_become_float32(name):
+    """TorchRL renames an entry ``state``, and gives joined entries the dtype of the first one."""
+    space, expected = SPACES[name]
+
+    def observe(one):
+        if isinstance(one, gymnasium.spaces.Dict):
+            return {key: observe(each) for key, each in one.spaces.items()}
+        return np.full(one.shape, 0.75 if one.dtype == np.float32 else 3, one.dtype)
+
+    class Constant(Counter):
+        observation_space = space
+
+        def reset(self, *, seed=None, options=None):
+            return observe(space), super().reset(seed=seed)[1]
+
+        def step(self, action):
+            return observe(space), 0.5, False, False, {}
+
+    gymnasium.register("Constant-v0", Constant, max_episode_steps=3)
+    try:
+        for made in (make_env("Constant-v0"), make_envs("Constant-v0", 2)):
+            steps = made.rollout(2)
+            assert steps["observation"].dtype == steps["next", "observation"].dtype == torch.float32
+            assert steps["observation"].reshape(-1, 2).unique(dim=0).tolist() == [expected]
+            assert ("pixels" in steps.keys()) == (name == "state and frames")
+    finally:
+        del gymnasium.registry["Constant-v0"]
+
+
 def test_as_many_environments_as_episodes():
     envs = make_envs("Counter-v0", 3, "cpu")
     assert envs.rollout(10)["next", "observation"][..., 0].tolist() == [[1, 2, 3]] * 3

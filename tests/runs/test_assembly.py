@@ -428,6 +428,51 @@ def test_early_stopping_counts_a_measurement_that_a_stop_cut_off(make_trainer, m
     assert trainer.collected_frames == 30
 
 
+def test_early_stopping_does_not_count_a_measurement_twice_that_ended_in_a_stop(make_trainer, monkeypatch):
+    words = ["early_stopping={monitor: initial_value, patience: 15}", "evaluation.interval=10", "steps=100"]
+    trainer = make_trainer(*words, "optim.lr=0")
+    measure = DatasetMetrics.measure
+
+    def stop(metrics):
+        if trainer.collected_frames == 10:
+            trainer.request_stop("interrupted")
+        return measure(metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DatasetMetrics, "measure", stop)
+        trainer.train()
+    hook = trainer._modules["early_stopping"]
+    assert (trainer.collected_frames, hook.best_score) == (10, None)
+    trainer.forget_stop()
+    trainer.train()
+    assert trainer.collected_frames == 30
+
+
+@pytest.mark.parametrize(
+    ("changed", "kept"),
+    [("log_interval=5", True), ("evaluation.max_rows=50", False), ("early_stopping.mode=min", False)],
+)
+def test_early_stopping_forgets_scores_that_were_measured_in_another_way(make_trainer, tmp_path, changed, kept):
+    words = ["early_stopping={monitor: initial_value, patience: 500}", "evaluation.interval=10", f"out={tmp_path}"]
+    trainer = make_trainer(*words)
+    trainer.train()
+    again = make_trainer(*words, changed)
+    again.load_from_file(trainer.last_checkpoint)
+    assert (again._modules["early_stopping"].best_score is not None) == kept
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("optim.scheduler_kwargs.T_max=9", "optim.scheduler_kwargs or optim.vae.scheduler_kwargs is set, but there is"),
+        ("network.phi=null optim.actor.lr=0.1", "optim.actor.lr has no effect, because actor does not learn; leave it"),
+    ],
+)
+def test_settings_of_optimizers_without_an_effect_are_refused(make_trainer, words, message):
+    with pytest.raises(RunError, match=message):
+        make_trainer(*words.split())
+
+
 def test_progress_shows_on_a_terminal_only(make_trainer, monkeypatch):
     assert make_trainer().progress_bar is False
     assert make_trainer("progress_bar=true").progress_bar is True

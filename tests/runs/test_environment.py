@@ -58,6 +58,8 @@ def test_arguments_and_time_limit_of_the_dataset_remain_unless_the_user_changes_
     assert choose(recorded_environment("Swing-v0", {}, 5))[0] == "Swing-v0"  # the registered limit is not repeated
     with pytest.raises(RunError, match=r"^evaluation\.env_kwargs is set, but the dataset names no environment; set ev"):
         choose(None, "evaluation.env_kwargs.reach=2")
+    with pytest.raises(RunError, match=r"^evaluation\.max_episode_steps is set, but the dataset names no environment;"):
+        choose(None, "evaluation.max_episode_steps=9")
 
 
 def test_an_environment_without_a_time_limit_gets_one(choose):

@@ -15,7 +15,7 @@ from torchrl_bcq.errors import RunError
 from torchrl_bcq.objectives import CloningLoss
 from torchrl_bcq.runs.folder import find_checkpoint, read_metadata
 from torchrl_bcq.runs.job import baseline_settings, train
-from torchrl_bcq.runs.settings import flat, load_settings, save_settings
+from torchrl_bcq.runs.settings import compose, flat, load_settings, save_settings
 from torchrl_bcq.trainers import OfflineTrainer
 
 from .folders import assert_same, contents, scalars
@@ -128,7 +128,54 @@ def test_two_runs_do_not_share_a_folder(make_settings, run):
     assert (run / "checkpoints").exists()
 
 
+def test_a_run_in_the_folder_of_a_sweep_is_refused(make_settings, run):
+    train(make_settings(f"out={run / '0'}", "steps=10"))
+    with pytest.raises(RunError, match=rf"^{run} contains the runs 0; add -m to continue their sweep, or choose anoth"):
+        train(make_settings("resume=true"))
+    assert not (run / "config.yaml").exists()
+
+
 # resumed runs
+
+
+def test_results_of_an_earlier_step_are_not_the_last_ones(make_settings, run):
+    """The run had stopped after its last step, before its results were written."""
+    train(make_settings())
+    earlier = (run / "results.json").read_text()
+    train(make_settings("resume=true", "steps=30"))
+    (run / "results.json").write_text(earlier)
+    assert train(make_settings("resume=true", "steps=30"))["steps"] == 30
+
+
+def test_a_return_that_was_measured_before_the_resume_is_not_the_last_one(make_settings):
+    bounds = ["action_low=-2", "action_high=2"]
+    assert "final" in train(make_settings(*bounds))
+    assert "final" not in train(make_settings(*bounds, "resume=true", "steps=30", "evaluation.env=null"))
+
+
+def test_commands_in_messages_are_quoted(make_settings, tmp_path):
+    own = f"out={tmp_path / 'my run'}"
+    train(make_settings(own))
+    with pytest.raises(RunError) as error:
+        train(make_settings(own, "resume=true", "seed=5"))
+    assert f"torchrl-bcq train 'resume={tmp_path / 'my run'}'. Or" in str(error.value)
+
+
+def test_a_dictionary_of_a_resumed_run_can_be_emptied(make_settings, run, caplog):
+    train(make_settings("logger_kwargs.wandb.project=swings"))
+    assert "logger_kwargs has ['wandb'], which have no effect: logger is ['csv']" in caplog.messages
+    (settings,) = compose([f"resume={run}", "logger_kwargs={}", "evaluation={}"])
+    assert settings.logger_kwargs == {}
+    assert settings.evaluation.episodes == 2
+
+
+def test_other_data_are_not_called_damage(make_settings, make_file, run):
+    train(make_settings())
+    make_file(seed=1)
+    with pytest.raises(RunError) as error:
+        train(make_settings("resume=true", "steps=30"))
+    assert "cannot be resumed: " in str(error.value)
+    assert "damaged" not in str(error.value)
 
 
 @BOTH

@@ -157,6 +157,21 @@ def test_state_is_restored_by_kind_of_logger():
     assert [logger.loaded for logger in second.loggers.values()] == [None, {"id": ("b",)}, None]
 
 
+def test_another_run_of_a_service_is_told(caplog):
+    """TorchRL's logger of W&B refuses the state of a run with another id, such as that of a folder that was moved."""
+
+    class Refuses(Notebook):
+        def load_state_dict(self, state):
+            raise RuntimeError("another run")
+
+    Loggers({"wandb": Refuses("new")}).load_state_dict({"wandb": {"id": "old"}})
+    (message,) = caplog.messages
+    assert message.startswith("wandb continues in another run of its service (another run); ")
+    assert message.endswith("set logger_kwargs.wandb.id=old")
+    with pytest.raises(RuntimeError, match="another run"):
+        Loggers({"wandb": Refuses("new")}).load_state_dict({"wandb": {}})
+
+
 def test_the_csv_log_does_not_grow_in_memory(tmp_path):
     logger = make_loggers(["csv"], tmp_path, {}).loggers["csv"]
     for step in range(1000):

@@ -18,8 +18,8 @@ from torchrl_bcq.data.origins import Origins
 from torchrl_bcq.data.registry import find_source
 from torchrl_bcq.data.sources.environment import change_environment
 from torchrl_bcq.errors import RunError
-from torchrl_bcq.evaluation.environments import make_env
-from torchrl_bcq.files import check_writable
+from torchrl_bcq.evaluation.environments import make_base_env
+from torchrl_bcq.files import check_writable, home
 from torchrl_bcq.reports.description import describe
 
 _SOURCES = """\
@@ -65,7 +65,7 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
 
     command = add("describe", _describe, "Print and draw the statistics and possible defects of a dataset.", _DESCRIBE)
     picture = "file of the picture (default: ./SOURCE.png, with the name of the first source)"
-    command.add_argument("--out", type=Path, metavar="PNG", help=picture)
+    command.add_argument("--out", type=home, metavar="PNG", help=picture)
     command.add_argument("--root", metavar="FOLDER", help="folder for a memory-mapped copy of data larger than memory")
     what = "Check a dataset and make a memory-mapped copy of it, if no copy exists yet."
     command = add("convert", _convert, what, _CONVERT)
@@ -117,12 +117,12 @@ def _action_spec(args: argparse.Namespace, settings: dict[str, Any]) -> TensorSp
 
     specs: dict[str, Any] = {}
     if args.env is not None:
-        specs[args.env] = make_env(args.env, remedy="choose another with --env ID").base_env.action_spec
+        specs[args.env] = make_base_env(args.env, remedy="choose another with --env ID").action_spec
     elif (source := find_source(args.source, **settings)) is not None:
         specs["dataset's spec"] = source.action_spec
         if (env := change_environment(getattr(source, "env", None), None, {})) is not None:
             with suppress(RunError):  # an environment that cannot be made, such as one of a package
-                specs[f"environment {env}"] = make_env(env).base_env.action_spec
+                specs[f"environment {env}"] = make_base_env(env, remedy="").action_spec
     if args.n_actions is not None:
         if args.n_actions < 2:
             raise RunError(f"--n-actions is {args.n_actions}, expected at least 2.")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torchrl_bcq.cli.environment import REMEDY, add_options, choose_environment
 from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.errors import RunError
-from torchrl_bcq.files import check_writable, write_whole
+from torchrl_bcq.files import check_writable, home, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--deterministic", action="store_true", help="always take the same action in the same state")
     add("--device", default="auto", help="any torch device (default: cuda if it is available)")
     out = "file for the numbers (default: evaluation.json, evaluation-2.json, ... in RUN, or beside the checkpoint)"
-    add("--out", type=Path, metavar="JSON", help=out)
+    add("--out", type=home, metavar="JSON", help=out)
     command.set_defaults(run=partial(_run, command))
 
 
@@ -132,16 +132,18 @@ def _load_baseline(args: argparse.Namespace, trained: Any) -> dict[str, Any]:
     return {title if title != trained.algorithm.title else f"{title}, {folder}": baseline}
 
 
-def choose_fitting(args: argparse.Namespace, trained: Any, runs: dict[str, Any]) -> Environment | None:
+def choose_fitting(
+    args: argparse.Namespace, trained: Any, runs: dict[str, Any], remedy: str = REMEDY
+) -> Environment | None:
     """Return the environment in which the runs are evaluated; raises a RunError if it does not fit a run."""
     from torchrl_bcq.evaluation.environments import check_fits, make_env, with_time_limit
 
     env = choose_environment(args, trained)
     if env is None:
         return None
-    made = make_env(env, remedy=REMEDY)
+    made = make_env(env, remedy=remedy)
     for one in runs.values():
-        check_fits(made, env, REMEDY, whose="the run", setting="--observation ENTRY ...", **one.task.expected)
+        check_fits(made, env, remedy, whose="the run", setting="--observation ENTRY ...", **one.task.expected)
     return with_time_limit(env, made, "set another number with --env-kwargs max_episode_steps=N.")
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from torchrl_bcq.errors import RunError
-from torchrl_bcq.files import check_writable
+from torchrl_bcq.files import check_writable, home
 from torchrl_bcq.reports.curves import STATISTICS
 from torchrl_bcq.reports.logs import DEFAULT_METRICS, choose_metric, find_runs
 from torchrl_bcq.reports.pictures import draw_runs, save
@@ -37,7 +37,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("runs", metavar="RUN", nargs="+", type=Path, help="folder of one run, or a folder that contains runs")
     add(
         "--out",
-        type=Path,
+        type=home,
         metavar="FOLDER",
         help="folder for the pictures (default: RUN if only one RUN is given, else the current folder)",
     )

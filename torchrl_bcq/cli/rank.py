@@ -12,11 +12,12 @@ from typing import Any
 
 from filelock import FileLock
 
-from torchrl_bcq.cli.environment import add_options
+from torchrl_bcq.cli.environment import REMEDY, add_options
 from torchrl_bcq.cli.evaluate import choose_fitting, print_table
 from torchrl_bcq.errors import RunError
-from torchrl_bcq.files import check_writable, write_whole
+from torchrl_bcq.files import check_writable, home, write_whole
 
+_REMEDY = f"{REMEDY}, or measure no true values: --episodes 0"
 _EPILOG = """\
 In fitted Q evaluation, critics learn the value of each policy from the dataset, without the environment. The estimate
 is the mean value of the initial states of the held-out episodes. For discrete actions, the command also computes
@@ -78,7 +79,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_options(command, "Gymnasium environment for the true values (default: the environment of the first run)")
     add("--episodes", type=int, default=20, metavar="N", help=f"episodes for the true value; 0 measures none {shown}")
     add("--device", default="auto", help="any torch device (default: cuda if it is available)")
-    add("--out", type=Path, metavar="FOLDER", help="folder of the files (default: RUN if only one is given, else .)")
+    add("--out", type=home, metavar="FOLDER", help="folder of the files (default: RUN if only one is given, else .)")
     command.set_defaults(run=_rank)
 
 
@@ -95,7 +96,7 @@ def _rank(args: argparse.Namespace) -> None:
     candidates = find_candidates(args.runs, args.checkpoint, args.device)
     candidates += [import_policy(name, args.device) for name in args.policy]
     first = load(Path(candidates[0].facts["checkpoint"]), device=args.device)
-    env = choose_fitting(args, first, {"": first}) if args.episodes else None
+    env = choose_fitting(args, first, {"": first}, _REMEDY) if args.episodes else None
     evaluation, settings = _open(args, first)
     measure = _true_values(args, first, settings["gamma"], env)
     is_folder = len(args.runs) == 1 and not Checkpoint.is_checkpoint(args.runs[0])
@@ -109,8 +110,9 @@ def _rank(args: argparse.Namespace) -> None:
     if settings["rewards"]:
         print(f"All values are of the rewards that {candidates[0].name} was trained with: {settings['rewards']}.")
     if learned := [one.name for one in candidates if _learned_from_held_out(one, settings)]:
-        print(f"Trained on episodes that are held out now, so the estimate may be too high: {', '.join(learned)}.")
-        print(f"To exclude these episodes from training, train with held_out={settings['held_out']} and equal seeds.")
+        print("These policies may have learned from the episodes that are held out now, so their estimates may be")
+        print(f"too high: {', '.join(learned)}.")
+        print(f"To exclude the episodes from training, train with held_out={settings['held_out']} and equal seeds.")
 
     def finite(name: str, estimate: Callable[[], Any]) -> dict[str, Any]:
         try:
@@ -242,14 +244,15 @@ def _open(args: argparse.Namespace, first: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _learned_from_held_out(candidate: Any, settings: dict[str, Any]) -> bool:
-    """Return whether the candidate is a run on this dataset that did not hold out the episodes held out now."""
+    """Return whether a run on this dataset did not hold out these episodes, or has networks of another run."""
     from torchrl_bcq.runs.folder import read_metadata
 
     if "checkpoint" not in candidate.facts:
         return False
     own = read_metadata(Path(candidate.facts["checkpoint"]))[0]
     is_same = str(own.dataset) == settings["dataset"]
-    return is_same and (own.held_out, own.seed) != (settings["held_out"], settings["split_seed"])
+    others = (own.held_out, own.seed) != (settings["held_out"], settings["split_seed"])
+    return is_same and (others or own.init_from is not None)
 
 
 def _true_values(args: argparse.Namespace, first: Any, gamma: float, env: Any) -> Callable[[Any], dict[str, Any]]:

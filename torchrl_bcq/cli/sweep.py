@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 from torchrl_bcq.cli.evaluate import print_table
 from torchrl_bcq.reports.logs import choose_metric, differing_settings, find_runs, shorten
@@ -45,8 +46,8 @@ def print_runs(folder: Path) -> None:
     measured = [run.folder for run in runs if metric == "return" and logged[run.folder]]
     if not measured:
         print("\nNo run was evaluated in an environment. These numbers do not show which policy is best.")
-        print(f"To evaluate a run: torchrl-bcq evaluate {runs[0].folder}")
-        print(f"To estimate without an environment which run is best: torchrl-bcq rank {folder}")
+        print(f"To evaluate a run: torchrl-bcq evaluate {quote(str(runs[0].folder))}")
+        print(f"To estimate without an environment which run is best: torchrl-bcq rank {quote(str(folder))}")
         return
     if "dataset" in differing:
         print("\nThe runs have different datasets, so their returns may belong to different tasks.")
@@ -55,7 +56,7 @@ def print_runs(folder: Path) -> None:
     step, value = max(logged[best].items(), key=lambda item: item[1])
     print(f"\nThe best return is {value:.4g}, in {best} after {step:,} gradient steps.")
     print("The best of many evaluations is too high on average. To measure this run in new episodes:")
-    print(f"  torchrl-bcq evaluate {best}")
+    print(f"  torchrl-bcq evaluate {quote(str(best))}")
 
 
 def _after_training(values: dict[int, float]) -> dict[int, float]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from shlex import quote
 from textwrap import fill
 
 import torch
@@ -20,7 +21,8 @@ from torchrl_bcq.evaluation.recording import DATASET_ID, record_default
 from torchrl_bcq.runs import processes
 from torchrl_bcq.runs.algorithms import algorithms_of, find_algorithm
 from torchrl_bcq.runs.job import check_folder, train
-from torchrl_bcq.runs.settings import AUTO, compose, default_settings
+from torchrl_bcq.runs.settings import AUTO, FILE, compose, default_settings
+from torchrl_bcq.runs.threads import use_threads
 from torchrl_bcq.trainers.distributed import PeerError
 
 _FOLDER = files("torchrl_bcq.cli")
@@ -86,18 +88,20 @@ def main(arguments: Sequence[str]) -> int:
         for settings in runs:
             print(OmegaConf.to_yaml(settings))
         return 0
-    if "sweep" in flags and any((sweep := Path(runs[0].out).parent).glob("*/checkpoint-*")):
+    sweep = Path(runs[0].out).parent
+    if "sweep" in flags and (any(sweep.glob("*/checkpoint-*")) or (sweep / FILE).is_file()):
         raise RunError(f"{sweep} is the folder of a run; choose another folder for the sweep with out=FOLDER.")
     if missing := sorted(OmegaConf.missing_keys(runs[0])):
         raise RunError(f"{', '.join(missing)} has no value; set it with {missing[0]}=VALUE.")
     with processes.joined():
         if processes.several() and len(runs) > 1:
             raise RunError("torchrun cannot start several runs with -m; start them one after another without -m.")
+        threads = torch.get_num_threads()
         try:
-            return max([_run(settings) for settings in runs], default=0)
+            return max([_run(settings, threads) for settings in runs], default=0)
         except SystemExit:
             if len(runs) > 1:
-                words = f"out={Path(runs[0].out).parent} resume=true"
+                words = f"{quote(f'out={sweep}')} resume=true"
                 print(f"torchrl-bcq: to continue the sweep, repeat its command with {words}", file=sys.stderr)
             raise
 
@@ -121,12 +125,14 @@ def _defaults(overrides: Sequence[str]) -> list[str]:
     return [*DEFAULT_TASK, f"algorithm={name}", *loss, *layers, *baseline]
 
 
-def _run(settings: DictConfig) -> int:
+def _run(settings: DictConfig, threads: int) -> int:
     """Train one run and return its exit code. With several processes, only the first writes train.log.
 
+    ``threads`` is PyTorch's default number of threads, which an earlier run of a sweep may have changed.
     In a sweep of several runs, an error ends only the current run, but a signal ends all runs.
     """
     logging.getLogger("torchrl").setLevel("WARNING")
+    use_threads(threads)
     settings.out = processes.from_first(lambda: settings.out)  # all processes use the folder of the first process
     if not processes.is_first():
         with _log_into(level=logging.WARNING):
@@ -161,8 +167,8 @@ def _train(settings: DictConfig) -> int:
             _logger.error("%s", with_packages(error))
         return 1
     except KeyboardInterrupt:
-        message = "interrupted; no new checkpoint was saved. To resume from the last one: torchrl-bcq train resume=%s"
-        _logger.warning(message, settings.out)
+        message = "interrupted; no new checkpoint was saved. To resume from the last one: torchrl-bcq train %s"
+        _logger.warning(message, quote(f"resume={settings.out}"))
         raise SystemExit(130) from None
     if stopped := results.get("stopped"):
         raise SystemExit(128 + signal.Signals[stopped])

@@ -40,8 +40,8 @@ def from_rollouts(
         [N]``. Nested entries and images are allowed.
 
     Raises:
-        DatasetError: if there are no steps, the reward or a flag is missing, a value is not finite, or an action is
-            out of bounds.
+        DatasetError: if there are no steps, the reward or a flag is missing, a value is not finite, an action is out of
+            bounds, or all rewards, actions or observations are zero.
 
     Example:
         >>> from torchrl.envs import GymEnv
@@ -56,6 +56,11 @@ def from_rollouts(
             kind = type(part).__name__
             raise DatasetError(f"rollouts holds a {kind}; expected TensorDicts of batch size [T] or [*B, T].")
     parts = [part for part in parts if 0 not in part.batch_size]
+    if len([part for part in parts if "group" in part.keys()]) > 1:
+        _logger.warning(
+            "several rollouts have group numbers, and equal numbers become one group. If the numbers of two rollouts "
+            "have other meanings, read all files with one load_transitions, or number the groups anew."
+        )
     if not parts or not len(rows := _joined(parts)):
         raise DatasetError("rollouts is empty; pass at least one step.")
     last = rows.pop("_last")
@@ -150,7 +155,7 @@ def _number_episodes(rows: TensorDictBase, last_steps: torch.Tensor) -> TensorDi
     for key, value in after.items(True, True):
         before = rows.get(key, None)
         if before is not None and before.shape == value.shape:
-            continues[:-1] &= (value[:-1] == before[1:]).flatten(1).all(1)
+            continues[:-1] &= (value[:-1] == before[1:]).unsqueeze(-1).flatten(1).all(1)
     truncated = after.get("truncated", torch.zeros_like(after["done"]))
     done = after["done"] | after["terminated"] | truncated
     cut = ~done & ~continues.unsqueeze(-1)

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 from tensordict import unravel_key
-from torchrl.data import Composite, TensorSpec
+from tensordict.utils import NestedKey
+from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 from torchrl.data.tensor_specs import ContinuousBox
 from torchrl.envs import (
     ActionMask,
     CatFrames,
     CatTensors,
     DoubleToFloat,
+    DTypeCastTransform,
     EnvBase,
     GymWrapper,
     PermuteTransform,
@@ -83,13 +85,8 @@ def make_env(env: str | Environment, *, remedy: str = "choose another environmen
     import gymnasium
 
     env = Environment.of(env)
-    if ":" in env.id and (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)
-    arguments = {"max_episode_steps": env.max_episode_steps, **env.kwargs, **settings}
-    try:
-        made = TransformedEnv(GymWrapper(gymnasium.make(env.id, **arguments), **_CODING), _ToFloat())
-    except Exception as error:  # the code of an environment raises any exception, TorchRL a KeyError for a space
-        raise RunError(f"environment {str(env)!r} cannot be made: {error or repr(error)}; {remedy}.") from error
+    made = TransformedEnv(make_base_env(env, remedy=remedy, **settings), _ToFloat())
+    _cast_integers(made)
     if isinstance(made.observation_space, gymnasium.spaces.Dict):
         try:
             names = check_entries(made.observation_space, env.observation)
@@ -108,12 +105,42 @@ def make_env(env: str | Environment, *, remedy: str = "choose another environmen
     return made
 
 
+def make_base_env(env: str | Environment, *, remedy: str, **settings: Any) -> EnvBase:
+    """Make a Gymnasium environment without the conversions of ``make_env``, which has the same arguments."""
+    import gymnasium
+
+    env = Environment.of(env)
+    if ":" in env.id and (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    arguments = {"max_episode_steps": env.max_episode_steps, **env.kwargs, **settings}
+    try:
+        return GymWrapper(gymnasium.make(env.id, **arguments), **_CODING)
+    except Exception as error:  # the code of an environment raises any exception, TorchRL a KeyError for a space
+        raise RunError(f"environment {str(env)!r} cannot be made: {error or repr(error)}; {remedy}.") from error
+
+
+def _cast_integers(made: TransformedEnv) -> None:
+    """Convert integer vectors to float32, as the readers do. Otherwise, joined entries would become integers."""
+    leaves = made.observation_spec.items(True, True)
+    vectors = {key: spec.dtype for key, spec in leaves if isinstance(spec, Bounded | Unbounded) and spec.ndim < 2}
+    for dtype in {*vectors.values()} - {torch.float32, torch.bool}:
+        keys = [key for key, own in vectors.items() if own == dtype and key != MASK]
+        made.append_transform(DTypeCastTransform(dtype, torch.float32, in_keys=keys))
+
+
 def _choose_entries(made: TransformedEnv, vectors: list[str], image: str | None) -> None:
     """Join the vectors of a Dict observation to the entry ``observation``, rename the image, and keep the mask."""
-    keys = [unravel_key(tuple(name.split("/"))) for name in vectors]
+    # TorchRL renames the entry state to observation
+    renamed = {} if "observation" in made.observation_space.spaces else {"state": "observation"}
+
+    def key_of(name: str) -> NestedKey:
+        first, *others = name.split("/")
+        return unravel_key((renamed.get(first, first), *others))
+
+    keys = [key_of(name) for name in vectors]
     kept, mask = ["observation"] if vectors else [], [MASK] if holds_mask(made.observation_space) else []
     if image is not None:  # renamed twice, because a vector may have the final name
-        made.append_transform(RenameTransform([unravel_key(tuple(image.split("/")))], ["frames_of_image"]))
+        made.append_transform(RenameTransform([key_of(image)], ["frames_of_image"]))
     if vectors:
         made.append_transform(CatTensors(keys, "observation", sort=False))
     if image is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,11 +64,7 @@ class ExportedPolicy:
         self._joined = self.contract.get("observation_entries")
         self._latents = next((port for port in inputs if port["kind"] == "latents"), None)
         self._outputs = [port["name"] for port in self.contract["outputs"]]
-        self._ranges = {
-            port["name"]: _widen(np.asarray(port["low"], port["dtype"]), np.asarray(port["high"], port["dtype"]))
-            for port in self._read
-            if "low" in port
-        }
+        self._ranges = {port["name"]: _range(port) for port in self._read if "low" in port}
         self._random = np.random.default_rng(seed)
         self._past: dict[str, np.ndarray] = {}
         self._starts = np.zeros(0, bool)
@@ -99,9 +95,8 @@ class ExportedPolicy:
         feeds, batch = self._read_observation(observation)
         number = batch[0] if batch else 1
         if self._latents is not None:
-            feeds[self._latents["name"]] = (
-                self._draw(number) if latents is None else self._check_latents(latents, batch)
-            )
+            drawn = self._draw(number) if latents is None else self._check_latents(latents, batch)
+            feeds[self._latents["name"]] = drawn
         elif latents is not None:
             raise ValueError("the file has no input for latents; export the policy with latents=True (--latents).")
         if self._histories:
@@ -205,10 +200,8 @@ class ExportedPolicy:
             self._past = {port["name"]: np.zeros((number, *port["shape"]), port["dtype"]) for port in self._histories}
             self._starts = np.ones(number, bool)
         if len(self._starts) != number:
-            raise ValueError(
-                f"there are {number} observations, but there were {len(self._starts)} in the call before; call reset() "
-                "before the number of environments changes."
-            )
+            found = f"there are {number} observations, but there were {len(self._starts)} in the call before"
+            raise ValueError(f"{found}; call reset() before the number of environments changes.")
         feeds.update(self._past, start=self._starts)
 
     def _draw(self, number: int) -> np.ndarray:
@@ -222,9 +215,8 @@ class ExportedPolicy:
         port: Any = self._latents
         array = np.asarray(latents, port["dtype"])
         if array.shape != (*batch, *port["shape"]) or not np.isfinite(array).all():
-            raise ValueError(
-                f"latents has shape {array.shape}, expected finite numbers of shape {(*batch, *port['shape'])}."
-            )
+            expected = f"finite numbers of shape {(*batch, *port['shape'])}"
+            raise ValueError(f"latents has shape {array.shape}, expected {expected}.")
         return array if batch else array[None]
 
 
@@ -242,8 +234,9 @@ def _read_contract(path: Any, session: Any) -> dict[str, Any]:
     return contract
 
 
-def _widen(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a range that is wider by 5 % on each side, and by rounding errors."""
+def _range(port: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the range in the training data, wider by 5 % on each side, and by rounding errors."""
+    low, high = (np.asarray(port[end], port["dtype"]) for end in ("low", "high"))
     margin = 0.05 * (high - low) + 1e-6 * np.maximum(1, np.maximum(np.abs(low), np.abs(high)))
     return (low - margin).astype(low.dtype), (high + margin).astype(high.dtype)
 
@@ -257,20 +250,26 @@ def _find(port: dict[str, Any], given: Mapping[str, Any], joined: list[str] | No
     """Return the entry of a mapping, which may be nested. Join ``joined``, the entries of a Dict observation."""
     if masked := [name for name, value in given.items() if isinstance(value, np.ma.MaskedArray)]:
         raise ValueError(f"{masked[0]!r} is a masked array; fill in its values, for example with value.filled(0).")
-    if joined and port["name"] == "observation" and all(name in given for name in joined):
+    parts = [_entry(given, [name] if name in given else name.split("/")) for name in joined or ()]
+    if parts and port["name"] == "observation" and not any(part is None for part in parts):
         try:
-            arrays = [np.atleast_1d(np.asarray(given[name], np.float64)) for name in joined]
+            arrays = [np.atleast_1d(np.asarray(part, np.float64)) for part in parts]
             most = max(array.ndim for array in arrays)  # in a batch, scalar entries are [B], the others [B, D]
             return np.concatenate([array if array.ndim == most else array[..., None] for array in arrays], -1)
         except ValueError as error:  # texts, or other batch sizes
             raise ValueError(f"the entries {joined} cannot be joined to one vector: {error}") from error
-    value: Any = given
-    for name in [port["name"]] if port["name"] in given else port["key"]:
-        if not isinstance(value, Mapping) or name not in value:
-            has, more = sorted(map(str, given)), f", or the entries {joined}" if joined else ""
-            raise ValueError(f"the observation lacks {_shown(port['key'])}; it has {has}. Add the missing entry{more}.")
-        value = value[name]
+    value = _entry(given, [port["name"]] if port["name"] in given else port["key"])
+    if value is None:
+        has, more = sorted(map(str, given)), f", or the entries {joined}" if joined else ""
+        raise ValueError(f"the observation lacks {_shown(port['key'])}; it has {has}. Add the missing entry{more}.")
     return value
+
+
+def _entry(given: Any, path: Sequence[str]) -> Any:
+    """Return the entry of nested mappings, or None."""
+    for name in path:
+        given = given.get(name) if isinstance(given, Mapping) else None
+    return given
 
 
 def _to_array(port: dict[str, Any], value: Any) -> np.ndarray:

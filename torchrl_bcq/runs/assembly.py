@@ -19,7 +19,6 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.checkpoint import CheckpointRotation
 from torchrl.data import TensorDictReplayBuffer
-from torchrl.trainers import EarlyStopping
 
 from torchrl_bcq.data import episode_weights, make_replay_buffer, multi_step, return_weights, split_episodes
 from torchrl_bcq.data.episodes import episode_numbers, group_numbers
@@ -34,6 +33,7 @@ from torchrl_bcq.runs.folder import BEST, CHECKPOINTS, Task, choose_device
 from torchrl_bcq.runs.loggers import make_loggers
 from torchrl_bcq.runs.optimizers import make_scheduler_hooks, make_stepper
 from torchrl_bcq.runs.settings import default_settings, flat, to_plain
+from torchrl_bcq.runs.stopping import StopEarly, measured_as
 from torchrl_bcq.trainers import KeepBest, OfflineTrainer
 from torchrl_bcq.trainers.execution import PRECISIONS
 
@@ -60,37 +60,6 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("precision", lambda value: value in PRECISIONS, f"null or one of {[*PRECISIONS]}"),
 ]
 CHANGED = "values, TD errors and discounted returns are of the changed rewards, but return is the environment's"
-
-
-class _EarlyStopping(EarlyStopping):
-    """Stops also at a threshold; unlike TorchRL's hook, it only counts steps at which the metric was measured."""
-
-    def __init__(self, threshold: float | None, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.threshold = threshold
-        self._counted = 0  # step of the last measurement
-
-    def __call__(self, batch: TensorDictBase | None = None) -> None:
-        trainer, name = self._trainer, self.monitor
-        step = 0 if trainer is None else trainer.collected_frames
-        if step in (0, self._counted) or trainer.logged_at(name) != step:
-            return
-        self._counted = step
-        super().__call__(batch)
-        value, least = trainer.metrics[name], self.threshold
-        if least is not None and step >= self.wait_for and (value >= least if self.mode == "max" else value <= least):
-            trainer.request_stop(f"{name} is {value:.6g} and reached early_stopping.threshold {least:g}.")
-
-    def register(self, trainer: OfflineTrainer, name: str = "early_stopping") -> None:
-        super().register(trainer, name)
-        trainer.register_op("setup", self)  # a resumed run repeats a measurement that a stop cut off
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "counted": self._counted}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._counted = state_dict["counted"]
 
 
 def assemble(settings: DictConfig, transitions: TensorDictBase, task: Task) -> OfflineTrainer:
@@ -242,11 +211,13 @@ def _add_metrics(
     if monitor is not None:
         best = Path(settings.out) / BEST
         mode = _mode(checkpoint.mode, monitor)
-        KeepBest(best, monitor, mode, wait_for=checkpoint.wait_for).register(trainer)
+        kept = {"wait_for": checkpoint.wait_for, "measured_as": measured_as(settings, task)}
+        KeepBest(best, monitor, mode, **kept).register(trainer)
     if stopping.threshold is not None and stopping.monitor is None:
         raise RunError("early_stopping.threshold needs a metric; set early_stopping.monitor, such as to return.")
     if stopping.monitor is not None:
-        _EarlyStopping(**{**stopping, "mode": _mode(stopping.mode, stopping.monitor)}).register(trainer)
+        rule = {**stopping, "mode": _mode(stopping.mode, stopping.monitor)}
+        StopEarly(measured_as=measured_as(settings, task), **rule).register(trainer)
 
 
 def _mode(mode: str, monitor: str) -> str:

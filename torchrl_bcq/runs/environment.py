@@ -44,8 +44,9 @@ def choose_environment(
         raise RunError(f"evaluation.observation is {entries}, but the dataset joins {list(known)}; leave it out.")
     env = change_environment(recorded, named, kwargs, evaluation.max_episode_steps, entries)
     if env is None:
-        if kwargs:
-            raise RunError("evaluation.env_kwargs is set, but the dataset names no environment; set evaluation.env=ID.")
+        if kwargs or evaluation.max_episode_steps is not None:
+            name = "env_kwargs" if kwargs else "max_episode_steps"
+            raise RunError(f"evaluation.{name} is set, but the dataset names no environment; set evaluation.env=ID.")
         return None, None
     try:
         if named is None:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -69,7 +70,8 @@ def train(settings: DictConfig) -> dict[str, Any]:
         results = {**results, "stopped": stopped} if stopped else results
     if processes.is_first() and not results.get("stopped"):
         commands = ("evaluate", "plot") if "final" in results else ("rank", "plot")  # without an environment: rank
-        _logger.info("what to do next: %s", "; ".join(f"torchrl-bcq {word} {settings.out}" for word in commands))
+        shown = (f"torchrl-bcq {word} {quote(settings.out)}" for word in commands)
+        _logger.info("what to do next: %s", "; ".join(shown))
     return results
 
 
@@ -79,6 +81,9 @@ def check_folder(out: Path) -> None:
         raise RunError(f"{out} is a file; choose a folder with out=FOLDER.")
     if any(out.glob("*/checkpoint-*")):
         return
+    if not (out / FILE).is_file() and (runs := sorted(path.parent.name for path in out.glob(f"[0-9]*/{FILE}"))):
+        found = f"{out} contains the runs {', '.join(runs)}"
+        raise RunError(f"{found}; add -m to continue their sweep, or choose another folder with out=FOLDER.")
     file = out / FILE if (out / FILE).is_file() else out / RESULTS
     if file.is_file() and (file.name == RESULTS or "\nlog_interval:" not in file.read_text(errors="replace")):
         raise RunError(f"{file} is not a file of a run, and a run would replace it; choose another out=FOLDER.")
@@ -107,9 +112,8 @@ def _make_run(settings: DictConfig) -> dict[str, Any]:
             raise RunError(f"{found}; set a larger number of steps.")
         if saved is not None and file.is_file():
             results = json.loads(file.read_text())
-            early = results.get("stopped_early") and results["steps"] == step
-            early = early and saved.early_stopping == settings.early_stopping
-            if step == settings.steps or early:
+            early = results.get("stopped_early") and saved.early_stopping == settings.early_stopping
+            if results["steps"] == step and (step == settings.steps or early):
                 remedy = "set early_stopping.monitor=null" if early else "increase steps=N"
                 _logger.info("the run in %s is complete; to train it further, %s", out, remedy)
                 return results
@@ -141,6 +145,8 @@ def _train(settings: DictConfig, start: Path | None) -> dict[str, Any]:
                 raise RunError(
                     f"{found}; resume the run without it, or start a new run with init_from={out}."
                 ) from error
+            if type(error.__cause__) is ValueError:  # raised by a part of the trainer that has changed
+                raise RunError(f"{start} cannot be resumed: {error.__cause__}") from error
             advice = "to resume from the checkpoint before it, move it away"
             raise RunError(f"{start} cannot be loaded, so it may be damaged: {error}; {advice}.") from error
     elif settings.init_from is not None:
@@ -228,7 +234,7 @@ def _conclude(trainer: OfflineTrainer, task: Task, out: Path, stopped: str | Non
     """Log how the run ended, and return the results; write ``results.json`` if no signal ended the run."""
     steps, metrics = trainer.collected_frames, trainer.metrics
     results: dict[str, Any] = {"steps": steps, "behaviour": task.behaviour}
-    if "return" in metrics:
+    if task.env is not None and "return" in metrics:
         step = trainer.logged_at("return")
         results["final"] = {"mean": metrics["return"], "std": metrics["return_std"], "step": step}
     if (best := best_checkpoint(out / BEST)) is not None:
@@ -236,7 +242,9 @@ def _conclude(trainer: OfflineTrainer, task: Task, out: Path, stopped: str | Non
         monitor = kept["best_of"][0]
         results["best"] = {"mean": kept[monitor], "step": kept["optim_steps"], "metric": monitor}
     if stopped:
-        _logger.warning("stopped by %s after %d steps; resume with: torchrl-bcq train resume=%s", stopped, steps, out)
+        _logger.warning(
+            "stopped by %s after %d steps; resume with: torchrl-bcq train %s", stopped, steps, quote(f"resume={out}")
+        )
         return {**results, "stopped": stopped}
     if trainer._stop_reason:
         _logger.info("stopped early: %s", trainer._stop_reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,6 +14,8 @@ from torchrl.record.loggers import Logger, get_logger
 
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.files import write_whole
+
+_logger = logging.getLogger(__name__)
 
 CSV = "log"  # folder of the CSV log, inside the folder of the run
 _LOCAL = ("csv", "tensorboard")  # these loggers accept no arguments in logger_kwargs
@@ -41,9 +44,15 @@ class Loggers:
         return {kind: logger.state_dict() for kind, logger in self.loggers.items() if kind != "csv"}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore the state of each logger that is in ``state_dict``."""
+        """Restore the state of each logger that is in ``state_dict``; warn if a service now has another run."""
         for kind in state_dict.keys() & self.loggers.keys():
-            self.loggers[kind].load_state_dict(state_dict[kind])
+            try:
+                self.loggers[kind].load_state_dict(state_dict[kind])
+            except RuntimeError as error:  # the folder of the run was moved, and the id in W&B comes from its path
+                if "id" not in state_dict[kind]:
+                    raise
+                advice = f"to append to the earlier one, set logger_kwargs.{kind}.id={state_dict[kind]['id']}"
+                _logger.warning("%s continues in another run of its service (%s); %s", kind, error, advice)
 
     def close(self) -> None:
         """Close all loggers."""
@@ -68,6 +77,8 @@ def make_loggers(kinds: Sequence[str], out: Path, settings: Mapping[str, Any]) -
         if not isinstance(arguments, Mapping) or (arguments and kind in _LOCAL):
             expected = "no arguments" if kind in _LOCAL else f"arguments as logger_kwargs.{kind}.NAME=VALUE"
             raise RunError(f"logger_kwargs.{kind} is {arguments!r}, expected {expected}.")
+    if kinds and (unused := settings.keys() - {*kinds}):
+        _logger.warning("logger_kwargs has %s, which have no effect: logger is %s", sorted(unused), [*kinds])
     loggers = {}
     for kind in dict.fromkeys(kinds):
         try:

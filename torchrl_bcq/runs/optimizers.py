@@ -32,6 +32,9 @@ def make_scheduler(
     name: str, optimizer: Optimizer, *, scheduler: str | None = None, scheduler_kwargs: Mapping[str, Any] = _EMPTY
 ) -> lr_scheduler.LRScheduler | None:
     """Make a learning-rate scheduler of the class named ``scheduler``; return None if no class is named."""
+    if scheduler is None and scheduler_kwargs:
+        found = f"optim.scheduler_kwargs or optim.{name}.scheduler_kwargs is set, but there is no scheduler"
+        raise RunError(f"{found}; set optim.scheduler or optim.{name}.scheduler, too.")
     if scheduler is None:
         return None
     base = lr_scheduler.LRScheduler
@@ -55,6 +58,11 @@ def make_stepper(loss: OfflineLoss, **optim: Any) -> OfflineOptimizationStepper:
     network, the entry holds arguments of ``make_optimizer`` and ``Schedule`` for this network.
     """
     optimizers, schedules = {}, {}
+    unset = (None, {}, *(default for _, default in settings_of(Schedule).values()))
+    for name, own in optim.items():
+        changed = [key for key, value in own.items() if value not in unset] if isinstance(own, Mapping) else []
+        if changed and f"{name}_network" in loss.network_arguments() and name not in loss.trainable_names:
+            raise RunError(f"optim.{name}.{changed[0]} has no effect, because {name} does not learn; leave it out.")
     for name in loss.trainable_names:
         settings = _of_network(optim, name)
         parameters = getattr(loss, f"{name}_network_params").parameters()

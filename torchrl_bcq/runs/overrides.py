@@ -126,10 +126,13 @@ def check_name(name: str, known: Sequence[str]) -> None:
         raise RunError(f"there is no setting {name}; {advice}")
 
 
-def set_value(settings: DictConfig, name: str, value: Any) -> None:
-    """Set a setting; raise a RunError if it cannot have this value. An unknown name raises OmegaConf's errors."""
+def set_value(settings: DictConfig, name: str, value: Any, *, merge: bool = True) -> None:
+    """Set a setting; raise a RunError if it cannot have this value. An unknown name raises OmegaConf's errors.
+
+    A dictionary is merged into the current one, unless ``merge`` is False.
+    """
     try:
-        OmegaConf.update(settings, name, value)
+        OmegaConf.update(settings, name, value, merge=merge)
     except (ConfigAttributeError, ConfigKeyError):
         raise
     except OmegaConfBaseException as error:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -28,8 +29,7 @@ from torchrl_bcq.version import __version__
 
 AUTO = "auto"  # value of algorithm: chosen by the actions of the dataset
 FILE = "config.yaml"  # name of the settings file in the folder of a run
-# A resumed run may change these settings. The path of the dataset may change, but not its contents: checkpoints hold a
-# digest of the contents. The settings of the action bounds may change, but not the bounds.
+# a resumed run may change these settings, but neither the contents of the dataset nor the bounds of the actions
 FREE = {"steps", "out", "resume", "progress_bar", "threads", "device", "root", "dataset", "reader", "compile",
         "precision", "cudagraph", "baseline", "evaluation", "checkpoint", "early_stopping", "logger", "logger_kwargs",
         "policy", "action_low", "action_high", "n_actions"}  # fmt: skip
@@ -159,7 +159,7 @@ def _override(values: dict[str, Any]) -> DictConfig:
         if not (isinstance(value, dict) or name.startswith(free)):
             _check_name(name, [*known], settings.algorithm)
         try:
-            set_value(settings, name, value)
+            set_value(settings, name, value, merge=value != {} or f"{name}." not in free)  # {} empties it
         except (ConfigAttributeError, ConfigKeyError) as error:
             _check_name(str(error.full_key or name), [*known], settings.algorithm)
             raise
@@ -296,5 +296,5 @@ def check_resumable(now: DictConfig, saved: DictConfig, run: Path) -> None:
     ]
     if differing:
         found = f"{run} cannot be resumed with changed settings: {'; '.join(differing)}"
-        old = f"To resume the run with its saved settings: torchrl-bcq train resume={run}"
-        raise RunError(f"{found}. {old}. Or {remedy}; add init_from={run} to start with its networks.")
+        old = f"To resume the run with its saved settings: torchrl-bcq train {quote(f'resume={run}')}"
+        raise RunError(f"{found}. {old}. Or {remedy}; add {quote(f'init_from={run}')} to start with its networks.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import shutil
 from pathlib import Path
 
 from tensordict import TensorDictBase
@@ -11,6 +13,8 @@ from torchrl.trainers.trainers import TrainerHookBase
 
 from torchrl_bcq.trainers.checkpoints import tidy_rotation
 from torchrl_bcq.trainers.offline import OfflineTrainer
+
+_logger = logging.getLogger(__name__)
 
 
 class KeepBest(TrainerHookBase):
@@ -25,6 +29,8 @@ class KeepBest(TrainerHookBase):
         mode: ``"max"`` if larger values are better, ``"min"`` if smaller values are better.
         wait_for: number of gradient steps at the start in which the metric is ignored. This helps, for example, with
             the TD error, because the TD error of untrained critics is misleadingly small.
+        measured_as: description of how the metric is measured. If the best checkpoint has another description, its
+            score cannot be compared, so the next checkpoint replaces it.
 
     Usage: ``KeepBest("run/best", "return").register(trainer)``, after the hook that logs the metric is registered.
 
@@ -32,11 +38,21 @@ class KeepBest(TrainerHookBase):
         ValueError: if ``mode`` is neither ``"max"`` nor ``"min"``.
     """
 
-    def __init__(self, directory: str | Path, monitor: str = "return", mode: str = "max", *, wait_for: int = 0) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        monitor: str = "return",
+        mode: str = "max",
+        *,
+        wait_for: int = 0,
+        measured_as: str = "",
+    ) -> None:
         self.monitor = monitor
         self.wait_for = wait_for
+        self.measured_as = measured_as
         self.rotation = CheckpointRotation(directory, keep_last=1, keep_best=(monitor, mode))
         self._trainer: OfflineTrainer | None = None
+        self._started_at = 0  # gradient steps before the current call of ``train``
 
     def __call__(self, batch: TensorDictBase | None = None) -> None:
         """Write a checkpoint if the metric was logged at this step and its value is the best so far."""
@@ -46,12 +62,26 @@ class KeepBest(TrainerHookBase):
         value, step = trainer.metrics[self.monitor], trainer.collected_frames
         if step < max(self.wait_for, 1) or not math.isfinite(value):
             return
+        outdated = None
         if (best := self.rotation.best()) is not None:
-            score = Checkpoint.manifest(best)["metadata"][self.monitor]
-            if value <= score if self.rotation.keep_best[1] == "max" else value >= score:
+            kept = Checkpoint.manifest(best)["metadata"]
+            score = kept[self.monitor]
+            if kept.get("measured_as", self.measured_as) != self.measured_as:
+                if step == self._started_at:
+                    return  # this value may have been measured before the resume
+                outdated = best
+            elif value <= score if self.rotation.keep_best[1] == "max" else value >= score:
                 return
         metadata = {**trainer._checkpoint_manifest_metadata(), self.monitor: value, "best_of": self.rotation.keep_best}
-        trainer.write_checkpoint(lambda: self.rotation.save(trainer.checkpoint, step=step, metadata=metadata))
+        metadata["measured_as"] = self.measured_as
+
+        def save() -> None:
+            written = self.rotation.save(trainer.checkpoint, step=step, metadata=metadata)
+            if outdated not in (None, written):
+                _logger.warning("%s is now measured in another way, so %s is replaced.", self.monitor, outdated)
+                shutil.rmtree(outdated)
+
+        trainer.write_checkpoint(save)
 
     def register(self, trainer: OfflineTrainer, name: str = "keep_best") -> None:
         """Register the hook with a trainer."""
@@ -60,8 +90,12 @@ class KeepBest(TrainerHookBase):
         tidy_rotation(self.rotation.directory)
         self._trainer = trainer
         # also check the metric at the start: an earlier run may have stopped before its last check
-        trainer.register_op("setup", self)
+        trainer.register_op("setup", self._start)
         trainer.register_op("post_steps_log", self)
+
+    def _start(self) -> None:
+        self._started_at = 0 if self._trainer is None else self._trainer.collected_frames
+        self()
 
 
 def best_checkpoint(directory: Path) -> Path | None:

@@ -233,6 +233,40 @@ def test_time_limit_of_one_step_leaves_nothing_without_next_observations(tmp_pat
     )
 
 
+def test_ends_inside_the_time_limit_are_warned_of(form, caplog):
+    """The first episode, of rows 0 to 3, ends in a final state, the second after row 8, the third after row 11."""
+    write, load = form
+    path = write(steps(without=["truncated"], terminated=np.arange(12) == 3))
+    load(path, max_episode_steps=5)
+    assert not caplog.messages
+    load(path, max_episode_steps=7)
+    (message,) = caplog.messages
+    assert "the next observation differs from the observation of the next row in 1 row (first: 8). If ep" in message
+    assert "leave max_episode_steps out: then the next observations show the ends of episodes." in message
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("episode_terminals", [0, 1, 0, 0]), ("episode_starts", [1, 0, 1, 0]), ("lengths", [2, 2])]
+)
+def test_a_group_of_several_episodes_is_refused(tmp_path, name, values):
+    fields = steps(D4RL, without=["truncated"])
+    path = write_hdf5(tmp_path / "d.hdf5", {f"run_0/{field}": value[:4] for field, value in fields.items()})
+    load_hdf5(path)
+    with h5py.File(path, "a") as file:
+        file[f"run_0/{name}"] = np.array(values)
+    assert refusal(load_hdf5, path) == (
+        f"d.hdf5: episode 0 (counted from 0) holds several episodes, as its entry {name} shows; store each episode "
+        "in a group of its own, or all steps outside of groups."
+    )
+
+
+def test_a_single_flag_of_a_group_is_refused(tmp_path):
+    fields = {f"episode_0/{field}": value[:4] for field, value in steps(D4RL).items()}
+    path = write_hdf5(tmp_path / "d.hdf5", {**fields, "episode_0/terminals": True})
+    message = "d.hdf5: episode 0 (counted from 0): terminated is one value, expected one for each step."
+    assert refusal(load_hdf5, path) == message
+
+
 def test_time_outs_in_the_file_override_a_time_limit(form):
     write, load = form
     same(load(write(steps(D4RL)), max_episode_steps=2), from_arrays(**STEPS))

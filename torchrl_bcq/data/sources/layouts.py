@@ -239,7 +239,17 @@ def _cut_off(steps: Columns) -> np.ndarray:
 def _end_episode(episode: Columns, number: int) -> Columns:
     """Return the episode with one state per step, and whether each step has no next state."""
     fields = {name: values for name, values in episode.items() if name not in WAYS[1:] and name != "lengths"}
+    if single := [name for name, values in fields.items() if not np.ndim(values)]:
+        raise DatasetError(f"episode {number} (counted from 0): {single[0]} is one value, expected one for each step.")
     steps = len(fields["actions"])
+    ends = {"episode_terminals": slice(-1), "episode_starts": slice(1, None)}
+    inside = [name for name, rows in ends.items() if name in episode and np.any(np.ravel(episode[name])[rows] == 1)]
+    if inside or np.size(episode.get("lengths", 0)) > 1:
+        shows = [*inside, "lengths"][0]
+        raise DatasetError(
+            f"episode {number} (counted from 0) holds several episodes, as its entry {shows} shows; store each episode "
+            "in a group of its own, or all steps outside of groups."
+        )
     if "groups" in fields:  # one group for each step, or one for the whole episode
         groups = np.ravel(fields["groups"]).astype(object)
         fields["groups"] = np.repeat(groups, steps) if len(groups) == 1 else groups

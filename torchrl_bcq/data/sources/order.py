@@ -9,6 +9,7 @@ import numpy as np
 
 from torchrl_bcq.data.checks import Columns
 from torchrl_bcq.data.defects import Rows, listed
+from torchrl_bcq.data.frame_store import equal_rows
 from torchrl_bcq.data.transitions import with_successors
 from torchrl_bcq.errors import DatasetError, remedy
 
@@ -37,9 +38,10 @@ def check_limit(max_episode_steps: int | None) -> None:
 def cut_at_limit(chunks: Iterator[Columns], max_episode_steps: int | None, *, report: bool = True) -> Iterator[Columns]:
     """Yield the chunks. A missing ``truncated`` is computed from ``max_episode_steps``, if this is set.
 
-    If ``report`` is true, a time limit that has no effect causes a warning.
+    If ``report`` is true, a warning is logged if the time limit has no effect, or if the next observations show other
+    ends of episodes.
     """
-    steps = 0  # number of steps of the current episode in earlier chunks
+    steps, start, apart = 0, 0, Rows()  # steps: number of steps of the current episode in earlier chunks
     for number, chunk in enumerate(chunks):
         if "truncated" in chunk and max_episode_steps is not None and report and not number:
             _logger.warning("max_episode_steps has no effect, because the file says where episodes were cut off.")
@@ -60,8 +62,20 @@ def cut_at_limit(chunks: Iterator[Columns], max_episode_steps: int | None, *, re
         starts = np.where(np.roll(ends, 1), row, -steps)
         starts[:1] = -steps
         step = row - np.maximum.accumulate(starts) + 1  # rows since the last terminated row, including this row
-        yield {**chunk, "truncated": ~ends & (step % max_episode_steps == 0)}
+        truncated = ~ends & (step % max_episode_steps == 0)
+        now, after = (np.asarray(chunk.get(name, ())) for name in ("observations", "next_observations"))
+        if len(ends) > 1 and now.shape == after.shape and len(now) == len(ends):
+            apart.add(~(equal_rows(now[1:], after[:-1]) | (ends | truncated)[:-1]), start)
+        yield {**chunk, "truncated": truncated}
+        start += len(ends)
         steps = int(step[-1]) if len(step) and not ends[-1] else 0
+    if apart.count and report:
+        advice = remedy("leave max_episode_steps out", "leave reader.max_episode_steps out")
+        _logger.warning(
+            "inside an episode of max_episode_steps, the next observation differs from the observation of the next row "
+            "in %s. If episodes end there, %s: then the next observations show the ends of episodes.",
+            *(apart, advice),
+        )
 
 
 def in_order(chunks: Iterator[dict[str, np.ndarray]]) -> Iterator[Columns]:
