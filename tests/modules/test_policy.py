@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import nn
 from torchrl.envs import GymEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -328,3 +328,26 @@ def test_latents_of_the_caller_in_chunks(modules, make_batch):
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         own = whole.latents.expand(7, -1, -1)
         assert torch.equal(whole(states.clone(), latents=own)["action"], whole(states.clone())["action"])
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_critics_of_your_own_write_one_value_for_each_candidate(modules, make_batch, width):
+    """Two values would choose each of the two action dimensions from another candidate."""
+
+    class Own(TensorDictModuleBase):
+        in_keys, out_keys = ["observation", "action"], ["value"]
+
+        def forward(self, tensordict):
+            return tensordict.set("value", torch.zeros(*tensordict.batch_size, width))
+
+        first = forward
+
+    policy, states = BCQPolicy(modules[0], None, Own()), make_batch(5).select("observation")
+    if width == 1:
+        assert policy(states)["action"].shape == (5, 2)
+    else:
+        message = (
+            rf"critics write values of shape \(5, 100, {width}\), expected one value for each of the candidates \(5, 10"
+        )
+        with pytest.raises(ValueError, match=message):
+            policy(states)

@@ -98,6 +98,16 @@ class Scaled(TensorDictModule):
         return written.set("state_action_value", 100 * written["state_action_value"])
 
 
+def test_layers_that_are_inserted_later_are_called(make_batch):
+    ensemble, batch = QEnsemble([critic(), critic()]), make_batch(7)
+    for one in ensemble.critics:
+        one.module.insert(1, nn.BatchNorm1d(16))
+    torch.testing.assert_close(ensemble(batch.clone())["state_action_value"], one_by_one(ensemble.critics, batch))
+    only_one = QEnsemble([critic(), critic()])
+    only_one.critics[1].module[1] = nn.Tanh()
+    torch.testing.assert_close(only_one(batch.clone())["state_action_value"], one_by_one(only_one.critics, batch))
+
+
 def test_subclasses_of_layers_and_critics_are_called(make_batch):
     batch, halves = make_batch(6), [critic(activation=Half) for _ in range(2)]
     halves[1].module[1].factor = 100.0

@@ -283,7 +283,7 @@ def test_an_actor_with_batch_norm_acts_on_rows(modules, make_batch, latent):
     actor = TensorDictModule(Normalized(2), ["observation", "action"], ["action"], inplace=False)
     loss, batch = loss_of(modules[0], actor, modules[2]), make_batch(6)
     loss.actor_loss(batch)
-    with pytest.raises(ValueError, match=r"size \(2, 3\), but the behaviour model or the actor has BatchNorm"):
+    with pytest.raises(ValueError, match=r"size \(2, 3\), but a network has BatchNorm"):
         loss.actor_loss(make_batch(2, 3))
     actor.eval()
     assert loss.qvalue_loss(batch[:0], latent[:0])[1]["target_value"].shape == (0,)

@@ -104,3 +104,19 @@ def test_training_recovers_a_linear_policy():
     torch.testing.assert_close(network.weight.detach(), rule, rtol=0, atol=1e-3)
     torch.testing.assert_close(network.bias.detach(), torch.zeros(2), rtol=0, atol=1e-3)
     assert trainer.metrics.keys() == {"loss_actor"}
+
+
+def test_the_mode_of_the_loss_is_that_of_its_network(batch):
+    network = DeterministicActor(nn.Sequential(nn.Linear(1, 2), nn.Dropout(0.5)), ACTION_SPEC)
+    loss = CloningLoss(network)
+    for mode in (False, True):
+        assert loss.train(mode).training == network.training == network.network[1].training == mode
+
+
+def test_batch_norm_with_a_time_dimension_is_refused():
+    """With as many steps as features, BatchNorm would take the steps for channels."""
+    layers = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    loss, batch = CloningLoss(DeterministicActor(layers, ACTION_SPEC)), random_transitions(64)
+    loss(batch)
+    with pytest.raises(ValueError, match=r"the batch has size \(8, 8\), but a network has BatchNorm, which needs"):
+        loss(batch.reshape(8, 8))

@@ -15,7 +15,7 @@ from torchrl.data.replay_buffers import LazyTensorStorage
 from torchrl.objectives import HardUpdate, SoftUpdate
 from torchrl.objectives.utils import ValueEstimators
 
-from torchrl_bcq import DiscreteBCQLoss
+from torchrl_bcq import DiscreteBCQLoss, MultiHeadNetwork
 
 from ..conftest import skip_without_extension
 from .conftest import NUM_ACTIONS, discrete_modules, make_loss, with_updater
@@ -494,3 +494,16 @@ def test_compiles_as_one_graph(make_batch, name):
     torch.testing.assert_close(value, eager)
     torch.testing.assert_close(compiled_metadata, metadata)
     torch.testing.assert_close({k: p.grad for k, p in loss.named_parameters() if p.grad is not None}, expected)
+
+
+def test_batch_norm_with_a_time_dimension_is_refused():
+    value = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    network = MultiHeadNetwork({"action_value": value, "imitation_logits": nn.Linear(3, 2)}, Categorical(2))
+    flags = {name: torch.zeros(4, 2, 1, dtype=torch.bool) for name in ("done", "terminated")}
+    after = {"observation": torch.rand(4, 2, 3), "reward": torch.rand(4, 2, 1), **flags}
+    batch = TensorDict({"observation": torch.rand(4, 2, 3), "action": torch.ones(4, 2).long(), "next": after}, [4, 2])
+    loss = DiscreteBCQLoss(network)
+    SoftUpdate(loss, tau=0.1)
+    loss(batch.reshape(-1))
+    with pytest.raises(ValueError, match=r"the batch has size \(4, 2\), but a network has BatchNorm"):
+        loss(batch)

@@ -6,11 +6,13 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.record.loggers import CSVLogger
 
+from torchrl_bcq import OfflineOptimizationStepper
 from torchrl_bcq.trainers.checkpoints import LoggerState, make_checkpoint, tidy, tidy_rotation
 
 from .conftest import assert_same_run, make_trainer, weights
@@ -176,6 +178,21 @@ def test_state_is_flushed_before_the_checkpoint_is_renamed(tmp_path, monkeypatch
 
 
 # the logger
+
+
+def test_numbers_of_numpy_are_restored(make_batch, tmp_path):
+    def stepper(loss):
+        return OfflineOptimizationStepper.adam(loss, lr=np.logspace(-4, -3, 3)[1])
+
+    make_trainer(make_batch(50), stepper=stepper, save_trainer_file=tmp_path / "checkpoint").train()
+    state = torch.load(next(tmp_path.rglob("*stepper*/state.pt")), weights_only=True)
+    assert state["optimizers"]["vae"]["param_groups"][0]["lr"] == pytest.approx(10**-3.5)
+
+
+def test_a_state_that_could_not_be_loaded_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"the state of Value holds objects of \['pathlib.*which a checkpoint cannot"):
+        save(tmp_path / "checkpoint", Path("x"))
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_logged_values_are_not_in_the_checkpoint(tmp_path):

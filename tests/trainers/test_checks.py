@@ -8,7 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.optim import Adam
-from torchrl.data import PrioritizedSampler, ReplayBuffer, TensorDictReplayBuffer, TensorStorage
+from torchrl.data import (
+    PrioritizedSampler,
+    ReplayBuffer,
+    ReplayBufferEnsemble,
+    TensorDictReplayBuffer,
+    TensorStorage,
+)
 from torchrl.trainers.trainers import DefaultOptimizationStepper
 
 from torchrl_bcq import (
@@ -82,6 +88,14 @@ def test_a_buffer_without_priorities_from_batches_is_refused(modules, make_batch
     buffer = ReplayBuffer(storage=TensorStorage(make_batch(50)), sampler=PrioritizedSampler(50, 0.7, 0.5))
     with pytest.raises(ValueError, match="a ReplayBuffer does not update priorities from batches; use a TensorDict"):
         check_buffer(BCQLoss(*modules), buffer)
+
+
+def test_an_ensemble_of_buffers_is_refused(make_batch):
+    buffers = (make_replay_buffer(make_batch(50), batch_size=16) for _ in range(2))
+    with pytest.raises(
+        ValueError, match="checkpoints cannot hold a ReplayBufferEnsemble; put all transitions into one"
+    ):
+        make_trainer(None, buffer=ReplayBufferEnsemble(*buffers, batch_size=16))
 
 
 def test_a_buffer_that_prefetches_is_warned_of(make_batch):

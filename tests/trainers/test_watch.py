@@ -9,6 +9,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
+from torchrl.data import ListStorage, TensorDictReplayBuffer
 
 from torchrl_bcq import BCQTrainer, make_replay_buffer
 from torchrl_bcq.trainers.watch import LossWatch, check_parameters
@@ -89,20 +90,38 @@ def test_steps_before_a_resume_are_counted(make_batch, tmp_path):
         second.train()
 
 
-@pytest.mark.parametrize("sampler", ["without_replacement", "prioritized"])
-def test_rows_of_other_samplers(make_batch, sampler):
+@pytest.mark.parametrize(("sampler", "seed"), [("without_replacement", 0), ("prioritized", 0), ("prioritized", None)])
+def test_rows_of_other_samplers(make_batch, sampler, seed):
     """A NaN priority makes the prioritised sampler fail; the message names the loss nevertheless."""
     transitions = make_batch(40)
     transitions["next", "reward"][7] = 1e38
     if sampler == "prioritized":
         skip_without_extension()
-    buffer = make_replay_buffer(transitions, batch_size=16, seed=0, sampler=sampler)
+    buffer = make_replay_buffer(transitions, batch_size=16, seed=seed, sampler=sampler)
     trainer = make_trainer(None, 100, buffer=buffer, log_interval=100)
     rows = drawn_rows(trainer)
     with pytest.raises(FloatingPointError) as caught:
         trainer.train()
     first = next(step for step, drawn in enumerate(rows, 1) if 7 in drawn)
     assert f"qvalue_loss is inf in gradient step {first}, on the {len(rows[first - 1])} rows" in str(caught.value)
+
+
+def test_rows_of_a_list_are_written(make_batch, tmp_path):
+    buffer = TensorDictReplayBuffer(storage=ListStorage(50), batch_size=16)
+    buffer.extend(make_batch(50))
+    trainer = make_trainer(None, buffer=buffer, save_trainer_file=tmp_path / "checkpoint")
+    break_loss(trainer, "vae_loss", 3)
+    with pytest.raises(FloatingPointError, match="vae_loss is nan in gradient step 3, on the 16 rows"):
+        trainer.train()
+    assert torch.load(tmp_path / "not-finite-3.pt", weights_only=True)["action"].shape == (16, 2)
+
+
+def test_a_metric_with_several_numbers_is_left_out(make_batch, tmp_path):
+    trainer = make_trainer(make_batch(50), save_trainer_file=tmp_path / "checkpoint")
+    trainer.register_op("post_steps_log", lambda _: {"histogram": torch.zeros(3), "score": torch.ones(1)})
+    trainer.train()
+    assert trainer.metrics["score"] == 1
+    assert "histogram" not in trainer.metrics
 
 
 def test_without_a_folder_nothing_is_written(make_batch, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from tensordict.utils import NestedKey
 from torchrl.data import Categorical, OneHot, TensorSpec
 
 from torchrl_bcq.bounds import action_bounds
@@ -23,6 +24,8 @@ def make_fqe_modules(
     *,
     hidden: Sequence[int] = (256, 256),
     num_critics: int = 3,
+    action_key: NestedKey = "action",
+    action_mask_key: NestedKey = "action_mask",
     normalization: Normalization | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -30,7 +33,8 @@ def make_fqe_modules(
     """Build the critics of fitted Q evaluation: ReLU MLPs, behind convolutions if there are frames.
 
     Args:
-        observation_spec, device, dtype: as in ``make_bcq_modules`` or ``make_discrete_bcq_modules``.
+        observation_spec, action_key, action_mask_key, device, dtype: as in ``make_bcq_modules`` or
+            ``make_discrete_bcq_modules``.
         action_spec: spec of one action: a bounded vector ``[A]``, ``Categorical`` or ``OneHot``.
         hidden: sizes of the hidden layers of each critic.
         num_critics: number of critics, which differ in their initial weights.
@@ -54,10 +58,10 @@ def make_fqe_modules(
     if num_critics < 1:
         raise ValueError(f"num_critics is {num_critics}, expected at least 1.")
     if isinstance(action_spec, (Categorical, OneHot)):
-        scoring = DiscreteNetworkBuilder(observation_spec, action_spec, "action_mask", normalization, device, dtype)
+        scoring = DiscreteNetworkBuilder(observation_spec, action_spec, action_mask_key, normalization, device, dtype)
         heads = {f"{_VALUE}_{i}": scoring.value_head(hidden, (512,)) for i in range(num_critics)}
-        return scoring.network(heads, "action")
+        return scoring.network(heads, action_key)
     networks = NetworkBuilder(observation_leaves(observation_spec), normalization, device, dtype)
     low, high = (bound.double() for bound in action_bounds(networks.bounded(action_spec)))
     action_input = (high + low) / 2, (high - low) / 2
-    return networks.place(networks.critics(num_critics, hidden, action_input, "action", _VALUE))
+    return networks.place(networks.critics(num_critics, hidden, action_input, action_key, _VALUE))

@@ -183,6 +183,10 @@ class BCQPolicy(Policy):
         value = critics(candidates).get(self.critics.out_keys[-1])  # [N, n, 1], or [N, n, C]
         if self.mixes_rows:
             actions, value = (each.reshape(number, n, each.shape[-1]) for each in (actions, value))
+        if value.shape[:-1] != actions.shape[:-1] or (self.choose_by == "first" and value.shape[-1] != 1):
+            one = "one value" if self.choose_by == "first" else "the values of the critics"
+            found = f"the critics write values of shape {tuple(value.shape)}"
+            raise ValueError(f"{found}, expected {one} for each of the candidates {tuple(actions.shape[:-1])}.")
         value = _CHOICES[self.choose_by](value)
         best = value.argmax(1, keepdim=True)  # [N, n, 1] -> [N, 1, 1]
         out = {self.vae.action_key: actions.gather(1, best.expand(-1, -1, actions.shape[-1])).squeeze(1)}

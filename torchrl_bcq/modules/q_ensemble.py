@@ -55,6 +55,8 @@ class QEnsemble(TensorDictModuleBase):
     Source: arXiv:1812.02900, eq. 13.
     """
 
+    flattens_rows = True  # critics with BatchNorm get a flat batch
+
     def __init__(self, critics: Sequence[TensorDictModuleBase]) -> None:
         """Build the ensemble from its critics."""
         super().__init__()
@@ -63,12 +65,13 @@ class QEnsemble(TensorDictModuleBase):
         self.in_keys = list(critics[0].in_keys)
         self.out_keys = [critics[0].out_keys[-1]]
         self._batched = len(critics) > 1 and _are_equal_mlps(critics)
+        self._layers = [type(layer) for layer in critics[0].module] if self._batched else []
         self._have_batch_norm = [has_batch_norm(critic) for critic in critics]
 
     @accepts_tensors
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the value of each critic, ``[*B, C]``."""
-        if self._batched and not _have_hooks(self.critics):
+        if self._batched and _are_unchanged(self.critics, self._layers):
             inputs = torch.cat([tensordict.get(key) for key in self.in_keys], -1)
             values = self._batched_values(inputs)
         else:
@@ -162,7 +165,9 @@ def _is_plain(critic: Any) -> bool:
     return isinstance(critic, TensorDictModule) and type(critic).forward is TensorDictModule.forward
 
 
-def _have_hooks(critics: Iterable[Any]) -> bool:
-    """Whether a critic or one of its layers has hooks, which the batched pass would not call."""
+def _are_unchanged(critics: Iterable[Any], layers: list[type]) -> bool:
+    """Whether all critics still have these layers, and no hooks, which the batched pass would not call."""
+    if any([type(layer) for layer in critic.module] != layers for critic in critics):
+        return False
     modules = (module for critic in critics for module in (critic, critic.module, *critic.module))
-    return any(getattr(module, kind) for module in modules for kind in _HOOKS)
+    return not any(getattr(module, kind) for module in modules for kind in _HOOKS)

@@ -16,7 +16,7 @@ from torch import Size, Tensor, autocast, dtype
 from torchrl.envs.utils import ExplorationType
 from torchrl.objectives.common import LossModule
 
-from torchrl_bcq.objectives.inputs import check_choice, check_state_dict, correct_batch_size, select_inputs
+from torchrl_bcq.objectives.inputs import check_choice, check_rows, check_state_dict, correct_batch_size, select_inputs
 from torchrl_bcq.objectives.ownership import RunOn, find_slots, follow_swapped_weights
 from torchrl_bcq.protocols import has_batch_norm
 
@@ -74,6 +74,7 @@ class OfflineLoss(LossModule):
         priority: NestedKey = "td_error"
         priority_weight: NestedKey = "priority_weight"
 
+    _like: Tensor
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
     target_dtype: dtype | None = None  # autocast to this dtype while targets are computed; None adds no autocast
@@ -127,8 +128,7 @@ class OfflineLoss(LossModule):
     def network_arguments(cls) -> list[str]:
         """List the constructor's arguments ``{name}_network``. If there are none, list those of a base class."""
         signatures = (inspect.signature(vars(each).get("__init__", object.__init__)).parameters for each in cls.__mro__)
-        found = ([name for name in parameters if name.endswith("_network")] for parameters in signatures)
-        return next(filter(None, found), [])
+        return next(filter(None, ([name for name in names if name.endswith("_network")] for names in signatures)), [])
 
     @property
     def networks(self) -> tuple[Any, ...]:
@@ -164,7 +164,9 @@ class OfflineLoss(LossModule):
 
     def select(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Check a batch and return its observations and actions ``[*B, A]``, with the batch size ``*B``."""
-        return self._select(tensordict, self._state_action_keys)
+        batch = self._select(tensordict, self._state_action_keys)
+        check_rows(batch, self.networks)
+        return batch
 
     def _select(self, tensordict: TensorDictBase, keys: list[NestedKey], **outcome: Any) -> TensorDictBase:
         keywords = {"action_key": self.tensor_keys.action, "dtype": self._like.dtype, "batch_of": self._batch_of}
@@ -220,6 +222,12 @@ class OfflineLoss(LossModule):
         check_state_dict(self.state_dict(), state_dict, prefix, strict=strict)  # tensordict would ignore other names
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *found)
 
+    def train(self, mode: bool = True):
+        """Set the mode of the loss and of its networks, such as that of dropout layers."""
+        for network in filter(None, self.networks):
+            network.train(mode)
+        return super().train(mode)
+
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn)
         self._bind()
@@ -247,16 +255,8 @@ class OfflineLoss(LossModule):
                 self._targets[name] = target._param_td, find_slots(target, network)
         if (first := next(self.parameters(), None)) is None:
             raise ValueError("no network of the loss has parameters, so there is nothing to learn.")
-        self._first = (first,)  # a tuple: otherwise nn.Module would register this parameter a second time
+        self.__dict__["_like"] = first  # its dtype and device; setattr would register it a second time
         self.mixes_rows = has_batch_norm(*(getattr(self, f"{name}_network") for name in self.network_names))
-
-    @property
-    def _like(self) -> Tensor:
-        """The first parameter, whose dtype and device the loss uses for new tensors."""
-        return self._first[0]
-
-    def _has_swapped_weights(self) -> bool:
-        return any(self._modules[f"{name}_network_params"]._param_td is not own for name, (own, _) in self._own.items())
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -278,7 +278,7 @@ class OfflineLoss(LossModule):
 
     @property
     def _observation_keys(self) -> list[NestedKey]:
-        read = [getattr(net, "observation_keys", None) or net.in_keys for net in self.networks if net is not None]
+        read = [getattr(net, "observation_keys", getattr(net, "in_keys", ())) for net in filter(None, self.networks)]
         keys = dict.fromkeys(key for keys in [*read, self._other_state_keys()] for key in keys)
         return [key for key in keys if key != self.tensor_keys.action]
 

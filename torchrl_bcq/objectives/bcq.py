@@ -15,7 +15,6 @@ from torchrl_bcq.protocols import (
     GenerativeModel,
     check_networks,
     decode_action,
-    has_batch_norm,
     perturb_action,
 )
 
@@ -103,13 +102,12 @@ class BCQLoss(ValueLoss):
         )
         self.delay_actor = delay_actor and actor_network is not None
         self.delay_qvalue = delay_qvalue
-        self.needs_rows = has_batch_norm(vae_network, actor_network)
         self.lmbda = lmbda
         self.num_target_samples = num_target_samples
 
     def vae_loss(self, tensordict: TensorDictBase, noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the behaviour model's loss and metadata. If ``noise`` is None, the model draws what it needs."""
-        batch = self._select_rows(tensordict)
+        batch = self.select(tensordict)
         recorded = batch.get(self.tensor_keys.action)
         loss, metadata = self.vae_network.training_loss(batch, noise=noise)
         if batch.get(self.tensor_keys.action) is not recorded:
@@ -131,7 +129,7 @@ class BCQLoss(ValueLoss):
         """Return the loss ``-Q_1`` of perturbed actions. If their ``latent [*B, L]`` is None, draw it."""
         if self.actor_network is None:
             raise ValueError("there is no actor_loss, because actor_network is None; pass a network to BCQLoss.")
-        batch = self._select_rows(tensordict)
+        batch = self.select(tensordict)
         with torch.no_grad():
             sampled = self._sample(batch.select(*self._observation_keys), latent)
         perturbed = perturb_action(self.actor_network, sampled)
@@ -142,16 +140,6 @@ class BCQLoss(ValueLoss):
     def value(self, tensordict: TensorDictBase) -> Tensor:
         """Return the first critic's values of state-action pairs, ``[*B]``."""
         return self._first_critic(tensordict.select(*self.qvalue_network.in_keys))
-
-    def _select_rows(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Return the states and actions. Raise a ValueError if BatchNorm would take a time dimension for channels."""
-        batch = self.select(tensordict)
-        if batch.ndim != 1 and self.needs_rows:
-            raise ValueError(
-                f"the batch has size {tuple(batch.shape)}, but the behaviour model or the actor has BatchNorm, which "
-                "needs a flat batch [B]; reshape the batch, or use LayerNorm."
-            )
-        return batch
 
     @torch.no_grad()
     def _target_value(self, batch: TensorDictBase, latent: Tensor | None) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
+
+from torchrl_bcq.protocols import has_batch_norm
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
@@ -20,6 +22,15 @@ def check_gamma(gamma: float, name: str = "gamma") -> None:
     """Raise a ValueError if a discount or a decay is out of range."""
     if not 0 <= gamma <= 1:
         raise ValueError(f"{name} is {gamma}, expected a number from 0 to 1.")
+
+
+def check_rows(batch: TensorDictBase, networks: Iterable[Any]) -> None:
+    """Raise a ValueError if BatchNorm of a network would take a time dimension for channels."""
+    if batch.ndim != 1 and any(has_batch_norm(net) for net in networks if not getattr(net, "flattens_rows", False)):
+        raise ValueError(
+            f"the batch has size {tuple(batch.shape)}, but a network has BatchNorm, which needs a flat batch [B]; "
+            "reshape the batch, or use LayerNorm."
+        )
 
 
 def select_inputs(

@@ -78,9 +78,10 @@ def follow_swapped_weights(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._has_swapped_weights():
+        current = {name: self._modules[f"{name}_network_params"] for name in self._own}
+        if all(params._param_td is self._own[name][0] for name, params in current.items()):
             return method(self, *args, **kwargs)
-        pairs = ((self._modules[f"{name}_network_params"], getattr(self, f"{name}_network")) for name in self._own)
+        pairs = ((params, getattr(self, f"{name}_network")) for name, params in current.items())
         with RunOn([slot for pair in pairs for slot in find_slots(*pair)]):
             return method(self, *args, **kwargs)
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torch.utils._pytree import tree_map_only
@@ -58,9 +59,14 @@ class WeightsOnlyAdapter(StateDictCheckpointAdapter):
         state = component.state_dict(*args, **kwargs)
         content = io.BytesIO()  # save to memory first: on a full disk, torch.save to a file raises no OSError
         written = tree_map_only(torch.Tensor, _own_memory, state)
+        written = tree_map_only(np.generic, lambda number: number.item(), written)  # their pickles cannot be loaded
         if hasattr(state, "_metadata"):  # copy the attribute that PyTorch adds to a module's state dict
             written._metadata = state._metadata
         torch.save(written, content)
+        content.seek(0)
+        if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(content):
+            found = f"the state of {type(component).__name__} holds objects of {unsafe}"
+            raise TypeError(f"{found}, which a checkpoint cannot restore; use numbers, texts and tensors.")
         with open(path / self.state_torch, "wb") as file:
             file.write(content.getbuffer())
             file.flush()
@@ -110,6 +116,22 @@ def damaged_checkpoints(directory: Path, after: str = "") -> list[str]:
     """Return the names, above ``after``, of the checkpoints in the folder of a rotation that cannot be read."""
     names = sorted(path.name for path in directory.glob("checkpoint-*") if not Checkpoint.is_checkpoint(path))
     return [name for name in names if name > after]
+
+
+class LastMetrics:
+    """Saves the last value of each metric of a trainer; hooks such as ``EarlyStopping`` need them."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the last values by name."""
+        return self._trainer.metrics
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Restore the values."""
+        for name, value in state_dict.items():
+            self._trainer._log_dict[name].append(value)
 
 
 class LoggerState:

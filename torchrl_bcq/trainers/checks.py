@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from torchrl.data import PrioritizedSampler, ReplayBuffer
+from torchrl.data import PrioritizedSampler, ReplayBuffer, ReplayBufferEnsemble
 from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.trainers.trainers import OptimizationStepper
 
@@ -55,7 +55,9 @@ def check_stepper(loss_module: OfflineLoss, stepper: OptimizationStepper, *, cap
 
 
 def check_buffer(loss_module: OfflineLoss, replay_buffer: ReplayBuffer) -> None:
-    """Raise a ValueError if the priority keys of loss and buffer differ; warn if the buffer prefetches."""
+    """Raise a ValueError if the buffer does not fit the loss, or cannot be saved; warn if the buffer prefetches."""
+    if isinstance(replay_buffer, ReplayBufferEnsemble):
+        raise ValueError("checkpoints cannot hold a ReplayBufferEnsemble; put all transitions into one replay buffer.")
     if isinstance(replay_buffer.sampler, PrioritizedSampler):
         if not hasattr(replay_buffer, "priority_key"):
             kind = type(replay_buffer).__name__

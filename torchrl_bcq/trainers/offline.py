@@ -17,7 +17,7 @@ from torchrl.record.loggers import Logger
 from torchrl.trainers.trainers import OptimizationStepper, ReplayBufferTrainer
 
 from torchrl_bcq.objectives import OfflineLoss
-from torchrl_bcq.trainers.checkpoints import LoggerState, make_checkpoint
+from torchrl_bcq.trainers.checkpoints import LastMetrics, LoggerState, make_checkpoint
 from torchrl_bcq.trainers.checks import check_buffer, check_stepper, check_updater
 from torchrl_bcq.trainers.distributed import Processes
 from torchrl_bcq.trainers.execution import Execution
@@ -44,9 +44,9 @@ class OfflineTrainer(ReplicatedTrainer):
             these steps in the progress bar and the logger. The trainer checks losses and writes checkpoints only at
             multiples of ``log_interval``, and when it stops.
         compile: whether to compile the losses with ``torch.compile``; or a mapping of arguments of ``torch.compile``,
-            such as ``{"mode": "max-autotune"}``. The first step of each network then takes up to a minute. Compiled
-            code draws other random numbers than uncompiled code, unless you pass ``{"options": {"fallback_random":
-            True}}``.
+            such as ``{"mode": "max-autotune-no-cudagraphs"}``. The first step of each network then takes up to a
+            minute. Compiled code draws other random numbers than uncompiled code, unless you pass ``{"options":
+            {"fallback_random": True}}``.
         precision: precision of matrix products. None keeps PyTorch's setting, which is float32 by default. The trainer
             passes ``"highest"``, ``"high"`` or ``"medium"`` to ``torch.set_float32_matmul_precision`` during training.
             The actual precision then depends on the PyTorch version and the processor. ``"highest"`` is float32.
@@ -195,12 +195,13 @@ class OfflineTrainer(ReplicatedTrainer):
             self.register_op("post_optim", hook)
         self.register_op("post_optim_complete_log", self._log_losses)
         self.register_op("setup", self._set_up)
-        self.register_module("metrics", _LastMetrics(self))
+        self.register_module("metrics", LastMetrics(self))
 
     @property
     def metrics(self) -> dict[str, float]:
         """Dictionary from the name of each metric to the last logged value of this metric."""
-        return {name: float(values[-1]) for name, values in self._log_dict.items() if values}
+        last = {name: values[-1] for name, values in self._log_dict.items() if values}
+        return {name: float(value) for name, value in last.items() if torch.as_tensor(value).numel() == 1}
 
     def logged_at(self, name: str) -> int | None:
         """Return the last gradient step at which this process logged the metric ``name``, or None."""
@@ -255,14 +256,21 @@ class OfflineTrainer(ReplicatedTrainer):
         """Draw a batch; if a stop was requested, raise ``StopIteration`` to end the log interval."""
         if self._stop_training:
             raise StopIteration
-        batch = self._replay.sample(interval)
+        try:
+            batch = self._replay.sample(interval)
+        except Exception as error:  # priorities that are not finite cannot be drawn from
+            if (at := self._watch.find()) is None:
+                raise
+            raise FloatingPointError(self._describe(at)) from error
         self._watch.next_step(batch)
         return batch
 
+    def _describe(self, place: int) -> str:
+        return self._watch.describe(place, self._checkpoint_folder, self._last_good)
+
     def _log_losses(self, optim_steps: int, average_losses: TensorDictBase | None) -> dict[str, Any] | None:
         """Check that the losses of the log interval are finite; then log their means over the interval."""
-        watch = self._watch
-        self._fail_together(watch.find(), lambda at: watch.describe(at, self._checkpoint_folder, self._last_good))
+        self._fail_together(self._watch.find(), self._describe)
         if average_losses is None or self._steps_left:
             return None  # log nothing yet: a resumed run completes this interval and logs it
         values = self.processes.mean(torch.stack([*average_losses.values()]))
@@ -283,17 +291,3 @@ class OfflineTrainer(ReplicatedTrainer):
         if self.progress_bar:
             losses_last = sorted(self._pbar_str, key=lambda name: (name.startswith("loss_"), name))
             self._pbar.set_postfix({name: f"{self._pbar_str[name]:.4g}" for name in losses_last})
-
-
-class _LastMetrics:
-    """Saves the last value of each metric in checkpoints; hooks such as ``EarlyStopping`` need them."""
-
-    def __init__(self, trainer: OfflineTrainer) -> None:
-        self._trainer = trainer
-
-    def state_dict(self) -> dict[str, float]:
-        return self._trainer.metrics
-
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        for name, value in state_dict.items():
-            self._trainer._log_dict[name].append(value)

@@ -58,7 +58,8 @@ class ReplicatedTrainer(Trainer):
 
     def load_from_file(self, file: str | Path, **kwargs: Any) -> Any:
         """Load a checkpoint of one or more processes; each process must call this method."""
-        self.processes.on_first(lambda: tidy(Path(file)))
+        if not Path(file).exists():  # a run may be writing beside an existing checkpoint
+            self.processes.on_first(lambda: tidy(Path(file)))
         super().load_from_file(file, **kwargs)
         self._ranks.restore(self.collected_frames)
         self._saved_at = self.collected_frames

@@ -134,7 +134,7 @@ class OfflineOptimizationStepper(OptimizationStepper):
                 clip(_parameters(optimizer), trainer.clip_norm)
             optimizer.step()
             logs[f"loss_{name}"] = loss.detach()
-            logs.update({key: value.detach().mean() for key, value in metadata.items()})
+            logs.update({key: value.detach().to(loss.dtype).mean() for key, value in metadata.items()})
         return logs
 
     def capture(self) -> None:

@@ -76,14 +76,15 @@ class LossWatch:
         target = folder / f"not-finite-{self._before + step}.pt"
         try:
             self._write(rows, target)
-        except OSError as error:
+        except Exception as error:  # a disk, or a storage of another kind; the loss is more important
             return f"{found} (the rows could not be written to {target}: {error})"
         command = f"{target} holds these rows; torchrl-bcq describe lists defects of a dataset"
         return f"{found}; {remedy(f'to inspect them, call torch.load({str(target)!r})', command)}"
 
     def _write(self, rows: Tensor, target: Path) -> None:
         content = io.BytesIO()
-        batch = gather_frames(self._buffer.storage[rows]).clone()
+        found = self._buffer.storage[rows]
+        batch = gather_frames(torch.stack(found) if isinstance(found, list) else found).clone()
         torch.save(batch.set("index", rows).cpu().to_dict(), content)
         with write_whole(target) as aside:
             aside.write_bytes(content.getbuffer())
