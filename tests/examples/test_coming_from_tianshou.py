@@ -68,7 +68,7 @@ CONTINUOUS_CLAIMS = {
         WEIGHTS,
         "trainer.collected_frames == 5 and not torch.equal(before, " + WEIGHTS + ")",
     ),
-    "`train(mode)`": (None, "not loss.training"),
+    "`train(mode)`": (None, "not any(layer.training for layer in loss.networks[0].modules())"),
     "`eval()`": (
         "(exec(ROW), action)[1]",
         "abs(action).max() <= 2 and action.shape == (400, 1) and (before == action).all()",
@@ -159,7 +159,7 @@ DISCRETE_CLAIMS = {
         WEIGHTS,
         "trainer.collected_frames == 5 and not torch.equal(before, " + WEIGHTS + ")",
     ),
-    "`train(mode)`": (None, "not loss.training"),
+    "`train(mode)`": (None, "not any(layer.training for layer in loss.networks[0].modules())"),
     "`eval()`": ("(exec(ROW), action)[1]", "action.shape == (400,) and (before == action).all()"),
     "`set_eps(eps)`, `set_eps_inference(eps)` (2.x)": (None, "policy.epsilon == 0.05"),
     "`exploration_noise(act, batch)`, `add_exploration_noise(act, batch)` (2.x)": (
