@@ -85,7 +85,8 @@ def test_commands(name, place, monkeypatch, capsys):
             small = [word for word in SMALL if not (discrete and "vae" in word)]
             small += ["evaluation.fqe_steps=4"] if "checkpoint.monitor=fqe" in words else []
             words += ["--cfg"] if "mujoco" in str(words) else [*FAST, *small]  # which would be downloaded
-        words += ["--episodes", "2"] if words[0] in ("evaluate", "rank") else []
+        has_env = name not in ("training", "use_the_policy")
+        words += ["--episodes", "2"] if words[0] == "rank" or (words[0] == "evaluate" and has_env) else []
         words += ["--steps", "2"] if words[0] == "rank" else []
         words += ["--steps", "200", "--overwrite"] if words[0] == "record" else []
         assert main(words) == 0, (words, capsys.readouterr().err)

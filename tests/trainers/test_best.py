@@ -53,19 +53,20 @@ def test_keeps_the_best_of_finite_scores(make_batch, tmp_path, mode, kept, step,
     }
 
 
-def test_a_score_that_was_measured_in_another_way_is_replaced(make_batch, tmp_path, caplog):
-    """Scores 5 and 1 were measured first. Then 1 is the first score of another measurement, and 2 is better."""
+@pytest.mark.parametrize(("scores", "kept"), [([1.0, 2.0, 1.5], 30), ([7.0, 2.0, 1.5], 20)])
+def test_a_score_that_was_measured_in_another_way_is_replaced(make_batch, tmp_path, caplog, scores, kept):
+    """First, scores 5 and 1 were measured. Then the best of the other scores is kept, whether it is above 5 or not."""
     torch.manual_seed(0)
     train_and_keep(make_batch, tmp_path, [5.0, 1.0])
     assert steps(tmp_path) == [10]
     torch.manual_seed(0)  # the same transitions
     trainer = make_trainer(make_batch(50), 40)
-    Scripted([5.0, 1.0, 2.0, 1.5]).register(trainer)
+    Scripted([5.0, *scores]).register(trainer)
     KeepBest(tmp_path, "score", measured_as="in 20 episodes").register(trainer)
     trainer.load_from_file(best_checkpoint(tmp_path))
     trainer.train()
-    assert steps(tmp_path) == [30]
-    assert Checkpoint.manifest(best_checkpoint(tmp_path))["metadata"]["score"] == 2.0
+    assert steps(tmp_path) == [kept]
+    assert Checkpoint.manifest(best_checkpoint(tmp_path))["metadata"]["score"] == max(scores)
     (message,) = [one for one in caplog.messages if "measured" in one]
     assert message.startswith("score is now measured in another way, so ")
     assert message.endswith("checkpoint-000000000010 is replaced.")

@@ -93,7 +93,10 @@ def _with_kept(rollout: TensorDictBase) -> TensorDictBase:
     if kept is None and getattr(rollout.get("mask", None), "shape", None) == rollout.shape:  # of split_trajectories
         kept = rollout["mask"].bool()
         names.append("mask")
-    return rollout.exclude(*names).set("_kept", ~_copies(rollout) if kept is None else kept)
+    kept = ~_copies(rollout) if kept is None else kept
+    if kept.shape != rollout.shape:
+        raise ValueError(f"the mask has shape {tuple(kept.shape)}, expected {tuple(rollout.shape)}")
+    return rollout.exclude(*names).set("_kept", kept)
 
 
 def _copies(rollout: TensorDictBase) -> torch.Tensor:

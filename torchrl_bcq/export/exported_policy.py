@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 CONTRACT, FORMAT = "torchrl_bcq", 1  # entry of the file's metadata, and the version of its content
+_ABSENT = object()  # stands for an entry that a mapping lacks
 
 
 class ExportedPolicy:
@@ -251,7 +252,7 @@ def _find(port: dict[str, Any], given: Mapping[str, Any], joined: list[str] | No
     if masked := [name for name, value in given.items() if isinstance(value, np.ma.MaskedArray)]:
         raise ValueError(f"{masked[0]!r} is a masked array; fill in its values, for example with value.filled(0).")
     parts = [_entry(given, [name] if name in given else name.split("/")) for name in joined or ()]
-    if parts and port["name"] == "observation" and not any(part is None for part in parts):
+    if parts and port["name"] == "observation" and not any(part is _ABSENT for part in parts):
         try:
             arrays = [np.atleast_1d(np.asarray(part, np.float64)) for part in parts]
             most = max(array.ndim for array in arrays)  # in a batch, scalar entries are [B], the others [B, D]
@@ -259,16 +260,16 @@ def _find(port: dict[str, Any], given: Mapping[str, Any], joined: list[str] | No
         except ValueError as error:  # texts, or other batch sizes
             raise ValueError(f"the entries {joined} cannot be joined to one vector: {error}") from error
     value = _entry(given, [port["name"]] if port["name"] in given else port["key"])
-    if value is None:
+    if value is _ABSENT:
         has, more = sorted(map(str, given)), f", or the entries {joined}" if joined else ""
         raise ValueError(f"the observation lacks {_shown(port['key'])}; it has {has}. Add the missing entry{more}.")
     return value
 
 
 def _entry(given: Any, path: Sequence[str]) -> Any:
-    """Return the entry of nested mappings, or None."""
+    """Return the entry of nested mappings, or ``_ABSENT``."""
     for name in path:
-        given = given.get(name) if isinstance(given, Mapping) else None
+        given = given.get(name, _ABSENT) if isinstance(given, Mapping) else _ABSENT
     return given
 
 

@@ -185,7 +185,7 @@ def _add_metrics(
     rows = transitions if held_out is None else held_out
     is_held_out = {"held_out": held_out is not None, "max_rows": evaluation.max_rows}
     metrics = DatasetMetrics(loss, policy, rows, **is_held_out, **shared)
-    known = [*metrics.names, *loss.out_keys]
+    known, in_env = [*metrics.names, *loss.out_keys], []
     if task.env is not None:
         discount = {"gamma": settings.loss.gamma} if "gamma" in settings.loss else {}
         limit = time_limit(task.env)
@@ -194,9 +194,10 @@ def _add_metrics(
         shared |= {"value": loss.value, "reference_scores": task.reference_scores, **discount}
         shared |= {"time_limit": limit, "reward": partial(change_reward, **settings.reward)}
         EnvironmentMetrics(envs, policy, **shared).register(trainer)
-        known += ["return", "return_std", "episode_length"]
-        known += ["value_estimate", "discounted_return"] if loss.has_values else []
-        known += ["normalized_score"] if task.reference_scores else []
+        in_env = ["return", "return_std", "episode_length"]
+        in_env += ["value_estimate", "discounted_return"] if loss.has_values else []
+        in_env += ["normalized_score"] if task.reference_scores else []
+        known += in_env
     metrics.register(trainer)
     checkpoint, stopping = settings.checkpoint, settings.early_stopping
     monitor = checkpoint.monitor
@@ -211,13 +212,15 @@ def _add_metrics(
     if monitor is not None:
         best = Path(settings.out) / BEST
         mode = _mode(checkpoint.mode, monitor)
-        kept = {"wait_for": checkpoint.wait_for, "measured_as": measured_as(settings, task)}
+        where = task if monitor in in_env else None
+        kept = {"wait_for": checkpoint.wait_for, "measured_as": measured_as(settings, where)}
         KeepBest(best, monitor, mode, **kept).register(trainer)
     if stopping.threshold is not None and stopping.monitor is None:
         raise RunError("early_stopping.threshold needs a metric; set early_stopping.monitor, such as to return.")
     if stopping.monitor is not None:
         rule = {**stopping, "mode": _mode(stopping.mode, stopping.monitor)}
-        StopEarly(measured_as=measured_as(settings, task), **rule).register(trainer)
+        where = task if stopping.monitor in in_env else None
+        StopEarly(measured_as=measured_as(settings, where), **rule).register(trainer)
 
 
 def _mode(mode: str, monitor: str) -> str:

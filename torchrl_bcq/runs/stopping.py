@@ -16,11 +16,15 @@ from torchrl_bcq.trainers import OfflineTrainer
 _logger = logging.getLogger(__name__)
 
 
-def measured_as(settings: DictConfig, task: Task) -> str:
-    """Return a description of how metrics are measured. A resumed run may measure them in another way."""
-    names = ("episodes", "seed", "max_rows", "fqe_steps")
-    facts = {name: settings.evaluation[name] for name in names}
-    facts |= {name: getattr(task, name) for name in ("env_id", "env_kwargs", "max_episode_steps", "reference_scores")}
+def measured_as(settings: DictConfig, task: Task | None) -> str:
+    """Return a description of how a metric is measured: in the environment of ``task``, or without one.
+
+    A resumed run may measure the metric in another way, so that its values cannot be compared with the earlier ones.
+    """
+    names = ("max_rows", "fqe_steps") if task is None else ("episodes",)
+    facts = {name: settings.evaluation[name] for name in ("seed", *names)}
+    of_env = () if task is None else ("env_id", "env_kwargs", "max_episode_steps", "reference_scores")
+    facts |= {name: getattr(task, name) for name in of_env}
     return json.dumps(facts, sort_keys=True, default=str)
 
 

@@ -79,7 +79,7 @@ class KeepBest(TrainerHookBase):
             written = self.rotation.save(trainer.checkpoint, step=step, metadata=metadata)
             if outdated not in (None, written):
                 _logger.warning("%s is now measured in another way, so %s is replaced.", self.monitor, outdated)
-                shutil.rmtree(outdated)
+                shutil.rmtree(outdated, ignore_errors=True)  # the rotation has removed it if its score is lower
 
         trainer.write_checkpoint(save)
 

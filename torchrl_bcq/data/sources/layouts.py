@@ -239,7 +239,7 @@ def _cut_off(steps: Columns) -> np.ndarray:
 def _end_episode(episode: Columns, number: int) -> Columns:
     """Return the episode with one state per step, and whether each step has no next state."""
     fields = {name: values for name, values in episode.items() if name not in WAYS[1:] and name != "lengths"}
-    if single := [name for name, values in fields.items() if not np.ndim(values)]:
+    if single := [name for name, values in fields.items() if name != "groups" and not np.ndim(values)]:
         raise DatasetError(f"episode {number} (counted from 0): {single[0]} is one value, expected one for each step.")
     steps = len(fields["actions"])
     ends = {"episode_terminals": slice(-1), "episode_starts": slice(1, None)}
