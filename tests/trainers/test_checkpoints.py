@@ -180,6 +180,14 @@ def test_state_is_flushed_before_the_checkpoint_is_renamed(tmp_path, monkeypatch
 # the logger
 
 
+def test_loading_leaves_the_half_written_checkpoint_of_another_process(make_batch, tmp_path):
+    path, transitions = tmp_path / "checkpoint", make_batch(50)
+    make_trainer(transitions, save_trainer_file=path).train()
+    (stage := tmp_path / ".checkpoint.stage-1").mkdir()
+    make_trainer(transitions).load_from_file(path)
+    assert stage.is_dir()
+
+
 def test_numbers_of_numpy_are_restored(make_batch, tmp_path):
     def stepper(loss):
         return OfflineOptimizationStepper.adam(loss, lr=np.logspace(-4, -3, 3)[1])

@@ -68,6 +68,18 @@ def test_gradients_are_clipped_by_norm_or_by_value(loss, make_batch, by_norm):
         assert size.item() == pytest.approx(1e-3, rel=1e-2)
 
 
+def test_metadata_may_be_booleans_and_integers(loss, make_batch):
+    trainer = trainer_of(loss)
+    compute = trainer.compute_loss
+
+    def with_counts(batch, method):
+        value, metadata = compute(batch, method)
+        return value, {**metadata, "vae_kl": torch.tensor([True, False, False, False])}
+
+    trainer.compute_loss = with_counts
+    assert OfflineOptimizationStepper.adam(loss).step(trainer, make_batch(4))["vae_kl"] == 0.25
+
+
 def test_logs_are_detached_scalars(loss, make_batch):
     logs = OfflineOptimizationStepper.adam(loss).step(trainer_of(loss), make_batch(16))
     assert set(logs.keys()) == set(loss.out_keys)

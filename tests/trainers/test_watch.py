@@ -106,6 +106,22 @@ def test_rows_of_other_samplers(make_batch, sampler, seed):
     assert f"qvalue_loss is inf in gradient step {first}, on the {len(rows[first - 1])} rows" in str(caught.value)
 
 
+def test_a_sampler_that_fails_after_a_bad_loss_does_not_hide_it(make_batch):
+    trainer = make_trainer(make_batch(50))
+    break_loss(trainer, "vae_loss", 3)
+    sample, calls = trainer._replay.sample, []
+
+    def fail(interval):
+        calls.append(1)
+        if len(calls) == 5:
+            raise OverflowError("Range exceeds valid bounds")
+        return sample(interval)
+
+    trainer._replay.sample = fail
+    with pytest.raises(FloatingPointError, match="vae_loss is nan in gradient step 3, on the 16 rows"):
+        trainer.train()
+
+
 def test_rows_of_a_list_are_written(make_batch, tmp_path):
     buffer = TensorDictReplayBuffer(storage=ListStorage(50), batch_size=16)
     buffer.extend(make_batch(50))
