@@ -408,41 +408,23 @@ def test_a_threshold_without_a_metric_is_refused(make_trainer):
         make_trainer("early_stopping.threshold=5")
 
 
-def test_early_stopping_counts_a_measurement_that_a_stop_cut_off(make_trainer, monkeypatch):
-    """The stop cuts off the measurement at step 10. The next call of ``train`` repeats it, so the run ends at 30."""
-    words = ["early_stopping={monitor: initial_value, patience: 15}", "evaluation.interval=10", "steps=100"]
-    trainer = make_trainer(*words, "optim.lr=0")
-    measure = DatasetMetrics.measure
-
-    def cut_off(metrics):
-        if trainer.collected_frames == 10:
-            return trainer.request_stop("interrupted")
-        return measure(metrics)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DatasetMetrics, "measure", cut_off)
-        trainer.train()
-    assert trainer.collected_frames == 10
-    trainer.forget_stop()
-    trainer.train()
-    assert trainer.collected_frames == 30
-
-
-def test_early_stopping_does_not_count_a_measurement_twice_that_ended_in_a_stop(make_trainer, monkeypatch):
+@pytest.mark.parametrize("cut_off", [True, False])
+def test_early_stopping_counts_a_measurement_during_which_a_stop_was_requested_once(make_trainer, monkeypatch, cut_off):
+    """At step 10, the stop cuts off the measurement or not. The next call of ``train`` repeats it, and ends at 30."""
     words = ["early_stopping={monitor: initial_value, patience: 15}", "evaluation.interval=10", "steps=100"]
     trainer = make_trainer(*words, "optim.lr=0")
     measure = DatasetMetrics.measure
 
     def stop(metrics):
-        if trainer.collected_frames == 10:
+        at_ten = trainer.collected_frames == 10
+        if at_ten:
             trainer.request_stop("interrupted")
-        return measure(metrics)
+        return None if at_ten and cut_off else measure(metrics)
 
     with monkeypatch.context() as patch:
         patch.setattr(DatasetMetrics, "measure", stop)
         trainer.train()
-    hook = trainer._modules["early_stopping"]
-    assert (trainer.collected_frames, hook.best_score) == (10, None)
+    assert (trainer.collected_frames, trainer._modules["early_stopping"].best_score) == (10, None)
     trainer.forget_stop()
     trainer.train()
     assert trainer.collected_frames == 30

@@ -90,14 +90,14 @@ def test_steps_before_a_resume_are_counted(make_batch, tmp_path):
         second.train()
 
 
-@pytest.mark.parametrize(("sampler", "seed"), [("without_replacement", 0), ("prioritized", 0), ("prioritized", None)])
-def test_rows_of_other_samplers(make_batch, sampler, seed):
+@pytest.mark.parametrize("sampler", ["without_replacement", "prioritized"])
+def test_rows_of_other_samplers(make_batch, sampler):
     """A NaN priority makes the prioritised sampler fail; the message names the loss nevertheless."""
     transitions = make_batch(40)
     transitions["next", "reward"][7] = 1e38
     if sampler == "prioritized":
         skip_without_extension()
-    buffer = make_replay_buffer(transitions, batch_size=16, seed=seed, sampler=sampler)
+    buffer = make_replay_buffer(transitions, batch_size=16, seed=0, sampler=sampler)
     trainer = make_trainer(None, 100, buffer=buffer, log_interval=100)
     rows = drawn_rows(trainer)
     with pytest.raises(FloatingPointError) as caught:
