@@ -31,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import h5py
 import numpy as np
 from filelock import FileLock
@@ -128,6 +129,11 @@ def train(run: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]
     """Train one run to its end, and return a line for each of its evaluations."""
     out = (args.out / run["dataset"] / folder_of(label_of(run)) / str(run["seed"])).absolute()
     file = (args.folder / f"{run['dataset']}.hdf5").absolute()
+    with h5py.File(file) as held:
+        if missing := {"env_id", "ref_min_score", "ref_max_score"} - held.attrs.keys():
+            raise RuntimeError(f"{file} lacks the attributes {sorted(missing)}, so returns cannot be normalized")
+        env, low, high = (held.attrs[name] for name in ("env_id", "ref_min_score", "ref_max_score"))
+    gymnasium.make(env).close()  # without the environment, the run would end without returns
     start = time.time()
     command = [
         sys.executable,
@@ -140,11 +146,7 @@ def train(run: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     found = {name: read_metric(out / "log" / "scalars" / f"{name}.csv") for name in METRICS}
-    if not found["normalized_score"]:
-        raise RuntimeError(f"{out} has no normalized scores; the dataset names no environment or no reference scores")
     made, results = describe(args.device, {run["setting"]} & {*PEERS}), json.loads((out / "results.json").read_text())
-    with h5py.File(file) as held:
-        low, high = held.attrs["ref_min_score"], held.attrs["ref_max_score"]
     behaviour = round(float(100 * (results["behaviour"]["mean"] - low) / (high - low)), 4)
     facts = {"behaviour_score": behaviour, "commit": args.commit}
     facts |= {"device": made["device"], "versions": made["versions"]}

@@ -115,7 +115,7 @@ def test_settings_exist_and_have_their_own_folders(bench):
     assert len({bench.folder_of(name) for name in bench.SETTINGS}) == len(bench.SETTINGS)
 
 
-def write_swing(path: Path) -> float:
+def write_swing(path: Path, env_id: str = "Pendulum-v1") -> float:
     """Write three episodes of a pendulum, and return the normalized score of the recorded behaviour."""
     rng = np.random.default_rng(0)
     with h5py.File(path, "w") as file:
@@ -123,7 +123,7 @@ def write_swing(path: Path) -> float:
             file[name] = rng.uniform(-1, 1, (60, width)).astype(np.float32)
         file["rewards"] = rng.normal(size=60)
         file["terminals"], file["timeouts"] = np.zeros(60), np.arange(60) % 20 == 19
-        file.attrs.update(env_id="Pendulum-v1", ref_min_score=-1200.0, ref_max_score=-100.0)
+        file.attrs.update(env_id=env_id, ref_min_score=-1200.0, ref_max_score=-100.0)
         return (np.sum(file["rewards"][:]) / 3 + 1200) / 11
 
 
@@ -164,6 +164,9 @@ def test_another_library_is_evaluated_as_this_package(bench, tmp_path, monkeypat
 def test_a_matrix_continues_where_it_was(tmp_path):
     found_score = write_swing(tmp_path / "swing.hdf5")
     (tmp_path / "bad.hdf5").write_bytes(b"")
+    write_swing(tmp_path / "unknown.hdf5", env_id="NoSuch-v1")
+    with h5py.File(tmp_path / "plain.hdf5", "w"):
+        pass
     results = tmp_path / "results.jsonl"
 
     def run(seeds: list[int], *datasets: str) -> subprocess.CompletedProcess:
@@ -174,9 +177,12 @@ def test_a_matrix_continues_where_it_was(tmp_path):
 
     for seeds in ([0], [0, 1]):
         assert (done := run(seeds, "swing")).returncode == 0, done.stderr
-    failed = run([2], "bad", "swing")
+    failed = run([2], "bad", "swing", "unknown", "plain")
     assert failed.returncode == 1
-    assert "1 of 2 runs failed" in failed.stderr
+    assert "3 of 4 runs failed" in failed.stderr
+    assert "`NoSuch` doesn't exist" in failed.stdout
+    assert "plain.hdf5 lacks the attributes ['env_id', 'ref_max_score', 'ref_min_score']" in failed.stdout
+    assert {file.name for file in (tmp_path / "runs").iterdir()} == {"swing"}
     found = [json.loads(line) for line in results.read_text().splitlines()]
     assert [(line["seed"], line["step"]) for line in found] == [(s, t) for s in (0, 1, 2) for t in (0, 5, 10)]
     for line in found:

@@ -154,9 +154,7 @@ def test_minari(tmp_path, monkeypatch):
 def test_unknown_sources_name_the_known_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("notes")
-    with pytest.raises(
-        ValueError, match=r"^notes.txt has none of the endings .*'.npz'.*; add the format, as in 'hdf5:notes.txt'"
-    ):
+    with pytest.raises(ValueError, match=r"^notes.txt has none of the endings .*'.npz'.*; give it the ending of its"):
         load_transitions("notes.txt")
     for name in ("nonsense", "nonsense:id", "none.txt"):
         with pytest.raises(ValueError, match="the known sources are") as error:

@@ -87,7 +87,8 @@ class ActionChecks:
         if self._dtype is None:
             self._dtype, self._whole = array.dtype, not self._typed or array.dtype.kind in "biu"
         other = self._typed and (array.dtype.kind in "biu") != self._whole
-        if other and self._kind is None and np.isfinite(array).all():  # Parquet's integers with empty cells are floats
+        # Parquet's integers with empty cells are floats
+        if other and self._kind is None and self._finite and np.isfinite(array).all():
             raise DatasetError(
                 f"actions has dtype {array.dtype} from row {start} on, but {self._dtype} before; store all actions "
                 "with one dtype."

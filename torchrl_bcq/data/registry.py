@@ -215,7 +215,7 @@ def _split(name: str) -> tuple[str, str]:
         return prefix, rest
     kind = _ENDINGS.get(path.suffix.lower(), "")
     if path.is_file() and not kind:
-        raise DatasetError(f"{name} has none of the endings {[*_ENDINGS]}; add the format, as in 'hdf5:{name}'.")
+        raise DatasetError(f"{name} has none of the endings {[*_ENDINGS]}; give it the ending of its format.")
     return kind, name
 
 

@@ -466,7 +466,9 @@ def test_integers_in_parquet_are_choices(tmp_path, kind):
         assert td["action"].dtype == dtype
 
 
-def test_empty_cells_among_integers_are_reported(tmp_path):
+@pytest.mark.parametrize("rows", [2, 3, 65_536])  # of a part; floats come after integers, before them, or alone
+def test_empty_cells_among_integers_are_reported(tmp_path, rows, monkeypatch):
+    monkeypatch.setattr("torchrl_bcq.data.sources.tables._ROWS", rows)
     cells = pa.array([1, 2, None, 0, 1, 2, 0, 1, 2], pa.int64())
     path = write_parquet(tmp_path / "d.parquet", COLUMNS | {"choice": cells})
     found = refusal(path, action=["choice"], truncated="cut")
