@@ -8,8 +8,17 @@ from tensordict import NonTensorStack, TensorDict
 from torchrl.data import MultiStep
 from torchrl.envs import GymEnv
 
-from torchrl_bcq import BCQLoss, DatasetError, load_memmap, make_replay_buffer, multi_step
+from torchrl_bcq import (
+    BCQLoss,
+    DatasetError,
+    from_rollouts,
+    load_memmap,
+    make_replay_buffer,
+    multi_step,
+    return_weights,
+)
 from torchrl_bcq.data import n_step
+from torchrl_bcq.data.episodes import episode_returns
 
 T, F = True, False
 
@@ -241,7 +250,7 @@ def test_the_loss_bootstraps_from_the_end_of_each_span(modules, make_batch):
     [
         (lambda td: td, {"num_steps": 0}, "num_steps is 0, expected at least 1; gamma is 0.9"),
         (lambda td: td, {"gamma": 1.1}, "gamma is 1.1, expected between 0 and 1"),
-        (lambda td: multi_step(td, 2, 0.9), {}, "hold steps_to_next_obs, so they already span several steps"),
+        (lambda td: multi_step(td, 2, 0.9), {}, "have steps_to_next_obs, so a row spans several steps"),
         (lambda td: td.exclude(("next", "reward")), {}, r"lack \('next', 'reward'\); they hold .*'action'"),
         (lambda td: td.exclude(("next", "done")), {}, r"lack \('next', 'done'\)"),
         (lambda td: td.exclude("episode", ("next", "done")), {}, r"lack \('next', 'done'\).*set transitions\['epi"),
@@ -257,3 +266,13 @@ def test_the_loss_bootstraps_from_the_end_of_each_span(modules, make_batch):
 def test_refusals(change, settings, message):
     with pytest.raises(ValueError, match=message):
         multi_step(change(recorded()), **{"num_steps": 2, "gamma": 0.9, **settings})
+
+
+@pytest.mark.parametrize("call", [episode_returns, return_weights, from_rollouts])
+def test_rows_of_several_steps_have_no_returns(call):
+    """The reward of each step would be counted several times. Rows of one step are as before."""
+    source = recorded()
+    with pytest.raises(DatasetError, match="a row spans several steps; pass transitions of single steps"):
+        call(multi_step(source, 3, 0.9))
+    if call is not from_rollouts:
+        assert torch.equal(call(multi_step(source, 1, 0.9)), call(source))

@@ -271,8 +271,7 @@ def test_rows_that_are_all_cut_off_are_reported(caplog):
     given["next", "observation"] += 1e-4
     assert warning(given, caplog) == (
         "5 of 7 rows end an episode, because their next observation is not exactly the observation of the next row. If "
-        "these rows belong to one episode, sort them by time. Then leave next_observations out and give truncated: "
-        "each next observation is then taken from the next row."
+        "these rows belong to one episode, sort them by time, and correct or remove the next observations."
     )
 
 

@@ -312,8 +312,7 @@ def test_warns_of_steps_that_never_continue(caplog):
     from_arrays(**arrays(truncated=None, next_observations=OBSERVATIONS + 0.5))
     assert caplog.messages == [
         "5 of 7 rows end an episode, because their next observation is not exactly the observation of the next row. If "
-        "these rows belong to one episode, sort them by time. Then leave next_observations out and give truncated: "
-        "each next observation is then taken from the next row."
+        "these rows belong to one episode, sort them by time, and correct or remove the next observations."
     ]
     caplog.clear()
     from_arrays(**arrays(truncated=None, next_observations=OBSERVATIONS + 1))

@@ -164,7 +164,8 @@ def test_copies_of_stacked_rows(make_settings, file, tmp_path, caplog):
     assert train(make_settings("stack=3", "resume=true", "steps=30"))["steps"] == 30  # the contents are the same
 
 
-def test_a_copy_of_several_steps_is_refused_in_words_of_the_settings(make_settings, file, tmp_path):
+@pytest.mark.parametrize("stack", [1, 2])
+def test_a_copy_of_several_steps_is_refused_in_words_of_the_settings(make_settings, file, tmp_path, stack):
     multi_step(load_transitions(file), 2, 0.9, folder=tmp_path / "two")
-    with pytest.raises(ValueError, match=r"span several steps; set stack=1, or name a dataset of single steps\.$"):
-        open_dataset(make_settings(f"dataset={tmp_path / 'two'}", "evaluation.env=Swing-v0", "stack=2"))
+    with pytest.raises(ValueError, match=r"a row spans several steps; name a dataset of single steps\.$"):
+        open_dataset(make_settings(f"dataset={tmp_path / 'two'}", "evaluation.env=Swing-v0", f"stack={stack}"))

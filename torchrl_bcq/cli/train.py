@@ -83,17 +83,18 @@ def main(arguments: Sequence[str]) -> int:
     if unknown := flags - {*_FLAGS.values()}:
         found = f"there is no flag {', '.join(sorted(unknown))}"
         raise RunError(f"{found}; write a setting as NAME=VALUE without dashes; see torchrl-bcq train --help.")
-    runs = compose([*_defaults(overrides), *overrides], sweep="sweep" in flags)
-    if "show" in flags:
-        for settings in runs:
-            print(OmegaConf.to_yaml(settings))
-        return 0
-    sweep = Path(runs[0].out).parent
-    if "sweep" in flags and (any(sweep.glob("*/checkpoint-*")) or (sweep / FILE).is_file()):
-        raise RunError(f"{sweep} is the folder of a run; choose another folder for the sweep with out=FOLDER.")
-    if missing := sorted(OmegaConf.missing_keys(runs[0])):
-        raise RunError(f"{', '.join(missing)} has no value; set it with {missing[0]}=VALUE.")
     with processes.joined():
+        with processes.first_goes_first():  # to download a dataset only once
+            runs = compose([*_defaults(overrides), *overrides], sweep="sweep" in flags)
+        if "show" in flags:
+            for settings in runs:
+                print(OmegaConf.to_yaml(settings))
+            return 0
+        sweep = Path(runs[0].out).parent
+        if "sweep" in flags and (any(sweep.glob("*/checkpoint-*")) or (sweep / FILE).is_file()):
+            raise RunError(f"{sweep} is the folder of a run; choose another folder for the sweep with out=FOLDER.")
+        if missing := sorted(OmegaConf.missing_keys(runs[0])):
+            raise RunError(f"{', '.join(missing)} has no value; set it with {missing[0]}=VALUE.")
         if processes.several() and len(runs) > 1:
             raise RunError("torchrun cannot start several runs with -m; start them one after another without -m.")
         threads = torch.get_num_threads()

@@ -7,7 +7,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from torchrl_bcq.data.defects import Rows
-from torchrl_bcq.errors import DatasetError
+from torchrl_bcq.errors import DatasetError, remedy
 
 FLAGS = ("done", "terminated", "truncated")
 CHUNK_VALUES = 2**22  # number of values that check_finite reads at a time
@@ -114,14 +114,23 @@ def episode_returns(transitions: TensorDictBase, gamma: float = 1.0) -> Tensor:
         gamma: discount factor.
 
     Raises:
-        DatasetError: as in ``episode_numbers``, or if the reward is missing or not ``[N, 1]``.
+        DatasetError: as in ``episode_numbers``, if a row spans several steps, or if the reward is missing or not
+            ``[N, 1]``.
     """
+    check_single_steps(transitions)
     numbers = episode_numbers(transitions)
     reward = flat_entry(transitions, ("next", "reward"), "add the rewards").double()
     if gamma != 1:
         step = torch.arange(len(numbers), device=numbers.device) - first_rows(numbers)[numbers]
         reward = reward * gamma ** step.double()
     return reward.new_zeros(int(numbers[-1]) + 1).index_add_(0, numbers, reward)
+
+
+def check_single_steps(transitions: TensorDictBase) -> None:
+    """Raise a DatasetError if a row spans several steps, as in the result of ``multi_step``."""
+    if STEPS in transitions.keys() and (transitions[STEPS] != 1).any():
+        how = remedy("pass transitions of single steps", "name a dataset of single steps")
+        raise DatasetError(f"the transitions have {STEPS}, so a row spans several steps; {how}.")
 
 
 def flat_entry(transitions: TensorDictBase, key: tuple[str, str], remedy: str) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from torchrl_bcq.data.episodes import STEPS, episode_numbers
+from torchrl_bcq.data.episodes import check_single_steps, episode_numbers
 from torchrl_bcq.data.frame_stack import FrameStack
 from torchrl_bcq.data.frame_store import frames_of
 from torchrl_bcq.data.n_step import check_output
@@ -117,9 +117,7 @@ def _like(states: Tensor, joined: Tensor) -> Tensor:
 
 def _states(transitions: TensorDictBase) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the observations and the next observations, each ``[N, D]`` or frames, and frames beside vectors."""
-    if STEPS in transitions.keys():
-        order = remedy("call stack_observations before multi_step", "set stack=1, or name a dataset of single steps")
-        raise DatasetError(f"the transitions hold {STEPS}, so they already span several steps; {order}.")
+    check_single_steps(transitions)
     states = {}
     for key in dict.fromkeys(["observation", *frames_of(transitions)]):
         keys = (key, ("next", key))

@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase, is_leaf_nontensor, is_tensor_collection
 from torch import Tensor
 
-from torchrl_bcq.data.episodes import STEPS, episode_numbers, flat_entry, last_rows
+from torchrl_bcq.data.episodes import STEPS, check_single_steps, episode_numbers, flat_entry, last_rows
 from torchrl_bcq.data.sources.conversion import load_memmap, write_memmap
 from torchrl_bcq.errors import DatasetError
 from torchrl_bcq.files import home
@@ -41,7 +41,7 @@ def multi_step(
         OSError: if the folder exists (``FileExistsError``) or cannot be written.
         ValueError: if ``num_steps`` or ``gamma`` is out of range.
         DatasetError: if the reward or ``done`` is missing or has a wrong shape or dtype, if the rows of an episode do
-            not directly follow each other or continue after ``done``, if the transitions already span several steps, or
+            not directly follow each other or continue after ``done``, if a row already spans several steps, or
             if an entry is not a tensor.
 
     Source: Sutton, 1988. TorchRL's ``MultiStep`` differs: it keeps the flags of row ``i``. If only a later one of the
@@ -51,8 +51,7 @@ def multi_step(
     if num_steps < 1 or not 0 <= gamma <= 1:
         raise ValueError(f"num_steps is {num_steps}, expected at least 1; gamma is {gamma}, expected between 0 and 1.")
     folder = check_output(transitions, folder)
-    if STEPS in transitions.keys():
-        raise DatasetError(f"the transitions hold {STEPS}, so they already span several steps; pass single-step data.")
+    check_single_steps(transitions)
     steps = _steps_left(transitions).clamp_max(num_steps)
     last = torch.arange(len(steps), device=steps.device) + steps - 1
     reward = _discounted_sum(flat_entry(transitions, ("next", "reward"), "add it"), steps, num_steps, gamma)

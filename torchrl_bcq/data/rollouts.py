@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.data.checks import Checks
-from torchrl_bcq.data.episodes import FLAGS, check_finite, check_outcomes
+from torchrl_bcq.data.episodes import FLAGS, check_finite, check_outcomes, check_single_steps
 from torchrl_bcq.data.transitions import report_cuts
 from torchrl_bcq.errors import DatasetError
 
@@ -40,8 +40,8 @@ def from_rollouts(
         [N]``. Nested entries and images are allowed.
 
     Raises:
-        DatasetError: if there are no steps, the reward or a flag is missing, a value is not finite, an action is out of
-            bounds, or all rewards, actions or observations are zero.
+        DatasetError: if there are no steps, the reward or a flag is missing, a row spans several steps, a value is not
+            finite, an action is out of bounds, or all rewards, actions or observations are zero.
 
     Example:
         >>> from torchrl.envs import GymEnv
@@ -64,6 +64,7 @@ def from_rollouts(
     if not parts or not len(rows := _joined(parts)):
         raise DatasetError("rollouts is empty; pass at least one step.")
     last = rows.pop("_last")
+    check_single_steps(rows)
     _check_keys(rows)
     check_outcomes(rows)
     rows = rows.apply(lambda value: value.float() if value.dtype == torch.float64 else value)

@@ -104,7 +104,8 @@ def return_weights(transitions: TensorDictBase, temperature: float = 0.1) -> Ten
 
     Raises:
         ValueError: if ``temperature`` is not above 0.
-        DatasetError: as in ``episode_weights``, or if the reward is missing or not finite.
+        DatasetError: as in ``episode_weights``, if a row spans several steps, or if the reward is missing or not
+            finite.
 
     Source: return-weighted sampling of arXiv:2306.13085.
     """

@@ -203,8 +203,7 @@ def report_cuts(cut: int, rows: int) -> None:
     if 2 * cut > rows:
         _logger.warning(
             "%d of %d rows end an episode, because their next observation is not exactly the observation of the next "
-            "row. If these rows belong to one episode, sort them by time. Then leave next_observations out and give "
-            "truncated: each next observation is then taken from the next row.",
+            "row. If these rows belong to one episode, sort them by time, and correct or remove the next observations.",
             cut,
             rows,
         )

@@ -7,8 +7,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from torchrl_bcq.data.episodes import episode_numbers, first_rows
-from torchrl_bcq.evaluation.policy_actions import check_single_steps
+from torchrl_bcq.data.episodes import check_single_steps, episode_numbers, first_rows
 from torchrl_bcq.functional import (
     doubly_robust_values,
     effective_sample_size,

@@ -16,8 +16,7 @@ from torchrl.data import TensorSpec
 
 from torchrl_bcq.actions import DiscreteActions
 from torchrl_bcq.data.action_checks import number_of
-from torchrl_bcq.data.episodes import STEPS, episode_numbers
-from torchrl_bcq.errors import DatasetError
+from torchrl_bcq.data.episodes import check_single_steps, episode_numbers
 from torchrl_bcq.evaluation.rollouts import in_eval_mode, own_random_state
 from torchrl_bcq.modules import Policy
 
@@ -120,14 +119,6 @@ def _similar_rows(transitions: TensorDictBase, asked: Tensor, keys: Sequence[Nes
 def like_data(action_spec: TensorSpec, transitions: TensorDictBase) -> TensorSpec:
     """Return the spec with the dtype of the recorded actions, if they are continuous."""
     return action_spec.to(transitions["action"].dtype) if number_of(action_spec) is None else action_spec
-
-
-def check_single_steps(transitions: TensorDictBase) -> None:
-    """Raise a DatasetError if the transitions are the result of ``multi_step``."""
-    if STEPS in transitions.keys():
-        raise DatasetError(
-            f"the transitions have {STEPS}, so a row spans several steps; pass the transitions before multi_step."
-        )
 
 
 def recorded_actions(transitions: TensorDictBase, action_spec: TensorSpec) -> tuple[str, Tensor]:

@@ -16,7 +16,14 @@ from torchrl.data import TensorSpec
 
 from torchrl_bcq.data import split_episodes
 from torchrl_bcq.data.action_checks import number_of
-from torchrl_bcq.data.episodes import episode_numbers, episode_returns, first_rows, group_numbers, last_rows
+from torchrl_bcq.data.episodes import (
+    check_single_steps,
+    episode_numbers,
+    episode_returns,
+    first_rows,
+    group_numbers,
+    last_rows,
+)
 from torchrl_bcq.errors import DatasetError, remedy
 from torchrl_bcq.evaluation.estimate import Estimate, bootstrap_interval
 from torchrl_bcq.evaluation.fqe import clone_probabilities, fit_fqe, next_values, value_range, values_in_parts
@@ -24,20 +31,13 @@ from torchrl_bcq.evaluation.importance import ImportanceSampling
 from torchrl_bcq.evaluation.policy_actions import (
     add_policy_actions,
     add_recorded_actions,
-    check_single_steps,
     like_data,
     policy_actions,
     recorded_actions,
 )
 from torchrl_bcq.evaluation.support import Support
 
-ESTIMATORS = (
-    "fqe",
-    "importance_sampling",
-    "weighted_importance_sampling",
-    "doubly_robust",
-    "weighted_doubly_robust",
-)
+ESTIMATORS = ("fqe", "importance_sampling", "weighted_importance_sampling", "doubly_robust", "weighted_doubly_robust")
 _DISTANCE_ROWS = 2_000
 _CLONED = ("steps", "batch_size", "lr", "hidden", "device")  # settings that fit_fqe and clone_probabilities share
 

@@ -31,7 +31,8 @@ _logger = logging.getLogger(__name__)
 def suitable_algorithm(values: Mapping[str, Any]) -> str:
     """Return the main algorithm for the actions of the dataset that the settings ``values`` name.
 
-    The dataset is read only as far as this needs. Without a dataset, return the main algorithm for continuous actions.
+    The dataset is read only as far as this needs; its errors are those of ``load_transitions``. Without a dataset,
+    return the main algorithm for continuous actions.
     """
     if "dataset" not in values:
         return algorithms_of(discrete=False)[0]
@@ -41,11 +42,7 @@ def suitable_algorithm(values: Mapping[str, Any]) -> str:
             set_value(given, name, value)
     reader: Any = OmegaConf.to_container(given)["reader"]  # type: ignore[index, call-overload]
     reader = check_reader(values["dataset"], reader)
-    try:
-        discrete = has_discrete_actions(values["dataset"], **reader)
-    except (DatasetError, OSError, ImportError):
-        discrete = False  # the run raises this error when it reads the dataset
-    return algorithms_of(discrete)[0]
+    return algorithms_of(has_discrete_actions(values["dataset"], **reader))[0]
 
 
 def read(settings: DictConfig, specs: Specs, reader: Mapping[str, Any]) -> tuple[TensorDictBase, dict[str, Any]]:
