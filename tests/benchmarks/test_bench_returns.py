@@ -111,7 +111,7 @@ def test_report_and_picture(bench):
 
 def test_settings_exist_and_have_their_own_folders(bench):
     for words in bench.SETTINGS.values():
-        compose(["dataset=a.hdf5", "out=b", *words])
+        compose(["dataset=a.hdf5", "algorithm=bcq", "out=b", *words])
     assert len({bench.folder_of(name) for name in bench.SETTINGS}) == len(bench.SETTINGS)
 
 
@@ -148,7 +148,7 @@ def test_another_library_is_evaluated_as_this_package(bench, tmp_path, monkeypat
     peers.main([*words, "--interval", "5", "--episodes", "2"])
     assert (len(made), given) == (10, [(60, 3, 1, 2.0, 3)])
     envs = make_envs("Pendulum-v1", 2)
-    envs.set_seed(compose(["dataset=a.hdf5", "out=b"])[0].evaluation.seed)
+    envs.set_seed(compose(["dataset=a.hdf5", "algorithm=bcq", "out=b"])[0].evaluation.seed)
     assert np.array_equal(seen[0], envs.reset()["observation"])
     env, returns = gymnasium.make("Pendulum-v1"), []
     for cosine, sine, speed in seen[0]:

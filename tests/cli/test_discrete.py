@@ -178,6 +178,17 @@ def test_settings_of_continuous_algorithms_are_refused_by_name(recorded, capsys,
     ) in capsys.readouterr().err
 
 
+def test_a_missing_dataset_is_reported_before_settings_that_may_be_right(recorded, capsys):
+    """Without the dataset it is not known that these are settings of the algorithm, or that the run can be resumed."""
+    words = [f"dataset={recorded('Lights-v0')}", "out=run", *SMALL]
+    assert main(["train", *words]) == 0
+    (_, *words), missing = words, "torchrl-bcq: there is no file none.hdf5 in /"
+    capsys.readouterr()
+    assert error_of(capsys, "dataset=none.hdf5", *words, "resume=true").startswith(missing)
+    for word in ("loss.unlikely_action_threshold=0.5", "n_actions=3", "baseline=discrete_cloning"):
+        assert error_of(capsys, "dataset=none.hdf5", word).startswith(missing)
+
+
 def test_the_algorithm_must_fit_the_actions(recorded, capsys, file):
     discrete = f"dataset={recorded('Lights-v0')}"
     message = (

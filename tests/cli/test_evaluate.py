@@ -349,7 +349,7 @@ def test_the_runs_of_a_sweep_are_listed(make_settings, tmp_path, capsys):
 
 def test_runs_on_several_datasets_are_not_ranked(tmp_path, capsys):
     for name in "ab":
-        save_settings(compose([f"dataset={name}.hdf5", f"out={tmp_path / name}"])[0], tmp_path / name)
+        save_settings(compose([f"dataset={name}.hdf5", "algorithm=bcq", f"out={tmp_path / name}"])[0], tmp_path / name)
         (tmp_path / name / "log/scalars").mkdir(parents=True)
         (tmp_path / name / "log/scalars/return.csv").write_text("1000,1.5\n")
     assert main(["evaluate", str(tmp_path)]) == 0
@@ -362,7 +362,7 @@ def test_runs_of_two_algorithms_differ_only_in_the_settings_that_both_have(tmp_p
     sweep, phi = tmp_path / "sweep", "network.phi"
     runs = {"0": ["algorithm=cloning", "threads=1"], "1": [f"{phi}=0.1", "threads=2"], "2": [f"{phi}=0.2"]}
     for name, words in runs.items():
-        save_settings(compose(["dataset=a.hdf5", f"out={sweep / name}", *words])[0], sweep / name)
+        save_settings(compose(["dataset=a.hdf5", "algorithm=bcq", f"out={sweep / name}", *words])[0], sweep / name)
         (sweep / name / "log/scalars").mkdir(parents=True)
         (sweep / name / "log/scalars/return.csv").write_text(f"1000,{name}.5\n")
     for name in ("2", "3"):

@@ -200,7 +200,7 @@ def test_values_that_a_run_refuses(end, words):
 def test_names_that_are_not_utf_8_are_logged(words, run, monkeypatch):
     monkeypatch.setattr(sys, "stderr", shown := io.StringIO())
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # a report of pytest cannot hold such a name
-    assert main(["train", *words("dataset=\udcff.hdf5")]) == 1
+    assert main(["train", *words("dataset=\udcff.hdf5", "algorithm=bcq")]) == 1
     assert "Logging error" not in shown.getvalue()
     assert "there is no file \\udcff.hdf5 in /" in (run / "train.log").read_text()
 

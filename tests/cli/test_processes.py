@@ -222,7 +222,8 @@ def test_only_the_first_process_makes_the_folder_and_others_log_their_own_errors
 def test_a_sweep_of_several_processes_is_refused(words, run, monkeypatch, capsys):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(processes, "joined", nullcontext)
+    for name in ("joined", "first_goes_first"):
+        monkeypatch.setattr(processes, name, nullcontext)
     assert main(["train", "-m", *words("seed=0,1")]) == 1
     assert (
         capsys.readouterr().err

@@ -150,7 +150,7 @@ def test_a_run_that_fails_does_not_stop_the_others(words, run, capsys, order):
         ("loss.gamma=high", "loss.gamma is 'high', expected a number."),
         ("seed=0,1", "seed=0,1 has 2 values; add -m to make a run for each value"),
         ("algorithm=bqc", "algorithm is 'bqc', expected one of ['bcq', 'cloning', "),
-        ("dataset=???", "dataset has no value; set it with dataset=VALUE."),
+        ("algorithm=bcq dataset=???", "dataset has no value; set it with dataset=VALUE."),
         (
             "--multi",
             "there is no flag --multi; write a setting as NAME=VALUE without dashes; see ",
@@ -161,7 +161,7 @@ def test_a_run_that_fails_does_not_stop_the_others(words, run, capsys, order):
     ],
 )
 def test_words_that_are_no_settings_are_refused_before_anything_is_made(words, run, capsys, word, message):
-    assert main(["train", *words(), word]) == 1
+    assert main(["train", *words(), *word.split()]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"torchrl-bcq: {message}")
     assert error.count("\n") == 1
@@ -273,7 +273,7 @@ def test_without_a_dataset_the_default_run_is_made_with_its_baseline(monkeypatch
     shown = shown_settings(capsys, "algorithm=cloning", "steps=7", "baseline=null")
     assert (shown["dataset"], shown["steps"], shown["network"]) == (DEFAULT, 7, {"hidden": [256, 256]})
     assert shown["baseline"] is None
-    shown = shown_settings(capsys, "dataset=other.hdf5")
+    shown = shown_settings(capsys, "dataset=other.hdf5", "algorithm=bcq")
     assert (shown["dataset"], shown["steps"]) == ("other.hdf5", 1_000_000)
     assert (shown["network"]["hidden"], shown["baseline"]) == ([400, 300], None)
     assert (shown["loss"]["gamma"], shown["loss"]["tau"], shown["normalize"]) == (0.99, 0.005, False)
@@ -294,7 +294,7 @@ def test_the_default_dataset_is_recorded_first(monkeypatch, tmp_path, file, word
 
 def test_it_prints_its_settings():
     command = [sys.executable, "-W", "ignore", "-m", "torchrl_bcq", "train", "--cfg"]
-    settings = ["dataset=hopper.hdf5", "loss.gamma=0.5", "out=run"]
+    settings = ["dataset=hopper.hdf5", "algorithm=bcq", "loss.gamma=0.5", "out=run"]
     shown = subprocess.run([*command, *settings], capture_output=True, text=True, check=True).stdout
     expected = yaml.safe_load(module.YAML)
     expected["loss"]["gamma"] = 0.5

@@ -84,7 +84,7 @@ def test_built_parts_and_configs_give_the_same_trainer(buffer):
 def test_settings_of_a_run_give_the_same_objective():
     loss, updater, _ = make_by_hand()
     words = ["network.hidden=[6]", "network.vae_hidden=[7]", "loss.lmbda=0.5", "loss.tau=0.25"]
-    (settings,) = compose([*words, "out=run", "dataset=file.hdf5"])
+    (settings,) = compose([*words, "out=run", "dataset=file.hdf5", "algorithm=bcq"])
     torch.manual_seed(3)
     made, its_updater = make_objective(settings, **SPECS)
     assert made.state_dict().keys() == loss.state_dict().keys()

@@ -10,6 +10,12 @@ from torchrl_bcq.runs.settings import compose
 HYDRAS_WORDS = ("mismatched", "Lexer", "viable", "hydra", "EOF", "extraneous")
 
 
+@pytest.fixture(autouse=True)
+def algorithm(monkeypatch):
+    """These tests name datasets that do not exist, so the algorithm cannot be chosen by their actions."""
+    monkeypatch.setattr("torchrl_bcq.runs.settings.suitable_algorithm", lambda values: "bcq")
+
+
 def refusal(*words: str, sweep: bool = False) -> str:
     with pytest.raises(RunError) as error:
         compose(words, sweep=sweep)

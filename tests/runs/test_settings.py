@@ -167,7 +167,8 @@ def test_a_setting_of_a_new_objective_is_found_nowhere_but_in_its_constructor(mo
 def test_overrides_are_read_as_hydra_reads_them():
     words = ["optim.vae.lr=3e-4", "network.hidden=[8,7]", "reader={names: {actions: x}}", "optim.kwargs.eps=1e-3"]
     words += ["logger_kwargs.wandb.project=bcq", "threads=null", "dataset='my file.hdf5'", "loss.reduction=sum"]
-    (settings,) = compose([*words, "+reader.names.rewards=r", "loss.use_prioritized_weights=false", "seed=1", "seed=2"])
+    words += ["loss.use_prioritized_weights=false"]
+    (settings,) = compose([*words, "+reader.names.rewards=r", "algorithm=bcq", "seed=1", "seed=2"])
     assert settings.optim.vae.lr == 3e-4
     assert OmegaConf.to_container(settings.optim.kwargs) == {"eps": 1e-3}
     assert OmegaConf.to_container(settings.reader) == {"names": {"actions": "x", "rewards": "r"}}
@@ -225,7 +226,7 @@ def test_overrides_that_are_refused(words, message):
 def test_a_group_of_the_same_name_is_no_obstacle():
     """TorchRL's groups and those of torchrl_bcq.conf are in one store of Hydra's."""
     importlib.import_module("torchrl_bcq.conf")  # a part of [test]: its absence is a failure
-    (settings,) = compose(["logger=[]", "sampler=prioritized", "dataset=hdf5"])
+    (settings,) = compose(["logger=[]", "sampler=prioritized", "dataset=hdf5", "algorithm=bcq"])
     assert (settings.logger, settings.sampler, settings.dataset) == ([], "prioritized", "hdf5")
 
 
@@ -264,7 +265,8 @@ def test_wrong_types_are_refused(name):
 
 
 def test_settings_come_back_from_a_folder(make_settings, tmp_path):
-    settings = make_settings("optim.kwargs.betas=[0.5,0.9]", "reader.names.rewards=r", "weights=episode", "threads=3")
+    words = ["optim.kwargs.betas=[0.5,0.9]", "reader.names.rewards=r", "weights=episode", "threads=3", "algorithm=bcq"]
+    settings = make_settings(*words)
     settings.out = "runs/${seed}"
     save_settings(settings, tmp_path)
     again = load_settings(tmp_path)
@@ -386,7 +388,7 @@ def test_what_is_no_run_is_refused_and_what_it_holds_is_named(make_settings, tmp
 
 MAY_DIFFER = ["steps=40", "out=elsewhere", "resume=true", "progress_bar=true", "threads=2", "device=cpu", "root=copies"]
 MAY_DIFFER += ["evaluation.env=null", "checkpoint.keep=9", "early_stopping.patience=1", "policy.num_action_samples=9"]
-MAY_DIFFER += ["dataset=moved.hdf5", "reader.names.rewards=r"]  # it is known by its content
+MAY_DIFFER += ["algorithm=bcq", "dataset=moved.hdf5", "reader.names.rewards=r"]  # it is known by its content
 MAY_DIFFER += ["compile=true", "precision=high", "cudagraph=true", "baseline=cloning"]
 MAY_DIFFER += ["logger=[]", "logger_kwargs.wandb.project=bcq", "evaluation.reference_scores=[0,1]"]
 
