@@ -252,7 +252,7 @@ def test_a_baseline_of_another_task_is_refused(run, make_run, make_file, what, c
     capsys.readouterr()
     assert main(["evaluate", str(run), "--baseline", str(other)]) == 1
     assert capsys.readouterr().err == (
-        f"torchrl-bcq: {other} has other {what} than {run}; compare runs of the same dataset.\n"
+        f"torchrl-bcq: {other} has other {what} than {run}; compare runs with the same {what}.\n"
     )
     assert main(["evaluate", str(run), "--baseline", str(run.parent / "none")]) == 1
     assert capsys.readouterr().err.startswith(f"torchrl-bcq: there is no folder {run.parent / 'none'}; ")

@@ -134,12 +134,22 @@ def test_a_signal_ends_the_baseline_which_resumes_bit_for_bit(words, run, tmp_pa
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+def test_a_run_without_a_checkpoint_cannot_be_resumed(words, run, monkeypatch, capsys):
+    def interrupted(settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "train", interrupted)
+    with pytest.raises(SystemExit):
+        main(["train", *words()])
+    assert "no new checkpoint was saved; there is no checkpoint yet, so repeat the command" in capsys.readouterr().err
+
+
 def test_a_second_signal_leaves_the_baseline_at_once(words, run, send, capsys):
     send(signal.SIGINT, signal.SIGINT)
     with pytest.raises(SystemExit) as end:
         main(["train", *words("baseline=cloning")])
     assert end.value.code == 130
-    assert "To resume from the last one: torchrl-bcq train resume=" in capsys.readouterr().err
+    assert "; to resume from the last one: torchrl-bcq train resume=" in capsys.readouterr().err
     assert (run / "results.json").exists()
     assert list((run / "baseline").glob("*/checkpoint-*")) == []
     send()

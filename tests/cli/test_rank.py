@@ -21,7 +21,7 @@ from torchrl_bcq.__main__ import main
 from torchrl_bcq.cli.rank import _Results
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.evaluation import Estimate, OffPolicyEvaluation
-from torchrl_bcq.runs.candidates import check_same_columns, import_policy
+from torchrl_bcq.runs.candidates import check_comparable, find_candidates, import_policy
 
 from ..array_files import write_arrays
 from ..small_runs import TINY
@@ -197,12 +197,12 @@ def test_runs_that_read_other_columns_are_refused(tmp_path, monkeypatch, capsys)
 
 def test_entries_in_another_order_are_refused():
     """The names of one file must be equal; those of other files may differ, but not in their order alone."""
-    task = SimpleNamespace(observation=None)
+    task = SimpleNamespace(observation=None, stack=1, observation_spec=None, action_spec=None)
 
     def check(dataset, *names):
         readers = [{"names": {"observations": each}} for each in (["x", "v"], [*names])]
         runs = [OmegaConf.create({"dataset": d, "reader": r}) for d, r in zip(("a", dataset), readers, strict=True)]
-        check_same_columns((runs[0], task), "one", (runs[1], task), "two")
+        check_comparable((runs[0], task), "one", (runs[1], task), "two")
 
     check("a", "x", "v")
     check("b", "place", "speed")
@@ -292,12 +292,48 @@ def test_a_damaged_file_is_not_replaced(folder, capsys):
     assert (folder / "run" / "ranking.json").read_text() == "{"
 
 
+def test_a_dataset_that_has_moved_is_named_again(folder, capsys):
+    """rank knows by the old name that the run may have learned from the held-out episodes."""
+    train("out=run", "evaluation.env=null", "steps=10")
+    (folder / "lights.hdf5").rename(folder / "moved.hdf5")
+    capsys.readouterr()
+    for command in (["rank", "run", *QUICK], ["evaluate", "run"], ["export", "run", "policy.onnx"]):
+        assert main(command) == 1
+        found = capsys.readouterr().err
+        assert "there is no file lights.hdf5 in /" in found
+        assert "was trained on lights.hdf5; if this dataset has moved, name its new place with --dataset." in found
+        assert main([*command, "--dataset", "moved.hdf5"]) == 0
+        shown = capsys.readouterr().out
+        assert ("These policies may have learned from the episodes" in shown) == (command[0] == "rank")
+    (line,) = json.loads((folder / "run" / "ranking.json").read_text())["estimates"][1:]
+    assert line["settings"]["dataset"] == "moved.hdf5"
+    assert main(["evaluate", "run", "--env", "Lights-v2", "--dataset", "moved.hdf5"]) == 1
+    assert "--dataset has an effect only without an environment; leave it out." in capsys.readouterr().err
+    assert main(["train", "resume=run", "steps=20"]) == 1
+    assert "If the dataset has moved, name its new place with dataset=PATH." in capsys.readouterr().err
+    assert main(["train", "resume=run", "steps=20", "dataset=moved.hdf5"]) == 0
+
+
+def test_a_checkpoint_that_its_run_has_replaced_is_reported(folder):
+    train("out=run", "steps=10")
+    (found,) = find_candidates([folder / "run"], "last", "cpu")
+    shutil.rmtree(folder / "run" / "checkpoints")
+    with pytest.raises(RunError, match=r"no longer exists; .*\. Repeat the command"):
+        found.load()
+
+
+def test_options_of_true_values_are_refused_without_episodes(folder, capsys):
+    train("out=run", "steps=10")
+    assert main(["rank", "run", "--episodes", "0", "--env", "Lights-v2", "--observation", "light"]) == 1
+    assert "so --env, --observation has no effect; leave it out, or measure episodes." in capsys.readouterr().err
+
+
 def test_runs_of_other_tasks_are_refused(folder, make_file, capsys):
     train("out=run")
     make_file()
     assert main(["train", "dataset=swings.hdf5", *TINY, "out=other"]) == 0
     assert main(["rank", "run", "other", *QUICK]) == 1
-    assert "other has other observations or actions than run" in capsys.readouterr().err
+    assert "other has other actions than run; compare runs with the same actions." in capsys.readouterr().err
     assert main(["rank", "other", "--estimator", "doubly_robust", *QUICK]) == 1
     assert "--estimator doubly_robust needs discrete actions" in capsys.readouterr().err
 

@@ -147,7 +147,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     from torchrl_bcq.runs.overrides import check_reader, read_words, set_value
 
     chosen = OmegaConf.create({"reader": {}})
-    for name, value in read_words(args.reader, ())[0].items():
+    for name, value in read_words(args.reader, (), sweep=None)[0].items():
         set_value(chosen, name, value)
     reader: Any = OmegaConf.to_container(chosen)["reader"]  # type: ignore[index, call-overload]
     return check_reader(args.source, reader)

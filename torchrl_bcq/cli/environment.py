@@ -1,4 +1,4 @@
-"""The options ``--env``, ``--env-kwargs`` and ``--observation``, which choose an environment and its observation."""
+"""The options that choose an environment and its observation, and the help of ``--dataset``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from torchrl_bcq.data.sources.environment import Environment, change_environment
 from torchrl_bcq.errors import RunError
 
+DATASET = "new path or name of the dataset, if it has moved"
 REMEDY = "choose another with --env ID, or set its arguments with --env-kwargs NAME=VALUE"
 
 

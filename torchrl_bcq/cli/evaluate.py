@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from torchrl_bcq.cli.environment import REMEDY, add_options, choose_environment
+from torchrl_bcq.cli.environment import DATASET, REMEDY, add_options, choose_environment
 from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.files import check_writable, home, write_whole
@@ -54,6 +54,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--baseline", type=Path, metavar="RUN2", help="run to compare with (default: the baseline of RUN)")
     add("--checkpoint", choices=("best", "last"), default="best", help="checkpoint (default: best if kept, else last)")
     add_options(command, "Gymnasium environment (default: the environment of the run)")
+    add("--dataset", metavar="NAME", help=f"{DATASET}; for a run without an environment")
     add("--episodes", type=int, default=100, metavar="N", help="episodes of each policy (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="seed of initial states and actions (default: %(default)s)")
     add("--deterministic", action="store_true", help="always take the same action in the same state")
@@ -82,7 +83,10 @@ def _run(command: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         return print_runs(args.folder)
     trained = load(args.folder, args.checkpoint, args.device)
     runs = {trained.algorithm.title: trained, **_load_baseline(args, trained)}
-    if env := choose_fitting(args, trained, runs):
+    env = choose_fitting(args, trained, runs)
+    if env is not None:
+        if args.dataset is not None:
+            raise RunError("--dataset has an effect only without an environment; leave it out.")
         facts: dict[str, Any] = {"env_id": env.id, "env_kwargs": env.kwargs}
         facts |= {"max_episode_steps": env.max_episode_steps, "observation": env.observation}
         trained = replace(trained, task=replace(trained.task, **facts))
@@ -95,7 +99,7 @@ def _run(command: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         folder = args.folder if args.folder.name not in ("", "..") else args.folder.resolve()
         out = folder.with_name(f"{folder.name}-evaluation.json")
     check_writable(out, "choose another file with --out")
-    results = _in_environment(trained, runs, args) if env else _on_the_dataset(trained, runs)
+    results = _in_environment(trained, runs, args) if env else _on_the_dataset(trained, runs, args)
     if args.out is None:  # look for a free name as late as possible: another evaluation may have ended meanwhile
         names = chain([out], (out.with_stem(f"{out.stem}-{number}") for number in count(2)))
         out = next(name for name in names if not name.exists())
@@ -111,7 +115,7 @@ def _load_baseline(args: argparse.Namespace, trained: Any) -> dict[str, Any]:
     Returns ``{name: run}``: the name of the baseline in the printed tables, and the loaded run of the baseline.
     Without a baseline, the dictionary is empty.
     """
-    from torchrl_bcq.runs.candidates import check_same_columns
+    from torchrl_bcq.runs.candidates import check_comparable
     from torchrl_bcq.runs.folder import BASELINE, find_checkpoint, load
 
     folder = args.baseline or args.folder / BASELINE
@@ -121,13 +125,7 @@ def _load_baseline(args: argparse.Namespace, trained: Any) -> dict[str, Any]:
         except RunError:
             return {}
     baseline = load(folder, args.checkpoint, args.device)
-    if baseline.task.stack != trained.task.stack:
-        stacks = f"stack={baseline.task.stack}, but {args.folder} with stack={trained.task.stack}"
-        raise RunError(f"{folder} was trained with {stacks}; compare runs with the same stack.")
-    check_same_columns((baseline.settings, baseline.task), folder, (trained.settings, trained.task), args.folder)
-    for what in ("observation", "action"):
-        if getattr(trained.task, f"{what}_spec") != getattr(baseline.task, f"{what}_spec"):
-            raise RunError(f"{folder} has other {what}s than {args.folder}; compare runs of the same dataset.")
+    check_comparable((baseline.settings, baseline.task), folder, (trained.settings, trained.task), args.folder)
     title = baseline.algorithm.title
     return {title if title != trained.algorithm.title else f"{title}, {folder}": baseline}
 
@@ -256,7 +254,7 @@ def print_table(lines: list[list[str]], widths: list[int]) -> None:
         print(f"{title:<{widths[0]}}" + "".join(f"{cell:>{n}}" for cell, n in zip(cells, widths[1:], strict=True)))
 
 
-def _on_the_dataset(trained: Any, runs: dict[str, Any]) -> dict[str, Any]:
+def _on_the_dataset(trained: Any, runs: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Compute metrics of the run and of its baseline on the dataset; print and return the metrics."""
     from torchrl_bcq.data.episodes import episode_returns
     from torchrl_bcq.evaluation import DatasetMetrics
@@ -264,7 +262,7 @@ def _on_the_dataset(trained: Any, runs: dict[str, Any]) -> dict[str, Any]:
     from torchrl_bcq.runs.dataset import reopen_dataset
 
     settings = trained.settings
-    transitions, task = reopen_dataset(trained)
+    transitions, task = reopen_dataset(trained, args.dataset)
     if settings.held_out:
         trained.task.check_unchanged(task, "the run may have learned from the episodes that are held out now")
     learned = split(settings, transitions)

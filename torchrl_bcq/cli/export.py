@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from torchrl_bcq.cli.environment import DATASET
 from torchrl_bcq.data import DatasetError
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.files import check_writable
@@ -32,6 +33,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("folder", type=Path, metavar="RUN", help="folder of a run, or one of its checkpoints")
     add("file", type=Path, metavar="FILE.onnx", help="file to write; an existing file is replaced")
     add("--checkpoint", choices=("best", "last"), default="best", help="checkpoint (default: best if kept, else last)")
+    add("--dataset", metavar="NAME", help=DATASET)
     add("--value", action="store_true", help="also write the value of the chosen action")
     add("--candidates", action="store_true", help="also write the candidate actions and their values")
     latents = (
@@ -60,12 +62,12 @@ def _export(args: argparse.Namespace) -> None:
                 f"a policy of {trained.algorithm.title} has no values or candidates; leave out these options."
             )
         policy.set_outputs(value=args.value, candidates=args.candidates)
-    if args.latents and policy.latent_shape is None:
+    if args.latents and getattr(policy, "latent_shape", None) is None:
         raise RunError(f"a policy of {trained.algorithm.title} has no latents; leave out --latents.")
     transitions = None
     if not args.random_states:
         try:
-            transitions, _ = reopen_dataset(trained)
+            transitions, _ = reopen_dataset(trained, args.dataset)
         except (DatasetError, OSError, RunError) as error:
             raise RunError(f"{error} To export without the dataset, use --random-states.") from error
     has_frames = any(len(shape) == 3 for shape in trained.task.shapes.values())

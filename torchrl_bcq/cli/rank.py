@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -12,12 +12,13 @@ from typing import Any
 
 from filelock import FileLock
 
-from torchrl_bcq.cli.environment import REMEDY, add_options
+from torchrl_bcq.cli.environment import DATASET, REMEDY, add_options
 from torchrl_bcq.cli.evaluate import choose_fitting, print_table
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.files import check_writable, home, write_whole
 
 _REMEDY = f"{REMEDY}, or measure no true values: --episodes 0"
+_OF_EPISODES = ("env", "env_kwargs", "observation")  # options that choose the environment
 _EPILOG = """\
 In fitted Q evaluation, critics learn the value of each policy from the dataset, without the environment. The estimate
 is the mean value of the initial states of the held-out episodes. For discrete actions, the command also computes
@@ -59,6 +60,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     which = "checkpoints of each run (default: best if kept, else last)"
     runs = "folder of a run or a sweep, or a checkpoint; all policies are evaluated on the dataset of the first run"
     add("runs", metavar="RUN", nargs="+", type=Path, help=runs)
+    add("--dataset", metavar="NAME", help=DATASET)
     add("--policy", metavar="MODULE:OBJECT", nargs="+", default=[], help="TensorDict policies of Python modules")
     add("--checkpoint", choices=("best", "last", "all"), default="best", help=which)
     add("--estimator", choices=ESTIMATORS, default=ESTIMATORS[0], help=f"estimate that ranks the policies {shown}")
@@ -109,7 +111,8 @@ def _rank(args: argparse.Namespace) -> None:
     print(f"{settings['dataset']}: {count}, {settings['held_out']:.0%} of the {evaluation.units} are held out")
     if settings["rewards"]:
         print(f"All values are of the rewards that {candidates[0].name} was trained with: {settings['rewards']}.")
-    if learned := [one.name for one in candidates if _learned_from_held_out(one, settings)]:
+    names = (settings["dataset"], str(first.settings.dataset))  # the dataset may have moved
+    if learned := [one.name for one in candidates if _learned_from_held_out(one, settings, names)]:
         print("These policies may have learned from the episodes that are held out now, so their estimates may be")
         print(f"too high: {', '.join(learned)}.")
         print(f"To exclude the episodes from training, train with held_out={settings['held_out']} and equal seeds.")
@@ -210,6 +213,10 @@ def _check(args: argparse.Namespace) -> None:
     ):
         if not fits(value := getattr(args, name)):
             raise RunError(f"--{name.replace('_', '-')} is {value}, expected {expected}.")
+    if not args.episodes and (given := [name for name in _OF_EPISODES if getattr(args, name) is not None]):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        found = f"--episodes 0 measures no true values, so {options} has no effect"
+        raise RunError(f"{found}; leave it out, or measure episodes.")
 
 
 def _open(args: argparse.Namespace, first: Any) -> tuple[Any, dict[str, Any]]:
@@ -230,7 +237,7 @@ def _open(args: argparse.Namespace, first: Any) -> tuple[Any, dict[str, Any]]:
         "seed": args.seed,
         "split_seed": own.seed if own.held_out and not args.held_out else args.seed,
     }
-    transitions, task = reopen_dataset(first)
+    transitions, task = reopen_dataset(first, args.dataset)
     if own.held_out and not args.held_out:
         first.task.check_unchanged(task, "the run may have learned from the episodes that are held out now")
     transitions = change_rewards(own, transitions)
@@ -239,18 +246,18 @@ def _open(args: argparse.Namespace, first: Any) -> tuple[Any, dict[str, Any]]:
     device = next(first.loss.parameters()).device
     keys = list(task.shapes)
     evaluation = OffPolicyEvaluation(transitions, task.action_spec, observation_keys=keys, device=device, **settings)
-    facts = {"dataset": str(own.dataset), "contents": dataset_digest(transitions), "rewards": reward_formula(own)}
-    return evaluation, {**facts, **settings}
+    facts = {"dataset": str(args.dataset or own.dataset), "contents": dataset_digest(transitions)}
+    return evaluation, {**facts, "rewards": reward_formula(own), **settings}
 
 
-def _learned_from_held_out(candidate: Any, settings: dict[str, Any]) -> bool:
-    """Return whether a run on this dataset did not hold out these episodes, or has networks of another run."""
+def _learned_from_held_out(candidate: Any, settings: dict[str, Any], names: Sequence[str]) -> bool:
+    """Return whether a run on a dataset of these names may have learned from the episodes that are held out now."""
     from torchrl_bcq.runs.folder import read_metadata
 
     if "checkpoint" not in candidate.facts:
         return False
     own = read_metadata(Path(candidate.facts["checkpoint"]))[0]
-    is_same = str(own.dataset) == settings["dataset"]
+    is_same = str(own.dataset) in names
     others = (own.held_out, own.seed) != (settings["held_out"], settings["split_seed"])
     return is_same and (others or own.init_from is not None)
 

@@ -168,8 +168,10 @@ def _train(settings: DictConfig) -> int:
             _logger.error("%s", with_packages(error))
         return 1
     except KeyboardInterrupt:
-        message = "interrupted; no new checkpoint was saved. To resume from the last one: torchrl-bcq train %s"
-        _logger.warning(message, quote(f"resume={settings.out}"))
+        how = "there is no checkpoint yet, so repeat the command"
+        if any(Path(settings.out).glob("*/checkpoint-*")):
+            how = f"to resume from the last one: torchrl-bcq train {quote(f'resume={settings.out}')}"
+        _logger.warning("interrupted; no new checkpoint was saved; %s", how)
         raise SystemExit(130) from None
     if stopped := results.get("stopped"):
         raise SystemExit(128 + signal.Signals[stopped])

@@ -65,16 +65,7 @@ def find_candidates(folders: Sequence[Path], which: str, device: str) -> list[Ca
     first, *others = found
     settings, task, _ = read_metadata(first)
     for path in others:
-        other_settings, other, _ = read_metadata(path)
-        check_same_columns((other_settings, other), found[path], (settings, task), found[first])
-        if other.stack != task.stack:
-            stacks = f"stack={other.stack}, but {found[first]} with stack={task.stack}"
-            raise RunError(f"{found[path]} was trained with {stacks}; rank runs with the same stack.")
-        if other.expected != task.expected:
-            raise RunError(
-                f"{found[path]} has other observations or actions than {found[first]}; give only runs that were "
-                "trained on datasets with the same observations and actions."
-            )
+        check_comparable(read_metadata(path)[:2], found[path], (settings, task), found[first])
     _warn_of_other_data(found)
     return [Candidate(name, _facts(path), partial(_load, path, device)) for path, name in found.items()]
 
@@ -84,9 +75,12 @@ Recorded = tuple[Any, Task]  # the settings and the task of a run
 _COLUMNS = ("observation", "action", "action_mask", "observations", "actions", "frames", "action_masks")
 
 
-def check_same_columns(one: Recorded, name: str | Path, other: Recorded, other_name: str | Path) -> None:
-    """Raise a RunError if two runs read other columns or entries of one dataset, or the same ones in another order."""
+def check_comparable(one: Recorded, name: str | Path, other: Recorded, other_name: str | Path) -> None:
+    """Raise a RunError if two runs have other observations or actions, or read them in another order."""
     (own, task), (others, other_task) = one, other
+    if task.stack != other_task.stack:
+        stacks = f"stack={task.stack}, but {other_name} with stack={other_task.stack}"
+        raise RunError(f"{name} was trained with {stacks}; compare runs with the same stack.")
     here, there = ({**settings.reader, **(settings.reader.get("names") or {})} for settings in (own, others))
     same = task.observation == other_task.observation
     for what in _COLUMNS:
@@ -99,6 +93,9 @@ def check_same_columns(one: Recorded, name: str | Path, other: Recorded, other_n
             f"{name} reads other columns or entries than {other_name}; compare runs with the same columns or entries, "
             "in the same order."
         )
+    for what in ("observation", "action"):
+        if getattr(task, f"{what}_spec") != getattr(other_task, f"{what}_spec"):
+            raise RunError(f"{name} has other {what}s than {other_name}; compare runs with the same {what}s.")
 
 
 def _warn_of_other_data(found: dict[Path, str]) -> None:
@@ -143,6 +140,9 @@ def import_policy(name: str, device: str) -> Candidate:
 
 
 def _load(path: Path, device: str) -> Any:
+    if not path.exists():
+        found = f"the checkpoint {path} no longer exists; the run may have replaced it during its training"
+        raise RunError(f"{found}. Repeat the command to rank the present checkpoints.")
     return load(path, device=device).policy
 
 

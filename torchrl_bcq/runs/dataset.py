@@ -69,16 +69,21 @@ def open_dataset(settings: DictConfig, known: TensorSpec | None = None) -> tuple
     )
 
 
-def reopen_dataset(trained: Trained) -> tuple[TensorDictBase, Task]:
+def reopen_dataset(trained: Trained, dataset: str | None = None) -> tuple[TensorDictBase, Task]:
     """Read the dataset of a trained run again; errors are those of ``open_dataset``.
 
     The environment of the run is not made. If it gave the bounds or the number of the actions, those of the run are
-    used.
+    used. ``dataset`` is the new name of the dataset, if it has moved.
     """
     settings = copy.deepcopy(trained.settings)
+    settings.dataset = settings.dataset if dataset is None else dataset
     from_others = trained.task.env is not None or settings.init_from is not None
     settings.evaluation.env = settings.init_from = None
-    return open_dataset(settings, trained.task.exact_action_spec if from_others else None)
+    try:
+        return open_dataset(settings, trained.task.exact_action_spec if from_others else None)
+    except FileNotFoundError as error:
+        found = f"{error} {trained.path} was trained on {trained.settings.dataset}"
+        raise RunError(f"{found}; if this dataset has moved, name its new place with --dataset.") from error
 
 
 def _describe_behaviour(transitions: TensorDictBase) -> dict[str, float]:

@@ -76,7 +76,7 @@ class Task:
         if length > limit:
             found, steps = f"have {length:g} steps on average", math.ceil(max(length, after))
         # readers drop the last row of an episode that was cut off, if its next observation is missing
-        elif self.behaviour.get("cut_off", 0) >= _MANY and after + 1 < limit:
+        elif self.behaviour.get("cut_off", 0) >= _MANY and not limit - 1 <= after <= limit:
             found, steps = f"were cut off after {after:g} steps (median)", int(after)
         else:
             return None

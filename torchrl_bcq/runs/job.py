@@ -126,8 +126,13 @@ def _train(settings: DictConfig, start: Path | None) -> dict[str, Any]:
         settings.threads = read_metadata(start)[0].threads
     if isinstance(settings.threads, int):
         use_threads(settings.threads)
-    with processes.first_goes_first():
-        transitions, task = open_dataset(settings)
+    try:
+        with processes.first_goes_first():
+            transitions, task = open_dataset(settings)
+    except FileNotFoundError as error:
+        if start is None:
+            raise
+        raise RunError(f"{error} If the dataset has moved, name its new place with dataset=PATH.") from error
     if start is not None:
         _check_bounds(task, read_metadata(start)[1], start)
     out, trainer = Path(settings.out), assemble(settings, transitions, task)

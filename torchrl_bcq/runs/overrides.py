@@ -22,16 +22,16 @@ _EXPECTED = {"Integer": "a whole number", "Float": "a number", "Boolean": "true 
 PATHS = ("dataset", "root", "resume", "init_from")  # settings whose values are paths of existing files or folders
 
 
-def read_words(words: Iterable[str], texts: Collection[str], *, sweep: bool = False) -> list[dict[str, Any]]:
+def read_words(words: Iterable[str], texts: Collection[str], *, sweep: bool | None = False) -> list[dict[str, Any]]:
     """Return the settings of each run as a dict from names to values; values are written in Hydra's syntax.
 
     The value of a setting in ``texts`` is text. Hydra's syntax is used for it only if the value has quotes, brackets,
     ``$`` or a backslash, and is not the path of an existing file. Any other value that is not in Hydra's syntax is a
-    list or dictionary as in YAML, or text.
+    list or dictionary as in YAML, or text. ``sweep`` is None for a command that cannot make several runs.
 
     Raises:
         RunError: if a word is not a setting or has no value that can be read, or if a setting has several values and
-            ``sweep`` is False.
+            ``sweep`` is not True.
     """
     from hydra.core.utils import setup_globals
 
@@ -45,14 +45,15 @@ def read_words(words: Iterable[str], texts: Collection[str], *, sweep: bool = Fa
             raise RunError(f"{word} is not a setting; write a setting as NAME=VALUE{example}.")
         if not raw and name in (*PATHS, "out"):
             raise RunError(f"{name} has no value; write a setting as NAME=VALUE.")
-        values = _read(name, raw, name in texts, sweep)
+        values = _read(name, raw, name in texts, bool(sweep))
         if name in (*PATHS, "out"):  # shells do not expand ~ after =
             try:
                 values = [str(home(value)) if str(value).startswith("~") else value for value in values]
             except FileNotFoundError as error:
                 raise RunError(f"{name}: {error}") from None
         if len(values) > 1 and not sweep:
-            raise RunError(f"{word} has {len(values)} values; {_remedies(name, raw, name in texts)}.")
+            ways = _remedies(name, raw, name in texts)[sweep is None :]
+            raise RunError(f"{word} has {len(values)} values; {', '.join(ways[:-1])}, or {ways[-1]}.")
         choices.pop(name, None)  # of two values of a setting, the last one counts
         choices[name] = values
     return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
@@ -95,15 +96,15 @@ def _exists(path: str) -> bool:
     return bool(path) and os.path.exists(os.path.expanduser(path))
 
 
-def _remedies(name: str, raw: str, text: bool) -> str:
-    """Return the ways to write a setting that has a comma in its value."""
+def _remedies(name: str, raw: str, text: bool) -> list[str]:
+    """Return the ways to write a setting that has a comma in its value; the first one makes several runs."""
     ways = ["add -m to make a run for each value"]
     if not text:
         ways.append(f"write a list as {name}=[{raw}]")
     if text or name.startswith("reader."):
         quoted = '{}="{}"'.format(name, raw.replace('"', '\\"'))
         ways.append(f"write text that contains a comma in quotes, as {shlex.quote(quoted)}")
-    return f"{', '.join(ways[:-1])}, or {ways[-1]}"
+    return ways
 
 
 def nearest(name: str, known: Sequence[str]) -> list[str]:

@@ -159,7 +159,8 @@ def _open_minari(dataset_id: str) -> Any:
     except Exception as error:  # Minari and its download clients raise various exceptions
         raise DatasetError(
             f"Minari dataset {dataset_id!r} can be neither opened nor downloaded ({error}). Use an id such as "
-            "'mujoco/hopper/medium-v0'; `minari list local` and `minari list remote` show all ids."
+            "'mujoco/hopper/medium-v0'; `minari list local` and `minari list remote` show all ids. If a download was "
+            f"interrupted, repeat it with `minari download --force {dataset_id}`."
         ) from error
     space = dataset.action_space
     first = getattr(space, "start", 0)
