@@ -263,7 +263,7 @@ BREAKS = {
     ),
     "other weights stay in a network": (
         "objectives/ownership.py",
-        "            _put(place, name, tensor)\n",
+        "            place[name] = tensor\n",
         "            pass\n",
     ),
     "swapped weights are ignored": (

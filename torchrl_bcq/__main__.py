@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ Run torchrl-bcq COMMAND --help to see the arguments of a command.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 on success, 1 for an invalid input or setting, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    logging.getLogger("torchrl").setLevel("WARNING")
+    os.environ.setdefault("RL_LOGGING_LEVEL", "WARNING")  # TorchRL reads it when it is imported
     with on_command_line():
         return _run(arguments)
 

@@ -12,6 +12,7 @@ from torchrl.data import Bounded, Categorical, OneHot
 from torchrl.modules import ProbabilisticActor
 
 from torchrl_bcq import add_policy_actions, add_recorded_actions, clone_probabilities, fit_fqe, from_arrays, multi_step
+from torchrl_bcq.errors import DatasetError
 from torchrl_bcq.evaluation.fqe import value_range
 
 pytestmark = pytest.mark.no_cover  # training steps by the thousand
@@ -123,6 +124,12 @@ def test_several_steps_of_the_dataset_are_one_row():
             target = 2 + 0.25 * critics.state_values(states)
         error = (critics.values(data[:1]) - target).abs().max()
     torch.testing.assert_close(row["td_error"], error[None])
+
+
+def test_transitions_without_the_actions_of_a_policy_are_refused():
+    message = r"lack \('next', 'policy_probability'\); add it with add_policy_actions or add_recorded_actions\.$"
+    with pytest.raises(DatasetError, match=message):
+        fit_fqe(two_states(), Categorical(2), steps=1, **SMALL)
 
 
 def test_the_seed_decides_and_the_random_state_is_kept():

@@ -143,12 +143,9 @@ def _run(settings: DictConfig, threads: int) -> int:
         check_folder(out)
         out.mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(out / "train.log", encoding="utf-8", errors="backslashreplace")
-    except RunError as error:
-        print(f"torchrl-bcq: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        message = f"{settings.out} cannot be the folder of a run: {error}; choose another folder with out=FOLDER"
-        print(f"torchrl-bcq: {message}", file=sys.stderr)
+    except (RunError, OSError) as error:
+        found = f"{settings.out} cannot be the folder of a run: {error}; choose another folder with out=FOLDER"
+        print(f"torchrl-bcq: {error if isinstance(error, RunError) else found}", file=sys.stderr)
         return 1
     with _log_into(file):
         return _train(settings)

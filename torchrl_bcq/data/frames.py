@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from torchrl_bcq.data.defects import Rows
 from torchrl_bcq.data.episodes import check_single_steps, episode_numbers
 from torchrl_bcq.data.frame_stack import FrameStack
 from torchrl_bcq.data.frame_store import frames_of
@@ -138,22 +139,19 @@ def _states(transitions: TensorDictBase) -> dict[str, tuple[Tensor, Tensor]]:
 
 def _report_breaks(states: Sequence[tuple[Tensor, Tensor]], numbers: Tensor) -> None:
     """Log a warning if episodes have rows that do not continue the row before."""
-    count, first = 0, -1
+    breaks = Rows()
     for start in range(0, len(numbers) - 1, _CHUNK):
         now, after = slice(start, min(start + _CHUNK, len(numbers) - 1)), slice(start + 1, start + _CHUNK + 1)
         differs = [(later[now] != state[after]).any(-1) for state, later in states]
-        apart = torch.stack(differs).any(0) & (numbers[now] == numbers[after])
-        if first < 0 and apart.any():
-            first = start + int(apart.int().argmax())
-        count += int(apart.sum())
-    if count:
+        breaks.add((torch.stack(differs).any(0) & (numbers[now] == numbers[after])).cpu(), start)
+    if breaks.count:
         _logger.warning(
             "in %d of %d rows (first: %d), the next observation is not the observation of the next row of the episode. "
             "The states join the rows as they are stored. If rows are missing, the states after them hold earlier "
             "observations; if rows are shuffled, the states are wrong, so sort the rows by episode and time.",
-            count,
+            breaks.count,
             len(numbers),
-            first,
+            breaks.first,
         )
 
 

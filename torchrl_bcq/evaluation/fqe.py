@@ -18,6 +18,7 @@ from torchrl_bcq.data import make_replay_buffer
 from torchrl_bcq.data.action_checks import number_of
 from torchrl_bcq.data.episodes import STEPS, episode_numbers
 from torchrl_bcq.data.frame_stack import gather_frames
+from torchrl_bcq.errors import DatasetError
 from torchrl_bcq.evaluation.rollouts import own_random_state
 from torchrl_bcq.functional import available_logits
 from torchrl_bcq.modules import Normalization, make_discrete_cloning_modules, make_fqe_modules
@@ -94,8 +95,9 @@ def fit_fqe(
         networks = make_fqe_modules(specs, action_spec, **sizes, normalization=scaling, device=device)
         kind: Any = FQELoss if number_of(action_spec) is None else DiscreteFQELoss
         loss = kind(*networks, value_range=value_range(transitions, gamma)).make_value_estimator(gamma=gamma)
-        if (choices := transitions.get(key := ("next", loss.policy_key), None)) is not None:
-            transitions = transitions.copy().set(key, choices.to(next(loss.parameters()).dtype))
+        if (choices := transitions.get(key := ("next", loss.policy_key), None)) is None:
+            raise DatasetError(f"the transitions lack {key}; add it with add_policy_actions or add_recorded_actions.")
+        transitions = transitions.copy().set(key, choices.to(next(loss.parameters()).dtype))
         return _fit(loss, transitions, SoftUpdate(loss, tau=tau), progress_bar=progress_bar, **settings)
 
 

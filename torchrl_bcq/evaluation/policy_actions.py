@@ -111,6 +111,7 @@ def _similar_rows(transitions: TensorDictBase, asked: Tensor, keys: Sequence[Nes
     scale = np.where(states.std(0) > 0, states.std(0), 1)
     different, number = np.unique(states / scale, axis=0, return_inverse=True)
     _, nearest = cKDTree(different).query(after / scale)
+    number = number.ravel()  # NumPy 2.0.0 returns [N, 1]
     rows, counts = np.argsort(number, kind="stable"), np.bincount(number)
     drawn = (counts[nearest] * np.random.default_rng(seed).random(len(nearest))).astype(int)
     return torch.as_tensor(rows[(counts.cumsum() - counts)[nearest] + drawn], device=asked.device)

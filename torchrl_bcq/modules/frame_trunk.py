@@ -22,7 +22,7 @@ class FrameTrunk(nn.Module):
         num_vectors: number of vectors, which come before the frames.
         shapes: shape ``(C, H, W)`` of each frame; ``H`` and ``W`` are at least 36.
         scales: for each frame, the mean ``[C]`` that is subtracted from its bytes, and the scale ``[C]`` by which they
-            are then divided. By default, bytes are divided by 255.
+            are then divided.
 
     Raises:
         ValueError: if the shape of a frame does not fit the convolutions. A call raises this error if a frame holds no
@@ -31,12 +31,7 @@ class FrameTrunk(nn.Module):
     Source: Mnih et al., "Human-level control through deep reinforcement learning", 2015.
     """
 
-    def __init__(
-        self,
-        num_vectors: int,
-        shapes: Sequence[Sequence[int]],
-        scales: Sequence[Sequence[Tensor]] | None = None,
-    ) -> None:
+    def __init__(self, num_vectors: int, shapes: Sequence[Sequence[int]], scales: Sequence[Sequence[Tensor]]) -> None:
         """Build the convolutions of each frame."""
         super().__init__()
         for shape in shapes:
@@ -47,8 +42,6 @@ class FrameTrunk(nn.Module):
                 )
                 raise ValueError(f"a frame has shape {tuple(shape)}, expected [C, H, W] with H and W >= 36; {how}.")
         self.num_vectors = num_vectors
-        if scales is None:
-            scales = [(torch.zeros(channels), torch.full((channels,), 255.0)) for channels, *_ in shapes]
         self.scales = nn.ModuleList(_ByteScale(*scale) for scale in scales)
         self.convolutions = nn.ModuleList(
             ConvNet(

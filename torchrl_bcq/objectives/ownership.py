@@ -9,7 +9,7 @@ from typing import Any
 from tensordict import TensorDictParams
 from torch import nn
 
-Slots = list[tuple[Any, str, Any]]  # a dict and a key, or a TensorDictParams and its attribute; and the new weight
+Slots = list[tuple[dict[str, Any], str, Any]]  # a dict and a key, which hold a weight; and the new weight
 
 
 def find_slots(params: TensorDictParams, network: nn.Module) -> Slots:
@@ -24,7 +24,7 @@ def find_slots(params: TensorDictParams, network: nn.Module) -> Slots:
     slots: Slots = []
     for store, module in stores.items():
         weights = params._param_td.get(store)
-        slots.append((module, "_param_td", getattr(weights, "_param_td", weights)))
+        slots.append((module.__dict__, "_param_td", getattr(weights, "_param_td", weights)))
     for key, tensor in params.items(True, True):
         *path, name = (key,) if isinstance(key, str) else key
         if not any(tuple(path[: len(store)]) == store for store in stores):
@@ -52,25 +52,14 @@ class RunOn:
 
     def __enter__(self) -> None:
         """Replace the network's weights by the tensors in ``slots``, or by its own detached weights."""
-        self._own = [_get(place, name) for place, name, _ in self._slots]
+        self._own = [place[name] for place, name, _ in self._slots]
         for (place, name, tensor), own in zip(self._slots, self._own, strict=True):
-            _put(place, name, own.detach() if self._detached else tensor)
+            place[name] = own.detach() if self._detached else tensor
 
     def __exit__(self, *failure: Any) -> None:
         """Put the network's own weights back."""
         for (place, name, _), tensor in zip(self._slots, self._own, strict=True):
-            _put(place, name, tensor)
-
-
-def _get(place: Any, name: str) -> Any:
-    return place[name] if isinstance(place, dict) else getattr(place, name)
-
-
-def _put(place: Any, name: str, tensor: Any) -> None:
-    if isinstance(place, dict):
-        place[name] = tensor
-    else:
-        setattr(place, name, tensor)
+            place[name] = tensor
 
 
 def follow_swapped_weights(method: Callable) -> Callable:

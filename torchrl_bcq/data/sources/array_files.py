@@ -96,69 +96,55 @@ def load_npz(
     return source.read(action_spec=action_spec, root=root)
 
 
-def hdf5(
-    path: str | Path,
-    *,
-    names: Names | None = None,
-    max_episode_steps: int | None = None,
-    action_type: str | None = None,
-    report_limit: bool = True,
-) -> Source:
-    """Return a ``Source`` that reads the HDF5 file ``path`` in chunks. ``report_limit`` is for ``cut_at_limit``."""
+def hdf5(path: str | Path, **settings: Any) -> Source:
+    """Return a ``Source`` that reads the HDF5 file ``path`` in chunks; ``settings`` as in ``_source``."""
     path = existing_file(path)
-
-    def chunks() -> Iterator[Columns]:
-        with open_hdf5(path) as file:
-            yield from read_steps(file, names)
-
-    source = _source(path, chunks, names, max_episode_steps, action_type, report_limit)
-    return replace(source, **_hdf5_attributes(path))
+    return replace(_source(path, _hdf5_chunks, **settings), **_hdf5_attributes(path))
 
 
-def npz(
-    path: str | Path,
-    *,
-    names: Names | None = None,
-    max_episode_steps: int | None = None,
-    action_type: str | None = None,
-) -> Source:
-    """Return a ``Source`` that reads the NPZ file ``path`` in chunks."""
-    path = existing_file(path)
-
-    def chunks() -> Iterator[Columns]:
-        if not zipfile.is_zipfile(path):
-            raise DatasetError("it is not an NPZ file; choose another file.")
-        with zipfile.ZipFile(path) as archive:
-            members = [name.removesuffix(".npy") for name in archive.namelist()]
-            if repeated := sorted({name for name in members if members.count(name) > 1}):
-                raise DatasetError(f"the file holds the arrays {repeated} more than once; save each array once.")
-            with open(path, "rb") as stored:
-                stored.seek(-12 - len(archive.comment), os.SEEK_END)
-                count = int.from_bytes(stored.read(2), "little")
-            # refuse a file whose index lists fewer arrays than its count; 0xFFFF means 65535 arrays or more
-            if count not in (len(members), 0xFFFF):
-                raise DatasetError(f"it holds {len(members)} arrays, but should hold {count}; copy the file again.")
-            # find damaged arrays: np.load checks no checksum if an array is shorter than its archive member
-            if (damaged := archive.testzip()) is not None:
-                raise DatasetError(f"the array {damaged!r} in the file is damaged; copy the file again.")
-        with np.load(path, allow_pickle=False) as file:
-            yield from read_steps(file, names)
-
-    return _source(path, chunks, names, max_episode_steps, action_type)
+def npz(path: str | Path, **settings: Any) -> Source:
+    """Return a ``Source`` that reads the NPZ file ``path`` in chunks; ``settings`` as in ``_source``."""
+    return _source(existing_file(path), _npz_chunks, **settings)
 
 
 def _source(
     path: Path,
-    chunks: Callable[[], Iterator[Columns]],
-    names: Names | None,
-    max_episode_steps: int | None,
-    action_type: str | None,
-    report_limit: bool = True,
+    chunks: Callable[[Path, Names | None], Iterator[Columns]],
+    *,
+    names: Names | None = None,
+    max_episode_steps: int | None = None,
+    action_type: str | None = None,
+    report_limit: bool = True,  # for cut_at_limit
 ) -> Source:
     check_limit(max_episode_steps)
     settings = {"names": names, "max_episode_steps": max_episode_steps, "action_type": action_type}
     cut = partial(cut_at_limit, max_episode_steps=max_episode_steps, report=report_limit)
-    return Source(path.name, lambda: cut(chunks()), [path], settings, action_type=action_type)
+    return Source(path.name, lambda: cut(chunks(path, names)), [path], settings, action_type=action_type)
+
+
+def _hdf5_chunks(path: Path, names: Names | None) -> Iterator[Columns]:
+    with open_hdf5(path) as file:
+        yield from read_steps(file, names)
+
+
+def _npz_chunks(path: Path, names: Names | None) -> Iterator[Columns]:
+    if not zipfile.is_zipfile(path):
+        raise DatasetError("it is not an NPZ file; choose another file.")
+    with zipfile.ZipFile(path) as archive:
+        members = [name.removesuffix(".npy") for name in archive.namelist()]
+        if repeated := sorted({name for name in members if members.count(name) > 1}):
+            raise DatasetError(f"the file holds the arrays {repeated} more than once; save each array once.")
+        with open(path, "rb") as stored:
+            stored.seek(-12 - len(archive.comment), os.SEEK_END)
+            count = int.from_bytes(stored.read(2), "little")
+        # refuse a file whose index lists fewer arrays than its count; 0xFFFF means 65535 arrays or more
+        if count not in (len(members), 0xFFFF):
+            raise DatasetError(f"it holds {len(members)} arrays, but should hold {count}; copy the file again.")
+        # find damaged arrays: np.load checks no checksum if an array is shorter than its archive member
+        if (damaged := archive.testzip()) is not None:
+            raise DatasetError(f"the array {damaged!r} in the file is damaged; copy the file again.")
+    with np.load(path, allow_pickle=False) as file:
+        yield from read_steps(file, names)
 
 
 def _hdf5_attributes(path: Path) -> dict[str, Any]:
