@@ -109,6 +109,7 @@ def test_tables_take_their_columns_from_the_command_line(file, capsys):
             ["describe", "swings.hdf5", "reader.names.actions=torque"],
             "swings.hdf5: names refers to the entries ['torque'], but the file holds only",
         ),
+        (["describe", "trips.csv", "reader=a,b"], "has 2 values; write a dictionary, as in 'reader={NAME: VALUE}'.\n"),
         (["describe", "trips.csv", "reader.reward=a,b"], "has 2 values; write a list as reader.reward=[a,b], "),
         (["describe", "swings.hdf5", "--env", "Nonsense-v1"], "environment 'Nonsense-v1' cannot be made: "),
         (["convert", "swings.hdf5", "swings.hdf5"], "torchrl-bcq: "),

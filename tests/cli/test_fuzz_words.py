@@ -14,7 +14,7 @@ from hypothesis import given, settings as profile, strategies as st
 from omegaconf import OmegaConf
 
 from torchrl_bcq.__main__ import main
-from torchrl_bcq.errors import RunError
+from torchrl_bcq.errors import DatasetError, RunError
 from torchrl_bcq.runs.settings import compose, flat
 
 COUNTS: Counter[str] = Counter()
@@ -50,7 +50,7 @@ def test_words_of_settings(words, sweep):
     COUNTS["settings"] += 1
     try:
         runs = compose(words, sweep=sweep)
-    except RunError as error:
+    except (RunError, DatasetError, OSError) as error:
         return check_message(str(error))
     for run in runs:
         plain = OmegaConf.to_container(run, resolve=True)

@@ -83,7 +83,7 @@ def test_a_signal_saves_a_checkpoint_that_resumes_bit_for_bit(words, make_settin
     ((found, output),) = finish(process)
     assert found == code, output
     name = signal.Signals(number).name
-    assert f"{name}: the run stops after this gradient step and saves a checkpoint; a second signal ends it" in output
+    assert f"{name}: the run stops after this gradient step or measurement and saves a checkpoint; " in output
     resume = re.search(rf"{name} after (\d+) steps; resume with: torchrl-bcq train resume={run}\n", output)
     steps = int(resume[1])
     assert read_metadata(find_checkpoint(run, "last"))[2] == steps
@@ -141,7 +141,7 @@ def test_a_run_without_a_checkpoint_cannot_be_resumed(words, run, monkeypatch, c
     monkeypatch.setattr(module, "train", interrupted)
     with pytest.raises(SystemExit):
         main(["train", *words()])
-    assert "no new checkpoint was saved; there is no checkpoint yet, so repeat the command" in capsys.readouterr().err
+    assert "no new checkpoint was saved; the run has no checkpoint yet; if you repeat" in capsys.readouterr().err
 
 
 def test_a_second_signal_leaves_the_baseline_at_once(words, run, send, capsys):
@@ -166,6 +166,13 @@ def test_a_signal_ends_a_sweep(words, run, send):
 
 
 # several processes
+
+
+def test_only_the_process_that_fails_reports_an_error(words):
+    ((code, output),) = finish(torchrun(*words("sed=1")))
+    assert code == 1
+    assert output.count("torchrl-bcq: there is no setting sed; ") == 1
+    assert "PeerError" not in output
 
 
 def test_two_processes_make_one_run_that_a_signal_stops_and_that_resumes_bit_for_bit(

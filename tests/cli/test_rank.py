@@ -197,7 +197,7 @@ def test_runs_that_read_other_columns_are_refused(tmp_path, monkeypatch, capsys)
 
 def test_entries_in_another_order_are_refused():
     """The names of one file must be equal; those of other files may differ, but not in their order alone."""
-    task = SimpleNamespace(observation=None, stack=1, observation_spec=None, action_spec=None)
+    task = SimpleNamespace(observation=None, stack=1, shapes={}, action_spec=None, has_mask=False)
 
     def check(dataset, *names):
         readers = [{"names": {"observations": each}} for each in (["x", "v"], [*names])]
@@ -296,6 +296,7 @@ def test_a_dataset_that_has_moved_is_named_again(folder, capsys):
     """rank knows by the old name that the run may have learned from the held-out episodes."""
     train("out=run", "evaluation.env=null", "steps=10")
     (folder / "lights.hdf5").rename(folder / "moved.hdf5")
+    shutil.copy("moved.hdf5", "copy.hdf5")
     capsys.readouterr()
     for command in (["rank", "run", *QUICK], ["evaluate", "run"], ["export", "run", "policy.onnx"]):
         assert main(command) == 1
@@ -307,11 +308,27 @@ def test_a_dataset_that_has_moved_is_named_again(folder, capsys):
         assert ("These policies may have learned from the episodes" in shown) == (command[0] == "rank")
     (line,) = json.loads((folder / "run" / "ranking.json").read_text())["estimates"][1:]
     assert line["settings"]["dataset"] == "moved.hdf5"
+    with h5py.File("moved.hdf5", "r+") as file:
+        fields = {name: file[name][:] for name in file}
+        for name, values in fields.items():
+            del file[name]
+            file[name] = values[:-LENGTH]
+    assert main(["rank", "run", *QUICK, "--dataset", "moved.hdf5"]) == 1
+    assert "so moved.hdf5 is not the dataset of " in capsys.readouterr().err
+    with h5py.File("moved.hdf5", "r+") as file:
+        for name in [name for name in file if "observations" in name]:
+            values = file[name][:, :2]
+            del file[name]
+            file[name] = values
+    assert main(["rank", "run", *QUICK, "--dataset", "moved.hdf5"]) == 1
+    assert "moved.hdf5 has other observations or actions than the dataset of " in capsys.readouterr().err
+    assert main(["export", "run", "policy.onnx", "--random-states", "--dataset", "moved.hdf5"]) == 1
+    assert "--random-states does not read a dataset; leave out one of both." in capsys.readouterr().err
     assert main(["evaluate", "run", "--env", "Lights-v2", "--dataset", "moved.hdf5"]) == 1
     assert "--dataset has an effect only without an environment; leave it out." in capsys.readouterr().err
     assert main(["train", "resume=run", "steps=20"]) == 1
     assert "If the dataset has moved, name its new place with dataset=PATH." in capsys.readouterr().err
-    assert main(["train", "resume=run", "steps=20", "dataset=moved.hdf5"]) == 0
+    assert main(["train", "resume=run", "steps=20", "dataset=copy.hdf5"]) == 0
 
 
 def test_a_checkpoint_that_its_run_has_replaced_is_reported(folder):
@@ -325,7 +342,7 @@ def test_a_checkpoint_that_its_run_has_replaced_is_reported(folder):
 def test_options_of_true_values_are_refused_without_episodes(folder, capsys):
     train("out=run", "steps=10")
     assert main(["rank", "run", "--episodes", "0", "--env", "Lights-v2", "--observation", "light"]) == 1
-    assert "so --env, --observation has no effect; leave it out, or measure episodes." in capsys.readouterr().err
+    assert "--episodes 0 measures no true values; leave out --env and --observation, or" in capsys.readouterr().err
 
 
 def test_runs_of_other_tasks_are_refused(folder, make_file, capsys):

@@ -214,9 +214,8 @@ def _check(args: argparse.Namespace) -> None:
         if not fits(value := getattr(args, name)):
             raise RunError(f"--{name.replace('_', '-')} is {value}, expected {expected}.")
     if not args.episodes and (given := [name for name in _OF_EPISODES if getattr(args, name) is not None]):
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        found = f"--episodes 0 measures no true values, so {options} has no effect"
-        raise RunError(f"{found}; leave it out, or measure episodes.")
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise RunError(f"--episodes 0 measures no true values; leave out {options}, or set another number of episodes.")
 
 
 def _open(args: argparse.Namespace, first: Any) -> tuple[Any, dict[str, Any]]:

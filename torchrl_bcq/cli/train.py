@@ -65,8 +65,9 @@ examples:
 
 Ctrl-C or SIGTERM saves a checkpoint and stops the run; a resumed run continues exactly from its last checkpoint.
 The folder of a run holds config.yaml, train.log, log/scalars/*.csv, checkpoints/, best/, results.json and baseline/;
-torchrl-bcq evaluate and torchrl-bcq plot read it. --cfg prints the settings without training. -m (--multirun) trains
-one run for each combination of values; separate the values of a setting by commas.
+torchrl-bcq evaluate and torchrl-bcq plot read it. --cfg prints the settings without training; unless
+algorithm=NAME is set, the dataset must exist. -m (--multirun) trains one run for each combination of values; separate
+the values of a setting by commas.
 
 {YAML}
 {YAML_DISCRETE}"""
@@ -84,27 +85,36 @@ def main(arguments: Sequence[str]) -> int:
         found = f"there is no flag {', '.join(sorted(unknown))}"
         raise RunError(f"{found}; write a setting as NAME=VALUE without dashes; see torchrl-bcq train --help.")
     with processes.joined():
-        with processes.first_goes_first():  # to download a dataset only once
-            runs = compose([*_defaults(overrides), *overrides], sweep="sweep" in flags)
-        if "show" in flags:
-            for settings in runs:
-                print(OmegaConf.to_yaml(settings))
-            return 0
-        sweep = Path(runs[0].out).parent
-        if "sweep" in flags and (any(sweep.glob("*/checkpoint-*")) or (sweep / FILE).is_file()):
-            raise RunError(f"{sweep} is the folder of a run; choose another folder for the sweep with out=FOLDER.")
-        if missing := sorted(OmegaConf.missing_keys(runs[0])):
-            raise RunError(f"{', '.join(missing)} has no value; set it with {missing[0]}=VALUE.")
-        if processes.several() and len(runs) > 1:
-            raise RunError("torchrun cannot start several runs with -m; start them one after another without -m.")
-        threads = torch.get_num_threads()
         try:
-            return max([_run(settings, threads) for settings in runs], default=0)
-        except SystemExit:
-            if len(runs) > 1:
-                words = f"{quote(f'out={sweep}')} resume=true"
-                print(f"torchrl-bcq: to continue the sweep, repeat its command with {words}", file=sys.stderr)
-            raise
+            return _start(overrides, flags)
+        except PeerError as error:  # the process that failed prints its own error
+            if processes.is_first():
+                print(f"torchrl-bcq: {error}", file=sys.stderr)
+            return 1
+
+
+def _start(overrides: Sequence[str], flags: set[str]) -> int:
+    with processes.first_goes_first():  # to download a dataset only once
+        runs = compose([*_defaults(overrides), *overrides], sweep="sweep" in flags)
+    if "show" in flags:
+        for settings in runs:
+            print(OmegaConf.to_yaml(settings))
+        return 0
+    sweep = Path(runs[0].out).parent
+    if "sweep" in flags and (any(sweep.glob("*/checkpoint-*")) or (sweep / FILE).is_file()):
+        raise RunError(f"{sweep} is the folder of a run; choose another folder for the sweep with out=FOLDER.")
+    if missing := sorted(OmegaConf.missing_keys(runs[0])):
+        raise RunError(f"{', '.join(missing)} has no value; set it with {missing[0]}=VALUE.")
+    if processes.several() and len(runs) > 1:
+        raise RunError("torchrun cannot start several runs with -m; start them one after another without -m.")
+    threads = torch.get_num_threads()
+    try:
+        return max([_run(settings, threads) for settings in runs], default=0)
+    except SystemExit:
+        if len(runs) > 1:
+            words = f"{quote(f'out={sweep}')} resume=true"
+            print(f"torchrl-bcq: to continue the sweep, repeat its command with {words}", file=sys.stderr)
+        raise
 
 
 def _defaults(overrides: Sequence[str]) -> list[str]:
@@ -130,7 +140,7 @@ def _run(settings: DictConfig, threads: int) -> int:
     """Train one run and return its exit code. With several processes, only the first writes train.log.
 
     ``threads`` is PyTorch's default number of threads, which an earlier run of a sweep may have changed.
-    In a sweep of several runs, an error ends only the current run, but a signal ends all runs.
+    In a sweep of several runs, an error of a run ends only this run, but a signal ends all runs.
     """
     logging.getLogger("torchrl").setLevel("WARNING")
     use_threads(threads)
@@ -165,7 +175,7 @@ def _train(settings: DictConfig) -> int:
             _logger.error("%s", with_packages(error))
         return 1
     except KeyboardInterrupt:
-        how = "there is no checkpoint yet, so repeat the command"
+        how = "the run has no checkpoint yet; if you repeat the command, it starts from the beginning"
         if any(Path(settings.out).glob("*/checkpoint-*")):
             how = f"to resume from the last one: torchrl-bcq train {quote(f'resume={settings.out}')}"
         _logger.warning("interrupted; no new checkpoint was saved; %s", how)

@@ -93,9 +93,13 @@ def check_comparable(one: Recorded, name: str | Path, other: Recorded, other_nam
             f"{name} reads other columns or entries than {other_name}; compare runs with the same columns or entries, "
             "in the same order."
         )
-    for what in ("observation", "action"):
-        if getattr(task, f"{what}_spec") != getattr(other_task, f"{what}_spec"):
-            raise RunError(f"{name} has other {what}s than {other_name}; compare runs with the same {what}s.")
+    for what, same in {
+        "observations": task.shapes == other_task.shapes,
+        "actions": task.action_spec == other_task.action_spec,
+        "masks of the available actions": task.has_mask == other_task.has_mask,
+    }.items():
+        if not same:
+            raise RunError(f"{name} has other {what} than {other_name}; compare runs with the same {what}.")
 
 
 def _warn_of_other_data(found: dict[Path, str]) -> None:
@@ -140,9 +144,7 @@ def import_policy(name: str, device: str) -> Candidate:
 
 
 def _load(path: Path, device: str) -> Any:
-    if not path.exists():
-        found = f"the checkpoint {path} no longer exists; the run may have replaced it during its training"
-        raise RunError(f"{found}. Repeat the command to rank the present checkpoints.")
+    read_metadata(path)  # its error is better than that of load, if the run has replaced this checkpoint
     return load(path, device=device).policy
 
 

@@ -74,16 +74,25 @@ def reopen_dataset(trained: Trained, dataset: str | None = None) -> tuple[Tensor
 
     The environment of the run is not made. If it gave the bounds or the number of the actions, those of the run are
     used. ``dataset`` is the new name of the dataset, if it has moved.
+
+    Raises:
+        RunError: also if the dataset does not exist, or ``dataset`` is another dataset.
     """
     settings = copy.deepcopy(trained.settings)
     settings.dataset = settings.dataset if dataset is None else dataset
     from_others = trained.task.env is not None or settings.init_from is not None
     settings.evaluation.env = settings.init_from = None
     try:
-        return open_dataset(settings, trained.task.exact_action_spec if from_others else None)
+        transitions, task = open_dataset(settings, trained.task.exact_action_spec if from_others else None)
     except FileNotFoundError as error:
         found = f"{error} {trained.path} was trained on {trained.settings.dataset}"
         raise RunError(f"{found}; if this dataset has moved, name its new place with --dataset.") from error
+    if dataset is not None:
+        if (task.shapes, task.n_actions) != (trained.task.shapes, trained.task.n_actions):
+            found = f"{dataset} has other observations or actions than the dataset of {trained.path}"
+            raise RunError(f"{found}; name the dataset of the run with --dataset.")
+        trained.task.check_unchanged(task, f"{dataset} is not the dataset of {trained.path}")
+    return transitions, task
 
 
 def _describe_behaviour(transitions: TensorDictBase) -> dict[str, float]:

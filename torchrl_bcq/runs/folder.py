@@ -187,6 +187,9 @@ class Trained:
 
 def read_metadata(path: Path) -> tuple[DictConfig, Task, int]:
     """Return settings, task and step of a checkpoint, or raise a RunError if ``path`` is not from a run."""
+    if not path.exists():
+        found = f"the checkpoint {path} no longer exists; if its run is still training, the run has replaced it"
+        raise RunError(f"{found}. Repeat the command with the folder of the run.")
     try:
         metadata = Checkpoint.manifest(path)["metadata"]
         settings, facts, step = metadata["config"], dict(metadata["task"]), int(metadata["optim_steps"])

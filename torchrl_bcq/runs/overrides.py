@@ -52,8 +52,9 @@ def read_words(words: Iterable[str], texts: Collection[str], *, sweep: bool | No
             except FileNotFoundError as error:
                 raise RunError(f"{name}: {error}") from None
         if len(values) > 1 and not sweep:
-            ways = _remedies(name, raw, name in texts)[sweep is None :]
-            raise RunError(f"{word} has {len(values)} values; {', '.join(ways[:-1])}, or {ways[-1]}.")
+            *others, last = _remedies(name, raw, name in texts)[sweep is None :]
+            how = f"{', '.join(others)}, or {last}" if others else last
+            raise RunError(f"{word} has {len(values)} values; {how}.")
         choices.pop(name, None)  # of two values of a setting, the last one counts
         choices[name] = values
     return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
@@ -99,7 +100,9 @@ def _exists(path: str) -> bool:
 def _remedies(name: str, raw: str, text: bool) -> list[str]:
     """Return the ways to write a setting that has a comma in its value; the first one makes several runs."""
     ways = ["add -m to make a run for each value"]
-    if not text:
+    if name == "reader":
+        ways.append("write a dictionary, as in 'reader={NAME: VALUE}'")
+    elif not text:
         ways.append(f"write a list as {name}=[{raw}]")
     if text or name.startswith("reader."):
         quoted = '{}="{}"'.format(name, raw.replace('"', '\\"'))

@@ -93,7 +93,7 @@ def stoppable(trainer: OfflineTrainer) -> Iterator[None]:
             signal.signal(each, signal.default_int_handler)
         trainer.request_stop(name)
         if is_first():
-            when = "log interval" if several() else "gradient step"
+            when = "log interval" if several() else "gradient step or measurement"
             message = f"{name}: the run stops after this {when} and saves a checkpoint; a second signal ends it at once"
             print(f"\n{message}", file=sys.stderr, flush=True)
 

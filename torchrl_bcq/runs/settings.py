@@ -123,6 +123,7 @@ def compose(overrides: Sequence[str], *, sweep: bool = False) -> list[DictConfig
 
     Raises:
         RunError: if a setting is unknown, has the wrong type, or has several values although ``sweep`` is False.
+        DatasetError, OSError, ImportError: if the dataset must be read to choose the algorithm, and cannot be read.
     """
     chosen = read_words(overrides, _texts(tuple(ALGORITHMS)), sweep=sweep)
     runs = [_override(values) for values in chosen]
