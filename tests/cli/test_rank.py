@@ -266,7 +266,7 @@ def test_without_an_environment(folder, capsys):
 )
 def test_bad_input_is_refused(folder, capsys, words, message):
     train("out=run")
-    assert main(["rank", *words]) == 1
+    assert main(["rank", *QUICK, *words]) == 1
     error = capsys.readouterr().err
     assert message in error
     names = ["recorded behaviour", "run"] if "wrong" in str(words) else []

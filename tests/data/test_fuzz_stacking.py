@@ -35,7 +35,7 @@ NOT_TRANSITIONS = {
     "no next": lambda td: td.exclude("next"),
     "next is a tensor": lambda td: td.exclude("next").set("next", td["observation"]),
     "text in next": lambda td: td.set(("next", "note"), "x"),
-    "several steps": lambda td: td.set("steps_to_next_obs", torch.ones(len(td), 1).long()),
+    "several steps": lambda td: td.set("steps_to_next_obs", torch.full((len(td), 1), 2)),
     "no done, no episode": lambda td: td.exclude("episode", ("next", "done")),
     "wide done": lambda td: ends(td, lambda done: done.repeat(1, 2)),
     "flat done": lambda td: ends(td, lambda done: done[:, 0]),
