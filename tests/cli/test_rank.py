@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torchrl.data import Categorical
 
 from torchrl_bcq.__main__ import main
 from torchrl_bcq.cli.rank import _Results
@@ -209,6 +210,23 @@ def test_entries_in_another_order_are_refused():
     for dataset, *names in (("a", "v", "x"), ("b", "v", "x"), ("a", "x", "w")):
         with pytest.raises(RunError, match="one reads other columns or entries than two"):
             check(dataset, *names)
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("observations", {"shapes": {"observation": [4]}}),
+        ("actions", {"action_spec": Categorical(4)}),
+        ("masks of the available actions", {"has_mask": True}),
+    ],
+)
+def test_runs_that_differ_are_refused_with_the_difference(what, change):
+    facts = {"shapes": {"observation": [3]}, "action_spec": Categorical(3), "has_mask": False}
+    tasks = [SimpleNamespace(observation=None, stack=1, **{**facts, **changed}) for changed in ({}, change)]
+    settings = OmegaConf.create({"dataset": "a", "reader": {}})
+    check_comparable((settings, tasks[0]), "one", (settings, tasks[0]), "two")
+    with pytest.raises(RunError, match=f"^one has other {what} than two; compare runs with the same {what}.$"):
+        check_comparable((settings, tasks[0]), "one", (settings, tasks[1]), "two")
 
 
 def test_a_machine_without_the_environment_can_rank(folder, capsys):
