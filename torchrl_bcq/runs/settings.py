@@ -290,12 +290,9 @@ def check_resumable(now: DictConfig, saved: DictConfig, run: Path) -> None:
     if now.algorithm != saved.algorithm:
         raise RunError(f"{run} is a run of algorithm {saved.algorithm}, not {now.algorithm}; {remedy}.")
     then, asked = flat(saved), flat(now)
-    differing = [
-        f"{name} was {then[name]!r} and is now {asked[name]!r}"
-        for name in asked
-        if asked[name] != then[name] and name.split(".")[0] not in FREE
-    ]
+    differing = [name for name in asked if asked[name] != then[name] and name.split(".")[0] not in FREE]
     if differing:
-        found = f"{run} cannot be resumed with changed settings: {'; '.join(differing)}"
+        changes = "; ".join(f"{name} was {then[name]!r} and is now {asked[name]!r}" for name in differing)
+        found = f"{run} cannot be resumed with changed settings: {changes}"
         old = f"To resume the run with its saved settings: torchrl-bcq train {quote(f'resume={run}')}"
         raise RunError(f"{found}. {old}. Or {remedy}; add {quote(f'init_from={run}')} to start with its networks.")
