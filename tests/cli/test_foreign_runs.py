@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torchrl_bcq.__main__ import main
 from torchrl_bcq.errors import RunError
 from torchrl_bcq.runs.folder import find_checkpoint
 from torchrl_bcq.runs.job import train
+from torchrl_bcq.version import __version__
 
 from ..runs.folders import contents
 
@@ -65,7 +65,7 @@ def test_a_run_of_another_version_is_refused_with_its_version(refused, found):
         return without if found is None else {"version": found, **without}
 
     messages = refused(change)
-    present = version("torchrl-bcq")
+    present = __version__
     assert set(messages.values()) == {
         f"was made by torchrl-bcq {found or '0.1'}, but this is version {present}; use a checkout "
         f"of version {found or '0.1'}, or train the run again."

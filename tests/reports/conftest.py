@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
 
 import pytest
 
 from torchrl_bcq.reports.curves import make_curve
 from torchrl_bcq.reports.logs import find_runs, group_runs
+from torchrl_bcq.version import __version__
 
 RETURNS = ([1.0, 10.0], [2.0, 40.0], [6.0, 70.0])  # of three seeds, at steps 100 and 200
 
@@ -16,7 +16,7 @@ RETURNS = ([1.0, 10.0], [2.0, 40.0], [6.0, 70.0])  # of three seeds, at steps 10
 def write_run(folder, settings=None, behaviour=None, seed=0, **scalars):
     """Write a run folder with the given settings and scalars: ``{step: value}`` or the text of a file."""
     (folder / "log" / "scalars").mkdir(parents=True)
-    shared = {"version": version("torchrl-bcq"), "algorithm": "bcq", "dataset": "minari:swings"}
+    shared = {"version": __version__, "algorithm": "bcq", "dataset": "minari:swings"}
     written = {**shared, "seed": seed, "out": str(folder), **(settings or {})}
     (folder / "config.yaml").write_text(json.dumps(written))  # YAML, too
     for metric, rows in scalars.items():

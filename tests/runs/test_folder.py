@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from torchrl_bcq.runs.algorithms import ALGORITHMS
 from torchrl_bcq.runs.assembly import assemble
 from torchrl_bcq.runs.dataset import open_dataset
 from torchrl_bcq.runs.folder import choose_device, find_checkpoint, load, read_metadata
+from torchrl_bcq.version import __version__
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def test_metadata_are_those_of_the_run(make_settings, run):
     settings, task, step = read_metadata(find_checkpoint(run, "last"))
     expected = make_settings("logger=[]", "evaluation.env=null")
     assert (settings, task, step) == (expected, open_dataset(expected)[1], 20)
-    assert Checkpoint.manifest(find_checkpoint(run))["metadata"]["config"]["version"] == version("torchrl-bcq")
+    assert Checkpoint.manifest(find_checkpoint(run))["metadata"]["config"]["version"] == __version__
 
 
 # the policy
