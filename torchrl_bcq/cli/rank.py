@@ -108,10 +108,11 @@ def _rank(args: argparse.Namespace) -> None:
     check_writable(out / "ranking.json", "choose another folder with --out")
     results = _Results(out / "ranking.json", settings)
     count = "1 policy" if len(candidates) == 1 else f"{len(candidates)} policies"
-    print(f"{settings['dataset']}: {count}, {settings['held_out']:.0%} of the {evaluation.units} are held out")
+    dataset = args.dataset or settings["dataset"]
+    print(f"{dataset}: {count}, {settings['held_out']:.0%} of the {evaluation.units} are held out")
     if settings["rewards"]:
         print(f"All values are of the rewards that {candidates[0].name} was trained with: {settings['rewards']}.")
-    names = (settings["dataset"], str(first.settings.dataset))  # the dataset may have moved
+    names = (settings["dataset"], args.dataset)  # a dataset that has moved keeps its estimates
     if learned := [one.name for one in candidates if _learned_from_held_out(one, settings, names)]:
         print("These policies may have learned from the episodes that are held out now, so their estimates may be")
         print(f"too high: {', '.join(learned)}.")
@@ -245,11 +246,11 @@ def _open(args: argparse.Namespace, first: Any) -> tuple[Any, dict[str, Any]]:
     device = next(first.loss.parameters()).device
     keys = list(task.shapes)
     evaluation = OffPolicyEvaluation(transitions, task.action_spec, observation_keys=keys, device=device, **settings)
-    facts = {"dataset": str(args.dataset or own.dataset), "contents": dataset_digest(transitions)}
-    return evaluation, {**facts, "rewards": reward_formula(own), **settings}
+    facts = {"dataset": str(own.dataset), "contents": dataset_digest(transitions), "rewards": reward_formula(own)}
+    return evaluation, {**facts, **settings}
 
 
-def _learned_from_held_out(candidate: Any, settings: dict[str, Any], names: Sequence[str]) -> bool:
+def _learned_from_held_out(candidate: Any, settings: dict[str, Any], names: Sequence[str | None]) -> bool:
     """Return whether a run on a dataset of these names may have learned from the episodes that are held out now."""
     from torchrl_bcq.runs.folder import read_metadata
 
