@@ -99,7 +99,7 @@ def main() -> None:
     for rows in zip(*(csv.reader(file.read_text().splitlines()) for file in files), strict=True):
         print(f"{rows[0][0]:>6}" + "".join(f"{float(value):20.4f}" for _, value in rows))
 
-    chosen = best.rotation.best()
+    chosen = best.best()
     bcq.make_checkpoint(loss_module=loss).load(chosen)  # the policy uses the same networks as the loss
     push = policy.act([[0.8, 0.0], [-0.8, 0.0]])
     print(f"\nThe policy in {chosen} pushes {push[0].item():+.2f} at position 0.8 and {push[1].item():+.2f} at -0.8.")

@@ -42,7 +42,7 @@ def test_keeps_the_best_of_finite_scores(make_batch, tmp_path, mode, kept, step,
     """Of equal scores the earlier one is the best."""
     train_and_keep(make_batch, tmp_path, SCORES, mode)
     assert steps(tmp_path) == kept
-    assert best_checkpoint(tmp_path) == KeepBest(tmp_path, "score", mode).rotation.best()
+    assert best_checkpoint(tmp_path) == KeepBest(tmp_path, "score", mode).best()
     manifest = Checkpoint.manifest(best_checkpoint(tmp_path))
     assert manifest["metadata"] == {
         "collected_frames": step,
@@ -93,7 +93,7 @@ def test_a_metric_of_an_earlier_log_interval_is_not_used_again(make_batch, tmp_p
     Scripted([1.0, None, None]).register(trainer)
     keep = KeepBest(tmp_path, "score")
     keep.register(trainer)
-    keep.rotation.save = lambda *args, step, **kwargs: writes.append(step)
+    keep._replace = lambda checkpoint, step, metadata: writes.append(step)
     trainer.train()
     assert writes == [10]
 
@@ -116,6 +116,37 @@ def test_a_better_checkpoint_of_an_earlier_step_replaces_the_best(make_batch, tm
     assert best_checkpoint(tmp_path).name == f"checkpoint-{20:012d}"
 
 
+@pytest.mark.parametrize("scores", [[0.0, 4.0], [0.0, 6.0]])
+def test_a_run_that_goes_back_and_measures_in_another_way_keeps_one_checkpoint(make_batch, tmp_path, scores):
+    """The outdated checkpoint is of a later step, and its score is lower or higher."""
+    train_and_keep(make_batch, tmp_path, [0.0, 0.0, 5.0])
+    trainer = make_trainer(make_batch(50), 20)
+    Scripted(scores).register(trainer)
+    KeepBest(tmp_path, "score", measured_as="in 20 episodes").register(trainer)
+    trainer.train()
+    assert steps(tmp_path) == [20]
+
+
+def test_another_metric_replaces_the_best_checkpoint(make_batch, tmp_path):
+    train_and_keep(make_batch, tmp_path, [0.0, 0.0, 5.0])
+    trainer = make_trainer(make_batch(50), 20)
+    Scripted([3.0, 4.0]).register(trainer)
+    KeepBest(tmp_path, "score", "min").register(trainer)
+    trainer.train()
+    assert steps(tmp_path) == [10]
+    assert Checkpoint.manifest(best_checkpoint(tmp_path))["metadata"]["best_of"] == ["score", "min"]
+
+
+def test_a_run_that_was_killed_while_it_replaced_the_best_leaves_the_one_that_was_written_last(make_batch, tmp_path):
+    for folder, scores in (("one", [0.0, 0.0, 5.0]), ("two", [0.0, 6.0])):
+        train_and_keep(make_batch, tmp_path / folder, scores)
+    (tmp_path / "two" / f"checkpoint-{20:012d}").rename(tmp_path / "one" / f"checkpoint-{20:012d}")
+    assert steps(tmp_path / "one") == [20, 30]
+    assert best_checkpoint(tmp_path / "one").name == f"checkpoint-{20:012d}"
+    train_and_keep(make_batch, tmp_path / "one", [7.0])
+    assert steps(tmp_path / "one") == [10]
+
+
 def test_keep_best_tidies_its_folder(make_batch, tmp_path):
     (tmp_path / f".checkpoint-{10:012d}.stage-1").mkdir()
     KeepBest(tmp_path).register(make_trainer(make_batch(50)))
@@ -129,5 +160,5 @@ def test_the_best_one_cannot_be_written(make_batch, tmp_path):
 
 
 def test_another_mode_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="keep_best mode must be 'min' or 'max'"):
+    with pytest.raises(ValueError, match="mode is 'most', expected 'max' or 'min'"):
         KeepBest(tmp_path, mode="most")

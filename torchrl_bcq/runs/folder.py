@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -29,6 +30,7 @@ from torchrl_bcq.trainers.best import best_checkpoint
 from torchrl_bcq.trainers.checkpoints import damaged_checkpoints
 
 _MANY = 0.1  # share of episodes that were cut off, from which on their length matters
+_logger = logging.getLogger(__name__)
 CHECKPOINTS, BEST, BASELINE = "checkpoints", "best", "baseline"  # subfolders of a run's folder
 
 
@@ -144,6 +146,9 @@ def find_checkpoint(run: Path, which: str = "best") -> Path:
     if run.is_file():
         raise RunError(f"{run} is a file; choose the folder of a run of torchrl-bcq train, or of a checkpoint.")
     found = best_checkpoint(run / BEST) if which == "best" else None
+    if which == "best" and found is None and (damaged := damaged_checkpoints(run / BEST)):
+        best = run / BEST / damaged[0]
+        _logger.warning("the manifest.json of %s cannot be read, so the last checkpoint is used", best)
     found = found or CheckpointRotation(run / CHECKPOINTS, keep_last=1).latest()
     if found is None and run.name == BEST:
         found = best_checkpoint(run)

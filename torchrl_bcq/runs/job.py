@@ -114,7 +114,9 @@ def _make_run(settings: DictConfig) -> dict[str, Any]:
             results = json.loads(file.read_text())
             early = results.get("stopped_early") and saved.early_stopping == settings.early_stopping
             if results["steps"] == step and (step == settings.steps or early):
-                remedy = "set early_stopping.monitor=null" if early else "increase steps=N"
+                off = "set early_stopping.monitor=null"
+                off += " early_stopping.threshold=null" if settings.early_stopping.threshold is not None else ""
+                remedy = off if early else "increase steps=N"
                 _logger.info("the run in %s is complete; to train it further, %s", out, remedy)
                 return results
         return _train(settings, start)
@@ -197,10 +199,10 @@ def _alone(out: Path) -> Iterator[None]:
 def _find_start(settings: DictConfig) -> Path | None:
     """Return the checkpoint to resume from; None for a new run. Raises a RunError if the run must not be resumed."""
     out = Path(settings.out)
-    for folder in (out / CHECKPOINTS, out / BEST):  # a run that was killed early may have only a best checkpoint
+    for folder in (out / CHECKPOINTS, out / BEST):
         tidy_rotation(folder)
-        if (last := CheckpointRotation(folder, keep_last=1).latest()) is not None:
-            break
+    # a run that was killed early may have only a best checkpoint
+    last = CheckpointRotation(out / CHECKPOINTS, keep_last=1).latest() or best_checkpoint(out / BEST)
     damaged = damaged_checkpoints(out / CHECKPOINTS, "" if last is None else last.name)
     what = f"the manifest.json of {damaged} in {out / CHECKPOINTS} cannot be read"
     if last is None and damaged:
