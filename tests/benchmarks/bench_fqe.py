@@ -6,9 +6,10 @@ python tests/benchmarks/bench_fqe.py report
 FOLDER holds datasets and policies with known values, as known_policies.py describes. For each seed, both contenders
 learn from the same training episodes, with the same number of gradient steps, and evaluate the same initial states of
 the held-out episodes. d3rlpy has its default settings, except the discount factor. During training, d3rlpy calls the
-policy again in each update. For the estimate, the value of a state is the expectation over the policy's actions, for
-both contenders. ``run`` appends a line of JSON for each policy, seed and contender. It skips a line that the file of
-results already contains for the same number of steps.
+policy again in each update. For the estimate, the value of a state is the mean over the policy's actions: all discrete
+actions, or, if they are continuous, one sampled action here and eight with d3rlpy. ``run`` appends a line of JSON
+for each policy, seed and contender. It skips a line that the file of results already contains for the same number of
+steps.
 """
 
 from __future__ import annotations

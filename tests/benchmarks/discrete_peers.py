@@ -18,8 +18,7 @@ def train_tianshou(batch_size: int, device: str, kind: str) -> Callable[[int], N
     """Tianshou's DiscreteBCQ, built as in its example for Atari; for vectors, as two separate MLPs.
 
     Differences from the author's code: for frames, each of the two heads evaluates the shared trunk again; the batch is
-    copied to the device by each network that reads it; four losses are copied from the device in each step; truncation
-    ends the bootstrap.
+    copied to the device by each network that reads it; four losses are copied from the device in each step.
     """
     from gymnasium.spaces import Discrete
     from tianshou.algorithm import DiscreteBCQ

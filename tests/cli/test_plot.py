@@ -90,7 +90,10 @@ def test_what_cannot_be_drawn_is_said(make_run, tmp_path):
         ((tmp_path / "none",), f"{tmp_path / 'none'} is not a run: there is no such folder; choose a folder that "),
         ((empty,), f"{empty} is not a run: it and its subfolders have no config.yaml; "),
         ((silent,), f"nothing was logged in {silent}: no log/scalars/*.csv; "),
-        ((vae, "--metric", "retrun"), f"no retrun was logged in {vae}; use --metric with one of loss_vae, return."),
+        (
+            (vae, "--metric", "retrun"),
+            f"no retrun was logged in {vae}; use torchrl-bcq plot --metric with one of loss_vae, return.",
+        ),
         (
             (early, late),
             f"the runs of minari:swings have no step of return in common ({early}: steps 1 to 1; {late}: ",

@@ -182,9 +182,8 @@ def test_two_processes_make_one_run_that_a_signal_stops_and_that_resumes_bit_for
     interrupt(process, signal.SIGTERM, run)  # torchrun passes it on
     ((_, output),) = finish(process)
     assert output.count("SIGTERM: the run stops after this log interval and saves a checkpoint; ") == 1, output
-    (steps,) = map(
-        int, re.findall(rf"SIGTERM after (\d+) steps; resume with: torchrl-bcq train resume={run}\n", output)
-    )
+    command = f"torchrun --nproc-per-node 2 -m torchrl_bcq train resume={run}"
+    (steps,) = map(int, re.findall(rf"SIGTERM after (\d+) steps; resume with: {command}\n", output))
     assert steps > 0
     assert steps % 5 == 0  # a log_interval
     assert read_metadata(find_checkpoint(run, "last"))[2] == steps

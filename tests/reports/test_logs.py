@@ -121,7 +121,7 @@ def test_metric_that_is_drawn(make_run):
     silent = find([make_run("silent", initial_value={1: 1.0})])
     with pytest.raises(
         RunError,
-        match="no return, held_out_td_error, td_error or loss was logged in .*; use --metric with one of initi",
+        match="no return, held_out_td_error, td_error or loss was logged in .*; use torchrl-bcq plot --metric with",
     ):
         choose_metric(silent, None)
 

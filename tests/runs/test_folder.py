@@ -183,14 +183,19 @@ def test_devices():
             choose_device(name)
 
 
-def test_the_best_checkpoint_is_found_or_else_the_last(make_trained, tmp_path):
+def test_the_best_checkpoint_is_found_or_else_the_last(make_trained, tmp_path, caplog):
     make_trained("checkpoint.monitor=loss_vae", "checkpoint.mode=max")
+    caplog.clear()
     run = tmp_path / "run"
     last = run / "checkpoints" / "checkpoint-000000000020"
     best = run / "best" / "checkpoint-000000000010"
     assert find_checkpoint(run) == find_checkpoint(run, "best") == best
     assert find_checkpoint(run, "last") == last
     assert find_checkpoint(last) == last
+    (best / "manifest.json").write_text("")
+    assert find_checkpoint(run, "best") == last
+    (message,) = caplog.messages
+    assert message == f"the manifest.json of {best} cannot be read, so the last checkpoint is used"
     shutil.rmtree(run / "best")
     assert find_checkpoint(run, "best") == last
 

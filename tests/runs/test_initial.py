@@ -143,6 +143,9 @@ def test_settings_that_differ_are_logged(make_settings, make_file, tmp_path, cap
     leak = "held-out metrics may look too good; to hold out the same episodes, set held_out=0.3 seed=0."
     for changed in (["held_out=0.2"], ["held_out=0.3", "seed=1"]):
         assert [text for text in messages(*changed) if text.endswith(leak)]
+    train(make_settings(f"out={tmp_path / 'all'}"))
+    (none,) = [text for text in messages("held_out=0.2", f"init_from={tmp_path / 'all'}") if "too good" in text]
+    assert none.endswith("too good; the run of init_from held out none.")
     other = f"dataset={make_file('other.hdf5', seed=1)}"
     for changed in (["held_out=0"], ["held_out=0.2", other]):
         assert not [text for text in messages(*changed) if text.endswith(leak)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -304,7 +305,19 @@ def test_early_stopping_that_is_new_in_a_resumed_run_is_refused(make_settings, r
     assert train(make_settings("steps=20", "resume=true"))["steps"] == 20
 
 
-def test_a_run_that_stopped_early_is_complete(make_settings, run):
+def test_an_early_stop_with_a_threshold_can_be_switched_off(make_settings, run, caplog):
+    words = ["early_stopping.monitor=loss_vae", "early_stopping.mode=max", "early_stopping.threshold=-1e9"]
+    words += ["steps=100", "evaluation.interval=10", "checkpoint.interval=10"]
+    assert "stopped_early" in train(make_settings(*words))
+    caplog.set_level(logging.INFO)
+    train(make_settings(*words, "resume=true"))
+    (remedy,) = [text.partition(", set ")[2] for text in caplog.messages if "is complete; to train it further" in text]
+    words[0], words[2] = remedy.split()
+    assert train(make_settings(*words, "resume=true"))["steps"] == 100
+
+
+def test_a_run_that_stopped_early_is_complete(make_settings, run, caplog):
+    caplog.set_level(logging.INFO)
     words = ["steps=100", "evaluation.interval=10", "early_stopping={monitor: loss_vae, mode: max, patience: 10}"]
     words += ["optim.lr=0.01", "checkpoint.interval=10"]
     results = train(make_settings(*words))
@@ -312,6 +325,8 @@ def test_a_run_that_stopped_early_is_complete(make_settings, run):
     stopped = last_step(run)
     assert stopped < 100
     assert train(make_settings(*words, "resume=true")) == results
+    (remedy,) = [text.partition(", ")[2] for text in caplog.messages if "is complete; to train it further" in text]
+    assert remedy == "set early_stopping.monitor=null"
     more = train(make_settings(*words[:2], *words[3:], "resume=true"))
     assert (more["steps"], last_step(run), "stopped_early" in more) == (100, 100, False)
 

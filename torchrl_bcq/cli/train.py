@@ -177,7 +177,7 @@ def _train(settings: DictConfig) -> int:
     except KeyboardInterrupt:
         how = "the run has no checkpoint yet; if you repeat the command, it starts from the beginning"
         if any(Path(settings.out).glob("*/checkpoint-*")):
-            how = f"to resume from the last one: torchrl-bcq train {quote(f'resume={settings.out}')}"
+            how = f"to resume from the last one: {processes.program()} train {quote(f'resume={settings.out}')}"
         _logger.warning("interrupted; no new checkpoint was saved; %s", how)
         raise SystemExit(130) from None
     if stopped := results.get("stopped"):

@@ -150,7 +150,8 @@ def choose_metric(runs: Sequence[Run], wanted: str | None) -> str:
         if name in available:
             return name
     missing = wanted or f"{', '.join(DEFAULT_METRICS)} or loss"
-    raise RunError(f"no {missing} was logged in {folders}; use --metric with one of {', '.join(available)}.")
+    known = ", ".join(available)
+    raise RunError(f"no {missing} was logged in {folders}; use torchrl-bcq plot --metric with one of {known}.")
 
 
 def loss_metrics(runs: Sequence[Run]) -> list[str]:

@@ -58,11 +58,11 @@ def _report_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         changes = "; ".join(f"{name} was {then.get(name)!r} and is now {now[name]!r}" for name in names)
         _logger.info("only the networks are copied, not the settings: %s", changes)
     if now["held_out"] and then["dataset"] == now["dataset"] and {"held_out", "seed"} & {*names}:
+        same = f"to hold out the same episodes, set held_out={then['held_out']} seed={then['seed']}"
         _logger.warning(
             "the networks may have learned from episodes that this run holds out, so its held-out metrics may look too "
-            "good; to hold out the same episodes, set held_out=%s seed=%s.",
-            then["held_out"],
-            then["seed"],
+            "good; %s.",
+            same if then["held_out"] else "the run of init_from held out none",
         )
 
 

@@ -249,9 +249,8 @@ def _conclude(trainer: OfflineTrainer, task: Task, out: Path, stopped: str | Non
         monitor = kept["best_of"][0]
         results["best"] = {"mean": kept[monitor], "step": kept["optim_steps"], "metric": monitor}
     if stopped:
-        _logger.warning(
-            "stopped by %s after %d steps; resume with: torchrl-bcq train %s", stopped, steps, quote(f"resume={out}")
-        )
+        command = f"{processes.program()} train {quote(f'resume={out}')}"
+        _logger.warning("stopped by %s after %d steps; resume with: %s", stopped, steps, command)
         return {**results, "stopped": stopped}
     if trainer._stop_reason:
         _logger.info("stopped early: %s", trainer._stop_reason)

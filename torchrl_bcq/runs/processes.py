@@ -45,6 +45,13 @@ def several() -> bool:
     return dist.is_initialized()
 
 
+def program() -> str:
+    """Return the words that start ``torchrl-bcq`` with as many processes as this run has on this machine."""
+    if not several():
+        return "torchrl-bcq"
+    return f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', dist.get_world_size())} -m torchrl_bcq"
+
+
 def is_first() -> bool:
     """Whether this is the first process, the only one that writes, evaluates and logs."""
     return not several() or dist.get_rank() == 0
