@@ -183,6 +183,13 @@ def test_batches_of_your_data(place):
     assert found["three"]["steps_to_next_obs"].unique().tolist() == [1, 2, 3]
 
 
+def test_training_on_your_data(place):
+    imports, training, *_ = python_of("your_data")
+    found: dict = {}
+    exec(compile(imports + training, "your_data.md", "exec"), found)
+    assert found["actions"].shape == (5, 1)
+
+
 def test_frames_of_your_data():
     imports, *codes = python_of("your_data")
     (code,) = [code for code in codes if "film" in code]

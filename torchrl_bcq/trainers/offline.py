@@ -82,14 +82,15 @@ class OfflineTrainer(ReplicatedTrainer):
     renames this folder, so no checkpoint is left incomplete. A checkpoint holds the states of networks, targets,
     optimizers, counters, hooks, sampler and random generators, but not the dataset. After
     ``trainer.load_from_file(path)``, training gives bit for bit the same results as training without an interruption,
-    unless the replay buffer prefetches in threads. A checkpoint contains no pickles, unless you pass your own
-    ``Checkpoint`` whose format uses pickles. With several processes, a checkpoint holds the sampler states and random
-    states of each process. If a resumed run has more processes than the run that saved the checkpoint, each additional
-    process computes its random states from the first process's random states, its own rank and the step.
+    unless the replay buffer prefetches in threads. Loading a checkpoint executes no code (``weights_only=True``),
+    unless you pass your own ``Checkpoint`` whose format uses pickles. With several processes, a checkpoint holds the
+    sampler states and random states of each process. If a resumed run has more processes than the run that saved the
+    checkpoint, each additional process computes its random states from the first process's random states, its own rank
+    and the step.
 
     ``trainer.request_stop(reason)`` ends ``train`` after the current gradient step and saves a checkpoint. A signal
     handler may call this method. With several processes, all processes stop at the end of the log interval. After such
-    a stop or a ``KeyboardInterrupt``, ``train()`` makes the remaining steps, including the interrupted step.
+    a stop or a ``KeyboardInterrupt``, ``train()`` makes the remaining steps.
 
     Raises:
         TypeError: if ``compile`` is neither a bool nor a mapping.
