@@ -4,8 +4,9 @@ python examples/no_environment.py
 python examples/no_environment.py --table trips.csv
 
 The dataset imitates recorded data: 200 trips of a cart. In each trip, somebody pushes the cart towards the middle of a
-track, but not well. The metrics cannot rank policies as returns can. They show when the values have converged, when the
-values diverge, and when the policy's actions are far from the data.
+track, but not well. The TD error and the distance of the actions show when the values have converged, and when the
+policy's actions are far from the data. The checkpoint is chosen by fitted Q evaluation (fqe), which estimates the value
+of the policy.
 """
 
 import argparse
@@ -73,7 +74,8 @@ def main() -> None:
         return
     train, held_out = bcq.split_episodes(data, 0.1)
     torch.manual_seed(0)
-    networks = bcq.make_bcq_modules(Unbounded((2,)), Bounded(-1, 1, (1,)), hidden=(64, 64), vae_hidden=(64, 64))
+    action_spec = Bounded(-1, 1, (1,))
+    networks = bcq.make_bcq_modules(Unbounded((2,)), action_spec, hidden=(64, 64), vae_hidden=(64, 64))
     loss = bcq.BCQLoss(*networks).make_value_estimator(gamma=0.9)
     policy = bcq.BCQPolicy(*networks, num_action_samples=50)
     trainer = bcq.BCQTrainer(
@@ -87,13 +89,14 @@ def main() -> None:
         seed=0,
     )
     bcq.DatasetMetrics(loss, policy, data[held_out], interval=200).register(trainer)
-    settled = args.steps // 2  # before this step, the TD error is small because the values are still small
-    best = bcq.KeepBest(args.out / "best", "held_out_td_error", "min", wait_for=settled)
+    fqe = {"fqe_steps": 500, "hidden": (64, 64), "gamma": 0.9, "held_out": 0.1}  # for real data, more steps
+    bcq.FQEMetrics(data, policy, action_spec, interval=200, **fqe).register(trainer)
+    best = bcq.KeepBest(args.out / "best", "fqe")
     best.register(trainer)
-    EarlyStopping(monitor="held_out_td_error", mode="min", patience=1_000, wait_for=settled).register(trainer)
+    EarlyStopping(monitor="fqe", mode="max", patience=1_000, wait_for=200).register(trainer)
     trainer.train()
 
-    names = ("held_out_td_error", "held_out_loss_vae", "initial_value", "action_distance")
+    names = ("held_out_td_error", "held_out_loss_vae", "initial_value", "action_distance", "fqe")
     files = [args.out / "log" / "scalars" / f"{name}.csv" for name in names]
     print(f"{'step':>6}" + "".join(f"{name:>20}" for name in names))
     for rows in zip(*(csv.reader(file.read_text().splitlines()) for file in files), strict=True):
