@@ -130,7 +130,7 @@ def test_a_run_that_goes_back_and_measures_in_another_way_keeps_one_checkpoint(m
 def test_another_metric_replaces_the_best_checkpoint(make_batch, tmp_path):
     train_and_keep(make_batch, tmp_path, [0.0, 0.0, 5.0])
     trainer = make_trainer(make_batch(50), 20)
-    Scripted([3.0, 4.0]).register(trainer)
+    Scripted([7.0, 8.0]).register(trainer)
     KeepBest(tmp_path, "score", "min").register(trainer)
     trainer.train()
     assert steps(tmp_path) == [10]
