@@ -138,6 +138,18 @@ def test_specs_that_do_not_fit_are_refused(make, observation, action, message):
         make(observation, action)
 
 
+def test_selected_outputs_keep_their_values():
+    network = MultiHeadNetwork({"q": nn.Linear(3, 2), "logits": nn.Linear(3, 2)}, "categorical")
+    td = TensorDict({"observation": torch.ones(5, 3)}, [5])
+    whole = network(td.copy())
+    for selection in (["logits"], ["logits", "q"]):
+        chosen = network.select_out_keys(*selection)(td.copy())
+        network.reset_out_keys()
+        assert set(chosen.keys()) == {"observation", *selection}
+        for key in selection:
+            assert torch.equal(chosen[key], whole[key])
+
+
 def test_networks_of_ones_own():
     trunk = nn.Linear(3, 8)
     network = MultiHeadNetwork({"q": nn.Linear(8, 2), ("its", "logits"): MLP(8, 2)}, "one-hot", trunk=trunk)

@@ -59,6 +59,7 @@ class MultiHeadNetwork(TensorDictModuleBase):
             raise ValueError("heads is empty, expected a network for each output.")
         self.in_keys = list(observation_keys)
         self.out_keys = list(heads)
+        self._head_keys = list(heads)  # select_out_keys changes out_keys
         self.trunk = trunk
         self.heads = nn.ModuleList(heads.values())
         self.action_space = action_space
@@ -79,6 +80,6 @@ class MultiHeadNetwork(TensorDictModuleBase):
         inputs = [tensordict.get(key) for key in self.in_keys]
         if self.trunk is not None:
             inputs = [self.trunk(*inputs)]
-        for key, head in zip(self.out_keys[:number], self.heads, strict=False):
+        for key, head in zip(self._head_keys[:number], self.heads, strict=False):
             tensordict.set(key, head(*inputs))
         return tensordict
