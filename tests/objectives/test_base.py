@@ -232,6 +232,16 @@ def test_networks_of_a_subclass_that_passes_all_arguments_on(make_batch):
     assert loss(make_batch(4))["loss_vae"].isfinite()
 
 
+def test_arguments_that_are_not_named_as_the_networks_are_refused():
+    class Misnamed(OfflineLoss):
+        def __init__(self, policy_network) -> None:
+            super().__init__({"actor": policy_network})
+
+    expected = r"the constructor's network arguments are \['policy_network'\], expected \['actor_network'\]"
+    with pytest.raises(ValueError, match=expected):
+        Misnamed(*make_cloning_modules(OBSERVATION_SPEC, ACTION_SPEC, hidden=(8,)))
+
+
 def test_trainable_names(make_batch):
     loss = make_loss("bcq")
     loss.vae_network.requires_grad_(False)

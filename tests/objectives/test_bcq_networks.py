@@ -8,9 +8,17 @@ import math
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import EnsembleModule, TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import (
+    EnsembleModule,
+    ProbabilisticTensorDictModule,
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
 from torch import nn
+from torch.distributions import Normal
 from torchrl.data import Composite, Unbounded
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MLP, BatchRenorm1d, LSTMModule
 from torchrl.objectives import SoftUpdate
 
@@ -58,6 +66,24 @@ def test_a_model_that_keeps_the_protocol(modules, make_batch):
     expected = (batch["action"] - model.mean(batch["observation"])).square().sum(-1).mean()
     torch.testing.assert_close(loss.vae_loss(batch)[0], expected)
     assert loss.out_keys == ["loss_vae", "loss_qvalue", "loss_actor", "td_error", "pred_value", "target_value"]
+
+
+class Sampling(Gaussian):
+    """Learns from random numbers, which one of TorchRL's modules draws."""
+
+    def training_loss(self, tensordict, noise=None):
+        draw = ProbabilisticTensorDictModule(["loc", "scale"], ["x"], distribution_class=Normal)
+        zeros = torch.zeros(tensordict.shape)
+        return draw(TensorDict(loc=zeros, scale=zeros + 1))["x"] + 0 * self.mean(tensordict["observation"]).sum(-1), {}
+
+
+@pytest.mark.parametrize("name", ["forward", "vae_loss"])
+def test_a_model_samples_with_modules_of_torchrl(modules, make_batch, name):
+    """In the losses, also when one of them is called alone, the module draws instead of taking the mean, 0."""
+    loss, batch = loss_of(Sampling(), *modules[1:]), make_batch(8)
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        found = loss(batch)["loss_vae"] if name == "forward" else loss.vae_loss(batch)[0]
+    assert found != 0
 
 
 @pytest.mark.parametrize(

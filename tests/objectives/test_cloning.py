@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import AdditiveGaussianModule
 
 from torchrl_bcq import CloningLoss, DeterministicActor, OfflineTrainer, make_replay_buffer
 
@@ -111,6 +113,18 @@ def test_the_mode_of_the_loss_is_that_of_its_network(batch):
     loss = CloningLoss(network)
     for mode in (False, True):
         assert loss.train(mode).training == network.training == network.network[1].training == mode
+
+
+@pytest.mark.parametrize("name", ["forward", "actor_loss"])
+def test_the_noise_of_exploration_is_not_learned(batch, name):
+    """As in TorchRL, a loss reads the network without its exploration module's noise."""
+    actor = DeterministicActor(nn.Linear(1, 2), ACTION_SPEC)
+    noise = AdditiveGaussianModule(ACTION_SPEC, sigma_init=1.0)
+    noisy = TensorDictSequential(actor, noise, selected_out_keys=["action"])
+    expected = CloningLoss(actor)(batch)["loss_actor"]
+    with set_exploration_type(ExplorationType.RANDOM):
+        loss = getattr(CloningLoss(noisy), name)(batch)
+    assert (loss["loss_actor"] if name == "forward" else loss[0]) == expected
 
 
 def test_batch_norm_with_a_time_dimension_is_refused():

@@ -496,6 +496,12 @@ def test_compiles_as_one_graph(make_batch, name):
     torch.testing.assert_close({k: p.grad for k, p in loss.named_parameters() if p.grad is not None}, expected)
 
 
+def test_a_network_of_another_number_of_actions_is_refused():
+    loss = with_updater(DiscreteBCQLoss(table(VALUE, LOGITS), action_space=Categorical(2)))
+    with pytest.raises(ValueError, match="the network scores 3 actions, but action_space has 2"):
+        loss(batch_of())
+
+
 def test_batch_norm_with_a_time_dimension_is_refused():
     value = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     network = MultiHeadNetwork({"action_value": value, "imitation_logits": nn.Linear(3, 2)}, Categorical(2))

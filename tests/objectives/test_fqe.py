@@ -257,3 +257,13 @@ def test_numbers_of_steps_are_columns():
     assert torch.equal(flat, column)
     with pytest.raises(ValueError, match=r"steps_to_next_obs has shape \(3, 2\), expected \(3, 1\)"):
         loss(batch.copy().set("steps_to_next_obs", torch.ones(3, 2)))
+
+
+def test_batch_norm_with_a_time_dimension_is_refused():
+    value = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    loss = DiscreteFQELoss(MultiHeadNetwork({"value": value}, Categorical(2)))
+    SoftUpdate(loss, tau=0.5)
+    batch = torch.cat([discrete_batch(), discrete_batch()])
+    loss(batch)
+    with pytest.raises(ValueError, match=r"the batch has size \(2, 2\), but a network has BatchNorm"):
+        loss(batch.reshape(2, 2))

@@ -122,6 +122,13 @@ def test_the_kind_of_estimator_is_remembered(loss, trajectory, name):
     assert targets(loss, trajectory) == pytest.approx(TARGETS[name])
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_estimators_by_their_names(loss, name):
+    loss.make_value_estimator(name)
+    assert type(loss.value_estimator) is {"TD0": TD0Estimator}.get(name, TDLambdaEstimator)
+    assert loss.value_type == ValueEstimators[name]
+
+
 @pytest.mark.parametrize(("decay", "equal"), [(0, "TD0"), (1e-8, "TD0"), (1, "TD1")])
 def test_td_lambda_at_the_ends_of_its_range(loss, trajectory, decay, equal):
     loss.make_value_estimator(ValueEstimators.TDLambda, gamma=GAMMA, lmbda=decay)
@@ -160,8 +167,11 @@ def test_multi_step_estimators_refuse_a_flat_batch(loss, trajectory, estimator, 
 
 
 def test_estimators_of_advantages_are_refused(loss):
-    with pytest.raises(NotImplementedError, match=r"ValueEstimators.GAE.* is not implemented for loss OwnLoss"):
-        loss.make_value_estimator(ValueEstimators.GAE)
+    loss.make_value_estimator(gamma=1 / 3)
+    for kind in (ValueEstimators.GAE, "GAE"):
+        with pytest.raises(NotImplementedError, match=r"ValueEstimators.GAE.* is not implemented for loss OwnLoss"):
+            loss.make_value_estimator(kind, gamma=0.9)
+        assert loss.double().value_estimator.gamma.item() == 1 / 3  # the one before stays, in full precision
 
 
 def test_unknown_loss_function_is_refused():

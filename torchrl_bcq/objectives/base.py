@@ -13,11 +13,10 @@ from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 from torch import Size, Tensor, autocast, dtype
-from torchrl.envs.utils import ExplorationType
 from torchrl.objectives.common import LossModule
 
 from torchrl_bcq.objectives.inputs import check_choice, check_rows, check_state_dict, correct_batch_size, select_inputs
-from torchrl_bcq.objectives.ownership import RunOn, find_slots, follow_swapped_weights
+from torchrl_bcq.objectives.ownership import RunOn, as_in_forward, find_slots
 from torchrl_bcq.protocols import has_batch_norm
 
 
@@ -44,7 +43,7 @@ class OfflineLoss(LossModule):
             False ignores the entry. The reduction ``"mean"`` then is the weighted mean, ``sum(w * loss) / sum(w)``.
 
     The loss trains the given modules, not copies. A policy that holds the same modules therefore always uses the
-    current weights. In the constructor of a subclass, the name of each network argument must end with ``_network``.
+    current weights. In the constructor of a subclass, the argument for the network ``{name}`` is ``{name}_network``.
 
     Raises:
         ValueError: if a setting is out of range. A call of a loss also raises this error if the batch lacks an entry or
@@ -79,14 +78,13 @@ class OfflineLoss(LossModule):
     default_keys = _AcceptedKeys
     target_dtype: dtype | None = None  # autocast to this dtype while targets are computed; None adds no autocast
     action_metric = "action_distance"  # name of the mean of compare_actions
-    deterministic_sampling_mode = ExplorationType.RANDOM  # TorchRL's default would turn off random sampling
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Wrap the loss methods of a subclass: after ``params.to_module(loss)``, they use ``params``."""
+        """Wrap the loss methods of a subclass, so that they act as ``forward`` does if they are called alone."""
         super().__init_subclass__(**kwargs)
         for name, method in list(vars(cls).items()):
             if name.endswith("_loss") and not name.startswith("_") and inspect.isfunction(method):
-                setattr(cls, name, follow_swapped_weights(method))
+                setattr(cls, name, as_in_forward(method))
 
     def __init__(
         self,
@@ -103,7 +101,10 @@ class OfflineLoss(LossModule):
         check_choice("reduction", reduction, ("mean", "sum", "none", None))
         check_choice("use_prioritized_weights", use_prioritized_weights, (True, False, "auto"))
         self.network_names = tuple(name for name, network in networks.items() if network is not None)
-        self._network_arguments = self.network_arguments() or [f"{name}_network" for name in networks]
+        attributes = [f"{name}_network" for name in networks]
+        self._network_arguments = arguments = self.network_arguments() or attributes
+        if {*arguments} != {*attributes}:
+            raise ValueError(f"the constructor's network arguments are {arguments}, expected {attributes}.")
         self.delayed_names = tuple(name for name in self.network_names if name in delayed)
         with warnings.catch_warnings():  # hides TorchRL's warning about missing class annotations
             warnings.filterwarnings("ignore", ".* wasn't part of the annotations")
@@ -164,13 +165,13 @@ class OfflineLoss(LossModule):
 
     def select(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Check a batch and return its observations and actions ``[*B, A]``, with the batch size ``*B``."""
-        batch = self._select(tensordict, self._state_action_keys)
-        check_rows(batch, self.networks)
-        return batch
+        return self._select(tensordict, self._state_action_keys)
 
     def _select(self, tensordict: TensorDictBase, keys: list[NestedKey], **outcome: Any) -> TensorDictBase:
         keywords = {"action_key": self.tensor_keys.action, "dtype": self._like.dtype, "batch_of": self._batch_of}
-        return select_inputs(tensordict, keys, **keywords, **outcome)
+        batch = select_inputs(tensordict, keys, **keywords, **outcome)
+        check_rows(batch, self.networks)
+        return batch
 
     def compare_actions(self, action: Tensor, recorded: Tensor) -> Tensor:
         """Return the distance between each action and the recorded action. ``[*B, A], [*B, A] -> [*B]``."""
@@ -294,7 +295,5 @@ class OfflineLoss(LossModule):
         for name, key in self._decided_keys.items():
             if (asked := getattr(self.tensor_keys, name)) != key:
                 setattr(self.tensor_keys, name, key)
-                raise ValueError(
-                    f"set_keys cannot change the {name} key to {asked!r}, because the networks use {key!r}; build the "
-                    f"networks with the key {asked!r}."
-                )
+                message = f"set_keys cannot change the {name} key to {asked!r}, because the networks use {key!r}"
+                raise ValueError(f"{message}; build the networks with the key {asked!r}.")

@@ -6,6 +6,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
+from torchrl.envs.utils import ExplorationType
 
 from torchrl_bcq.functional import best_sample_value, clipped_normal
 from torchrl_bcq.objectives.candidates import evaluate_in_parts
@@ -68,6 +69,7 @@ class BCQLoss(ValueLoss):
     Source: arXiv:1812.02900, eq. 11 to 13, algorithm 1, appendix D.1.
     """
 
+    deterministic_sampling_mode = ExplorationType.RANDOM  # a behaviour model may sample with TorchRL's modules
     target_chunk_size = 2_560  # number of candidate actions that a CPU evaluates at a time
 
     def __init__(

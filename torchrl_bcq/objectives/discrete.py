@@ -68,6 +68,8 @@ class DiscreteLoss(OfflineLoss):
     def _read(self, states: TensorDictBase, network: Callable, keys: Sequence[NestedKey]) -> list[Tensor]:
         written = network(states.exclude(self.tensor_keys.action))
         scores = [written.get(key).to(self._like.dtype) for key in keys]
+        if self.actions.number not in (None, number := scores[0].shape[-1]):
+            raise ValueError(f"the network scores {number} actions, but action_space has {self.actions.number}.")
         for key, score in zip(keys, scores, strict=True):
             if score.ndim != states.ndim + 1 or score.shape != (*states.batch_size, scores[0].shape[-1]):
                 raise ValueError(

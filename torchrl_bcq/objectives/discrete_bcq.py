@@ -10,7 +10,6 @@ from torchrl.data import TensorSpec
 from torchrl_bcq.actions import check_threshold
 from torchrl_bcq.functional import best_allowed, likely_actions, logit_penalty
 from torchrl_bcq.objectives.discrete import DiscreteValueLoss
-from torchrl_bcq.objectives.inputs import check_rows
 from torchrl_bcq.protocols import DiscreteNetwork, check_discrete_network
 
 _TERMS = ("loss_qvalue", "loss_imitation", "loss_penalty")
@@ -102,7 +101,6 @@ class DiscreteBCQLoss(DiscreteValueLoss):
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the three terms, the terms, and the metadata."""
         batch = self.select_transitions(tensordict)
-        check_rows(batch, self.networks)
         target, share = self._target_value(batch)
         value, logits = self.scores(batch)
         action, mask = self.action_index(batch, value), self.mask(batch, logits)

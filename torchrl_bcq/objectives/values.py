@@ -151,15 +151,19 @@ class ValueLoss(OfflineLoss):
         them, unless you pass an instance. ``TD1`` is built as TD(lambda) with ``lmbda=1``.
 
         Raises:
-            ValueError: if ``gamma`` or ``lmbda`` is out of range.
+            ValueError: if ``gamma`` or ``lmbda`` is out of range. The loss then keeps its value estimator.
+            NotImplementedError: if the loss does not support the estimator, such as ``ValueEstimators.GAE``.
         """
         check_gamma(gamma)
         check_gamma(hyperparams.get("lmbda", 1), "lmbda")
+        if isinstance(value_type, str):
+            value_type = getattr(ValueEstimators, value_type, value_type)
         value_type = asked = self.default_value_estimator if value_type is None else value_type
-        keys, self._decay = self._value_estimator_keys, {}
+        keys = self._value_estimator_keys
         if isinstance(value_type, ValueEstimatorBase):
             super().make_value_estimator(value_type)
             self._value_estimator.set_keys(**keys)
+            self._decay = {}
             return self
         if value_type in _TD1:
             value_type, hyperparams = _TD1[value_type], {**hyperparams, "lmbda": 1.0}
