@@ -94,7 +94,7 @@ def test_settings_of_the_reader_stand_anywhere(shown, file, tmp_path):
     found = shown("convert", *words, rc=0)
     copy = next((tmp_path / "c").glob("[!.]*"))
     words = f"dataset={file} root={tmp_path / 'c'}"
-    assert f"torchrl-bcq train uses this copy with {words} and the same settings of the reader.\n" in found
+    assert f"torchrl-bcq train uses this copy with {words}, the same settings of the reader and the same " in found
     assert f"In Python, load_memmap('{copy}') reads it.\n" in found
     assert "reader.NAME=VALUE" in capture_help("describe")
 

@@ -186,6 +186,11 @@ def test_the_attribute_of_a_file_says_how_many_actions_there_are(tmp_path):
         load_hdf5(path)
 
 
+def test_the_attribute_may_be_the_number_of_action_dimensions(tmp_path):
+    path = write_arrays(tmp_path / "d.hdf5", {**STEPS, "actions": np.full((8, 3), 0.5)}, n_actions=3)
+    assert load_hdf5(path, action_type="continuous")["action"].shape == (8, 3)
+
+
 def test_a_copy_of_actions_that_are_stored_as_floats_with_masks(tmp_path):
     entries = {**STEPS, "actions": CHOICES.astype(float), "action_mask": MASKS}
     path = write_arrays(tmp_path / "d.hdf5", entries, n_actions=3)

@@ -81,7 +81,7 @@ def reader_words(arguments: Sequence[str]) -> list[str]:
 def _describe(args: argparse.Namespace) -> None:
     if args.out is not None and args.out.suffix.lower() != ".png":  # the file of a dataset must not be replaced
         raise DatasetError(f"--out is {str(args.out)!r}, expected the name of a picture, such as dataset.png.")
-    name = Path(args.source[0].rpartition(":")[2]).name
+    name = Path(args.source[0].rpartition(":")[2]).name.strip(".") or "dataset"
     out = args.out or Path(f"{re.sub(r'[*?]+', '_', name)}.png")
     settings = _settings(args)
     action_spec = _action_spec(args, settings)
@@ -107,7 +107,8 @@ def _convert(args: argparse.Namespace) -> None:
     print(f"{len(transitions):,} transitions, {size / 1e6:.1f} MB, in {folder}")
     named = args.source[0] if len(args.source) == 1 else f"[{','.join(args.source)}]"
     words = f"{quote(f'dataset={named}')} {quote(f'root={args.folder}')}"
-    print(f"torchrl-bcq train uses this copy with {words} and the same settings of the reader.")
+    same = "the same settings of the reader and the same bounds or number of actions"
+    print(f"torchrl-bcq train uses this copy with {words}, {same}.")
     print(f"In Python, load_memmap({str(folder)!r}) reads it.")
 
 

@@ -54,7 +54,7 @@ def multi_step(
     check_single_steps(transitions)
     steps = _steps_left(transitions).clamp_max(num_steps)
     last = torch.arange(len(steps), device=steps.device) + steps - 1
-    reward = _discounted_sum(flat_entry(transitions, ("next", "reward"), "add it"), steps, num_steps, gamma)
+    reward = _discounted_sum(flat_entry(transitions, ("next", "reward"), "add it"), steps, gamma)
     now, following = transitions.exclude("next"), transitions.get("next").exclude("reward")
 
     def part(rows: slice) -> TensorDict:
@@ -96,9 +96,9 @@ def _steps_left(transitions: TensorDictBase) -> Tensor:
     return last_rows(numbers)[numbers] - torch.arange(len(numbers), device=numbers.device) + 1
 
 
-def _discounted_sum(reward: Tensor, steps: Tensor, num_steps: int, gamma: float) -> Tensor:
+def _discounted_sum(reward: Tensor, steps: Tensor, gamma: float) -> Tensor:
     total = torch.zeros_like(reward, dtype=torch.float64)
-    for k in range(min(num_steps, len(reward))):
+    for k in range(int(steps.max())):
         later = reward[k:].where(steps[: len(reward) - k] > k, 0)
         total[: len(reward) - k].add_(later, alpha=gamma**k)
     return total.to(reward.dtype if reward.is_floating_point() else torch.get_default_dtype())

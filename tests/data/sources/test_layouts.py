@@ -248,6 +248,11 @@ def test_one_way_to_show_ends_is_read(tmp_path):
         row = int(name == "episode_starts")
         assert f"d.npz: timeouts and {name} disagree on whether row {row} ends an episode; " in refusal(path, load_npz)
         same(load_npz(path, names={"truncated": "timeouts"}), from_arrays(**CUT))
+    path = write_arrays(tmp_path / "d.npz", {**FLAT, "timeouts": wrong, "lengths": np.array(EPISODES)})
+    same(load_npz(path, names={"lengths": "lengths"}), from_arrays(**CUT))
+    assert "names has ['lengths', 'truncated'], which all show" in refusal(
+        path, load_npz, names={"lengths": "lengths", "truncated": "timeouts"}
+    )
     path = write_arrays(tmp_path / "d.npz", {**FLAT, "timeouts": wrong, "starts": np.r_[True, ENDS[:-1]]})
     same(load_npz(path, names={"episode_starts": "starts"}), from_arrays(**CUT))
     assert refusal(path, load_npz, names={"episode_starts": "starts", "truncated": "timeouts"}) == (
@@ -426,3 +431,13 @@ def test_a_file_that_is_open_elsewhere(tmp_path):
         "environment variable HDF5_USE_FILE_LOCKING=FALSE."
     )
     same(load_hdf5(path), from_arrays(**CUT))
+
+
+@pytest.mark.parametrize("name", ["observations", "episode_0"])
+def test_entries_in_another_file_are_refused(tmp_path, name):
+    """The other file could change, and an earlier memory-mapped copy would still be read."""
+    path = write_arrays(tmp_path / "d.hdf5", {key: values for key, values in FLAT.items() if key != name})
+    with h5py.File(path, "a") as file:
+        file[name] = h5py.ExternalLink("other.hdf5", "/")
+    expected = f"d.hdf5: {name} is stored in the file other.hdf5, which may change; copy the data into this file."
+    assert refusal(path, load_hdf5) == expected

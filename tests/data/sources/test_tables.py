@@ -258,6 +258,18 @@ def test_times_are_names(tmp_path, unit):
     assert td["episode"].tolist() == td["group"].tolist() == [0, 0, 0, 1, 1, 1, 2]
 
 
+def test_times_that_differ_by_a_nanosecond_are_two_names(tmp_path):
+    times = pa.array([1_700_000_000_000_000_001] * 3 + [1_700_000_000_000_000_002] * 6, pa.timestamp("ns"))
+    path = write_parquet(tmp_path / "d.parquet", COLUMNS | {"day": times})
+    assert load_table(path, **ROLES, truncated="cut", group="day")["group"].tolist() == [0, 0, 0, 1, 1, 1, 1]
+
+
+def test_a_name_may_be_a_word_for_missing_numbers(tmp_path):
+    """NA is Namibia, or North America."""
+    path = write_csv(tmp_path / "d.csv", COLUMNS | {"region": ["NA"] * 3 + ["EU"] * 6})
+    assert load_table(path, **ROLES, episode="region", group="region")["group"].tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+
+
 @pytest.mark.parametrize("length", [1, 2])
 def test_lists_are_no_names(tmp_path, length):
     path = write_parquet(tmp_path / "d.parquet", COLUMNS | {"list": [[3] * length] * 9})

@@ -17,7 +17,7 @@ from torchrl.data import Categorical, TensorSpec
 from torchrl_bcq.data.checks import Columns
 from torchrl_bcq.data.sources.entries import Names
 from torchrl_bcq.data.sources.environment import recorded_in_hdf5
-from torchrl_bcq.data.sources.hdf5_storage import open_hdf5
+from torchrl_bcq.data.sources.hdf5_storage import open_hdf5, refuse_external_links
 from torchrl_bcq.data.sources.layouts import read_steps
 from torchrl_bcq.data.sources.order import check_limit, cut_at_limit
 from torchrl_bcq.data.sources.source import Source, existing_file, scores_or_none
@@ -99,7 +99,10 @@ def load_npz(
 def hdf5(path: str | Path, **settings: Any) -> Source:
     """Return a ``Source`` that reads the HDF5 file ``path`` in chunks; ``settings`` as in ``_source``."""
     path = existing_file(path)
-    return replace(_source(path, _hdf5_chunks, **settings), **_hdf5_attributes(path))
+    found = _hdf5_attributes(path)
+    if settings.get("action_type") == "continuous":  # some files call the number of action dimensions n_actions
+        found.pop("action_spec", None)
+    return replace(_source(path, _hdf5_chunks, **settings), **found)
 
 
 def npz(path: str | Path, **settings: Any) -> Source:
@@ -124,6 +127,7 @@ def _source(
 
 def _hdf5_chunks(path: Path, names: Names | None) -> Iterator[Columns]:
     with open_hdf5(path) as file:
+        refuse_external_links(file)
         yield from read_steps(file, names)
 
 

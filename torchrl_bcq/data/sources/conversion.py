@@ -132,7 +132,8 @@ def load_memmap(path: str | Path) -> TensorDict:
     except DatasetError:
         raise
     except Exception as error:  # a damaged meta.json raises various exceptions
-        raise DatasetError(f"{folder} cannot be read ({error}); delete it and convert the dataset again.") from error
+        hint = "if it is a memory-mapped copy, convert the dataset again; otherwise, name the files in it"
+        raise DatasetError(f"{folder} cannot be read ({error}); {hint}.") from error
     if not batch or not batch[0]:
         raise DatasetError(f"{folder} holds no rows; delete it and convert the dataset again.")
     for part in (transitions, *transitions.values(True)):

@@ -97,6 +97,7 @@ def find_fields(found: Sequence[str], names: Names | None = None) -> dict[str, l
         )
     # a file may show in several ways where episodes end: read the way in names, or the first one
     ways = sorted((field for field in WAYS if field in fields), key=lambda field: field not in given)
+    ways = ["lengths", *ways] if "lengths" in given else ways
     if len(ways) > 1 and ways[1] in given:
         raise DatasetError(f"names has {ways}, which all show where episodes end; name only one of them.")
     for way in ways[1:]:

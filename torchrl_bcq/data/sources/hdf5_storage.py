@@ -10,6 +10,8 @@ from typing import Any
 
 from torchrl_bcq.errors import DatasetError
 
+_COPY = "copy the data into this file"
+
 
 @contextmanager
 def open_hdf5(path: Path) -> Iterator[Any]:
@@ -42,10 +44,21 @@ def check_hdf5(path: Path, names: Collection[str]) -> None:
         file.visititems(check)
 
 
+def refuse_external_links(file: Any) -> None:
+    """Raise a ``DatasetError`` if an entry is in another HDF5 file: nobody would notice that this file changes."""
+    import h5py
+
+    def other_file(name: str, link: Any) -> str | None:  # h5py stops at the first result that is not None
+        return f"{name} is stored in the file {link.filename}" if isinstance(link, h5py.ExternalLink) else None
+
+    if found := file.visititems_links(other_file):
+        raise DatasetError(f"{found}, which may change; {_COPY}.")
+
+
 def check_stored(name: str, field: Any) -> None:
     """Raise a ``DatasetError`` if data is missing in the file: h5py would read missing data as zeros."""
     if field.is_virtual or field.external:
-        raise DatasetError(f"{name} is stored in other files, and they may change; copy it into this file.")
+        raise DatasetError(f"{name} is stored in other files, which may change; {_COPY}.")
     if not field.size:
         return
     found, expected, kind = field.id.get_storage_size(), field.nbytes, "bytes"

@@ -23,6 +23,7 @@ _ARGUMENTS = ("observation", "action", "reward", "terminated", "truncated", "nex
               "action_mask", "next_action_mask", "action_probability")  # fmt: skip
 _FLAGS = ("terminated", "truncated", "action_masks", "next_action_masks")
 _NAMES = ("episode", "groups")  # fields whose columns hold names or numbers
+_NANOSECONDS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}  # of each unit of a timestamp
 
 
 def load_table(
@@ -64,8 +65,8 @@ def load_table(
         episode: name of the column with the number or name of the episode.
         group: name of the column with the number or name of a group, such as a patient or a user. See ``groups`` of
             ``from_arrays``.
-        step: name of the column with the step number in the episode. If given, missing rows and rows out of order raise
-            a ``DatasetError``.
+        step: name of the column with the step number in the episode. If given, rows out of order, and rows that are
+            missing between two rows of an episode, raise a ``DatasetError``.
         action_mask, next_action_mask: names of the ``K`` columns of flags that tell which discrete actions were
             available before and after the step. See ``action_masks`` of ``from_arrays``.
         action_probability: name of the column with the probability with which the recorded policy chose the action.
@@ -196,7 +197,6 @@ def _csv_batches(path: Path, named: Mapping[str, list[str]], delimiter: str, dec
         convert = csv.ConvertOptions(
             include_columns=_wanted(named),
             column_types={**numbers, **flags, **texts},
-            strings_can_be_null=True,
             true_values=_TRUE,
             false_values=_FALSE,
             decimal_point=decimal_point,
@@ -262,13 +262,14 @@ def _fields(batch: Any, named: Mapping[str, list[str]], whole: bool) -> dict[str
 
 def _names(column: Any, name: str) -> np.ndarray:
     """Return the names or numbers in a column, ``[n]``. Empty cells become None."""
-    from pyarrow import timestamp
+    from pyarrow import int64
 
     if _holds(column.type, "nested"):
         raise DatasetError(f"column {name!r} holds {column.type}, expected names or numbers.")
     if _holds(column.type, "timestamp"):  # without pandas, pyarrow cannot convert nanoseconds to Python objects
-        column = column.cast(timestamp("us", column.type.tz))
-    return np.asarray(column.to_pylist(), dtype=object)
+        unit = _NANOSECONDS[column.type.unit]
+        return np.asarray([time and time * unit for time in column.cast(int64()).to_pylist()], dtype=object)
+    return np.asarray([None if name == "" else name for name in column.to_pylist()], dtype=object)
 
 
 def _numbers(column: Any, name: str) -> np.ndarray:
