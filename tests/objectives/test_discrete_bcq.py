@@ -496,6 +496,14 @@ def test_compiles_as_one_graph(make_batch, name):
     torch.testing.assert_close({k: p.grad for k, p in loss.named_parameters() if p.grad is not None}, expected)
 
 
+def test_a_layer_may_be_called_first():
+    """TensorDictModule shows the layers of its network as its own attributes."""
+    network = table(VALUE, LOGITS)
+    network.module.first = nn.Linear(1, 1)
+    loss = with_updater(DiscreteBCQLoss(network, action_space="categorical"))
+    assert loss(batch_of())["loss_qvalue"].isfinite()
+
+
 def test_a_network_of_another_number_of_actions_is_refused():
     loss = with_updater(DiscreteBCQLoss(table(VALUE, LOGITS), action_space=Categorical(2)))
     with pytest.raises(ValueError, match="the network scores 3 actions, but action_space has 2"):

@@ -166,6 +166,16 @@ def test_multi_step_estimators_refuse_a_flat_batch(loss, trajectory, estimator, 
         loss.critic_loss(trajectory[0])
 
 
+@pytest.mark.parametrize("kind", ["TD1", "TDLambda"])
+def test_returns_of_several_agents_are_summed_over_time(loss, make_batch, kind):
+    """The entries are [B, T, agents, ...], and the batch has the size [B, T], as in TorchRL's multi-agent layout."""
+    batch = make_batch(1, 3, 2)
+    batch["next", "reward"] = torch.tensor(REWARDS).reshape(1, 3, 1, 1).expand(1, 3, 2, 1)
+    batch["next"].batch_size = batch.batch_size = [1, 3]
+    loss.make_value_estimator(kind, gamma=GAMMA, **({"lmbda": 0.8} if kind == "TDLambda" else {}))
+    assert targets(loss, batch) == pytest.approx([target for target in TARGETS[kind] for _ in range(2)])
+
+
 def test_estimators_of_advantages_are_refused(loss):
     loss.make_value_estimator(gamma=1 / 3)
     for kind in (ValueEstimators.GAE, "GAE"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 from torchrl.data import TensorSpec
 
 from torchrl_bcq.actions import DiscreteActions, check_available, check_mask
@@ -62,7 +62,9 @@ class DiscreteLoss(OfflineLoss):
     def first_scores(self, states: TensorDictBase) -> Tensor:
         """Return the first output of the network, ``[*B, K]``. A network without ``first`` computes all outputs."""
         network = getattr(self, f"{self._scorer}_network")
-        (scores,) = self._read(states, getattr(network, "first", network), network.out_keys[:1])
+        first = getattr(network, "first", network)
+        first = network if isinstance(first, nn.Module) else first  # a layer with this name, of a wrapped network
+        (scores,) = self._read(states, first, network.out_keys[:1])
         return scores
 
     def _read(self, states: TensorDictBase, network: Callable, keys: Sequence[NestedKey]) -> list[Tensor]:

@@ -83,6 +83,8 @@ def select_inputs(
                 "terminated, and [*B, ...] for all other entries."
             )
     names = [*tensordict.names, *[None] * (len(batch) - tensordict.ndim)][: len(batch)]
+    if 2 <= tensordict.ndim < len(batch) and "time" not in names:  # TorchRL's estimators would take the last dimension
+        names[tensordict.ndim - 1] = "time"
     selected = TensorDict(batch_size=batch, names=names, device=tensordict.device)
     for key, value in entries.items():  # torch.compile does not support tensordict's select() with nested keys
         selected.set(key, value)
