@@ -154,8 +154,8 @@ BREAKS = {
     ),
     "support: distances of the same rows": (
         "evaluation/support.py",
-        "self._rows = self._join(rows) / self._scale",
-        "self._rows = self._join(rows)",
+        "self._rows = join_entries(rows, observation_keys) / self._scale",
+        "self._rows = join_entries(rows, observation_keys)",
     ),
     "bootstrap: groups are ignored": (
         "evaluation/estimate.py",

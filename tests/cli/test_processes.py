@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,6 +143,21 @@ def test_a_run_without_a_checkpoint_cannot_be_resumed(words, run, monkeypatch, c
     with pytest.raises(SystemExit):
         main(["train", *words()])
     assert "no new checkpoint was saved; the run has no checkpoint yet; if you repeat" in capsys.readouterr().err
+
+
+def test_for_several_processes_a_repetition_is_no_second_signal(monkeypatch):
+    """torchrun passes on a signal that its workers also get from a cluster."""
+    reasons, trainer = [], SimpleNamespace(request_stop=lambda reason: reasons.append(reason))
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    with processes.stoppable(trainer):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        later = time.monotonic() + 5
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert reasons == ["SIGTERM"]
 
 
 def test_a_second_signal_leaves_the_baseline_at_once(words, run, send, capsys):

@@ -111,6 +111,21 @@ def test_a_row_before_a_cut_gets_the_action_of_a_similar_state():
     assert value_range(kept, 1.0) == (0, 4)  # the last reward of each episode is left out
 
 
+def test_a_feature_that_varies_by_rounding_only_decides_nothing():
+    """The two kinds of states differ in the first feature; the second one is the nearest by chance."""
+    data = chain(ends=False)
+    plain = torch.eye(4)[torch.arange(90) % 3][:, :2]
+    data["observation"], data["action"] = plain.clone(), (torch.arange(90) % 3 == 1).long()
+    data["next", "observation"] = plain.roll(-1, 0)
+    last = torch.arange(90) % 3 == 2
+    data["next", "observation"][last] = torch.tensor([0.1, 0.9])
+    noise = 1 + 6e-8 * (torch.arange(90) % 3 == 1)[:, None]  # 1 and the next number of float32
+    data["observation"] = torch.cat([data["observation"], noise.float()], -1)
+    data["next", "observation"] = torch.cat([data["next", "observation"], torch.full((90, 1), 1.0)], -1)
+    labelled = add_recorded_actions(data, Categorical(2))
+    assert labelled["next", "policy_probability"][last].tolist() == [[0, 1]] * 30
+
+
 def test_several_steps_of_the_dataset_are_one_row():
     """Two steps: the reward of the first row is 1 + 0.5 * 2, and the value of its next state counts a quarter."""
     data = multi_step(chain(ends=True), 2, gamma=0.5)

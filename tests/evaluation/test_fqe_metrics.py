@@ -68,3 +68,8 @@ def test_it_is_measured_only_if_a_setting_names_it(dataset, tmp_path, capsys):
 def test_the_interval_must_fit():
     with pytest.raises(ValueError, match="interval is 0"):
         FQEMetrics(None, None, None, interval=0)
+
+
+def test_other_estimators_are_refused():
+    with pytest.raises(ValueError, match="FQEMetrics estimates by fitted Q evaluation; leave out the argument"):
+        FQEMetrics(None, None, None, interval=10, estimator="doubly_robust")

@@ -98,6 +98,12 @@ def test_an_evaluation_that_is_stopped_logs_nothing(make_batch, tmp_path):
     assert [line.split(",")[0] for line in lines["return"]] == ["0"]
 
 
+@pytest.mark.parametrize("scores", [(5, 5), (100, 0)])
+def test_reference_scores_that_do_not_rise_are_refused(policy, scores):
+    with pytest.raises(ValueError, match=r"reference_scores is .*, expected \(random, expert\) with random < expert"):
+        EnvironmentMetrics(stairs(1), policy, interval=10, reference_scores=scores)
+
+
 @pytest.mark.parametrize("kind", ["environment", "dataset"])
 def test_intervals_that_do_not_fit_are_refused(make_batch, policy, kind):
     trainer = make_trainer(make_batch(50))  # log intervals of 10

@@ -97,6 +97,9 @@ def test_a_stop_ends_the_episodes():
     assert found is None
     assert len(asked) == 4
     assert env.steps_made <= 5
+    assert (
+        evaluate(SerialEnv(1, lambda: Stairs(1)), Watching(), should_stop=lambda: True) is None
+    )  # before the only step
 
 
 @pytest.mark.parametrize("training", [True, False])

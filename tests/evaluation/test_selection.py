@@ -97,6 +97,8 @@ def test_the_recorded_behaviour_is_not_better_than_itself_if_episodes_are_cut_of
     assert found.value == pytest.approx(5 if "robust" in name else 5 * (1 - 0.9**10), abs=0.4)
     assert found.difference == pytest.approx(0, abs=0.25)
     assert found.verdict.startswith("cannot tell")
+    assert found.difference == pytest.approx(found.value - evaluation.behaviour.value)
+    assert evaluation.behaviour.interval[0] < evaluation.behaviour.value < evaluation.behaviour.interval[1]
 
 
 def test_cut_episodes_do_not_make_ends_more_frequent():

@@ -53,6 +53,14 @@ def test_another_candidate_of_equal_value_does_not_differ():
     assert check._output_difference(got, expected, ACTION).tolist() == pytest.approx([0, 0, 0.4, 0.1])
 
 
+def test_nan_differs_and_does_not_hide_other_rows():
+    values = torch.tensor([[1.0, 2.0], [math.nan, 2.0], [1.0, 2.0]])
+    candidates = torch.tensor([[[0.4], [2.0]], [[0.4], [2.0]], [[0.4], [math.nan]]])
+    expected = TensorDict(action=candidates[:, 1], candidates=candidates, action_value=values, batch_size=[3])
+    got = torch.tensor([[2.0], [math.nan], [math.nan]])
+    assert check._output_difference(got, expected, ACTION).tolist() == [0, math.inf, math.inf]
+
+
 def test_values_are_equal_only_up_to_rounding():
     value = torch.tensor([[3000.0, 2999.7, 2998.0], [3000.0, 2999.999, 0.0], [1.0, -math.inf, 0.0]])
     # a range of 2, of which 1 % of the best value, 30, is larger; a range of 3,000; actions that are not allowed

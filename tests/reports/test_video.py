@@ -59,8 +59,7 @@ def policy():
 def test_frames_follow_one_another_at_the_environments_pace(env, policy, tmp_path):
     file = record_video(env, policy, tmp_path / "pictures" / "policy.gif")
     frames = iio.imread(file)
-    assert frames[:, 0, 0, 0].tolist() == [40 * step for step in range(1, len(frames) + 1)]
-    assert len(frames) in (LENGTH - 1, LENGTH)  # TorchRL may leave out the last one
+    assert frames[:, 0, 0, 0].tolist() == [40 * step for step in range(LENGTH + 1)]  # from the first to the final state
     assert iio.immeta(file)["duration"] == 100
     assert [path.name for path in file.parent.iterdir()] == ["policy.gif"]
 
@@ -73,8 +72,20 @@ def test_the_seed_is_that_of_initial_states_and_actions_and_the_random_state_is_
     torch.manual_seed(3)
     assert torch.equal(after, torch.rand(1))
     torch.manual_seed(1)
-    greys = np.cumsum([int(40 * (1 + torch.rand(1).item())) for _ in range(len(first))])
+    greys = np.cumsum([0, *(int(40 * (1 + torch.rand(1).item())) for _ in range(2))])
     assert first[:, 0, 0, 0].tolist() == greys.tolist()
+
+
+def test_an_episode_of_one_step_has_two_frames(env, policy, tmp_path):
+    assert len(iio.imread(record_video(env, policy, tmp_path / "policy.gif", max_steps=1))) == 2
+
+
+def test_an_error_of_the_policy_is_no_error_of_the_screen(env, tmp_path):
+    def refuse(observation):
+        raise ValueError("no such state")
+
+    with pytest.raises(ValueError, match="^no such state"):
+        record_video(env, TensorDictModule(refuse, ["observation"], ["action"]), tmp_path / "policy.gif")
 
 
 def test_what_cannot_be_drawn_is_said(env, policy, tmp_path, monkeypatch):

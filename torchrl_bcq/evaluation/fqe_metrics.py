@@ -44,6 +44,8 @@ class FQEMetrics(PeriodicMetrics):
         **settings: Any,
     ) -> None:
         super().__init__(interval)
+        if "estimator" in settings:
+            raise ValueError("FQEMetrics estimates by fitted Q evaluation; leave out the argument estimator.")
         self.policy = policy
         self._evaluation = OffPolicyEvaluation(transitions, action_spec, steps=fqe_steps, **settings)
 

@@ -112,6 +112,8 @@ class EnvironmentMetrics(PeriodicMetrics):
         reference_scores: Sequence[float] | None = None,
     ) -> None:
         super().__init__(interval)
+        if reference_scores is not None and not reference_scores[0] < reference_scores[1]:
+            raise ValueError(f"reference_scores is {reference_scores}, expected (random, expert) with random < expert.")
         self.reference_scores = reference_scores
         settings: dict[str, Any] = {"value": value, "gamma": gamma, "seed": seed, "time_limit": time_limit}
         settings["reward"] = reward

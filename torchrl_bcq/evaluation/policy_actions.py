@@ -101,20 +101,27 @@ def add_recorded_actions(
 
 def _similar_rows(transitions: TensorDictBase, asked: Tensor, keys: Sequence[NestedKey], seed: int) -> Tensor:
     """For each row in ``asked``, return the number of a row whose state is nearest to the next state."""
-
     from scipy.spatial import cKDTree
 
-    def join(rows: TensorDictBase) -> np.ndarray:
-        return torch.cat([rows.get(key).flatten(1) for key in keys], -1).cpu().numpy()
-
-    states, after = join(transitions), join(transitions["next"][asked])
-    scale = np.where(states.std(0) > 0, states.std(0), 1)
+    states, after = join_entries(transitions, keys), join_entries(transitions["next"][asked], keys)
+    scale = scale_of(states)
     different, number = np.unique(states / scale, axis=0, return_inverse=True)
     _, nearest = cKDTree(different).query(after / scale)
     number = number.ravel()  # NumPy 2.0.0 returns [N, 1]
     rows, counts = np.argsort(number, kind="stable"), np.bincount(number)
     drawn = (counts[nearest] * np.random.default_rng(seed).random(len(nearest))).astype(int)
     return torch.as_tensor(rows[(counts.cumsum() - counts)[nearest] + drawn], device=asked.device)
+
+
+def join_entries(rows: TensorDictBase, keys: Sequence[NestedKey]) -> np.ndarray:
+    """Return the entries of each row in one vector of float64, ``[N, D]``."""
+    return torch.cat([rows.get(key).flatten(1) for key in keys], -1).double().cpu().numpy()
+
+
+def scale_of(states: np.ndarray) -> np.ndarray:
+    """Return the standard deviation of each column, or 1 if a column is constant up to rounding. ``[N, D] -> [D]``."""
+    scale = states.std(0)
+    return np.where(scale <= np.finfo(np.float32).eps * np.abs(states.mean(0)), 1.0, scale)
 
 
 def like_data(action_spec: TensorSpec, transitions: TensorDictBase) -> TensorSpec:

@@ -21,6 +21,7 @@ from torchrl_bcq.data.sources.environment import Environment
 from torchrl_bcq.data.writers import write_minari
 from torchrl_bcq.errors import RunError, remedy
 from torchrl_bcq.evaluation.environments import make_env
+from torchrl_bcq.evaluation.rollouts import own_random_state
 
 DATASET_ID = "torchrl-bcq/pendulum/swing-up-v0"  # id of the default dataset in Minari's local store
 DATASET_ENV = "Pendulum-v1"
@@ -160,8 +161,7 @@ def _collect(
     parts, share = [], steps // len(runs)
     progress_bar = tqdm(total=steps, desc=f"recording {desc}", unit="step", disable=None)
     random = set_exploration_type(ExplorationType.RANDOM)
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), random, progress_bar:
-        torch.manual_seed(seed)
+    with own_random_state(seed, None), torch.no_grad(), random, progress_bar:
         for number, (env, policy) in enumerate(runs):
             env.set_seed(seed + number)
             state = env.reset()

@@ -107,6 +107,7 @@ def _run(
     leaves = envs.observation_spec.values(True, True)
     size = sum(leaf.shape.numel() * leaf.dtype.itemsize for leaf in leaves) // max(1, envs.batch_size.numel())
     together = {"break_when_any_done": False, "break_when_all_done": True}
+    watch()
     first = steps = envs.rollout(1 if size > _LARGE else limit, policy, watch, **together)
     rewards, dones = [steps["next", "reward"].squeeze(-1).double()], [steps["next", "done"].squeeze(-1)]
     ended = dones[0].any(1)

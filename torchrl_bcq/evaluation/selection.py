@@ -125,8 +125,9 @@ class OffPolicyEvaluation:
 
     @cached_property
     def behaviour(self) -> Estimate:
-        """The estimate of the recorded behaviour, by fitted Q evaluation with the recorded next actions."""
-        return Estimate(**self._summarize(self._behaviour_values), residual=self._behaviour_residual)
+        """The value with which policies are compared: by fitted Q evaluation, or the mean of the recorded returns."""
+        values = self._behaviour_values if self.estimator == "fqe" else self._returns_for(self.estimator).unsqueeze(-1)
+        return Estimate(**self._summarize(values), residual=self._behaviour_residual)
 
     @property
     def units(self) -> str:
@@ -141,6 +142,10 @@ class OffPolicyEvaluation:
     @cached_property
     def _returns(self) -> Tensor:
         return episode_returns(self._held, self.gamma)
+
+    def _returns_for(self, estimator: str) -> Tensor:
+        # doubly robust estimates count what follows a cut-off, so they are compared with returns that do, too
+        return self._continued_returns if "robust" in estimator else self._returns
 
     @cached_property
     def _continued_returns(self) -> Tensor:
@@ -241,9 +246,7 @@ class OffPolicyEvaluation:
         next_value = next_values(critics, held).mean(-1)
         ratio = taken.double() / self._probability
         sampling = ImportanceSampling(held, ratio, self.gamma, (value, state_value, next_value))
-        # doubly robust estimates count what follows a cut-off, so they are compared with returns that do, too
-        own = [self._continued_returns if "robust" in name else self._returns for name in sampling.estimate()]
-        returns = torch.stack(own, -1).cpu().numpy()  # [E, estimators]
+        returns = torch.stack([self._returns_for(name) for name in sampling.estimate()], -1).cpu().numpy()  # [E, 5]
 
         def compute(drawn: np.ndarray) -> np.ndarray:
             estimates = np.array([*sampling.estimate(drawn).values()])

@@ -13,7 +13,7 @@ from torchrl.data import TensorSpec
 
 from torchrl_bcq.bounds import action_bounds
 from torchrl_bcq.data.action_checks import number_of
-from torchrl_bcq.evaluation.policy_actions import recorded_actions
+from torchrl_bcq.evaluation.policy_actions import join_entries, recorded_actions, scale_of
 
 _QUANTILE = 0.95
 _LARGEST = 100_000  # number of recorded pairs that are searched
@@ -44,13 +44,10 @@ class Support:
     ) -> None:
         from scipy.spatial import cKDTree
 
-        self._keys = observation_keys
         drawn = torch.randperm(len(transitions), generator=torch.Generator().manual_seed(0))[:_LARGEST]
         transitions = transitions[drawn.sort().values]
-        states = self._join(transitions)
-        scale = states.std(0)
-        is_constant = scale <= np.finfo(np.float32).eps * np.abs(states.mean(0))  # up to rounding
-        self._scale = np.where(is_constant, 1.0, scale)
+        states = join_entries(transitions, observation_keys)
+        self._scale = scale_of(states)
         self._number, states = number_of(action_spec), states / self._scale
         _, choices = recorded_actions(transitions, action_spec)
         if self._number is None:
@@ -60,7 +57,7 @@ class Support:
         else:
             taken = choices.argmax(-1).cpu().numpy()
             self._trees = [cKDTree(states[taken == k]) if (taken == k).any() else None for k in range(self._number)]
-        self._rows = self._join(rows) / self._scale
+        self._rows = join_entries(rows, observation_keys) / self._scale
         distance, weight = self._distances(recorded_actions(rows, action_spec)[1])
         known = distance[(weight > 0) & np.isfinite(distance)]  # infinite: the action was never recorded
         self._limit = np.quantile(known, _QUANTILE) if len(known) else 0.0
@@ -85,6 +82,3 @@ class Support:
             np.full(len(self._rows), np.inf) if tree is None else tree.query(self._rows)[0] for tree in self._trees
         ]
         return np.stack(found, 1), values
-
-    def _join(self, rows: TensorDictBase) -> np.ndarray:
-        return torch.cat([rows.get(key) for key in self._keys], -1).double().cpu().numpy()

@@ -93,7 +93,8 @@ def _output_difference(got: Tensor, expected: TensorDictBase, port: Port) -> Ten
     else:
         scale = scale if "low" in port.facts else scale[:, None]
         apart = ((got[:, None].double() - candidates) / scale).abs().amax(-1)  # [N, n, A] -> [N, n]
-    return torch.minimum(direct, torch.maximum(apart, shortfall(value)).amin(-1))
+    allowed = torch.maximum(apart, shortfall(value)).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return torch.minimum(direct, allowed.amin(-1))
 
 
 def difference(got: Tensor, wanted: Tensor, scale: Tensor) -> Tensor:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
 from torchrl_bcq.errors import RunError
+from torchrl_bcq.evaluation.rollouts import own_random_state
 from torchrl_bcq.files import write_whole
 
 _FPS = 30  # frames per second of environments without render_fps
@@ -48,11 +49,10 @@ def record_video(
         raise ImportError(f"{error}; to record videos: pip install 'torchrl-bcq[video]'") from error
 
     frames: list[Any] = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        env.set_seed(seed)
+
+    def draw(*_: Any) -> None:
         try:
-            env.rollout(max_steps, policy, lambda env, _: frames.append(env.render()))
+            frames.append(env.render())
         except ImportError:
             raise
         except Exception as error:  # rendering raises errors of many kinds
@@ -60,8 +60,14 @@ def record_video(
                 f"{env.spec.id} cannot be rendered: {error}. On a machine without a screen, install OpenGL "
                 "(libegl1, or libosmesa6 with MUJOCO_GL=osmesa)."
             ) from error
-        finally:
-            env.close()
+
+    with own_random_state(seed, None), closing(env):
+        env.set_seed(seed)
+        state = env.reset()
+        draw()
+        steps = env.rollout(max_steps, policy, draw, auto_reset=False, tensordict=state)
+        if len(frames) == len(steps):  # TorchRL calls draw after all steps except the last one
+            draw()
     fps = env.metadata.get("render_fps", _FPS)
     settings = {"loop": 0, "duration": 1000 / fps} if file.suffix == ".gif" else {"fps": fps, "macro_block_size": 2}
     with write_whole(file) as aside:

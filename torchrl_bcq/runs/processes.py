@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,6 +20,7 @@ from torchrl_bcq.trainers.distributed import Processes
 
 T = TypeVar("T")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_REPETITION = 2.0  # seconds
 _PATIENCE = timedelta(days=1)  # long timeout: the first process may convert a dataset or evaluate while the others wait
 # difference between the seeds of two processes: large, so that two runs have no seed in common
 _SEEDS = 1_000_003
@@ -92,12 +94,20 @@ def check_device(name: str) -> None:
 
 @contextmanager
 def stoppable(trainer: OfflineTrainer) -> Iterator[None]:
-    """Run a block. A SIGINT or SIGTERM saves a checkpoint and stops training; a second signal exits at once."""
+    """Run a block. A SIGINT or SIGTERM saves a checkpoint and stops training; a second signal exits at once.
+
+    If there are several processes, a repetition within two seconds is no second signal: a terminal or a cluster sends a
+    signal to all processes, and torchrun then sends it to its workers once more.
+    """
+    first: list[float] = []  # time of the first signal
 
     def stop(number: int, frame: Any) -> None:
         name = signal.Signals(number).name
-        for each in previous:
-            signal.signal(each, signal.default_int_handler)
+        if first and not (several() and time.monotonic() - first[0] < _REPETITION):
+            signal.default_int_handler(number, frame)
+        if first:
+            return
+        first.append(time.monotonic())
         trainer.request_stop(name)
         if is_first():
             when = "log interval" if several() else "gradient step or measurement"
