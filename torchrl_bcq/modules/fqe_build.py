@@ -32,11 +32,14 @@ def make_fqe_modules(
 ) -> tuple[QEnsemble | MultiHeadNetwork]:
     """Build the critics of fitted Q evaluation: ReLU MLPs, behind convolutions if there are frames.
 
+    For discrete actions with frames, the critics share the convolutions.
+
     Args:
         observation_spec, action_key, action_mask_key, device, dtype: as in ``make_bcq_modules`` or
             ``make_discrete_bcq_modules``.
         action_spec: spec of one action: a bounded vector ``[A]``, ``Categorical`` or ``OneHot``.
-        hidden: sizes of the hidden layers of each critic.
+        hidden: sizes of the hidden layers of each critic. For discrete actions with frames, one layer of 512, as in
+            ``make_discrete_bcq_modules``, is used instead.
         num_critics: number of critics, which differ in their initial weights.
         normalization: scaling that was fitted to the dataset, as in ``make_bcq_modules``.
 
