@@ -246,7 +246,8 @@ class OffPolicyEvaluation:
         next_value = next_values(critics, held).mean(-1)
         ratio = taken.double() / self._probability
         sampling = ImportanceSampling(held, ratio, self.gamma, (value, state_value, next_value))
-        returns = torch.stack([self._returns_for(name) for name in sampling.estimate()], -1).cpu().numpy()  # [E, 5]
+        own = [self._returns_for(name) for name in sampling.estimate()]
+        returns = torch.stack(own, -1).cpu().numpy()  # [E, estimators]
 
         def compute(drawn: np.ndarray) -> np.ndarray:
             estimates = np.array([*sampling.estimate(drawn).values()])
