@@ -268,8 +268,8 @@ BREAKS = {
     ),
     "swapped weights are ignored": (
         "objectives/ownership.py",
-        "if params._param_td is not self._own[name][0]]",
-        "if False]",
+        "if all(params._param_td is self._own[name][0] for name, params in current.items()):",
+        "if True:",
     ),
     "swapped targets are ignored": (
         "objectives/base.py",

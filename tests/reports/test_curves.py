@@ -82,13 +82,6 @@ def test_a_group_is_asked_for_the_first_metric_and_for_its_own(make_run, caplog)
     ]
 
 
-def test_a_metric_that_is_never_finite_has_no_curve(make_run):
-    runs = [make_run(str(seed), seed=seed, **{"return": {100: float("nan")}}) for seed in (1, 2)]
-    curve = curve_of(runs)
-    assert np.isnan(curve.center).all()
-    assert np.isnan(curve.band).all()
-
-
 def test_what_is_not_finite_leaves_a_gap(seeds, make_run, caplog):
     broken = make_run("broken", seed=3, **{"return": {100: float("nan"), 200: 80.0}})
     curve = curve_of([seeds, broken])

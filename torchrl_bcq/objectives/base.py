@@ -16,7 +16,7 @@ from torch import Size, Tensor, autocast, dtype
 from torchrl.objectives.common import LossModule
 
 from torchrl_bcq.objectives.inputs import check_choice, check_rows, check_state_dict, correct_batch_size, select_inputs
-from torchrl_bcq.objectives.ownership import RunOn, as_in_forward, find_slots
+from torchrl_bcq.objectives.ownership import RunOn, find_slots, follow_swapped_weights
 from torchrl_bcq.protocols import has_batch_norm
 
 
@@ -80,11 +80,11 @@ class OfflineLoss(LossModule):
     action_metric = "action_distance"  # name of the mean of compare_actions
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Wrap the loss methods of a subclass, so that they act as ``forward`` does if they are called alone."""
+        """Wrap the loss methods of a subclass: after ``params.to_module(loss)``, they use ``params``."""
         super().__init_subclass__(**kwargs)
         for name, method in list(vars(cls).items()):
             if name.endswith("_loss") and not name.startswith("_") and inspect.isfunction(method):
-                setattr(cls, name, as_in_forward(method))
+                setattr(cls, name, follow_swapped_weights(method))
 
     def __init__(
         self,

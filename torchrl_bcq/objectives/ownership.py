@@ -8,7 +8,6 @@ from typing import Any
 
 from tensordict import TensorDictParams
 from torch import nn
-from torchrl.envs.utils import set_exploration_type
 
 Slots = list[tuple[dict[str, Any], str, Any]]  # a dict and a key, which hold a weight; and the new weight
 
@@ -63,18 +62,16 @@ class RunOn:
             place[name] = tensor
 
 
-def as_in_forward(method: Callable) -> Callable:
-    """Wrap a method of a loss: it samples in the loss's ``deterministic_sampling_mode``, as ``forward`` does.
-
-    After ``params.to_module(loss)``, the method uses the weights ``params``.
-    """
+def follow_swapped_weights(method: Callable) -> Callable:
+    """Wrap a method of a loss: after ``params.to_module(loss)``, the method uses the weights ``params``."""
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         current = {name: self._modules[f"{name}_network_params"] for name in self._own}
-        swapped = [(params, name) for name, params in current.items() if params._param_td is not self._own[name][0]]
-        slots = [slot for params, name in swapped for slot in find_slots(params, getattr(self, f"{name}_network"))]
-        with set_exploration_type(self.deterministic_sampling_mode), RunOn(slots):
+        if all(params._param_td is self._own[name][0] for name, params in current.items()):
+            return method(self, *args, **kwargs)
+        pairs = ((params, getattr(self, f"{name}_network")) for name, params in current.items())
+        with RunOn([slot for pair in pairs for slot in find_slots(*pair)]):
             return method(self, *args, **kwargs)
 
     return call

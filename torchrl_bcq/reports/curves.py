@@ -55,7 +55,7 @@ def make_curve(group: Group, metric: str, statistic: str = "mean") -> Curve | No
     finite = np.isfinite(seeds).all(0)
     center, band = np.full(len(steps), np.nan), np.full((2, len(steps)), np.nan)
     center[finite] = _center(seeds[:, finite], statistic)
-    if len(seeds) > 1 and finite.any():
+    if len(seeds) > 1:
         band[:, finite] = interval(seeds[:, finite], statistic)
     left_out = len(set().union(*read.values())) - len(steps)
     return Curve(group.label, metric, np.array(steps), seeds, center, band if len(seeds) > 1 else None, left_out)
