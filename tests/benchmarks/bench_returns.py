@@ -55,6 +55,7 @@ SETTINGS: dict[str, list[str]] = {  # settings of torchrl-bcq train
     "mixture, no actor, 5 samples, minimum of 4 critics": [*_FEW, "network.num_critics=4", "loss.lmbda=1"],
     "mixture, no actor, 5 samples, average": [*_FEW, "average_decay=0.999"],
     "mixture, no actor, 5 samples, layer norm": [*_FEW, "network.layer_norm=true"],
+    "mixture, no actor, 5 samples, noise 0.5": [*_FEW, "network.noise_clip=0.5"],
     "minimum": ["policy.choose_by=min"],
     "mean": ["policy.choose_by=mean"],
     "average": ["average_decay=0.999"],

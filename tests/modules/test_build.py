@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -71,6 +73,13 @@ def test_settings_reach_the_networks():
     vae, actor, critics = make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, **settings)
     assert (vae.kl_weight, vae.latent_clip, vae.latent_dim, actor.phi) == (0.7, 2.0, 3, 0.2)
     assert len(critics.critics) == 5
+
+
+def test_noise_of_the_mixture_has_no_limit_by_default():
+    free, limited = ({"behavior": "mixture", "noise_clip": clip} for clip in (None, 0.5))
+    for settings, limit in ((free, math.inf), (limited, 0.5)):
+        mixture, _, _ = make_bcq_modules(OBSERVATION_SPEC, ACTION_SPEC, **settings)
+        assert mixture.noise_clip == limit
 
 
 def test_dtype_and_device_reach_everything():

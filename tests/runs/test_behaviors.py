@@ -16,7 +16,7 @@ from ..small_runs import TINY
 from .folders import state
 
 CHANGES = [
-    ["network.behavior=mixture", "network.num_components=3"],
+    ["network.behavior=mixture", "network.num_components=3", "network.noise_clip=0.5"],
     ["network.behavior=flow", "network.flow_steps=3", "network.phi=null"],
     ["network.phi=null", "policy.num_action_samples=30"],
     ["average_decay=0.8"],
@@ -89,6 +89,8 @@ def test_unknown_names_are_refused(file, tmp_path, capsys):
         ("network.flow_steps=0 network.behavior=flow", "flow_steps is 0, expected at least 1"),
         ("network.flow_steps=5", "flow_steps has an effect only with network.behavior=flow, but this run has network."),
         ("network.behavior=flow network.kl_weight=1", "kl_weight has an effect only with network.behavior=vae, but"),
+        ("network.behavior=mixture network.noise_clip=-1", "noise_clip is -1.0, expected 0 or more"),
+        ("network.noise_clip=0.5", "noise_clip has an effect only with network.behavior=mixture, but this run has"),
         ("network.latent_clip=-1", "latent_clip is -1.0, expected a positive number"),
         ("network.behavior=gan", "behavior is 'gan', expected vae, mixture or flow"),
         ("average_decay=1", "average_decay is 1.0, expected at least 0 and below 1, or null for no average"),

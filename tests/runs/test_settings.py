@@ -106,7 +106,8 @@ def test_values_are_the_papers():
     network = {"hidden": [400, 300], "vae_hidden": [750, 750], "latent_dim": None, "latent_clip": 0.5}
     network |= {"behavior": "vae", "kl_weight": 0.5, "num_critics": 2, "layer_norm": False, "phi": 0.05}
     assert {name: settings["network"][name] for name in network} == network
-    assert settings["network"].keys() - network.keys() == {"num_components", "flow_steps"}  # not of the VAE
+    of_others = {"num_components", "noise_clip", "flow_steps"}  # not of the VAE
+    assert settings["network"].keys() - network.keys() == of_others
     assert settings["policy"]["choose_by"] == "first"
     own = {"optimizer": None, "lr": None, "kwargs": {}, "scheduler": None, "scheduler_kwargs": {}}
     own |= {"start_after": 0, "stop_after": None, "every": 1}

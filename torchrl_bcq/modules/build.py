@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ def make_bcq_modules(
     latent_clip: float = 0.5,
     kl_weight: float = 0.5,
     num_components: int = 8,
+    noise_clip: float | None = None,
     flow_steps: int = 10,
     num_critics: int = 2,
     layer_norm: bool = False,
@@ -60,6 +62,8 @@ def make_bcq_modules(
         latent_clip: largest magnitude of a sampled latent of the VAE, in standard deviations.
         kl_weight: weight of the KL divergence in the VAE's loss.
         num_components: number of Gaussians of the mixture.
+        noise_clip: largest magnitude of the Gaussian noise of an action that the mixture samples, in standard
+            deviations; None means no limit.
         flow_steps: number of Euler steps of the flow.
         num_critics: number of critics in the ensemble.
         layer_norm: whether each hidden layer of the critics is normalised (``torch.nn.LayerNorm``).
@@ -118,7 +122,8 @@ def make_bcq_modules(
         )
     elif behavior == "mixture":
         network = networks.network(num_components * (1 + 2 * actions), vae_hidden)
-        vae = ActionMixture(network, action_spec, **shared)
+        limit = math.inf if noise_clip is None else noise_clip
+        vae = ActionMixture(network, action_spec, noise_clip=limit, **shared)
     elif behavior == "flow":
         point = torch.zeros(actions + 1), torch.ones(actions + 1)
         vae = ActionFlow(networks.network(actions, vae_hidden, *point), action_spec, steps=flow_steps, **shared)

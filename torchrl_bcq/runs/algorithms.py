@@ -94,6 +94,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             "network.latent_clip": ("network.behavior", "vae"),
             "network.kl_weight": ("network.behavior", "vae"),
             "network.num_components": ("network.behavior", "mixture"),
+            "network.noise_clip": ("network.behavior", "mixture"),
             "network.flow_steps": ("network.behavior", "flow"),
         },
         compared={"behaviour model": lambda behavior, actor, critics: BehaviorCloningPolicy(behavior)},
