@@ -113,6 +113,15 @@ def test_sampling_needs_no_action(modules):
     assert sampled.unique(dim=0).shape[0] == 2
 
 
+def test_a_selection_of_entries_does_not_change_the_loss(modules, make_batch):
+    vae, batch = modules[0], make_batch(5)
+    noise = torch.randn(5, vae.latent_dim)
+    before = vae.training_loss(batch, noise)[0]
+    vae.select_out_keys("reconstruction")
+    assert set(vae(batch.clone()).keys()) - set(batch.keys()) == {"reconstruction"}
+    torch.testing.assert_close(vae.training_loss(batch, noise)[0], before, rtol=0, atol=0)
+
+
 def test_noise_is_not_broadcast(make_batch):
     vae = ActionVAE(Encoder(0.0, 0.0), Decoder(), ACTION_SPEC, latent_dim=4)
     with pytest.raises(ValueError, match=r"noise has shape \(6, 1\), expected \(6, 4\)"):

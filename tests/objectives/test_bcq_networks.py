@@ -27,6 +27,7 @@ from torchrl_bcq import (
     BCQLoss,
     BCQPolicy,
     BehaviorCloningPolicy,
+    FQELoss,
     PerturbationActor,
     QEnsemble,
     make_bcq_modules,
@@ -302,6 +303,8 @@ def test_recurrent_critics_are_refused(modules, make):
 
     with pytest.raises(ValueError, match=r"has a recurrent layer \(LSTMModule\), which would take the actions"):
         make(*modules[:2], QEnsemble([critic(), critic()]))
+    with pytest.raises(ValueError, match=r"qvalue_network has a recurrent layer \(LSTMModule\)"):
+        FQELoss(QEnsemble([critic()]))
 
 
 def test_an_actor_with_batch_norm_acts_on_rows(modules, make_batch, latent):

@@ -304,7 +304,9 @@ def test_rows_that_cannot_be_drawn_are_refused(make_trainer, setting, message):
 def test_a_metric_that_is_not_measured_is_refused(make_trainer, section, monitor):
     with pytest.raises(RunError) as error:
         make_trainer(f"{section}.monitor={monitor}")
-    assert str(error.value).startswith(f"{section}.monitor is '{monitor}', but this run measures ['action_distance', ")
+    found = str(error.value)
+    assert found.startswith(f"{section}.monitor is '{monitor}', expected one of ['action_distance', ")
+    assert "'fqe'" in found
 
 
 @pytest.mark.parametrize("section", ["checkpoint", "early_stopping"])
@@ -314,11 +316,11 @@ def test_metrics_that_are_offered_are_measured(make_trainer, make_file, section,
     with_all = ["evaluation.env=auto", "held_out=0.3", "steps=10", f"algorithm={algorithm}"]
     with pytest.raises(RunError) as error:
         make_trainer(*with_all, f"{section}.monitor=x")
-    offered = ast.literal_eval(str(error.value).partition("measures ")[2].removesuffix(" only; choose one of these."))
+    offered = ast.literal_eval(str(error.value).partition("expected one of ")[2].removesuffix(" in this run."))
     trainer = make_trainer(*with_all)
     trainer.train()
-    assert set(offered) == set(trainer.metrics)
-    assert len(offered) == number
+    assert set(offered) - {*FQEMetrics.names} == set(trainer.metrics)
+    assert len(offered) == number + len(FQEMetrics.names)
 
 
 @pytest.mark.parametrize(("env", "kept"), [("auto", "return"), ("null", None)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,15 @@ def test_a_run_that_was_killed_while_it_replaced_the_best_leaves_the_one_that_wa
     assert best_checkpoint(tmp_path / "one").name == f"checkpoint-{20:012d}"
     train_and_keep(make_batch, tmp_path / "one", [7.0])
     assert steps(tmp_path / "one") == [10]
+
+
+def test_a_damaged_best_checkpoint_is_replaced_with_a_warning(make_batch, tmp_path, caplog):
+    train_and_keep(make_batch, tmp_path, [5.0])
+    (best_checkpoint(tmp_path) / "manifest.json").write_text("{")
+    train_and_keep(make_batch, tmp_path, [1.0, 2.0])
+    assert steps(tmp_path) == [20]
+    (warning,) = caplog.messages
+    assert re.fullmatch(r"the manifest.json of .*checkpoint-0*10 cannot be read, so the next best .*", warning)
 
 
 def test_keep_best_tidies_its_folder(make_batch, tmp_path):

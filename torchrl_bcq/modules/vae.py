@@ -129,7 +129,7 @@ class ActionVAE(BehaviorModel):
         ``vae_reconstruction`` is the squared error, averaged over the action dimensions. ``vae_kl`` is the KL
         divergence in nats, averaged over the latent dimensions, without the factor ``kl_weight``.
         """
-        out = self(tensordict.copy(), noise=noise)
+        out = self.forward(tensordict.copy(), noise=noise)  # a call would drop what select_out_keys drops
         reconstruction, action = out.get("reconstruction"), out.get(self.action_key)
         if reconstruction.shape != action.shape:
             raise ValueError(f"the action has shape {[*action.shape]}, expected {[*reconstruction.shape]}.")

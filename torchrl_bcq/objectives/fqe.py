@@ -14,7 +14,7 @@ from torchrl.data import TensorSpec
 
 from torchrl_bcq.objectives.discrete import DiscreteValueLoss
 from torchrl_bcq.objectives.values import ValueLoss
-from torchrl_bcq.protocols import CriticEnsemble, DiscreteNetwork, check_initialized, require
+from torchrl_bcq.protocols import CriticEnsemble, DiscreteNetwork, check_initialized, check_not_recurrent, require
 
 _METADATA = ("td_error", "pred_value", "target_value")
 
@@ -121,6 +121,7 @@ class FQELoss(_PolicyValueLoss):
     ) -> None:
         """Build the loss from its critics."""
         require("qvalue_network", qvalue_network, CriticEnsemble)
+        check_not_recurrent("qvalue_network", qvalue_network)
         super().__init__(
             {"qvalue": qvalue_network},
             value_range=value_range,

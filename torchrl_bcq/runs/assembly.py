@@ -208,7 +208,8 @@ def _add_metrics(
         monitor = None if task.env_id is None else "return"
     for section, name in (("checkpoint", monitor), ("early_stopping", stopping.monitor)):
         if name is not None and name not in known:
-            raise RunError(f"{section}.monitor is {name!r}, but this run measures {known} only; choose one of these.")
+            choices = [*dict.fromkeys([*known, *FQEMetrics.names])]
+            raise RunError(f"{section}.monitor is {name!r}, expected one of {choices} in this run.")
     if monitor is not None:
         best = Path(settings.out) / BEST
         mode = _mode(checkpoint.mode, monitor)

@@ -13,7 +13,7 @@ from tensordict import TensorDictBase
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.trainers.trainers import TrainerHookBase
 
-from torchrl_bcq.trainers.checkpoints import tidy_rotation
+from torchrl_bcq.trainers.checkpoints import damaged_checkpoints, tidy_rotation
 from torchrl_bcq.trainers.offline import OfflineTrainer
 
 _logger = logging.getLogger(__name__)
@@ -93,6 +93,12 @@ class KeepBest(TrainerHookBase):
         trainer.register_op("post_steps_log", self)
 
     def _start(self) -> None:
+        if damaged := damaged_checkpoints(self.directory):
+            _logger.warning(
+                "the manifest.json of %s cannot be read, so the next best checkpoint replaces it; to keep it, "
+                "stop the run and restore this file.",
+                self.directory / damaged[0],
+            )
         self._started_at = 0 if self._trainer is None else self._trainer.collected_frames
         self()
 
