@@ -159,9 +159,20 @@ def check_discrete_network(name: str, network: DiscreteNetwork, outputs: Sequenc
     check_initialized(name, network)
 
 
+def setting_of(network: Any, name: str, default: Any = None) -> Any:
+    """Return an attribute of a network or, if it lacks the attribute, of the first layer that has it."""
+    found = (getattr(module, name, None) for module in network.modules())
+    return next((value for value in found if value is not None), default)
+
+
+def recurrent_layers(network: Any) -> list[str]:
+    """List the class names of the network's recurrent layers of TorchRL."""
+    return [type(layer).__name__ for layer in network.modules() if hasattr(layer, "recurrent_mode")]
+
+
 def check_not_recurrent(name: str, network: Any) -> None:
     """Raise a ValueError if a network has a recurrent layer of TorchRL, which would take candidates for time steps."""
-    if found := [type(layer).__name__ for layer in network.modules() if hasattr(layer, "recurrent_mode")]:
+    if found := recurrent_layers(network):
         raise ValueError(
             f"{name} has a recurrent layer ({found[0]}), which would take the actions that are compared in a state for "
             "a time series; give the network the last observations instead, as stack_observations does."
@@ -187,7 +198,8 @@ def decode_action(model: GenerativeModel, tensordict: TensorDictBase, latent: Te
 
 def perturb_action(actor: TensorDictModuleBase, tensordict: TensorDictBase) -> TensorDictBase:
     """Let an actor overwrite the action ``[*B, A]`` of each state, and check its shape."""
-    return _take_action("the actor", actor(tensordict), tensordict, actor.out_keys[0])
+    # a copy, because select_out_keys drops entries that the actor does not read
+    return _take_action("the actor", actor(tensordict.copy()), tensordict, actor.out_keys[0])
 
 
 def _take_action(

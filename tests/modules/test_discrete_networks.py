@@ -144,8 +144,11 @@ def test_selected_outputs_keep_their_values():
     whole = network(td.copy())
     for selection in (["logits"], ["logits", "q"]):
         chosen = network.select_out_keys(*selection)(td.copy())
+        first = network.first(td.copy())
         network.reset_out_keys()
         assert set(chosen.keys()) == {"observation", *selection}
+        assert set(first.keys()) == {"observation", selection[0]}
+        assert torch.equal(first[selection[0]], whole[selection[0]])
         for key in selection:
             assert torch.equal(chosen[key], whole[key])
 

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import Binary, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import EnvBase, GymEnv, SerialEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import LSTMModule
 
 from torchrl_bcq import (
     DiscreteBCQLoss,
@@ -167,6 +168,22 @@ def test_without_epsilon_no_random_number_is_drawn():
 # what it is built from
 
 
+def test_a_network_in_a_sequence_keeps_its_mask_and_keys():
+    spec = Composite(state=Unbounded((3,)), action_mask=Binary(4, dtype=torch.bool))
+    keys = {"action_key": "choice", "action_mask_key": "action_mask"}
+    (network,) = make_discrete_bcq_modules(spec, Categorical(4), hidden=(8,), **keys)
+    scale = TensorDictModule(lambda raw: raw / 10, ["raw"], ["state"])
+    whole = TensorDictSequential(scale, network).select_out_keys(*network.out_keys)
+    policy, loss = DiscreteBCQPolicy(whole), DiscreteBCQLoss(whole)
+    assert (policy.mask_key, policy.action_key, loss.tensor_keys.action_mask) == (
+        "action_mask",
+        "choice",
+        "action_mask",
+    )
+    assert loss.tensor_keys.action == "choice"
+    assert {"raw", "action_mask", "choice"} <= {*loss.in_keys}
+
+
 def test_settings_and_networks_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="unlikely_action_threshold is 1, expected at least 0 and below 1"):
         DiscreteBCQPolicy(scores(), action_space="categorical", unlikely_action_threshold=1)
@@ -177,6 +194,11 @@ def test_settings_and_networks_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"network writes \[.*\], expected 1 entry: the logits, each \[\*B, K\]"):
         DiscreteCloningPolicy(scores(), action_space="categorical")
     (network,) = make_discrete_bcq_modules(Unbounded((3,)), Categorical(2), hidden=(8,))
+    memory = LSTMModule(input_size=1, hidden_size=4, in_key="observation", out_key="memory")
+    heads = TensorDictModule(Scores(), ["memory"], ["action_value", "imitation_logits"])
+    recurrent = TensorDictSequential(memory, heads).select_out_keys("action_value", "imitation_logits")
+    with pytest.raises(ValueError, match=r"a recurrent layer \(LSTMModule\), whose memory the policy would lose; put"):
+        DiscreteBCQPolicy(recurrent, action_space="categorical")
     states = TensorDict({"observation": torch.zeros(2, 3, dtype=torch.float64)}, [2])
     with pytest.raises(ValueError, match="observation has dtype torch.float64, but the networks have dtype"):
         DiscreteBCQPolicy(network)(states)

@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 from torchrl.data import Bounded, Composite, Unbounded
-from torchrl.objectives import SoftUpdate
+from torchrl.objectives import DDPGLoss, SoftUpdate
 
 from torchrl_bcq import (
     BCQLoss,
@@ -232,3 +232,19 @@ def test_actions_are_scaled_beside_frames_alone():
         batch = data.clone().set("action", high * data["action"])
         found.append((vae.training_loss(batch, torch.zeros(8, 2))[0], critics(batch)["state_action_value"]))
     torch.testing.assert_close(found[0], found[1])
+
+
+def test_networks_of_frames_run_with_the_target_weights_of_torchrls_losses():
+    """TorchRL's losses replace parameters by buffers in the targets."""
+    (actor,) = make_cloning_modules(BOTH, ACTION, hidden=(8,))
+    _, _, critics = make_bcq_modules(BOTH, ACTION, **SMALL, num_critics=1)
+    loss = DDPGLoss(actor, critics, delay_actor=True, delay_value=True)
+    loss.make_value_estimator(gamma=0.9)
+    SoftUpdate(loss, tau=0.1)
+    td, following = states(4), states(4)
+    flags = {name: torch.zeros(4, 1, dtype=torch.bool) for name in ("done", "terminated")}
+    td["next"] = following.update({"reward": torch.ones(4, 1), **flags})
+    td["action"] = torch.zeros(4, 2)
+    out = loss(td)
+    assert out["loss_actor"].isfinite()
+    assert out["loss_value"].isfinite()

@@ -97,6 +97,18 @@ def test_reductions_and_importance_weights(modules, make_batch, latent, name):
         value(weighted.set("priority_weight", weights.unsqueeze(-1)), reduction="none")
 
 
+def test_agents_of_a_row_share_its_importance_weight(modules, make_batch):
+    """The batch has the size [6], its entries [6, agents, ...]."""
+    batch, draw = make_batch(6, 2), torch.randn(6, 2, 4)
+    loss = BCQLoss(*modules, reduction="none")
+    rows = loss.vae_loss(batch, draw)[0]
+    batch["next"].batch_size = batch.batch_size = [6]
+    batch["priority_weight"] = weights = torch.arange(6.0)
+    torch.testing.assert_close(loss.vae_loss(batch, draw)[0], rows * weights[:, None])
+    loss.reduction = "mean"
+    torch.testing.assert_close(loss.vae_loss(batch, draw)[0], (rows.mean(1) * weights).sum() / 15)
+
+
 def test_set_keys_renames_entries(loss, make_batch, latent):
     batch = make_batch(6)
     batch["next", "terminated"][:3] = True
@@ -219,7 +231,7 @@ def test_a_missing_entry_is_named(loss, make_batch, key):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        (("next", "reward"), torch.zeros(4), "does not fit"),
+        (("next", "reward"), torch.zeros(4), "but the action has shape"),
         (
             ("next", "reward"),
             torch.zeros(4, 1, dtype=torch.float64),
@@ -241,14 +253,10 @@ def test_shapes_that_would_broadcast_are_refused(loss, make_batch):
     batch = make_batch(4)
     batch.batch_size = batch["next"].batch_size = []
     batch["next", "reward"] = batch["next", "reward"][:1]
-    with pytest.raises(
-        ValueError, match="reward.* has shape \\(1, 1\\), which does not fit the action's shape \\(4, 2\\)"
-    ):
+    with pytest.raises(ValueError, match="reward.* has shape \\(1, 1\\), but the action has shape \\(4, 2\\)"):
         loss.qvalue_loss(batch)
     batch["observation"] = batch["observation"][:1]
-    with pytest.raises(
-        ValueError, match="observation has shape \\(1, 3\\), which does not fit the action's shape \\(4, 2\\)"
-    ):
+    with pytest.raises(ValueError, match="observation has shape \\(1, 3\\), but the action has shape \\(4, 2\\)"):
         loss.vae_loss(batch)
 
 

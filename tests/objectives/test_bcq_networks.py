@@ -243,7 +243,7 @@ def test_own_ensembles_write_one_value_for_each_row_and_critic(modules, make_bat
     wrong = copy.deepcopy(critics)
     if width is None:
         wrong.first = wrong.forward
-        message = "first writes 2 values for each row, expected that of one critic"
+        message = "qvalue_network.first writes 2 values for each row, expected one"
     else:
         inner = wrong.forward
         wrong.forward = wrong.first = lambda td: inner(td).set("state_action_value", torch.zeros(td.batch_size))
@@ -305,6 +305,22 @@ def test_recurrent_critics_are_refused(modules, make):
         make(*modules[:2], QEnsemble([critic(), critic()]))
     with pytest.raises(ValueError, match=r"qvalue_network has a recurrent layer \(LSTMModule\)"):
         FQELoss(QEnsemble([critic()]))
+
+
+def test_an_actor_with_selected_outputs_keeps_the_entries_of_the_critics(modules, make_batch):
+    """The actor does not read the entry ``goal``, but the critics do."""
+
+    class TwoOutputs(nn.Module):
+        def forward(self, observation, action):
+            return action * 0.5, observation
+
+    actor = TensorDictModule(TwoOutputs(), ["observation", "action"], ["action", "aux"]).select_out_keys("action")
+    critic = TensorDictModule(MLP(6, 1, num_cells=[8]), ["observation", "goal", "action"], ["state_action_value"])
+    batch = make_batch(5).set("goal", torch.randn(5, 1))
+    critics = QEnsemble([critic])
+    action = BCQPolicy(modules[0], actor, critics)(batch.clone())["action"]
+    assert action.shape == (5, 2)
+    assert BCQLoss(modules[0], actor, critics).actor_loss(batch)[0].isfinite()
 
 
 def test_an_actor_with_batch_norm_acts_on_rows(modules, make_batch, latent):

@@ -369,7 +369,7 @@ def test_indices_of_any_integer_dtype(dtype):
         ("categorical", [-100], "the actions are -100 to -100, expected 0 to 2"),
         ("categorical", [1.0], "the action has dtype torch.float64, expected indices"),
         ("categorical", [True], "the action has dtype torch.bool, expected indices"),
-        ("categorical", [[0, 1, 0]], r"observation has shape \(1, 1\), which does not fit the action's shape \(1, 3\)"),
+        ("categorical", [[0, 1, 0]], r"observation has shape \(1, 1\), but the action has shape \(1, 3\)"),
         ("one-hot", [[0, 1]], r"the action has shape \(1, 2\), expected one-hot vectors \(1, 3\): the networks have 3"),
         ("one-hot", [[0, 0, 0]], r"the action at \[0\] is no one-hot vector; it must have exactly one 1"),
         ("one-hot", [[1, 1, 0]], r"the action at \[0\] is no one-hot vector"),

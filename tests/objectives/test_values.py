@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
 from torchrl.objectives.utils import ValueEstimators
-from torchrl.objectives.value import TD0Estimator, TD1Estimator, TDLambdaEstimator, ValueEstimatorBase
+from torchrl.objectives.value import GAE, TD0Estimator, TD1Estimator, TDLambdaEstimator, ValueEstimatorBase
 
 from torchrl_bcq import BCQLoss, make_replay_buffer
 from torchrl_bcq.trainers.execution import Execution
@@ -124,9 +126,10 @@ def test_the_kind_of_estimator_is_remembered(loss, trajectory, name):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_estimators_by_their_names(loss, name):
-    loss.make_value_estimator(name)
-    assert type(loss.value_estimator) is {"TD0": TD0Estimator}.get(name, TDLambdaEstimator)
-    assert loss.value_type == ValueEstimators[name]
+    for written in (name, name.lower()):
+        loss.make_value_estimator(written)
+        assert type(loss.value_estimator) is {"TD0": TD0Estimator}.get(name, TDLambdaEstimator)
+        assert loss.value_type == ValueEstimators[name]
 
 
 @pytest.mark.parametrize(("decay", "equal"), [(0, "TD0"), (1e-8, "TD0"), (1, "TD1")])
@@ -174,6 +177,8 @@ def test_returns_of_several_agents_are_summed_over_time(loss, make_batch, kind):
     batch["next"].batch_size = batch.batch_size = [1, 3]
     loss.make_value_estimator(kind, gamma=GAMMA, **({"lmbda": 0.8} if kind == "TDLambda" else {}))
     assert targets(loss, batch) == pytest.approx([target for target in TARGETS[kind] for _ in range(2)])
+    with pytest.raises(ValueError, match=r"the batch has size \(3,\), but TD\(1\) and TD\(lambda\) need a time"):
+        targets(loss, batch[0])  # [3, agents, ...]: the agents are not steps
 
 
 def test_estimators_of_advantages_are_refused(loss):
@@ -182,6 +187,13 @@ def test_estimators_of_advantages_are_refused(loss):
         with pytest.raises(NotImplementedError, match=r"ValueEstimators.GAE.* is not implemented for loss OwnLoss"):
             loss.make_value_estimator(kind, gamma=0.9)
         assert loss.double().value_estimator.gamma.item() == 1 / 3  # the one before stays, in full precision
+    value = TensorDictModule(nn.Linear(3, 1), ["observation"], ["state_value"])
+    for other in (GAE, GAE(gamma=0.9, lmbda=0.9, value_network=None)):
+        with pytest.raises(NotImplementedError, match="GAE does not use the values that the loss computes; use TD0"):
+            loss.make_value_estimator(other, gamma=0.9, **({"lmbda": 0.9} if other is GAE else {}))
+    with pytest.raises(KeyError):  # TorchRL: the key of the values is that of the value network
+        loss.make_value_estimator(TD0Estimator(gamma=0.9, value_network=value))
+    assert loss.value_estimator.gamma.item() == 1 / 3
 
 
 def test_unknown_loss_function_is_refused():

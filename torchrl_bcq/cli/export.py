@@ -54,7 +54,7 @@ def _export(args: argparse.Namespace) -> None:
     if args.file.suffix.lower() != ".onnx":
         raise RunError(f"FILE is {str(args.file)!r}, expected the name of an ONNX file, such as policy.onnx.")
     if args.random_states and args.dataset is not None:
-        raise RunError("--random-states does not read a dataset; leave out one of both.")
+        raise RunError("--random-states does not read a dataset; leave out --random-states or --dataset.")
     trained = load(args.folder, args.checkpoint, "cpu")
     check_writable(args.file, "choose another FILE")
     policy: Any = trained.policy

@@ -180,7 +180,8 @@ def _describe(folder: Path, stores: Iterable[tuple[Sequence[int], Sequence[Any]]
 def _write(frames: Tensor, target: Path) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < frames.numel():
-        raise OSError(f"the frames need {frames.numel() / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free")
+        sizes = f"the frames need {frames.numel() / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free"
+        raise OSError(f"{sizes} in {target.parent}; free space, or choose another folder")
     step = max(1, _BYTES * len(frames) // frames.numel())
     with open(target, "wb") as stream:
         for start in range(0, len(frames), step):

@@ -14,7 +14,7 @@ from torchrl_bcq.actions import DiscreteActions, check_mask, check_threshold
 from torchrl_bcq.functional import available_logits, best_allowed, likely_actions
 from torchrl_bcq.modules.acting import Policy, check_dtype, is_random, tensor_like
 from torchrl_bcq.modules.dispatch import accepts_tensors
-from torchrl_bcq.protocols import DiscreteNetwork, check_discrete_network
+from torchrl_bcq.protocols import DiscreteNetwork, check_discrete_network, recurrent_layers, setting_of
 
 
 class _DiscretePolicy(Policy, ABC):
@@ -30,13 +30,18 @@ class _DiscretePolicy(Policy, ABC):
         super().__init__(getattr(network, "observation_specs", None))
         if not 0 <= epsilon <= 1:
             raise ValueError(f"epsilon is {epsilon}, expected a probability between 0 and 1.")
+        if found := recurrent_layers(network):
+            raise ValueError(
+                f"network has a recurrent layer ({found[0]}), whose memory the policy would lose; put this layer "
+                f"before the policy: TensorDictSequential(layer, {type(self).__name__}(rest of the network))."
+            )
         self.network = network
         self.epsilon = epsilon
-        own_space = getattr(network, "action_space", None)
+        own_space = setting_of(network, "action_space")
         self.actions = DiscreteActions.of(own_space if action_space is None else action_space)
-        self.mask_key = getattr(network, "action_mask_key", None) if action_mask_key is None else action_mask_key
+        self.mask_key = setting_of(network, "action_mask_key") if action_mask_key is None else action_mask_key
         self.in_keys = list(dict.fromkeys([*network.in_keys, *([] if self.mask_key is None else [self.mask_key])]))
-        self.action_key = getattr(network, "action_key", "action")
+        self.action_key = setting_of(network, "action_key", "action")
 
     @accepts_tensors
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from tensordict.utils import NestedKey
@@ -117,7 +118,7 @@ class _ByteScale(nn.Module):
         return frames.to(dtype).sub_(self.loc.to(dtype)).div_(self.scale.to(dtype))
 
 
-def _features(frames: Tensor, scale: nn.Module, convolutions: nn.Module) -> Tensor:
+def _features(frames: Tensor, scale: nn.Module, convolutions: Any) -> Tensor:
     """Return the features of frames, ``[*B, C, H, W] -> [*B, F]``.
 
     The frames of expanded dimensions are equal, as for the candidate actions of a state; they are processed once.
@@ -125,7 +126,7 @@ def _features(frames: Tensor, scale: nn.Module, convolutions: nn.Module) -> Tens
     batch, once = frames.shape[:-3], frames
     for dim, (size, stride) in enumerate(zip(batch, frames.stride(), strict=False)):
         once = once.narrow(dim, 0, 1) if size > 1 and stride == 0 else once
-    dtype = next(convolutions.parameters()).dtype
+    dtype = convolutions[0].weight.dtype  # parameters() is empty while TorchRL's losses use target weights
     return convolutions(scale(once, dtype)).expand(*batch, -1)
 
 

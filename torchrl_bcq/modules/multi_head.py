@@ -70,16 +70,16 @@ class MultiHeadNetwork(TensorDictModuleBase):
     @accepts_tensors
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write all outputs, each ``[*B, K]``."""
-        return self._write(tensordict, len(self.heads))
+        return self._write(tensordict, self._head_keys)
 
     def first(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write only the first output, ``[*B, K]``. The target of ``DiscreteBCQLoss`` needs no other."""
-        return self._write(tensordict, 1)
+        return self._write(tensordict, self.out_keys[:1])
 
-    def _write(self, tensordict: TensorDictBase, number: int) -> TensorDictBase:
+    def _write(self, tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> TensorDictBase:
         inputs = [tensordict.get(key) for key in self.in_keys]
         if self.trunk is not None:
             inputs = [self.trunk(*inputs)]
-        for key, head in zip(self._head_keys[:number], self.heads, strict=False):
-            tensordict.set(key, head(*inputs))
+        for key in keys:
+            tensordict.set(key, self.heads[self._head_keys.index(key)](*inputs))
         return tensordict

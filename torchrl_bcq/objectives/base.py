@@ -15,7 +15,7 @@ from tensordict.utils import NestedKey
 from torch import Size, Tensor, autocast, dtype
 from torchrl.objectives.common import LossModule
 
-from torchrl_bcq.objectives.inputs import check_choice, check_rows, check_state_dict, correct_batch_size, select_inputs
+from torchrl_bcq.objectives.inputs import check_choice, check_state_dict, correct_batch_size, row_weights, select_inputs
 from torchrl_bcq.objectives.ownership import RunOn, find_slots, follow_swapped_weights
 from torchrl_bcq.protocols import has_batch_norm
 
@@ -161,17 +161,13 @@ class OfflineLoss(LossModule):
             out.update({f"loss_{name}": loss, **metadata})
         return TensorDict(out)
 
-    # methods that subclasses call in their losses
-
     def select(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Check a batch and return its observations and actions ``[*B, A]``, with the batch size ``*B``."""
         return self._select(tensordict, self._state_action_keys)
 
     def _select(self, tensordict: TensorDictBase, keys: list[NestedKey], **outcome: Any) -> TensorDictBase:
         keywords = {"action_key": self.tensor_keys.action, "dtype": self._like.dtype, "batch_of": self._batch_of}
-        batch = select_inputs(tensordict, keys, **keywords, **outcome)
-        check_rows(batch, self.networks)
-        return batch
+        return select_inputs(tensordict, keys, networks=self.networks, **keywords, **outcome)
 
     def compare_actions(self, action: Tensor, recorded: Tensor) -> Tensor:
         """Return the distance between each action and the recorded action. ``[*B, A], [*B, A] -> [*B]``."""
@@ -204,9 +200,8 @@ class OfflineLoss(LossModule):
     def reduce(self, loss: Tensor, tensordict: TensorDictBase) -> Tensor:
         """Weight, mask and reduce the losses ``[*B]`` of the rows. The reduction ``none`` keeps the shape."""
         weights = tensordict.get(self.tensor_keys.priority_weight, None) if self.use_prioritized_weights else None
-        if weights is not None and weights.shape != loss.shape:
-            key, shape = self.tensor_keys.priority_weight, tuple(weights.shape)
-            raise ValueError(f"{key} has shape {shape}, expected {tuple(loss.shape)}: one weight for each row.")
+        if weights is not None:
+            weights = row_weights(weights, loss, self.tensor_keys.priority_weight)
         return self._reduce_loss(loss, tensordict=tensordict, weights=weights)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -286,6 +281,10 @@ class OfflineLoss(LossModule):
     def _other_state_keys(self) -> list[NestedKey]:
         """List entries of a state that no network reads, but the objective does."""
         return []
+
+    def _reset_module_parameters(self, module_name: str, module: Any) -> None:
+        if hasattr(module, "reset_parameters_recursive"):  # a behaviour model may be any torch.nn.Module
+            super()._reset_module_parameters(module_name, module)
 
     def _make_vmap(self) -> None:
         """Do nothing: TorchRL's ``set_vmap_randomness`` calls this method, but the loss does not use vmap."""

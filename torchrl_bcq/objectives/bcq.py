@@ -183,7 +183,7 @@ class BCQLoss(ValueLoss):
     def _first_critic(self, state_actions: TensorDictBase) -> Tensor:
         values = self._read_values(self.qvalue_network.first(state_actions))
         if values.shape[-1] != 1:
-            raise ValueError(f"first writes {values.shape[-1]} values for each row, expected that of one critic.")
+            raise ValueError(f"qvalue_network.first writes {values.shape[-1]} values for each row, expected one.")
         return values.squeeze(-1)
 
     def _read_values(self, written: TensorDictBase) -> Tensor:

@@ -15,7 +15,7 @@ from torchrl_bcq.actions import DiscreteActions, check_available, check_mask
 from torchrl_bcq.functional import available_logits, imitation_nll
 from torchrl_bcq.objectives.base import OfflineLoss
 from torchrl_bcq.objectives.values import ValueLoss
-from torchrl_bcq.protocols import DiscreteNetwork
+from torchrl_bcq.protocols import DiscreteNetwork, setting_of
 
 
 class DiscreteLoss(OfflineLoss):
@@ -46,12 +46,13 @@ class DiscreteLoss(OfflineLoss):
     ) -> None:
         """Build the loss from its network."""
         ((self._scorer, network),) = networks.items()
-        own_space = getattr(network, "action_space", None)
+        own_space = setting_of(network, "action_space")
         self.actions = DiscreteActions.of(own_space if action_space is None else action_space)
-        super().__init__(networks, action_key=getattr(network, "action_key", "action"), **settings)
-        if not hasattr(network, "action_key"):
+        own_key = setting_of(network, "action_key")
+        super().__init__(networks, action_key=own_key or "action", **settings)
+        if own_key is None:
             del self._decided_keys["action"]  # the network does not decide it, so set_keys may change it
-        self.tensor_keys.action_mask = getattr(network, "action_mask_key", None)
+        self.tensor_keys.action_mask = setting_of(network, "action_mask_key")
         self._in_keys = None
 
     def scores(self, states: TensorDictBase) -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, expand_as_right
 
 from torchrl_bcq.protocols import has_batch_norm
 
@@ -24,19 +24,11 @@ def check_gamma(gamma: float, name: str = "gamma") -> None:
         raise ValueError(f"{name} is {gamma}, expected a number from 0 to 1.")
 
 
-def check_rows(batch: TensorDictBase, networks: Iterable[Any]) -> None:
-    """Raise a ValueError if BatchNorm of a network would take a time dimension for channels."""
-    if batch.ndim != 1 and any(has_batch_norm(net) for net in networks if not getattr(net, "flattens_rows", False)):
-        raise ValueError(
-            f"the batch has size {tuple(batch.shape)}, but a network has BatchNorm, which needs a flat batch [B]; "
-            "reshape the batch, or use LayerNorm."
-        )
-
-
 def select_inputs(
     tensordict: TensorDictBase,
     keys: Sequence[NestedKey],
     *,
+    networks: Iterable[Any],
     action_key: NestedKey,
     dtype: torch.dtype,
     batch_of: Callable[[torch.Tensor, int], torch.Size],
@@ -48,6 +40,7 @@ def select_inputs(
     Args:
         tensordict: the batch; its batch size is ``*B`` or the first dimensions of ``*B``.
         keys: entries to select, including the action.
+        networks: networks that read the batch; an absent network is None.
         action_key: entry of the action, whose shape defines ``*B``.
         dtype: required dtype of the reward and of all floating-point entries.
         batch_of: function that returns ``*B``, from the action and the number of batch dimensions of ``tensordict``.
@@ -55,7 +48,7 @@ def select_inputs(
         flag_keys: entries that must be boolean and have the shape ``[*B, 1]``.
 
     Raises:
-        ValueError: if an entry is missing, or has a wrong shape or dtype.
+        ValueError: if an entry is missing or has a wrong shape or dtype, or BatchNorm would read several dimensions.
     """
     entries = {key: tensordict.get(key, None) for key in keys}
     if missing := [key for key, value in entries.items() if value is None]:
@@ -78,9 +71,9 @@ def select_inputs(
         column = is_flag or key == reward_key
         if value.shape[: len(batch)] != batch or (column and value.shape != (*batch, 1)):
             raise ValueError(
-                f"{key} has shape {tuple(value.shape)}, which does not fit the action's shape "
-                f"{tuple(action.shape)}, of the batch size *B = {tuple(batch)}; expected [*B, 1] for reward, done and "
-                "terminated, and [*B, ...] for all other entries."
+                f"{key} has shape {tuple(value.shape)}, but the action has shape {tuple(action.shape)}, so the batch "
+                f"size *B is {tuple(batch)}; expected [*B, 1] for reward, done and terminated, and [*B, ...] for all "
+                "other entries."
             )
     names = [*tensordict.names, *[None] * (len(batch) - tensordict.ndim)][: len(batch)]
     if 2 <= tensordict.ndim < len(batch) and "time" not in names:  # TorchRL's estimators would take the last dimension
@@ -88,7 +81,29 @@ def select_inputs(
     selected = TensorDict(batch_size=batch, names=names, device=tensordict.device)
     for key, value in entries.items():  # torch.compile does not support tensordict's select() with nested keys
         selected.set(key, value)
+    _check_batch_norm(selected, networks)
     return selected
+
+
+def _check_batch_norm(batch: TensorDictBase, networks: Iterable[Any]) -> None:
+    """Raise a ValueError if BatchNorm of a network would take a time dimension for channels."""
+    if batch.ndim != 1 and any(has_batch_norm(net) for net in networks if not getattr(net, "flattens_rows", False)):
+        raise ValueError(
+            f"the batch has size {tuple(batch.shape)}, but a network has BatchNorm, which needs a flat batch [B]; "
+            "reshape the batch, or use LayerNorm."
+        )
+
+
+def row_weights(weights: torch.Tensor, loss: torch.Tensor, key: NestedKey) -> torch.Tensor:
+    """Expand the weights of rows to the shape of their losses; several losses of a row, as of agents, share its weight.
+
+    Raises:
+        ValueError: if the shape of ``weights`` is not that of the first dimensions of ``loss``.
+    """
+    if weights.shape != loss.shape[: weights.ndim]:
+        found = f"{key} has shape {tuple(weights.shape)}"
+        raise ValueError(f"{found}, expected {tuple(loss.shape)}: one weight for each row.")
+    return expand_as_right(weights, loss)
 
 
 def check_time_dimension(batch: TensorDictBase, steps: NestedKey) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ class ValueLoss(OfflineLoss):
         steps = self.tensor_keys.steps_to_next_obs
         keys = [*self.in_keys, *([steps] if steps in tensordict.keys(True) else [])]
         batch = self._select(tensordict, keys, reward_key=reward, flag_keys=flags)
+        if self._sums_steps:  # of the given batch, whose entries may have more dimensions, such as one for agents
+            check_time_dimension(tensordict, steps)
         if steps in keys:
             number = batch.get(steps)
             if number.shape not in (batch.shape, (*batch.shape, 1)):
@@ -90,12 +93,10 @@ class ValueLoss(OfflineLoss):
             steps = self.tensor_keys.steps_to_next_obs
             for key in [*self._outcome_keys, *([steps] if steps in batch.keys(True) else [])]:
                 batch.set(key, batch.get(key).expand(*batch.shape, critics))
-        sums_steps = isinstance(self.value_estimator, (TD1Estimator, TDLambdaEstimator))
-        if sums_steps:
-            check_time_dimension(batch, self.tensor_keys.steps_to_next_obs)
+        if self._sums_steps:
             next_value = next_value.to(torch.promote_types(self._like.dtype, torch.float32))
         # autocast would round the sums to bfloat16
-        with torch.autocast(next_value.device.type, enabled=False) if sums_steps else nullcontext():
+        with torch.autocast(next_value.device.type, enabled=False) if self._sums_steps else nullcontext():
             return self.value_estimator.value_estimate(batch, next_value=next_value).to(self._like.dtype)
 
     def td_distance(
@@ -115,6 +116,11 @@ class ValueLoss(OfflineLoss):
     def _find_in_keys(self) -> list[NestedKey]:
         following = [unravel_key(("next", key)) for key in self._observation_keys]
         return [*self._state_action_keys, *following, *self._outcome_keys]
+
+    @property
+    def _sums_steps(self) -> bool:
+        """Whether the target sums the rewards of several rows, so that the batch needs a time dimension."""
+        return isinstance(self.value_estimator, (TD1Estimator, TDLambdaEstimator))
 
     @property
     def _outcome_keys(self) -> list[NestedKey]:
@@ -157,12 +163,15 @@ class ValueLoss(OfflineLoss):
         check_gamma(gamma)
         check_gamma(hyperparams.get("lmbda", 1), "lmbda")
         if isinstance(value_type, str):
-            value_type = getattr(ValueEstimators, value_type, value_type)
+            value_type = {one.name.lower(): one for one in ValueEstimators}.get(value_type.lower(), value_type)
         value_type = asked = self.default_value_estimator if value_type is None else value_type
         keys = self._value_estimator_keys
+        of_class: Any = type(value_type) if isinstance(value_type, ValueEstimatorBase) else value_type
+        if inspect.isclass(of_class) and "next_value" not in inspect.signature(of_class.value_estimate).parameters:
+            raise NotImplementedError(f"{of_class.__name__} does not use the values that the loss computes; use TD0.")
         if isinstance(value_type, ValueEstimatorBase):
+            value_type.set_keys(**keys)  # before the loss takes it, because it may fail
             super().make_value_estimator(value_type)
-            self._value_estimator.set_keys(**keys)
             self._decay = {}
             return self
         if value_type in _TD1:

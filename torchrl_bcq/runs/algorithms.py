@@ -123,7 +123,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         defaults=_DISCRETE,
         compared={"imitation": lambda network: DiscreteBCQPolicy(network, unlikely_action_threshold=_MOST_LIKELY)},
         meanings={
-            "held_out_imitation_accuracy": "share of the recorded actions that the imitation finds most likely.",
+            "held_out_imitation_accuracy": "share of the recorded actions that the behaviour model finds most likely.",
             "held_out_allowed_share": (
                 "share of the actions that pass the threshold: if it is near 1 / (number of actions), the policy "
                 "clones; if it is near 1, it is Q-learning."

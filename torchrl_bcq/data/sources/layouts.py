@@ -82,7 +82,8 @@ def _tianshou_buffer(file: Any, names: Names | None) -> Iterator[Columns]:
         {field: [entry.removeprefix("_meta/") for entry in entries] for field, entries in as_lists(names).items()},
     )
     if "truncated" not in fields:
-        raise DatasetError("it lacks ['truncated'] in _meta, so it is unknown where episodes were cut off.")
+        lacks = "it lacks ['truncated'] in _meta, so it is unknown where episodes were cut off"
+        raise DatasetError(f"{lacks}; add this entry.")
     if (frames := int(file.attrs.get("stack_num", 1))) > 1:
         how = remedy(f"call stack_observations(transitions, {frames})", f"set stack={frames}")
         _logger.warning("Tianshou joins %d observations when it samples this buffer; to do the same, %s.", frames, how)
