@@ -220,8 +220,8 @@ BREAKS = {
     ),
     "one trajectory of unrelated rows": (
         "objectives/values.py",
-        "if sums_steps:",
-        "if False:",
+        "if self._sums_steps:  # of",
+        "if False:  # of",
     ),
     "priority not written": (
         "objectives/values.py",

@@ -247,3 +247,15 @@ def test_compiles_as_one_graph(loss, make_batch, name):
     torch.testing.assert_close(compiled_metadata, metadata)
     torch.testing.assert_close({k: p.grad for k, p in loss.named_parameters() if p.grad is not None}, expected)
     assert compiled(batch.clone())[0].isfinite()  # with drawn noise
+
+
+def test_a_behaviour_model_without_a_method_to_reset_keeps_its_weights(modules):
+    model = RandomDecoder()
+    with torch.no_grad():
+        model.loc.fill_(3)
+    loss = BCQLoss(model, *modules[1:])
+    before = [weight.clone() for network in modules[1:] for weight in network.parameters()]
+    loss.reset_parameters_recursive()
+    assert model.loc.tolist() == [3, 3]
+    after = [weight for network in modules[1:] for weight in network.parameters()]
+    assert not any(map(torch.equal, before, after))

@@ -189,7 +189,7 @@ def test_estimators_of_advantages_are_refused(loss):
         assert loss.double().value_estimator.gamma.item() == 1 / 3  # the one before stays, in full precision
     value = TensorDictModule(nn.Linear(3, 1), ["observation"], ["state_value"])
     for other in (GAE, GAE(gamma=0.9, lmbda=0.9, value_network=None)):
-        with pytest.raises(NotImplementedError, match="GAE does not use the values that the loss computes; use TD0"):
+        with pytest.raises(NotImplementedError, match="GAE.value_estimate ignores the values that the loss computes"):
             loss.make_value_estimator(other, gamma=0.9, **({"lmbda": 0.9} if other is GAE else {}))
     with pytest.raises(KeyError):  # TorchRL: the key of the values is that of the value network
         loss.make_value_estimator(TD0Estimator(gamma=0.9, value_network=value))

@@ -166,9 +166,10 @@ class ValueLoss(OfflineLoss):
             value_type = {one.name.lower(): one for one in ValueEstimators}.get(value_type.lower(), value_type)
         value_type = asked = self.default_value_estimator if value_type is None else value_type
         keys = self._value_estimator_keys
-        of_class: Any = type(value_type) if isinstance(value_type, ValueEstimatorBase) else value_type
-        if inspect.isclass(of_class) and "next_value" not in inspect.signature(of_class.value_estimate).parameters:
-            raise NotImplementedError(f"{of_class.__name__} does not use the values that the loss computes; use TD0.")
+        of_class = type(value_type) if isinstance(value_type, ValueEstimatorBase) else value_type
+        estimate: Any = getattr(of_class, "value_estimate", None)
+        if estimate is not None and "next_value" not in inspect.signature(estimate).parameters:
+            raise NotImplementedError(f"{estimate.__qualname__} ignores the values that the loss computes; use TD0.")
         if isinstance(value_type, ValueEstimatorBase):
             value_type.set_keys(**keys)  # before the loss takes it, because it may fail
             super().make_value_estimator(value_type)
