@@ -24,7 +24,9 @@ import torch
 from discrete_contenders import CONTENDERS, PEERS, Act, read
 from json_lines import append, load
 from machine import describe
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, sem
+
+from torchrl_bcq.data.episodes import episode_returns
 
 RESULTS = Path(__file__).parent / "results" / "discrete_returns.jsonl"
 FIRST_SEED = 1_000_000  # of the initial states; not among those of the datasets
@@ -41,8 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     done = {(line["dataset"], line["contender"], line["seed"]) for line in lines}
     name, data = args.file.stem, read(args.file)
     if (name, "behaviour", None) not in done:
-        returns = data.returns()
-        found = {"return": returns.mean(), "error": error(returns), "episodes": len(returns)}
+        returns = episode_returns(data.transitions).numpy()
+        found = {"return": returns.mean(), "error": sem(returns), "episodes": len(returns)}
         append(args.results, {"dataset": name, "contender": "behaviour", "seed": None, **found})
     for seed in args.seeds:
         for contender in args.only:
@@ -61,10 +63,10 @@ def train(contender: str, data, seed: int, args: argparse.Namespace) -> dict[str
         seconds, made = seconds + time.perf_counter() - start, steps
         returns = evaluate(act, data.env_id, args.episodes)
         curve[steps] = round(returns.mean(), 2)
-        print(f"{contender}, seed {seed}, {steps} steps: {returns.mean():.1f} ± {error(returns):.1f}", flush=True)
+        print(f"{contender}, seed {seed}, {steps} steps: {returns.mean():.1f} ± {sem(returns):.1f}", flush=True)
     return {
         "return": returns.mean(),
-        "error": error(returns),
+        "error": sem(returns),
         "episodes": args.episodes,
         "steps": args.steps,
         "curve": curve,
@@ -99,7 +101,7 @@ def report(dataset: str, lines: Iterable[Mapping[str, Any]]) -> str:
             found.setdefault(line["contender"], []).append(line["return"])
     rows = [f"| {dataset} | seeds | return | returns of the seeds |", "| --- | --- | --- | --- |"]
     for name, returns in found.items():
-        spread = "" if len(returns) < 2 else f" ± {error(returns):.1f}"
+        spread = "" if len(returns) < 2 else f" ± {sem(returns):.1f}"
         number = "" if name == "behaviour" else len(returns)
         each = "" if name == "behaviour" else ", ".join(f"{value:.1f}" for value in returns)
         rows.append(f"| {name} | {number} | {np.mean(returns):.1f}{spread} | {each} |")
@@ -123,11 +125,6 @@ def interval(own: list[float], other: list[float]) -> tuple[float, float]:
         rng=np.random.default_rng(0),
     )
     return float(made.confidence_interval.low), float(made.confidence_interval.high)
-
-
-def error(values: Any) -> float:
-    """Return the standard error of the mean."""
-    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -15,6 +15,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+from peers import make_buffer
 from tensordict import TensorDict
 from torchrl.data import Categorical, Unbounded
 from torchrl.objectives import SoftUpdate
@@ -26,6 +27,7 @@ from torchrl_bcq import (
     DiscreteCloningPolicy,
     OfflineOptimizationStepper,
     OfflineTrainer,
+    load_hdf5,
     make_discrete_bcq_modules,
     make_discrete_cloning_modules,
     make_replay_buffer,
@@ -48,43 +50,21 @@ Act = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Data:
-    """Transitions of a file in D4RL's layout, with the name of the environment and the number of actions."""
+    """Transitions of a file, with the name of the environment and the number of actions."""
 
     env_id: str
     actions: int
-    fields: dict[str, np.ndarray]
-
-    def transitions(self) -> TensorDict:
-        """A state that a time limit cut off is not terminated, and its next observation is that of the file."""
-        field = {name: torch.from_numpy(values) for name, values in self.fields.items()}
-        terminated, truncated = field["terminals"].unsqueeze(-1), field["timeouts"].unsqueeze(-1)
-        following = {
-            "observation": field["next_observations"],
-            "reward": field["rewards"].unsqueeze(-1),
-            "terminated": terminated,
-            "truncated": truncated,
-            "done": terminated | truncated,
-        }
-        return TensorDict(
-            {"observation": field["observations"], "action": field["actions"], "next": following}, [len(terminated)]
-        )
-
-    def returns(self) -> np.ndarray:
-        """Returns of the recorded episodes."""
-        ends = np.flatnonzero(self.fields["terminals"] | self.fields["timeouts"]) + 1
-        return np.add.reduceat(self.fields["rewards"].astype(np.float64), [0, *ends[:-1]])
+    transitions: TensorDict
 
 
 def read(path: Path) -> Data:
     """Read a file with discrete actions."""
     with h5py.File(path) as file:
-        names = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
-        fields = {name: file[name][()] for name in names}
-        return Data(str(file.attrs["env_id"]), int(file.attrs["n_actions"]), fields)
+        return Data(str(file.attrs["env_id"]), int(file.attrs["n_actions"]), load_hdf5(path))
 
 
 def specs(data: Data) -> tuple[Unbounded, Categorical]:
-    return Unbounded(data.fields["observations"].shape[1:]), Categorical(data.actions)
+    return Unbounded(data.transitions["observation"].shape[1:]), Categorical(data.actions)
 
 
 def train_own(data: Data, seed: int, cloning: bool = False) -> tuple[Update, Act]:
@@ -101,7 +81,7 @@ def train_own(data: Data, seed: int, cloning: bool = False) -> tuple[Update, Act
         policy = DiscreteBCQPolicy(*networks, **settings)
     trainer = OfflineTrainer(
         loss,
-        make_replay_buffer(data.transitions(), batch_size=BATCH, seed=seed),
+        make_replay_buffer(data.transitions, batch_size=BATCH, seed=seed),
         target_net_updater=None if cloning else SoftUpdate(loss, tau=TAU),
         optimization_stepper=OfflineOptimizationStepper.adam(loss, lr=LR),
         total_steps=10**9,  # never reached
@@ -120,13 +100,13 @@ def train_tianshou(data: Data, seed: int) -> tuple[Update, Act]:
     from tianshou.algorithm import DiscreteBCQ
     from tianshou.algorithm.imitation.discrete_bcq import DiscreteBCQPolicy as TianshouPolicy
     from tianshou.algorithm.optim import AdamOptimizerFactory
-    from tianshou.data import Batch, ReplayBuffer
+    from tianshou.data import Batch
     from tianshou.utils.net.common import Net
     from tianshou.utils.torch_utils import policy_within_training_step
 
     np.random.seed(seed)
     torch.manual_seed(seed)
-    shape = data.fields["observations"].shape[1:]
+    shape = data.transitions["observation"].shape[1:]
     value, imitation = (Net(state_shape=shape, action_shape=data.actions, hidden_sizes=HIDDEN) for _ in range(2))
     policy = TianshouPolicy(
         model=value,
@@ -141,16 +121,7 @@ def train_tianshou(data: Data, seed: int) -> tuple[Update, Act]:
         target_update_freq=TARGET_INTERVAL,
         imitation_logits_penalty=PENALTY,
     )
-    fields = data.fields
-    buffer = ReplayBuffer.from_data(
-        obs=fields["observations"],
-        act=fields["actions"],
-        rew=fields["rewards"],
-        terminated=fields["terminals"],
-        truncated=fields["timeouts"],
-        done=fields["terminals"] | fields["timeouts"],
-        obs_next=fields["next_observations"],
-    )
+    buffer = make_buffer(data.transitions)
 
     def update(steps: int) -> None:
         with policy_within_training_step(policy):
@@ -188,13 +159,13 @@ def train_d3rlpy(data: Data, seed: int) -> tuple[Update, Act]:
             target_update_interval=TARGET_INTERVAL,
             share_encoder=False,
         ).create(device="cpu")
-        fields = data.fields
+        rows, following = data.transitions, data.transitions["next"]
         dataset = MDPDataset(
-            fields["observations"],
-            fields["actions"][:, None],
-            fields["rewards"][:, None],
-            terminals=fields["terminals"].astype(np.float32),
-            timeouts=fields["timeouts"].astype(np.float32),
+            rows["observation"].numpy(),
+            rows["action"].numpy()[:, None],
+            following["reward"].numpy(),
+            terminals=following["terminated"].squeeze(-1).numpy().astype(np.float32),
+            timeouts=following["truncated"].squeeze(-1).numpy().astype(np.float32),
             action_space=ActionSpace.DISCRETE,
             action_size=data.actions,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 
@@ -10,13 +9,6 @@ import gymnasium
 import h5py
 import numpy as np
 import pytest
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Import a file of this folder as a script does."""
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    return importlib.import_module
 
 
 @pytest.fixture
@@ -29,15 +21,6 @@ def file(tmp_path) -> Path:
         file["terminals"], file["timeouts"] = np.isin(np.arange(10), [2, 9]), np.arange(10) == 4
         file.attrs.update(env_id="CartPole-v1", n_actions=2)
     return path
-
-
-def test_timeouts_are_no_ends(load, file):
-    data = load("discrete_contenders").read(file)
-    assert data.returns().tolist() == [3, 7, 35]
-    transitions = data.transitions()
-    flags = {name: transitions["next", name].squeeze(1).nonzero().flatten().tolist() for name in ("terminated", "done")}
-    assert flags == {"terminated": [2, 9], "done": [2, 4, 9]}
-    assert np.array_equal(transitions["next", "observation"].numpy(), data.fields["next_observations"])
 
 
 def test_episodes_side_by_side_equal_episodes_one_after_another(load):

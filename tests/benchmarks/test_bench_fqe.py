@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,18 +11,10 @@ from torchrl.data import Bounded, Categorical
 
 from torchrl_bcq import policy_actions
 
-FOLDER = str(Path(__file__).parent)
 
-
-@pytest.fixture(scope="module")
-def modules():
-    sys.path.insert(0, FOLDER)
-    try:
-        import bench_fqe
-        import known_policies
-    finally:
-        sys.path.remove(FOLDER)
-    return known_policies, bench_fqe
+@pytest.fixture
+def modules(load):
+    return load("known_policies"), load("bench_fqe")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import multiprocessing
 import os
@@ -10,7 +9,6 @@ import signal
 import threading
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,13 +19,6 @@ from torchrl.objectives import SoftUpdate
 from torchrl_bcq import BCQLoss, make_bcq_modules
 
 HIDDEN, VAE_HIDDEN, BATCH = (7, 5), (9, 11), 8
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Import a file of this folder as a script does."""
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    return importlib.import_module
 
 
 @pytest.fixture

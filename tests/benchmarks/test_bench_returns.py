@@ -27,9 +27,8 @@ SMALL = [
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(HERE)
-    return importlib.import_module("bench_returns")
+def bench(load):
+    return load("bench_returns")
 
 
 def lines(scores: dict[int, list[float]], setting: str = "paper") -> list[dict]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,13 +13,6 @@ from torchrl.objectives import SoftUpdate
 from torchrl_bcq import DiscreteBCQLoss, make_discrete_bcq_modules
 
 BATCH = 4
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Import a file of this folder as a script does."""
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    return importlib.import_module
 
 
 @pytest.fixture(params=["vectors", "frames"])

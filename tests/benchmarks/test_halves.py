@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -12,9 +10,8 @@ import pytest
 
 
 @pytest.fixture
-def halves(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    return importlib.import_module("halves")
+def halves(load):
+    return load("halves")
 
 
 def test_shares_by_hand(halves, tmp_path):
