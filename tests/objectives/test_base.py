@@ -83,9 +83,11 @@ def test_set_keys(loss, make_batch):
     batch = make_batch(4)
     names = [name for name in ("reward", "done", "terminated") if hasattr(loss.tensor_keys, name)]
     expected = evaluate(loss, batch)
-    loss.set_keys(priority=("its", "urgency"), **{name: f"new_{name}" for name in names})
+    loss.set_keys(priority=("its", "urgency"), **{name: ("its", name) for name in names})
     for name in names:
-        batch.rename_key_(("next", name), ("next", f"new_{name}"))
+        batch.rename_key_(("next", name), ("next", "its", name))
+    assert {("next", "its", name) for name in names} <= {*loss.in_keys}
+    assert {("next", name) for name in names}.isdisjoint(loss.in_keys)
     torch.testing.assert_close(evaluate(loss, batch), expected, rtol=0, atol=0)
     loss(batch)
     assert batch["its", "urgency"].shape == (4,)
@@ -95,6 +97,39 @@ def test_set_keys(loss, make_batch):
     assert loss.tensor_keys.action == action
     with pytest.raises(ValueError, match="urgency is not an accepted tensordict key"):
         loss.set_keys(urgency="u")
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (3, 1, 2)])
+def test_batches_of_any_rank_give_the_same_losses(loss, make_batch, shape):
+    flat = make_batch(6)
+    expected, found = evaluate(loss, flat), evaluate(loss, flat.reshape(shape))
+    for key in loss.out_keys:
+        torch.testing.assert_close(found[key].reshape(expected[key].shape), expected[key])
+
+
+def test_reductions_and_importance_weights(loss, make_batch):
+    batch, weights = make_batch(6), torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 3.0])
+    weighted = batch.clone().set("priority_weight", weights)
+
+    def losses(td, reduction="mean", use="auto"):
+        loss.reduction, loss.use_prioritized_weights = reduction, use
+        return torch.stack([value for key, value in evaluate(loss, td).items() if key.startswith("loss_")], -1)
+
+    rows = losses(batch, "none")
+    assert rows.shape[0] == 6
+    for found, expected in (
+        (losses(batch, "sum"), rows.sum(0)),
+        (losses(batch), rows.mean(0)),
+        (losses(weighted), (rows[0] + 3 * rows[5]) / 4),
+        (losses(weighted, "sum"), rows[0] + 3 * rows[5]),
+        (losses(weighted, "none"), rows * weights[:, None]),
+        (losses(weighted, use=False), rows.mean(0)),
+    ):
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(
+        ValueError, match=r"priority_weight has shape \(6, 1\), expected \(6,\): one weight for each row"
+    ):
+        losses(weighted.set("priority_weight", weights[:, None]), "none")
 
 
 @pytest.mark.parametrize("name", ["bcq", "cloning", "discrete bcq", "discrete bcq, one-hot", "discrete cloning"])

@@ -18,7 +18,7 @@ from torchrl.objectives.utils import ValueEstimators
 from torchrl_bcq import ActionVAE, BCQLoss, CloningLoss, PerturbationActor, QEnsemble, make_cloning_modules
 
 from ..conftest import ACTION_SPEC
-from .conftest import LOSSES, bcq_modules, target_values, with_updater
+from .conftest import bcq_modules, target_values, with_updater
 
 # as in TorchRL
 
@@ -62,41 +62,6 @@ def test_metadata_by_hand(loss, make_batch):
     assert not any(out[key].requires_grad for key in loss.out_keys if not key.startswith("loss_"))
 
 
-@pytest.mark.parametrize("batch", [(6,), (2, 3), (3, 1, 2)])
-def test_batches_of_any_rank_give_the_same_losses(loss, make_batch, batch, latent):
-    flat = make_batch(6)
-    shaped = flat.reshape(batch)
-    noise = torch.randn(6, 4)
-    for name, draw in (("vae", noise), ("qvalue", latent), ("actor", noise)):
-        expected = getattr(loss, f"{name}_loss")(flat, draw)[0]
-        torch.testing.assert_close(
-            getattr(loss, f"{name}_loss")(shaped, draw.reshape(*batch, *draw.shape[1:]))[0], expected
-        )
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_reductions_and_importance_weights(modules, make_batch, latent, name):
-    batch, draw = make_batch(6), latent if name == "qvalue" else torch.randn(6, 4)
-    weights = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 3.0])
-    weighted = batch.clone().set("priority_weight", weights)
-
-    def value(td: TensorDict, **settings) -> torch.Tensor:
-        loss = BCQLoss(*modules, **settings)
-        SoftUpdate(loss, tau=0.005)
-        return getattr(loss, f"{name}_loss")(td, draw)[0]
-
-    rows = value(batch, reduction="none")
-    assert rows.shape == (6,)
-    torch.testing.assert_close(value(batch, reduction="sum"), rows.sum())
-    torch.testing.assert_close(value(batch), rows.mean())
-    torch.testing.assert_close(value(weighted), (rows[0] + 3 * rows[5]) / 4)
-    torch.testing.assert_close(value(weighted, reduction="sum"), rows[0] + 3 * rows[5])
-    torch.testing.assert_close(value(weighted, reduction="none"), rows * weights)
-    torch.testing.assert_close(value(weighted, use_prioritized_weights=False), rows.mean())
-    with pytest.raises(ValueError, match=r"priority_weight has shape \(6, 1\), expected \(6,\)"):
-        value(weighted.set("priority_weight", weights.unsqueeze(-1)), reduction="none")
-
-
 def test_agents_of_a_row_share_its_importance_weight(modules, make_batch):
     """The batch has the size [6], its entries [6, agents, ...]."""
     batch, draw = make_batch(6, 2), torch.randn(6, 2, 4)
@@ -107,23 +72,6 @@ def test_agents_of_a_row_share_its_importance_weight(modules, make_batch):
     torch.testing.assert_close(loss.vae_loss(batch, draw)[0], rows * weights[:, None])
     loss.reduction = "mean"
     torch.testing.assert_close(loss.vae_loss(batch, draw)[0], (rows.mean(1) * weights).sum() / 15)
-
-
-def test_set_keys_renames_entries(loss, make_batch, latent):
-    batch = make_batch(6)
-    batch["next", "terminated"][:3] = True
-    batch["priority_weight"] = torch.rand(6)
-    own = batch.clone()
-    expected = loss.qvalue_loss(batch, latent)
-    names = {"reward": "r", "done": "over", "terminated": ("end", "real")}
-    for old, new in names.items():
-        own["next"].rename_key_(old, new)
-    own.rename_key_("priority_weight", "w")
-    loss.set_keys(**names, priority="urgency", priority_weight="w")
-    torch.testing.assert_close(loss.qvalue_loss(own, latent), expected)
-    torch.testing.assert_close(own["urgency"], batch["td_error"])
-    assert {("next", "r"), ("next", "over"), ("next", "end", "real")} < set(loss.in_keys)
-    assert not {("next", "reward"), ("next", "done"), ("next", "terminated")} & set(loss.in_keys)
 
 
 def test_the_modules_decide_the_keys_of_action_and_value(make_batch, latent, modules):

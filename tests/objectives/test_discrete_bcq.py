@@ -141,15 +141,6 @@ def test_target_of_a_row_depends_on_that_row_alone(make_batch):
     assert torch.equal(before[1:], after[1:])
 
 
-@pytest.mark.parametrize("shape", [(6,), (2, 3), (3, 1, 2)])
-@pytest.mark.parametrize("name", ["discrete bcq", "discrete bcq, one-hot", "discrete bcq, masked", "discrete cloning"])
-def test_batches_of_any_rank_give_the_same_losses(make_batch, shape, name):
-    loss, flat = make_loss(name), make_batch(6)
-    expected, found = loss(flat), loss(flat.reshape(shape))
-    for key in loss.out_keys:
-        torch.testing.assert_close(found[key].reshape(expected[key].shape), expected[key])
-
-
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_multi_step_returns_of_torchrl(n):
     """A chain of three steps with rewards 1, 2, 4; all later states are state 1, whose target value is 10."""
@@ -223,26 +214,6 @@ def test_the_sum_of_the_terms_has_the_gradient_of_the_loss(make_batch):
     torch.testing.assert_close(sum(terms), total)
     sum(terms).backward()
     torch.testing.assert_close({name: p.grad for name, p in loss.named_parameters()}, expected)
-
-
-def test_reductions_and_importance_weights(make_batch):
-    (network,), batch = discrete_modules(), make_batch(6)
-    weights = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 3.0])
-    weighted = batch.clone().set("priority_weight", weights)
-
-    def value(td: TensorDict, **settings) -> torch.Tensor:
-        loss = with_updater(DiscreteBCQLoss(network, **settings))
-        out = loss(td)
-        torch.testing.assert_close(loss.qvalue_loss(td)[0], sum(out[key] for key in loss.out_keys[:3]))
-        return loss.qvalue_loss(td)[0]
-
-    rows = value(batch, reduction="none")
-    assert rows.shape == (6,)
-    torch.testing.assert_close(value(batch, reduction="sum"), rows.sum())
-    torch.testing.assert_close(value(batch), rows.mean())
-    torch.testing.assert_close(value(weighted), (rows[0] + 3 * rows[5]) / 4)
-    torch.testing.assert_close(value(weighted, reduction="none"), rows * weights)
-    torch.testing.assert_close(value(weighted, use_prioritized_weights=False), rows.mean())
 
 
 def test_prioritised_replay_reads_the_td_error(make_batch):
