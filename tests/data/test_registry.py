@@ -21,7 +21,7 @@ from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 
 from torchrl_bcq import DatasetError, from_arrays, load_memmap, load_transitions
 
-from ..array_files import write_arrays
+from ..array_files import same, write_arrays
 
 D3RLPY = """\
 ends = [(e, np.arange(len(e.rewards), 0, -1) == 1) for e in dataset.episodes]
@@ -64,13 +64,6 @@ def folder(tmp_path):
         csv.write_csv(table, stream)
     from_arrays(**STEPS).memmap(str(tmp_path / "copy"))
     return tmp_path
-
-
-def same(found, expected):
-    assert found.batch_size == expected.batch_size
-    for key, value in expected.items(True, True):
-        assert found[key].dtype == value.dtype, key
-        assert torch.equal(found[key], value), key
 
 
 NAMES = ["hdf5:d.hdf5", "hdf5:d.h5", "npz:d.npz", "csv:d.csv", "csv:d.csv.gz", "parquet:d.parquet", "memmap:copy"]

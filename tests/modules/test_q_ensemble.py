@@ -22,17 +22,21 @@ def one_by_one(critics, batch):
     return torch.stack([c(batch.clone())["state_action_value"].squeeze(-1) for c in critics], -1)
 
 
+def assert_as_one_by_one(ensemble, critics, batch):
+    value = ensemble(batch.clone())["state_action_value"]
+    torch.testing.assert_close(value, one_by_one(critics, batch))
+    gradients = torch.autograd.grad(value.square().sum(), ensemble.parameters())
+    expected = torch.autograd.grad(one_by_one(critics, batch).square().sum(), ensemble.parameters())
+    torch.testing.assert_close(gradients, expected)
+
+
 @pytest.mark.parametrize("shape", [(7,), (2, 3), (4, 1, 2)])
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
 def test_batched_pass_equals_the_critics_one_by_one(make_batch, shape, activation):
     critics = [critic(activation=activation).double() for _ in range(3)]
     ensemble, batch = QEnsemble(critics), make_batch(*shape, dtype=torch.float64)
     assert ensemble._batched
-    value = ensemble(batch.clone())["state_action_value"]
-    torch.testing.assert_close(value, one_by_one(critics, batch))
-    gradients = torch.autograd.grad(value.square().sum(), ensemble.parameters())
-    expected = torch.autograd.grad(one_by_one(critics, batch).square().sum(), ensemble.parameters())
-    torch.testing.assert_close(gradients, expected)
+    assert_as_one_by_one(ensemble, critics, batch)
 
 
 @pytest.mark.parametrize("statistics_differ", [False, True])
@@ -45,11 +49,7 @@ def test_batched_pass_scales_as_each_critic_does(make_batch, statistics_differ):
         one.double()
     ensemble = QEnsemble(critics)
     assert ensemble._batched
-    value = ensemble(batch.clone())["state_action_value"]
-    torch.testing.assert_close(value, one_by_one(critics, batch))
-    gradients = torch.autograd.grad(value.square().sum(), ensemble.parameters())
-    expected = torch.autograd.grad(one_by_one(critics, batch).square().sum(), ensemble.parameters())
-    torch.testing.assert_close(gradients, expected)
+    assert_as_one_by_one(ensemble, critics, batch)
     critics[1].module[-1].scale *= 3  # as a checkpoint might
     torch.testing.assert_close(ensemble(batch.clone())["state_action_value"], one_by_one(critics, batch))
 
@@ -244,11 +244,7 @@ def test_shared_layers_and_one_layer_under_two_names(make_batch):
     critics[1].again = critics[1].module[2]
     ensemble = QEnsemble(critics)
     assert ensemble._batched
-    value = ensemble(batch.clone())["state_action_value"]
-    torch.testing.assert_close(value, one_by_one(critics, batch))
-    gradients = torch.autograd.grad(value.square().sum(), ensemble.parameters())
-    expected = torch.autograd.grad(one_by_one(critics, batch).square().sum(), ensemble.parameters())
-    torch.testing.assert_close(gradients, expected)
+    assert_as_one_by_one(ensemble, critics, batch)
 
 
 def test_critics_whose_common_layers_alone_have_weights_are_accepted():

@@ -17,7 +17,7 @@ from torchrl_bcq import (
 )
 
 from ..conftest import OBSERVATION_SPEC, random_transitions
-from .conftest import assert_same_run, prioritised_buffer, weights
+from .conftest import assert_same_run, weights
 
 TERMS = ["loss_qvalue", "loss_imitation", "loss_penalty"]
 
@@ -65,12 +65,6 @@ def test_a_resumed_run_equals_one_without_interruption(tmp_path, name):
     rest.load_from_file(tmp_path / "checkpoint")
     rest.train()
     assert_same_run(whole, rest)
-
-
-def test_prioritised_replay():
-    trainer = make_trainer(20, buffer=prioritised_buffer(transitions()))
-    trainer.train()
-    assert all(value.isfinite().all() for value in weights(trainer).values())
 
 
 @pytest.mark.filterwarnings("ignore:torch._dynamo.config.inline_inbuilt_nn_modules:FutureWarning")  # read by tensordict

@@ -66,14 +66,6 @@ def test_updates_equal_torchrls(delayed, tau):
     assert moved == (set() if tau == 0 else {key for key in targets if key.startswith(delaying)})
 
 
-def test_an_update_by_hand():
-    loss, updater = make_loss(tau=0.25)
-    before = state(loss)
-    FastTargetNetUpdaterHook(updater)()
-    expected = 0.25 * before[KEY.removeprefix("target_")] + 0.75 * before[KEY]
-    torch.testing.assert_close(loss.state_dict()[KEY], expected)
-
-
 def test_all_tensors_are_moved_in_one_call():
     _, updater = make_loss()
     with Calls() as calls:

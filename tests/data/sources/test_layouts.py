@@ -13,20 +13,13 @@ import torch
 from torchrl_bcq import from_arrays, load_hdf5, load_npz
 from torchrl_bcq.data.sources import layouts
 
-from ...array_files import write_arrays
+from ...array_files import same, write_arrays
 
 
 def refusal(path, load=load_hdf5, **settings) -> str:
     with pytest.raises(ValueError) as error:  # noqa: PT011 (whole messages are compared)
         load(path, **settings)
     return str(error.value)
-
-
-def same(found, expected):
-    assert found.batch_size == expected.batch_size
-    assert set(found.keys(True, True)) == set(expected.keys(True, True))
-    for key, value in expected.items(True, True):
-        assert torch.equal(found[key], value), key
 
 
 def rows(td, *key):
