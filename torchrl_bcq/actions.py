@@ -10,6 +10,16 @@ from torch import Tensor
 from torchrl.data import Binary, Categorical, Composite, MultiCategorical, MultiOneHot, OneHot, TensorSpec
 
 
+def is_discrete(spec: Any) -> bool:
+    """Return whether a spec is that of one discrete action."""
+    return isinstance(spec, (Categorical, OneHot)) and not isinstance(spec, (Binary, MultiCategorical, MultiOneHot))
+
+
+def number_of(spec: TensorSpec) -> int | None:
+    """Return the number of discrete actions of a spec, or None if the spec is not discrete."""
+    return DiscreteActions.of(spec).number if is_discrete(spec) else None
+
+
 @dataclass(frozen=True)
 class DiscreteActions:
     """How a batch stores discrete actions. ``K`` is the number of actions.
@@ -41,9 +51,8 @@ class DiscreteActions:
                 "env.full_action_spec[key]."
             )
         spec: Any = action_space
-        is_one_hot = isinstance(spec, OneHot) and not isinstance(spec, MultiOneHot)
-        is_index = isinstance(spec, Categorical) and not isinstance(spec, (Binary, MultiCategorical))
-        if not is_one_hot and not is_index:
+        is_one_hot = isinstance(spec, OneHot)
+        if not is_discrete(spec):
             found = repr(spec) if spec is None or isinstance(spec, str) else f"a {type(spec).__name__}"
             raise ValueError(
                 f"action_space is {found}, expected one discrete action for each step; pass "

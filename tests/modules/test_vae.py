@@ -94,7 +94,9 @@ def test_rows_do_not_mix(modules, make_batch):
 
 def test_encoder_of_the_wrong_size_is_refused(make_batch):
     vae = ActionVAE(Encoder(0.0, 0.0), Decoder(), ACTION_SPEC, latent_dim=3)
-    with pytest.raises(ValueError, match="encoder returns 8 features, expected 2 \\* latent_dim = 6"):
+    with pytest.raises(
+        ValueError, match=r"encoder returns the shape \(1, 8\), expected \(1, 6\); change its output size"
+    ):
         vae(make_batch(1))
 
 

@@ -141,7 +141,7 @@ def test_outputs_that_would_broadcast_are_refused(modules, make_batch):
     with pytest.raises(ValueError, match="the actor's network returns 1 features, the action has 2 dimensions"):
         loss_of(vae, narrow_actor, critics).actor_loss(make_batch(4))
     for name in ("vae", "qvalue", "actor"):
-        with pytest.raises(ValueError, match="decoder returns 1 features, but the action has 2 dimensions"):
+        with pytest.raises(ValueError, match=r"decoder returns the shape \(4.*, 1\), expected \(4.*, 2\); change"):
             getattr(loss_of(narrow_vae, actor, critics), f"{name}_loss")(make_batch(4))
 
 

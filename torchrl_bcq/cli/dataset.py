@@ -12,8 +12,8 @@ from typing import Any
 
 from torchrl.data import Categorical, TensorSpec
 
+from torchrl_bcq.actions import number_of
 from torchrl_bcq.data import DatasetError, load_transitions
-from torchrl_bcq.data.action_checks import number_of
 from torchrl_bcq.data.origins import Origins
 from torchrl_bcq.data.registry import find_source
 from torchrl_bcq.data.sources.environment import change_environment

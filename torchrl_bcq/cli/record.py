@@ -7,8 +7,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from torchrl_bcq.actions import number_of
 from torchrl_bcq.cli.environment import REMEDY, add_options, choose_environment
-from torchrl_bcq.data.action_checks import number_of
 from torchrl_bcq.data.episodes import episode_returns
 from torchrl_bcq.data.sources.dict_spaces import check_entries
 from torchrl_bcq.data.writers import check_out, write_hdf5, write_minari

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import ArrayLike
 from tensordict import TensorDict
 from torch import Tensor
-from torchrl.data import Binary, Categorical, MultiCategorical, MultiOneHot, OneHot, TensorSpec
+from torchrl.data import TensorSpec
 
-from torchrl_bcq.actions import DiscreteActions
+from torchrl_bcq.actions import DiscreteActions, number_of
 from torchrl_bcq.data.arrays import as_array, column, spec_bounds, to_float32
 from torchrl_bcq.data.defects import Rows, in_columns
 from torchrl_bcq.errors import DatasetError, remedy
@@ -276,14 +276,6 @@ class ActionChecks:
         if self._stored is None or self.number is None:
             return transitions.set("action", index)
         return transitions.set("action", self._stored.from_index(index, self.number))
-
-
-def number_of(spec: TensorSpec) -> int | None:
-    """Return the number of discrete actions of a spec, or None if the spec is not discrete."""
-    is_discrete = isinstance(spec, (Categorical, OneHot)) and not isinstance(
-        spec, (Binary, MultiCategorical, MultiOneHot)
-    )
-    return DiscreteActions.of(spec).number if is_discrete else None
 
 
 def _setting(kind: str) -> str:

@@ -33,8 +33,8 @@ from torchrl.envs import (
     UnsqueezeTransform,
 )
 
+from torchrl_bcq.actions import number_of
 from torchrl_bcq.bounds import round_inwards
-from torchrl_bcq.data.action_checks import number_of
 from torchrl_bcq.data.frame_layout import layout_of
 from torchrl_bcq.data.sources.dict_spaces import MASK, check_entries, entries_of, holds_mask, split_image
 from torchrl_bcq.data.sources.environment import Environment

@@ -13,9 +13,8 @@ from torchrl.data import Binary, Composite, TensorSpec, Unbounded
 from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
-from torchrl_bcq.actions import DiscreteActions
+from torchrl_bcq.actions import DiscreteActions, number_of
 from torchrl_bcq.data import make_replay_buffer
-from torchrl_bcq.data.action_checks import number_of
 from torchrl_bcq.data.episodes import STEPS, episode_numbers
 from torchrl_bcq.data.frame_stack import gather_frames
 from torchrl_bcq.errors import DatasetError

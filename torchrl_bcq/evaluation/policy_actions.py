@@ -14,8 +14,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.data import TensorSpec
 
-from torchrl_bcq.actions import DiscreteActions
-from torchrl_bcq.data.action_checks import number_of
+from torchrl_bcq.actions import DiscreteActions, number_of
 from torchrl_bcq.data.episodes import check_single_steps, episode_numbers
 from torchrl_bcq.evaluation.rollouts import in_eval_mode, own_random_state
 from torchrl_bcq.modules import Policy

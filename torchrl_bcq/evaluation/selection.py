@@ -14,8 +14,8 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.data import TensorSpec
 
+from torchrl_bcq.actions import number_of
 from torchrl_bcq.data import split_episodes
-from torchrl_bcq.data.action_checks import number_of
 from torchrl_bcq.data.episodes import (
     check_single_steps,
     episode_numbers,

@@ -11,8 +11,8 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.data import TensorSpec
 
+from torchrl_bcq.actions import number_of
 from torchrl_bcq.bounds import action_bounds
-from torchrl_bcq.data.action_checks import number_of
 from torchrl_bcq.evaluation.policy_actions import join_entries, recorded_actions, scale_of
 
 _QUANTILE = 0.95

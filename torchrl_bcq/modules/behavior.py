@@ -62,10 +62,10 @@ class BehaviorModel(TensorDictModuleBase, ABC):
     def _observations(self, tensordict: TensorDictBase) -> list[Tensor]:
         return [tensordict.get(key) for key in self.observation_keys]
 
-    def _check_output(self, output: Tensor, expected: tuple[int, ...]) -> None:
+    def _check_output(self, output: Tensor, expected: tuple[int, ...], name: str = "network") -> None:
         if output.shape != expected:
             raise ValueError(
-                f"network returns the shape {tuple(output.shape)}, expected {tuple(expected)}; change its output size, "
+                f"{name} returns the shape {tuple(output.shape)}, expected {tuple(expected)}; change its output size, "
                 "and let it return a row for each state."
             )
 

@@ -100,12 +100,9 @@ class ActionVAE(BehaviorModel):
 
     def encode(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the mean and log standard deviation of the latent: ``loc`` and ``log_std``, each ``[*B, L]``."""
-        posterior = self.encoder(*self._observations(tensordict), tensordict.get(self.action_key))
-        found, expected = posterior.shape[-1], 2 * self.latent_dim
-        if found != expected:
-            raise ValueError(
-                f"encoder returns {found} features, expected 2 * latent_dim = {expected}; change its output size."
-            )
+        action = tensordict.get(self.action_key)
+        posterior = self.encoder(*self._observations(tensordict), action)
+        self._check_output(posterior, (*action.shape[:-1], 2 * self.latent_dim), "encoder")
         posterior = posterior.to(self.low.dtype)  # leave autocast's dtype, which would round small KL terms to 0
         loc, log_std = posterior.chunk(2, -1)  # [*B, 2L] -> 2 x [*B, L]
         return tensordict.set("loc", loc).set("log_std", log_std.clamp(*self.log_std_range))
@@ -142,11 +139,7 @@ class ActionVAE(BehaviorModel):
 
     def _decode(self, observations: list[Tensor], latent: Tensor) -> Tensor:
         logits = self.decoder(*observations, latent)
-        if logits.shape[-1] != len(self.low):
-            raise ValueError(
-                f"decoder returns {logits.shape[-1]} features, but the action has {len(self.low)} dimensions; change "
-                "the decoder's output size."
-            )
+        self._check_output(logits, (*latent.shape[:-1], len(self.low)), "decoder")
         return logits.to(self.low.dtype).tanh()
 
 

@@ -10,9 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
 from torchrl.data import Bounded, Categorical, TensorSpec, Unbounded
 
-from torchrl_bcq.actions import DiscreteActions
+from torchrl_bcq.actions import DiscreteActions, number_of
 from torchrl_bcq.data import DatasetError, load_transitions, stack_observations
-from torchrl_bcq.data.action_checks import number_of
 from torchrl_bcq.data.frames import stack_in_folder
 from torchrl_bcq.data.registry import has_discrete_actions
 from torchrl_bcq.errors import RunError

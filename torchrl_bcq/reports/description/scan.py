@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import TensorSpec
 
-from torchrl_bcq.data.action_checks import number_of
+from torchrl_bcq.actions import number_of
 from torchrl_bcq.data.arrays import spec_bounds
 from torchrl_bcq.data.defects import Rows
 from torchrl_bcq.data.origins import Origins
