@@ -7,6 +7,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import nn
+from torchrl.data import Composite, Unbounded
 from torchrl.envs import GymEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
@@ -67,6 +68,20 @@ def test_any_batch(batch):
     action = policy(500)(states)["action"]
     assert action.shape == (*batch, 2)
     torch.testing.assert_close(action[..., 0], torch.zeros(batch), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("make", [BCQPolicy, lambda vae, actor, critics: BehaviorCloningPolicy(vae)])
+def test_agents_of_a_group_act_as_rows(make):
+    """TorchRL's multi-agent layout: the tensordict has the batch size [5], and its group "agents" [5, 2]."""
+    spec = Composite(agents=Composite(observation=Unbounded((3,))))
+    modules = make_bcq_modules(spec, ACTION_SPEC, hidden=(8,), vae_hidden=(8,), action_key=("agents", "action"))
+    observation = torch.randn(5, 2, 3)
+    group = TensorDict({"observation": observation}, [5, 2])
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        acted = make(*modules)(TensorDict({"agents": group}, [5]))
+        rows = make(*modules)(TensorDict({"agents": {"observation": observation.flatten(0, 1)}}, [10]))
+    assert (acted.batch_size, acted["agents"].batch_size) == ((5,), (5, 2))
+    torch.testing.assert_close(acted["agents", "action"].flatten(0, 1), rows["agents", "action"])
 
 
 def test_policy_leaves_only_the_action_behind():

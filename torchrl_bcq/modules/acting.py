@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,13 @@ def tensor_like(networks: nn.Module, default: Tensor) -> Tensor:
                 if tensor is not None and tensor.is_floating_point():
                     return tensor
     return default
+
+
+def rows_of(tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> torch.Size:
+    """Return the batch size ``*B`` of the states. If all entries lie in one group, such as "agents", it is its size."""
+    groups = {key[:-1] if isinstance(key, tuple) else () for key in keys}
+    group = groups.pop() if len(groups) == 1 else ()
+    return (tensordict.get(group) if group else tensordict).batch_size
 
 
 def check_dtype(key: NestedKey, value: Tensor, wanted: torch.dtype) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchrl_bcq.functional import clipped_normal, spread_normal
 from torchrl_bcq.memory import keep_freed_memory
-from torchrl_bcq.modules.acting import Policy, check_dtype, check_latents, is_random, tensor_like
+from torchrl_bcq.modules.acting import Policy, check_dtype, check_latents, is_random, rows_of, tensor_like
 from torchrl_bcq.modules.dispatch import accepts_tensors
 from torchrl_bcq.protocols import (
     CriticEnsemble,
@@ -126,10 +126,11 @@ class BCQPolicy(Policy):
     def forward(self, tensordict: TensorDictBase, latents: Tensor | None = None) -> TensorDictBase:
         """Write the chosen action of each state, ``[*B, A]``. ``latents [*B, n, L]`` replace the policy's own ones."""
         like = tensor_like(self, default=self.latents)
-        number = math.prod(tensordict.batch_size)  # numel() would fix the batch size in an exported graph
-        states = self._states(tensordict, number, like.dtype)
+        batch = rows_of(tensordict, self.in_keys)
+        number = math.prod(batch)  # numel() would fix the batch size in an exported graph
+        states = self._states(tensordict, len(batch), number, like.dtype)
         if latents is not None:
-            latents = check_latents(latents, (*tensordict.batch_size, *self.latent_shape))
+            latents = check_latents(latents, (*batch, *self.latent_shape))
             latents = latents.reshape(number, *self.latent_shape)
         size = self.largest_batch or number
         # a graph has no chunks, so that it accepts any number of states
@@ -146,14 +147,16 @@ class BCQPolicy(Policy):
         ]
         for key in self.out_keys:
             value = chosen[0][key] if len(chosen) == 1 else torch.cat([part[key] for part in chosen])
-            if tensordict.ndim != 1:
-                value = value.reshape(*tensordict.batch_size, *value.shape[1:])  # [N, ...] -> [*B, ...]
+            if len(batch) != 1:
+                value = value.reshape(*batch, *value.shape[1:])  # [N, ...] -> [*B, ...]
             tensordict.set(key, value)
         return tensordict
 
-    def _states(self, tensordict: TensorDictBase, number: int, wanted: torch.dtype) -> dict[NestedKey, Tensor]:
+    def _states(
+        self, tensordict: TensorDictBase, ndim: int, number: int, wanted: torch.dtype
+    ) -> dict[NestedKey, Tensor]:
         """Check the observations' dtypes and flatten their batch dimensions. ``[*B, ...] -> [N, ...]``."""
-        states, ndim = {}, tensordict.ndim
+        states = {}
         for key in self.in_keys:
             value = tensordict[key]
             check_dtype(key, value, wanted)
@@ -225,14 +228,15 @@ class BehaviorCloningPolicy(Policy):
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase, latents: Tensor | None = None) -> TensorDictBase:
         """Write an action for each state, ``[*B, A]``. ``latents [*B, L]`` replace the policy's own ones."""
-        shape = (*tensordict.batch_size, *self.latent_shape)
-        like = tensor_like(self, tensordict.get(self.in_keys[0]))
+        states = TensorDict({key: tensordict.get(key) for key in self.in_keys}, rows_of(tensordict, self.in_keys))
+        shape = (*states.batch_size, *self.latent_shape)
+        like = tensor_like(self, states.get(self.in_keys[0]))
         for key in self.in_keys:
-            check_dtype(key, tensordict.get(key), like.dtype)
+            check_dtype(key, states.get(key), like.dtype)
         if latents is not None:
             latents = check_latents(latents, shape).to(like)
         elif is_random():
             latents = clipped_normal(shape, self.latent_clip, like)
         else:
             latents = like.new_zeros(shape)
-        return decode_action(self.vae, tensordict, latents)
+        return tensordict.set(self.vae.action_key, decode_action(self.vae, states, latents).get(self.vae.action_key))
