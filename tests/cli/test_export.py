@@ -86,6 +86,23 @@ def test_joined_entries(words, run, make_file, tmp_path):
     np.testing.assert_array_equal(found, exported.act(row))
 
 
+def test_columns_of_a_table(words, run, tmp_path):
+    """A mapping from the names of the columns is joined in their order; each is one number, or one for each state."""
+    rows = np.random.default_rng(0).uniform(-1, 1, (ROWS, 4)).round(3)
+    lines = [",".join(map(str, [*row, int(i % 10 == 9), i // 10])) for i, row in enumerate(rows)]
+    (tmp_path / "d.csv").write_text("\n".join(["x,v,force,r,crashed,trip", *lines]))
+    reader = "reader={observation: [v, x], action: [force], reward: r, terminated: crashed, episode: trip}"
+    assert main(["train", *words(f"dataset={tmp_path / 'd.csv'}", reader, "evaluation.env=null")]) == 0
+    out = tmp_path / "policy.onnx"
+    assert main(["export", str(run), str(out)]) == 0
+    exported = ExportedPolicy(out)
+    np.testing.assert_array_equal(exported.act({"x": 0.1, "v": 0.2}), exported.act([0.2, 0.1]))
+    many = {"x": [0.1, 0.3, 0.5], "v": [0.2, 0.4, 0.6]}
+    np.testing.assert_array_equal(exported.act(many), exported.act([[0.2, 0.1], [0.4, 0.3], [0.6, 0.5]]))
+    with pytest.raises(ValueError, match=r"Add the missing entry, or the entries \['v', 'x'\]"):
+        exported.act({"x": 0.1})
+
+
 def test_without_the_dataset(words, run, file, tmp_path, capsys):
     assert main(["train", *words()]) == 0
     file.unlink()

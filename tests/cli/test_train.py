@@ -139,6 +139,23 @@ def test_a_run_that_fails_does_not_stop_the_others(words, run, capsys, order):
     assert "the optimizer 'Nonsense' (optim.optimizer or optim.vae.optimizer) does not exist" in capsys.readouterr().err
 
 
+def test_an_unexpected_error_of_a_run_does_not_stop_the_others(words, run, capsys, monkeypatch):
+    trained = []
+
+    def fail_once(settings):
+        trained.append(settings.seed)
+        if settings.seed == 1:
+            raise AssertionError("the simulator is unstable")
+        return {}
+
+    monkeypatch.setattr("torchrl_bcq.cli.train.train", fail_once)
+    assert main(["train", "-m", *words("seed=1,2")]) == 1
+    assert trained == [1, 2]
+    assert "this run of the sweep failed" in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="the simulator is unstable"):
+        main(["train", *words("seed=1")])
+
+
 # refusals
 
 

@@ -139,8 +139,8 @@ REFUSED = {
     ),
     "steps that have no successor": (
         everything_cut,
-        "all 1300 rows are truncated and next_observations is not given, so no row has a next observation; correct "
-        "truncated, or give next_observations.",
+        "all 1300 rows are truncated and lack a next observation or next action mask; correct truncated, or give "
+        "next_observations and, if there are action_masks, next_action_masks.",
     ),
     "integers out of bounds": (
         do("actions", lambda actions: np.full(actions.shape, 2)),

@@ -117,7 +117,8 @@ def test_checks_and_description_show_the_same_row(told, write):
         shown = told("describe", source, *columns, *root, rc=0)
         assert "rewards has 1 row (first: 13) that are not finite; drop" in shown
         assert "actions has 1 row (first: 14) outside the action bounds" in shown
-        assert ("dropped 4 rows (first: 4) without a next observation" in shown) == (write is not write_minari)
+        dropped = "dropped 4 rows (first: 4) without a next observation or action mask"
+        assert (dropped in shown) == (write is not write_minari)
         assert shown.startswith("16 tran" if write is write_minari else "12 tran")
 
 
@@ -145,7 +146,7 @@ def test_a_file_without_any_next_observation(told):
         np.savez(f"{name}.npz", **{field: values[4:5] for field, values in steps().items()})
     write_npz("b")
     shown = told("describe", "a.npz", "b.npz", "c.npz", rc=0)
-    assert "dropped 6 rows (first: 0 of a.npz) without a next observation" in shown
+    assert "dropped 6 rows (first: 0 of a.npz) without a next observation or action mask" in shown
     assert "rewards has 1 row (first: 13 of b.npz) that are not finite; drop" in shown
 
 
@@ -171,7 +172,7 @@ def test_findings_of_observations_show_the_row_of_the_file(told):
     fields["observations"][9:12] = 0
     np.savez("d.npz", **{**fields, "observations": np.repeat(fields["observations"], 2, 1)})
     shown = told("describe", "d.npz", rc=0)
-    assert "dropped 3 rows (first: 0) without a next observation" in shown
+    assert "dropped 3 rows (first: 0) without a next observation or action mask" in shown
     assert "observations has only zeros in 3 rows (first: 9); drop" in shown
     assert "next_observations has only zeros in 2 rows (first: 9)" in shown  # row 8 is terminated
     assert "observations has equal values in columns 0 and 1, in all 13 rows (first: 1)" in shown

@@ -192,6 +192,10 @@ def test_missing_and_unknown_settings_are_named(folder):
         assert str(error.value) == f"{name} is a {kind} source, which also needs the arguments {needed}."
     with pytest.raises(ValueError, match="columns"):
         load_transitions(str(folder / "d.hdf5"), columns=3)
+    with pytest.raises(
+        ValueError, match=r"needs the arguments \['terminated'\]. Without final states, add a column of"
+    ):
+        load_transitions(str(folder / "d.csv"), observation="x", action="a", reward="r")
 
 
 def counting(length: int) -> TensorDict:

@@ -456,8 +456,8 @@ def test_channels_are_moved_to_the_front(caplog):
     [
         (
             lambda f: {**f, "observations": f["observations"] / 255},
-            r"observations has shape \(24, 6, 5\) and dtype float64, expected vectors \[N, features\], or frames \[N, "
-            r"H, W\] or \[N, C, H, W\] of bytes \(uint8\)\. Store frames as bytes from 0 to 255",
+            r"observations has shape \(24, 6, 5\) and dtype float64\. If this is \[step, environment, features\], .*"
+            r"If these are frames, store bytes from 0 to 255: frames with values from 0 to 1 become",
         ),
         (lambda f: {**f, "observations": f["observations"].astype(int)}, "dtype int64, expected vectors"),
         (lambda f: {**f, "observations": f["observations"][:, None, None]}, r"shape \(24, 1, 1, 6, 5\) and dtype"),

@@ -43,7 +43,7 @@ def test_rows_never_join_two_episodes(caplog):
     assert column(td, "next", "truncated") == [False, False, False, True, True]  # rows before the dropped ones
     assert column(td, "next", "done") == [False, False, True, True, True]
     assert column(td, "episode") == [0, 0, 0, 1, 2]
-    assert "dropped 2 rows (first: 4) without a next observation" in caplog.text
+    assert "dropped 2 rows (first: 4) without a next observation or action mask" in caplog.text
 
 
 def test_given_next_observations_keep_every_row_and_both_flags():
@@ -190,8 +190,8 @@ def test_refusals_name_field_count_and_first_row(changes, message):
     if message is None:
         changes = {**changes, "terminated": TERMINATED & False}
         message = (
-            "all 7 rows are truncated and next_observations is not given, so no row has a next observation; correct "
-            "truncated, or give next_observations."
+            "all 7 rows are truncated and lack a next observation or next action mask; correct truncated, or give "
+            "next_observations and, if there are action_masks, next_action_masks."
         )
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the whole message is compared below)
         from_arrays(**arrays(**changes))
@@ -298,9 +298,9 @@ def test_warns_of_large_rewards_in_dropped_rows(caplog):
     with caplog.at_level(logging.WARNING):
         from_arrays(**arrays(rewards=rewards * [1, 1, 0.01, 1, 1, 1, 1]))
     assert caplog.messages == [
-        "dropped 2 rows (first: 4) without a next observation (truncated rows, or an unfinished last row). Their mean "
-        "reward magnitude is 1, and that of all other rows is 0.002. If the dropped rows led to a final state, set "
-        "terminated there, or give next_observations."
+        "dropped 2 rows (first: 4) without a next observation or action mask (truncated rows, or an unfinished last "
+        "row). Their mean reward magnitude is 1, and that of all other rows is 0.002. If the dropped rows led to a "
+        "final state, set terminated there, or give next_observations (and next_action_masks)."
     ]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
@@ -370,3 +370,25 @@ def test_tensors_of_bfloat16():
     rounded = torch.tensor(OBSERVATIONS, dtype=torch.bfloat16)
     td = from_arrays(**arrays(observations=rounded))
     assert (td == from_arrays(**arrays(observations=rounded.float()))).all()
+
+
+def test_warns_of_rows_of_environments_that_alternate(caplog):
+    """Rows of two environments; only the last row of each is truncated."""
+    first, second = np.arange(10.0)[:, None], 100 + np.arange(10.0)[:, None]
+    rows = {
+        "observations": np.stack([first, second], 1).reshape(-1, 1),
+        "next_observations": np.stack([first, second], 1).reshape(-1, 1) + 1,
+        "actions": np.linspace(-1, 1, 20)[:, None],
+        "rewards": np.arange(20.0),
+        "terminated": np.zeros(20),
+        "truncated": np.arange(20) >= 18,
+    }
+    from_arrays(**rows)
+    (warning,) = caplog.messages
+    assert warning.startswith(
+        "inside of episodes, the next observation differs from the observation of the next row in 18"
+    )
+    caplog.clear()
+    order = np.arange(20).reshape(10, 2).T.flatten()  # sorted by environment
+    from_arrays(**{name: values[order] for name, values in rows.items()})
+    assert not caplog.messages

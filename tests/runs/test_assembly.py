@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -301,9 +302,13 @@ def test_rows_that_cannot_be_drawn_are_refused(make_trainer, setting, message):
 
 @pytest.mark.parametrize("section", ["checkpoint", "early_stopping"])
 @pytest.mark.parametrize("monitor", ["retrun", "return", "held_out_td_error", "normalized_score"])
-def test_a_metric_that_is_not_measured_is_refused(make_trainer, section, monitor):
+def test_a_metric_that_is_not_measured_is_refused(make_trainer, section, monitor, monkeypatch):
+    """The loggers are closed, because a service such as MLflow could otherwise not start the next run of a sweep."""
+    logger = Mock()
+    monkeypatch.setattr("torchrl_bcq.runs.assembly.make_loggers", lambda *_: logger)
     with pytest.raises(RunError) as error:
         make_trainer(f"{section}.monitor={monitor}")
+    logger.close.assert_called_once()
     found = str(error.value)
     assert found.startswith(f"{section}.monitor is '{monitor}', expected one of ['action_distance', ")
     assert "'fqe'" in found

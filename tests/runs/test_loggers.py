@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from torchrl.record.loggers import mlflow as mlflow_logger
@@ -146,6 +147,32 @@ def test_all_loggers_get_all_scalars_and_some_the_settings():
     scalar = ("return", 1.5, 5)
     assert lines == {"csv": [scalar], "tensorboard": [scalar], "wandb": [scalar, {"seed": 0}]}
     assert all(logger.closed for logger in loggers.loggers.values())
+
+
+def test_a_service_that_fails_is_reported_once_and_does_not_end_the_run(caplog):
+    local, service = Mock(), Mock()
+    for name in ("log_scalar", "log_hparams", "close"):
+        getattr(service, name).side_effect = ConnectionError("no route")
+    loggers = Loggers({"mlflow": service, "csv": local})
+    loggers.log_hparams({"seed": 0})
+    for step in (1, 2):
+        loggers.log_scalar("loss", 1.0, step)
+    loggers.close()
+    assert [call.args[0] for call in local.log_scalar.call_args_list] == ["loss", "loss"]
+    local.close.assert_called_once()
+    assert caplog.messages == ["logger mlflow fails, so its log has gaps: ConnectionError('no route')"]
+    local.log_scalar.side_effect = OSError("disk full")
+    with pytest.raises(OSError, match="disk full"):
+        loggers.log_scalar("loss", 1.0, 3)
+
+
+def test_loggers_are_closed_if_a_later_one_cannot_be_made(tmp_path, monkeypatch):
+    first = Mock()
+    made = iter([first])
+    monkeypatch.setattr("torchrl_bcq.runs.loggers._make_logger", lambda *_: next(made, None) or int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        make_loggers(["wandb", "mlflow"], tmp_path, {})
+    first.close.assert_called_once()
 
 
 def test_state_is_restored_by_kind_of_logger():

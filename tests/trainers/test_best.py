@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchrl.checkpoint import Checkpoint
+from torchrl.checkpoint import Checkpoint, CheckpointRotation
 
 from torchrl_bcq import BCQTrainer, KeepBest
 from torchrl_bcq.trainers.best import best_checkpoint
@@ -146,6 +146,18 @@ def test_a_run_that_was_killed_while_it_replaced_the_best_leaves_the_one_that_wa
     assert best_checkpoint(tmp_path / "one").name == f"checkpoint-{20:012d}"
     train_and_keep(make_batch, tmp_path / "one", [7.0])
     assert steps(tmp_path / "one") == [10]
+
+
+def test_a_run_that_resumes_from_its_best_checkpoint_at_the_end_saves_one_of_its_own(make_batch, tmp_path):
+    """It was killed between the best checkpoint of its last step and the one that the trainer saves."""
+    torch.manual_seed(0)
+    train_and_keep(make_batch, tmp_path / "best", [5.0])
+    torch.manual_seed(0)
+    rotation = CheckpointRotation(tmp_path / "own", keep_last=1)
+    trainer = make_trainer(make_batch(50), 10, checkpoint_rotation=rotation, save_trainer_interval=100)
+    trainer.load_from_file(best_checkpoint(tmp_path / "best"))
+    trainer.train()
+    assert rotation.latest().name.endswith("10")
 
 
 def test_a_damaged_best_checkpoint_is_replaced_with_a_warning(make_batch, tmp_path, caplog):

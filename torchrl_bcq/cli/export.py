@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def _export(args: argparse.Namespace) -> None:
         "dataset": str(trained.settings.dataset),
         "step": trained.step,
         # frames are not joined with vectors, so such a policy reads "observation" and "pixels"
-        "observation_entries": None if has_frames else trained.task.observation,
+        "observation_entries": None if has_frames else trained.task.observation or _columns(trained.settings.reader),
     }
     print(f"{trained.path}: {trained.step:,} gradient steps on {trained.settings.dataset}")
     try:
@@ -100,3 +101,9 @@ def _export(args: argparse.Namespace) -> None:
         f"{max(made.differences.values()):.2g} of the range"
     )
     print(f"The policy is in {made.path} ({made.path.stat().st_size / 1e6:.1f} MB).")
+
+
+def _columns(reader: Mapping[str, Any]) -> list[str] | None:
+    """Return the columns of a table, or the entries of a file, that the reader joined to one observation."""
+    named = reader.get("observation") or (reader.get("names") or {}).get("observations")
+    return [named] if isinstance(named, str) else [*named] if named else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -109,7 +110,7 @@ def _start(overrides: Sequence[str], flags: set[str]) -> int:
         raise RunError("torchrun cannot start several runs with -m; start them one after another without -m.")
     threads = torch.get_num_threads()
     try:
-        return max([_run(settings, threads) for settings in runs], default=0)
+        return max([_run(settings, threads, alone=len(runs) == 1) for settings in runs], default=0)
     except SystemExit:
         if len(runs) > 1:
             words = f"{quote(f'out={sweep}')} resume=true"
@@ -136,18 +137,19 @@ def _defaults(overrides: Sequence[str]) -> list[str]:
     return [*DEFAULT_TASK, f"algorithm={name}", *loss, *layers, *baseline]
 
 
-def _run(settings: DictConfig, threads: int) -> int:
+def _run(settings: DictConfig, threads: int, *, alone: bool) -> int:
     """Train one run and return its exit code. With several processes, only the first writes train.log.
 
     ``threads`` is PyTorch's default number of threads, which an earlier run of a sweep may have changed.
     In a sweep of several runs, an error of a run ends only this run, but a signal ends all runs.
     """
     logging.getLogger("torchrl").setLevel("WARNING")
+    gc.collect()  # reference cycles hold the dataset of an earlier run of the sweep
     use_threads(threads)
     settings.out = processes.from_first(lambda: settings.out)  # all processes use the folder of the first process
     if not processes.is_first():
         with _log_into(level=logging.WARNING):
-            return _train(settings)
+            return _train(settings, alone=alone)
     out = Path(settings.out)
     try:
         check_folder(out)
@@ -158,10 +160,10 @@ def _run(settings: DictConfig, threads: int) -> int:
         print(f"torchrl-bcq: {error if isinstance(error, RunError) else found}", file=sys.stderr)
         return 1
     with _log_into(file):
-        return _train(settings)
+        return _train(settings, alone=alone)
 
 
-def _train(settings: DictConfig) -> int:
+def _train(settings: DictConfig, *, alone: bool) -> int:
     try:
         if settings.dataset == f"minari:{DATASET_ID}":
             with processes.first_goes_first():
@@ -180,6 +182,11 @@ def _train(settings: DictConfig) -> int:
             how = f"to resume from the last one: {processes.program()} train {quote(f'resume={settings.out}')}"
         _logger.warning("interrupted; no new checkpoint was saved; %s", how)
         raise SystemExit(130) from None
+    except Exception:
+        if alone:
+            raise
+        _logger.exception("this run of the sweep failed")
+        return 1
     if stopped := results.get("stopped"):
         raise SystemExit(128 + signal.Signals[stopped])
     return 0

@@ -50,8 +50,9 @@ def make_replay_buffer(
         sampler: ``"uniform"`` draws with replacement. ``"without_replacement"`` draws each row once in a pass over the
             data, and each pass has a new order. The last batch of a pass may have fewer rows than ``batch_size``.
             ``"prioritized"`` draws rows with a large ``td_error`` more often. The loss writes ``td_error`` into each
-            batch. As in the paper on prioritised replay, alpha is 0.6 and beta is 0.4. A TorchRL sampler is also
-            accepted.
+            batch, and ``OfflineTrainer`` passes it on to the buffer; in a loop of your own, call
+            ``buffer.update_tensordict_priority(batch)`` after ``qvalue_loss``. As in the paper on prioritised replay,
+            alpha is 0.6 and beta is 0.4. A TorchRL sampler is also accepted.
         weights: one weight per row, ``[N]``, such as a mask or the result of ``episode_weights`` or
             ``return_weights``. Rows are drawn with replacement, in proportion to their weights.
 

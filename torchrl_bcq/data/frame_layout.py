@@ -33,6 +33,13 @@ def as_frames(name: str, array: np.ndarray) -> np.ndarray:
     Raises:
         DatasetError: if the array has another number of dimensions, is empty, or does not hold bytes.
     """
+    if array.ndim == 3 and array.dtype.kind == "f":
+        raise DatasetError(
+            f"{name} has shape {array.shape} and dtype {array.dtype}. If this is [step, environment, features], store "
+            "the rows of each environment one after another: np.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), and mark "
+            "the last row of each environment as truncated. If these are frames, store bytes from 0 to 255: frames "
+            "with values from 0 to 1 become np.round(255 * frames).astype(np.uint8)."
+        )
     if array.ndim not in (3, 4) or not array.size or array.dtype != np.uint8:
         vectors = "" if "frames" in name else "vectors [N, features], or "
         raise DatasetError(

@@ -185,7 +185,8 @@ def _find_one(name: str, settings: dict[str, Any]) -> Source | None:
             columns += ", and one of reader.episode=COLUMN reader.truncated=COLUMN reader.next_observation=COLUMN "
             columns += "reader.max_episode_steps=N"
         also = remedy(f"the arguments {missing}", f"the names of columns: {columns}")
-        raise DatasetError(f"{name} is a {prefix} source, which also needs {also}.")
+        zeros = " Without final states, add a column of zeros as terminated." if missing == ["terminated"] else ""
+        raise DatasetError(f"{name} is a {prefix} source, which also needs {also}.{zeros}")
     if unused := sorted(settings.keys() - taken.keys()):
         raise DatasetError(
             f"{name} is a {prefix} source, which does not take the {remedy('arguments', 'settings')} {unused}."

@@ -146,7 +146,8 @@ def split_episodes(transitions: TensorDictBase, fraction: float = 0.1, seed: int
     total = int(numbers.max()) + 1
     if total < 2:
         found = f"the transitions are one {what}; a split by {what} needs at least two {what}s"
-        raise ValueError(found + remedy(".", "; set held_out=0, so that the run holds out no episodes."))
+        cut = "cut a long recording by reader.max_episode_steps=N, without a column of episodes"
+        raise ValueError(found + remedy(".", f"; set held_out=0, so that the run holds out no episodes, or {cut}."))
     count = min(max(round(fraction * total), 1), total - 1)
     chosen = torch.zeros(total, dtype=torch.bool)
     chosen[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]] = True

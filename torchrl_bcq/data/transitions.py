@@ -132,7 +132,7 @@ def lay_out(
     """
     origins, groups = Origins() if origins is None else origins, Groups()
     episode = guessed = 0  # guessed: number of episode ends found by comparing observations
-    joined, cut_off = Rows(), False  # joined: rows that look like ends of episodes, although truncated is never set
+    broken, cut_off = Rows(), False  # broken: rows inside of episodes that the next row does not continue
     lost = kept = 0.0
     for name, chunks in recordings:
         origins.begin(name)
@@ -141,8 +141,8 @@ def lay_out(
             part, keep, ends = _part(fields, episode, is_last, store)
             guessed += 0 if "truncated" in fields or is_last else int(part["next", "truncated"].sum())
             cut_off = cut_off or bool(np.any(fields.get("truncated", False)))
-            if "truncated" in fields and not (cut_off or is_last):
-                joined.add(_breaks(fields), origins.rows)
+            if "truncated" in fields and not is_last:
+                broken.add(_breaks(fields) & ~fields["truncated"][:-1], origins.rows)
             episode += int(ends.sum())
             reward = np.abs(fields["rewards"][:-1].astype(np.float64))
             lost, kept = lost + reward[~keep].sum(), kept + reward[keep].sum()
@@ -164,16 +164,22 @@ def lay_out(
     groups.finish(origins)
     if dropped.count == rows:
         raise DatasetError(
-            f"all {rows} rows are truncated and next_observations is not given, so no row has a next observation; "
-            "correct truncated, or give next_observations."
+            f"all {rows} rows are truncated and lack a next observation or next action mask; correct truncated, or "
+            "give next_observations and, if there are action_masks, next_action_masks."
         )
     if report:
         report_cuts(guessed, rows)
-        if joined.count and not cut_off:
+        if broken.count and not cut_off:
             _logger.warning(
                 "truncated is never set, but the next observation differs from the observation of the next row in %s. "
                 "If episodes were cut off there, mark these rows as truncated.",
-                origins.locate(joined),
+                origins.locate(broken),
+            )
+        elif 2 * broken.count > rows:
+            _logger.warning(
+                "inside of episodes, the next observation differs from the observation of the next row in %s. If the "
+                "rows of several environments alternate, sort them by environment, then by time.",
+                origins.locate(broken),
             )
     if report and dropped.count:
         _report_dropped(dropped, lost / dropped.count, kept / (rows - dropped.count))
@@ -211,11 +217,11 @@ def report_cuts(cut: int, rows: int) -> None:
 
 def _report_dropped(dropped: Rows, lost: float, kept: float) -> None:
     """Log the dropped rows; ``lost`` and ``kept`` are mean absolute rewards of dropped and kept rows."""
-    what = f"dropped {dropped} without a next observation (truncated rows, or an unfinished last row)."
+    what = f"dropped {dropped} without a next observation or action mask (truncated rows, or an unfinished last row)."
     if lost > _PAID_AT_THE_END * kept:
         _logger.warning(
             "%s Their mean reward magnitude is %.3g, and that of all other rows is %.3g. If the dropped rows led to a "
-            "final state, set terminated there, or give next_observations.",
+            "final state, set terminated there, or give next_observations (and next_action_masks).",
             what,
             lost,
             kept,

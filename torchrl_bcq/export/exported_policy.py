@@ -1,6 +1,6 @@
 """Runs a policy from the ONNX file of ``export_policy``.
 
-This file needs only NumPy and onnxruntime. You can copy it to a machine without PyTorch and without this package.
+This file needs only Python 3.10, NumPy and onnxruntime. You can copy it to a machine without PyTorch.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ class ExportedPolicy:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, threads: int = 1, seed: int = 0) -> None:
-        path = os.path.expanduser(path)
-        if not os.path.isfile(path):
+        if not os.path.isfile(path := os.path.expanduser(path)):
             raise FileNotFoundError(f"{path} does not exist, or is not a file; write the name of an exported policy.")
         if threads < 1:
             raise ValueError(f"threads is {threads}, expected at least 1.")
@@ -255,7 +254,8 @@ def _find(port: dict[str, Any], given: Mapping[str, Any], joined: list[str] | No
     if parts and port["name"] == "observation" and not any(part is _ABSENT for part in parts):
         try:
             arrays = [np.atleast_1d(np.asarray(part, np.float64)) for part in parts]
-            most = max(array.ndim for array in arrays)  # in a batch, scalar entries are [B], the others [B, D]
+            all_scalar = len(arrays) == port["shape"][-1] < sum(map(len, arrays))
+            most = max(1 + all_scalar, *(array.ndim for array in arrays))  # in a batch, scalars are [B], others [B, D]
             return np.concatenate([array if array.ndim == most else array[..., None] for array in arrays], -1)
         except ValueError as error:  # texts, or other batch sizes
             raise ValueError(f"the entries {joined} cannot be joined to one vector: {error}") from error

@@ -8,6 +8,7 @@ import random
 import re
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -81,11 +82,13 @@ def assemble(settings: DictConfig, transitions: TensorDictBase, task: Task) -> O
         transitions=transitions[learned] if settings.normalize and learned is not None else transitions,
         device=device,
     )
+    stepper = make_stepper(loss, **plain["optim"])
+    schedules = make_scheduler_hooks(stepper, **plain["optim"])
     trainer = OfflineTrainer(
         loss,
         buffer,
         target_net_updater=updater,
-        optimization_stepper=make_stepper(loss, **plain["optim"]),
+        optimization_stepper=stepper,
         total_steps=settings.steps,
         logger=make_loggers(settings.logger if processes.is_first() else (), out, plain["logger_kwargs"]),
         progress_bar=sys.stderr.isatty() if settings.progress_bar is None else settings.progress_bar,
@@ -96,10 +99,14 @@ def assemble(settings: DictConfig, transitions: TensorDictBase, task: Task) -> O
         save_trainer_interval=settings.checkpoint.interval - 1,  # TorchRL saves after one step more than this number
         data_parallel=processes.several(),
     )
-    for hook in make_scheduler_hooks(trainer.optimization_stepper, **plain["optim"]):
-        hook.register(trainer)
-    if processes.is_first():
-        _add_metrics(trainer, settings, task, transitions, held_out)
+    with ExitStack() as after_failure:
+        if trainer.logger is not None:
+            after_failure.callback(trainer.logger.close)  # otherwise a service would continue this run in the next one
+        for hook in schedules:
+            hook.register(trainer)
+        if processes.is_first():
+            _add_metrics(trainer, settings, task, transitions, held_out)
+        after_failure.pop_all()
     return trainer
 
 

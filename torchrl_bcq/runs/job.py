@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Iterator
@@ -66,6 +67,7 @@ def train(settings: DictConfig) -> dict[str, Any]:
                 baseline.action_low, baseline.action_high = task.action_low, task.action_high
             else:
                 baseline.n_actions = task.n_actions
+        gc.collect()  # reference cycles hold the dataset of the run
         stopped = _make_run(baseline).get("stopped")
         results = {**results, "stopped": stopped} if stopped else results
     if processes.is_first() and not results.get("stopped"):
@@ -142,28 +144,16 @@ def _train(settings: DictConfig, start: Path | None) -> dict[str, Any]:
         chosen = choose_threads(trainer.loss_module, transitions[: settings.batch_size])
         settings.threads = processes.from_first(lambda: chosen)  # all processes have timed at the same time
         use_threads(settings.threads)
-    if start is not None:
-        try:
-            trainer.load_from_file(start)
-        except CheckpointError as error:
-            missing = {name.rpartition(".")[2] for name in getattr(error.result, "missing", ())}
-            if new := " and ".join(sorted(missing & {"early_stopping", "logger"})):
-                found = f"{start} has no state of {new}, because the run began without it"
-                raise RunError(
-                    f"{found}; resume the run without it, or start a new run with init_from={out}."
-                ) from error
-            if type(error.__cause__) is ValueError:  # raised by a part of the trainer that has changed
-                raise RunError(f"{start} cannot be resumed: {error.__cause__}") from error
-            advice = "to resume from the checkpoint before it, move it away"
-            raise RunError(f"{start} cannot be loaded, so it may be damaged: {error}; {advice}.") from error
-    elif settings.init_from is not None:
-        load_networks(trainer.loss_module, settings, task)
-    if processes.is_first():
-        trim_log(out, -1 if start is None else trainer.collected_frames)
-        save_settings(settings, out)
-        _announce(settings, task, trainer)
-    logs_above_the_bar = logging_redirect_tqdm() if trainer.progress_bar else nullcontext()
     try:
+        if start is not None:
+            _load(trainer, start, out)
+        elif settings.init_from is not None:
+            load_networks(trainer.loss_module, settings, task)
+        if processes.is_first():
+            trim_log(out, -1 if start is None else trainer.collected_frames)
+            save_settings(settings, out)
+            _announce(settings, task, trainer)
+        logs_above_the_bar = logging_redirect_tqdm() if trainer.progress_bar else nullcontext()
         with processes.stoppable(trainer), logs_above_the_bar:
             trainer.train()
     finally:
@@ -171,6 +161,21 @@ def _train(settings: DictConfig, start: Path | None) -> dict[str, Any]:
             trainer.logger.close()
     stopped = processes.stopped_by(trainer)
     return _conclude(trainer, task, out, stopped) if processes.is_first() else {"stopped": stopped}
+
+
+def _load(trainer: OfflineTrainer, start: Path, out: Path) -> None:
+    """Load the checkpoint ``start`` into the trainer of the run in the folder ``out``."""
+    try:
+        trainer.load_from_file(start)
+    except CheckpointError as error:
+        missing = {name.rpartition(".")[2] for name in getattr(error.result, "missing", ())}
+        if new := " and ".join(sorted(missing & {"early_stopping", "logger"})):
+            found = f"{start} has no state of {new}, because the run began without it"
+            raise RunError(f"{found}; resume the run without it, or start a new run with init_from={out}.") from error
+        if type(error.__cause__) is ValueError:  # raised by a part of the trainer that has changed
+            raise RunError(f"{start} cannot be resumed: {error.__cause__}") from error
+        advice = "to resume from the checkpoint before it, move it away"
+        raise RunError(f"{start} cannot be loaded, so it may be damaged: {error}; {advice}.") from error
 
 
 def _check_bounds(task: Task, saved: Task, start: Path) -> None:
@@ -221,13 +226,15 @@ def _find_start(settings: DictConfig) -> Path | None:
 
 def _announce(settings: DictConfig, task: Task, trainer: OfflineTrainer) -> None:
     advice = [] if settings.evaluation.env is None else ["evaluation.env=ID names one"]
-    advice += [] if settings.held_out else ["held_out=0.1 keeps a tenth of the episodes for metrics"]
+    advice += [] if settings.held_out else ["held_out=0.2 keeps a fifth of the episodes for metrics and rank"]
     where = f"without an environment ({'; '.join(advice)})".replace(" ()", "")
     where = f"evaluated in {task.env}" if task.env else where
     span = f"steps {trainer.collected_frames:,} to {settings.steps:,}"
     device = next(trainer.loss_module.parameters()).device
     what = f"{settings.algorithm} on {settings.dataset}"
     _logger.info("%s: %s, %s, %s on %s", settings.out, what, where, span, device)
+    if device.type == "cuda" and not (settings.cudagraph or settings.compile):
+        _logger.info("cudagraph=true makes gradient steps on a GPU several times as fast")
     if (formula := reward_formula(settings)) is not None:
         _logger.info("%s: rewards are changed to %s; %s", settings.out, formula, CHANGED)
     if task.env is not None and (uneven := task.uneven_length(time_limit(task.env))):

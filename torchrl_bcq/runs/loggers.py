@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -27,17 +28,18 @@ class Loggers:
 
     def __init__(self, loggers: Mapping[str, Logger]) -> None:
         self.loggers = dict(loggers)
+        self._failed: set[str] = set()  # services of which an error has been reported
 
     def log_scalar(self, name: str, value: float, step: int | None = None) -> None:
         """Log a scalar with each logger."""
-        for logger in self.loggers.values():
-            logger.log_scalar(name, value, step=step)
+        for kind, logger in self.loggers.items():
+            self._call(kind, partial(logger.log_scalar, name, value, step=step))
 
     def log_hparams(self, settings: Mapping[str, Any]) -> None:
         """Log the settings with the loggers that can store settings."""
         for kind, logger in self.loggers.items():
-            if kind in ("wandb", "mlflow", "trackio"):
-                logger.log_hparams(dict(settings))
+            if kind not in _LOCAL:
+                self._call(kind, partial(logger.log_hparams, dict(settings)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of each logger. The CSV logger is left out, because its files keep its state."""
@@ -56,8 +58,19 @@ class Loggers:
 
     def close(self) -> None:
         """Close all loggers."""
-        for logger in self.loggers.values():
-            logger.close()
+        for kind, logger in self.loggers.items():
+            self._call(kind, logger.close)
+
+    def _call(self, kind: str, method: Callable[[], Any]) -> None:
+        """Call a method of a logger. The error of a service is reported once, and does not end the run."""
+        try:
+            method()
+        except Exception as error:
+            if kind in _LOCAL:
+                raise
+            if kind not in self._failed:
+                self._failed.add(kind)
+                _logger.warning("logger %s fails, so its log has gaps: %r", kind, error)
 
 
 def make_loggers(kinds: Sequence[str], out: Path, settings: Mapping[str, Any]) -> Loggers | None:
@@ -79,15 +92,18 @@ def make_loggers(kinds: Sequence[str], out: Path, settings: Mapping[str, Any]) -
             raise RunError(f"logger_kwargs.{kind} is {arguments!r}, expected {expected}.")
     if kinds and (unused := settings.keys() - {*kinds}):
         _logger.warning("logger_kwargs has %s, which have no effect: logger is %s", sorted(unused), [*kinds])
-    loggers = {}
-    for kind in dict.fromkeys(kinds):
-        try:
-            loggers[kind] = _make_logger(kind, out, dict(settings.get(kind, {})))
-        except ImportError as error:
-            raise RunError(f"the package of logger {kind} is missing ({error}); run pip install {kind}.") from error
-        except TypeError as error:
-            raise RunError(f"logger {kind} rejects the arguments {settings.get(kind, {})}: {error}") from error
-    return Loggers(loggers) if loggers else None
+    made = Loggers({})
+    with ExitStack() as after_failure:
+        after_failure.callback(made.close)
+        for kind in dict.fromkeys(kinds):
+            try:
+                made.loggers[kind] = _make_logger(kind, out, dict(settings.get(kind, {})))
+            except ImportError as error:
+                raise RunError(f"the package of logger {kind} is missing ({error}); run pip install {kind}.") from error
+            except TypeError as error:
+                raise RunError(f"logger {kind} rejects the arguments {settings.get(kind, {})}: {error}") from error
+        after_failure.pop_all()
+    return made if made.loggers else None
 
 
 def _make_logger(kind: str, out: Path, settings: dict[str, Any]) -> Logger:

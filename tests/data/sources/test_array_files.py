@@ -228,8 +228,8 @@ def test_time_limit(tmp_path, monkeypatch, limit, chunk):
 def test_time_limit_of_one_step_leaves_nothing_without_next_observations(tmp_path):
     path = write_hdf5(tmp_path / "d.hdf5", steps(without=["truncated", "next_observations"], terminated=np.zeros(12)))
     assert refusal(load_hdf5, path, max_episode_steps=1) == (
-        "d.hdf5: all 12 rows are truncated and next_observations is not given, so no row has a next observation; "
-        "correct truncated, or give next_observations."
+        "d.hdf5: all 12 rows are truncated and lack a next observation or next action mask; correct truncated, or give "
+        "next_observations and, if there are action_masks, next_action_masks."
     )
 
 

@@ -326,7 +326,7 @@ def test_padded_episodes_that_do_not_fit(tmp_path):
 
     assert refuse(lengths=None) == (
         "d.npz: actions has shape (4, 6, 1). If this is [episode, step, feature], add an entry lengths with the number "
-        "of steps of each episode."
+        "of steps of each episode; if it is [step, environment, feature], swap the first two dimensions before that."
     )
     for odd in ([4, 0, 7, 3], [4, 0, -1, 3]):
         assert refuse(lengths=np.array(odd)) == (
@@ -379,7 +379,7 @@ def test_an_episode_with_as_many_observations_as_steps_loses_its_last_step(tmp_p
     after[3] -= (0, short == 0)
     assert td["next", "observation"].tolist() == after[kept].tolist()
     assert rows(td, "next", "truncated") == [row in (8 - (short == 1), 11 - (short == 2)) for row in kept]
-    told = [f"dropped 1 row (first: {row}) without a next observation" for row in dropped]
+    told = [f"dropped 1 row (first: {row}) without a next observation or action mask" for row in dropped]
     assert [message[: len(told[0])] for message in caplog.messages] == told
 
 

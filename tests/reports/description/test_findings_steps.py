@@ -115,7 +115,8 @@ def test_observations_that_do_not_continue(data):
     data["observation"][[10, 20]] += 1  # so those of rows 9 and 19 don't go on
     assert messages(data) == [
         "next_observations differs from the observation of the next row of the same episode in 2 rows (first: 9); "
-        "unless rows were left out or shuffled, leave this field out, then the observation of the next row is used."
+        "if the rows of several environments alternate, sort them by environment, then by time; unless rows were "
+        "left out or shuffled, leave this field out, then the observation of the next row is used."
     ]
 
 
@@ -132,7 +133,8 @@ def test_next_observations_beyond_a_reset(data):
     assert messages(data) == [
         "next_observations holds the first observation of the next episode in 6 rows (first: 89) where an episode "
         "ends, but terminated is not set; if the environment was reset there, drop these rows, or store the last "
-        "observation before the reset."
+        "observation before the reset; vector environments of Gymnasium reset in the row after an end, so drop that "
+        "row instead."
     ]
 
 

@@ -37,7 +37,7 @@ def read_steps(file: Any, names: Names | None) -> Iterator[Columns]:
     if is_padded and "lengths" not in fields:
         raise DatasetError(
             f"actions has shape {shape}. If this is [episode, step, feature], add an entry lengths with the number of "
-            "steps of each episode."
+            "steps of each episode; if it is [step, environment, feature], swap the first two dimensions before that."
         )
     lengths = fields.pop("lengths", None)
     if is_padded or "lengths" in as_lists(names) or (lengths is not None and not fields.keys() & set(WAYS)):

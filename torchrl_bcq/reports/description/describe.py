@@ -103,7 +103,7 @@ def _summary(survey: Survey) -> Iterator[str]:
     unflagged = len(lengths) - sum(ends)
     yield f"{'ends':<16}{ends[0]:,} terminated  {ends[1]:,} truncated  {unflagged:,} without a flag"
     if (dropped := survey.origins.dropped).count:
-        yield f"{'dropped':<16}{dropped} without a next observation"
+        yield f"{'dropped':<16}{dropped} without a next observation or action mask"
     for image in (*survey.images.values(), *survey.stored):
         kind = str(image.dtype).removeprefix("torch.")
         yield f"{image.name:<16}{list(image.shape)} {kind}  min {image.low:g}  max {image.high:g}{image.note}"

@@ -66,12 +66,14 @@ TEXTS = {  # a message for each kind of defect; the most certain kinds come firs
         "step; leave this field out, then the observation of the next row is used."
     ),
     "not continued": (
-        "{field} differs from the observation of the next row of the same episode in {rows}; unless rows were left out "
-        "or shuffled, leave this field out, then the observation of the next row is used."
+        "{field} differs from the observation of the next row of the same episode in {rows}; if the rows of several "
+        "environments alternate, sort them by environment, then by time; unless rows were left out or shuffled, leave "
+        "this field out, then the observation of the next row is used."
     ),
     "joined": (
         "{field} holds the first observation of the next episode in {rows} where an episode ends, but terminated is "
-        "not set; if the environment was reset there, drop these rows, or store the last observation before the reset."
+        "not set; if the environment was reset there, drop these rows, or store the last observation before the reset; "
+        "vector environments of Gymnasium reset in the row after an end, so drop that row instead."
     ),
     "late": (
         "{field} jumps in {rows} that end an episode without terminated: the next observation is close to the next "
