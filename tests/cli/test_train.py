@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 import subprocess
@@ -344,6 +345,7 @@ def test_a_sweep_in_the_folder_of_a_run_without_a_checkpoint_is_refused(words, r
 
 
 def test_each_run_of_a_sweep_begins_with_the_same_number_of_threads(words, monkeypatch):
+    gc.collect()  # the end of another test's environments sets the number of threads too
     asked, default = [], torch.get_num_threads()
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     assert main(["train", "-m", *words("threads=7,null", "steps=5", "evaluation.env=null")]) == 0
