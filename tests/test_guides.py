@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import defaultdict
 from pathlib import Path
 
+import gymnasium
 import h5py
 import numpy as np
 import pytest
@@ -188,6 +190,32 @@ def test_training_on_your_data(place):
     found: dict = {}
     exec(compile(imports + training, "your_data.md", "exec"), found)
     assert found["actions"].shape == (5, 1)
+
+
+def test_a_recording_of_a_vector_environment_of_your_data():
+    """Within an episode, each next observation is the observation of the next row; the rows of the resets are gone."""
+    imports, *codes = python_of("your_data")
+    (code,) = [code for code in codes if "swapaxes" in code]
+    envs, fields = gymnasium.make_vec("CartPole-v1", 3, max_episode_steps=15), defaultdict(list)
+    state, _ = envs.reset(seed=0)
+    envs.action_space.seed(0)
+    for _ in range(80):
+        action = envs.action_space.sample()
+        following, reward, terminated, truncated, _ = envs.step(action)
+        steps = (state, action, reward, terminated, truncated, following)
+        names = ("observations", "actions", "rewards", "terminated", "truncated", "next_observations")
+        for name, value in zip(names, steps, strict=True):
+            fields[name].append(np.array(value))
+        state = following
+    found = {name: np.stack(values) for name, values in fields.items()}  # [T, E, ...]
+    resets = (found["terminated"] | found["truncated"])[:-1].sum()
+    assert min(found["terminated"].sum(), found["truncated"].sum()) > 0
+    exec(compile(imports + code, "your_data.md", "exec"), found)
+    rows = found["transitions"]
+    assert len(rows) == 240 - resets
+    inside = ~rows["next", "done"][:-1, 0]
+    assert torch.equal(rows["next", "observation"][:-1][inside], rows["observation"][1:][inside])
+    assert not torch.equal(rows["next", "observation"][:-1], rows["observation"][1:])
 
 
 def test_frames_of_your_data():
