@@ -158,6 +158,11 @@ def test_a_run_that_resumes_from_its_best_checkpoint_at_the_end_saves_one_of_its
     trainer.load_from_file(best_checkpoint(tmp_path / "best"))
     trainer.train()
     assert rotation.latest().name.endswith("10")
+    written = (rotation.latest() / "manifest.json").stat().st_mtime_ns
+    (tmp_path / "link").symlink_to(tmp_path / "own")
+    trainer.load_from_file(tmp_path / "link" / rotation.latest().name)
+    trainer.train()
+    assert (rotation.latest() / "manifest.json").stat().st_mtime_ns == written  # it is not written twice
 
 
 def test_a_damaged_best_checkpoint_is_replaced_with_a_warning(make_batch, tmp_path, caplog):

@@ -62,7 +62,7 @@ class ReplicatedTrainer(Trainer):
             self.processes.on_first(lambda: tidy(Path(file)))
         super().load_from_file(file, **kwargs)
         self._ranks.restore(self.collected_frames)
-        is_newest = self.last_checkpoint is not None and self.last_checkpoint.absolute() == Path(file).absolute()
+        is_newest = (last := self.last_checkpoint) is not None and last.resolve() == Path(file).resolve()
         self._saved_at = self.collected_frames if is_newest else None  # the best one may be newer
         return self
 
